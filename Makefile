@@ -1,0 +1,27 @@
+# `make demo` and `make test` set up all they need: a .venv in the checkout, reused the next time.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/ready
+	$(BIN)/odcft demo --out demo --overwrite
+
+# Two test processes of one thread each: small networks gain nothing from threads inside.
+test: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,faiss]"
+	$(BIN)/python tools/torchvision_on_cpu.py
+	touch $@
+
+clean:
+	rm -rf .venv demo build dist *.egg-info

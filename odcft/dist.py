@@ -1,0 +1,127 @@
+"""Processes working together: the same verbs for one process as for many, so that nobody asks which it is.
+
+Ownership rule: with W ranks, rank r owns images i with i % W == r, and keeps image i at its row i // W. A rank draws its
+batches from its own images, so that reading and writing the samples memory is local, and only K-sized tensors travel.
+"""
+
+import os
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+
+def rank() -> int:
+    """This process's number among the ranks, 0 when alone."""
+    return torch.distributed.get_rank() if _started() else 0
+
+
+def world_size() -> int:
+    """How many ranks there are, 1 when alone."""
+    return torch.distributed.get_world_size() if _started() else 1
+
+
+def local_rank() -> int:
+    """This process's number on its machine: the GPU it takes."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def _started() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def start(device: torch.device) -> None:
+    """Join the processes that torchrun (or `--devices`) started; alone, do nothing."""
+    if "RANK" in os.environ and not _started():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def stop() -> None:
+    """Leave the group, if there is one."""
+    if _started():
+        torch.distributed.destroy_process_group()
+
+
+def owned(count: int) -> range:
+    """The images this rank owns among `count`, in row order."""
+    return range(rank(), count, world_size())
+
+
+def all_sum_(*tensors: Tensor) -> None:
+    """Sum each tensor over the ranks, in place. Alone there is nothing to add."""
+    if world_size() > 1:
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+
+
+def broadcast_(*tensors: Tensor) -> None:
+    """Give every rank rank 0's values, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, src=0)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """All ranks' rows, rank by rank; the ranks may hold different numbers of them.
+
+    Args:
+        rows: (S, ...), this rank's.
+
+    Returns:
+        (sum of S, ...), the same on every rank.
+    """
+    if world_size() == 1:
+        return rows
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+    counts[rank()] = len(rows)
+    all_sum_(counts)
+    sizes = counts.tolist()
+    padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    torch.distributed.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def in_dataset_order(rows: Tensor, count: int) -> Tensor:
+    """The rows of all ranks in the order of the images.
+
+    Args:
+        rows: (S, ...), this rank's, in row order.
+        count: N, how many images there are in all.
+
+    Returns:
+        (N, ...), the same on every rank.
+    """
+    if world_size() == 1:
+        return rows
+    gathered = gather_rows(rows)
+    order = torch.cat([torch.arange(r, count, world_size()) for r in range(world_size())]).to(rows.device)
+    return torch.empty_like(gathered).index_copy_(0, order, gathered)
+
+
+def gather_dict(mine: dict) -> dict:
+    """The entries of all ranks' dicts; meant for few and small ones."""
+    if world_size() == 1:
+        return mine
+    parts: list[dict] = [{} for _ in range(world_size())]
+    torch.distributed.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as all ranks train it: gradients averaged, batch statistics over all ranks. Alone, the model itself."""
+    if world_size() == 1:
+        return model
+    if device.type == "cuda":  # torch has SyncBN for accelerators only; CPU ranks normalise over their own batches
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    ids = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        torch.distributed.barrier()

@@ -1,0 +1,135 @@
+"""What a run says: progress on the terminal, metrics.jsonl, TensorBoard. Only rank 0 speaks."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from odcft import dist
+
+
+class Progress:
+    """Phases with a rate and the time left: bars on a terminal, otherwise a plain line now and then. All on stderr."""
+
+    def __init__(self, every: float = 30.0) -> None:
+        from rich.console import Console
+
+        self.every = every  # seconds between two plain lines
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.quiet = dist.rank() > 0
+
+    def say(self, line: str) -> None:
+        """One line for the person."""
+        if not self.quiet:
+            self.console.print(line, markup=False)
+
+    @contextmanager
+    def phase(self, title: str, total: int, unit: str = "img") -> Iterator[Callable[..., None]]:
+        """Show `total` things being done.
+
+        Yields:
+            advance(count, note=""): count more are done; the note is shown behind the rate.
+        """
+        if self.quiet:
+            yield lambda count, note="": None
+        elif self.console.is_terminal:
+            with self._bar(title, total, unit) as advance:
+                yield advance
+        else:
+            yield self._lines(title, total, unit)
+
+    @contextmanager
+    def _bar(self, title: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+        from rich import progress
+
+        bar = progress.Progress(
+            progress.TextColumn(f"{title:<12}"),
+            progress.BarColumn(bar_width=24),
+            progress.TextColumn("{task.percentage:>3.0f} %"),
+            progress.TextColumn("{task.fields[rate]}"),
+            progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            progress.TextColumn("{task.fields[note]}"),
+            console=self.console,
+        )
+        started, done = time.monotonic(), 0
+        with bar:
+            task = bar.add_task(title, total=total, rate="", note="")
+
+            def advance(count: int, note: str = "") -> None:
+                nonlocal done
+                done += count
+                rate = done / max(1e-9, time.monotonic() - started)
+                bar.update(task, advance=count, rate=f"{rate:,.0f} {unit}/s", **({"note": note} if note else {}))
+
+            yield advance
+
+    def _lines(self, title: str, total: int, unit: str) -> Callable[..., None]:
+        started = spoke = time.monotonic()
+        done = 0
+        last_note = ""
+
+        def advance(count: int, note: str = "") -> None:
+            nonlocal done, spoke, last_note
+            done += count
+            last_note = note or last_note
+            now = time.monotonic()
+            if now - spoke >= self.every or done >= total:
+                spoke = now
+                rate = done / max(1e-9, now - started)
+                left = duration((total - done) / max(1e-9, rate))
+                text = f"{title}: {done:,}/{total:,} {unit}, {rate:,.0f} {unit}/s, {left} left"
+                self.say(f"{text}  {last_note}" if last_note else text)
+
+        return advance
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard event files of a RUN; writes nothing on other ranks than 0."""
+
+    def __init__(self, run: Path, tensorboard: bool, first_step: int = 0) -> None:
+        self._file: Any = None
+        self._events: Any = None
+        if dist.rank() > 0:
+            return
+        path = run / "metrics.jsonl"
+        if path.exists():  # resumed: what was written after the state that is gone on from does not count
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first_step]
+            path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step or None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One JSON object of figures of a step; the same to TensorBoard."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            if self._events is not None:
+                self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write out what is held back."""
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: "48 s", "12 min", "3 h 05 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """The one JSON object that `--json` promises on stdout."""
+    json.dump(values, sys.stdout)
+    sys.stdout.write("\n")

@@ -1,0 +1,118 @@
+"""Online Deep Clustering (Zhan et al., CVPR 2020, sec. 3): labels and network evolve together.
+
+Shapes as in memory.py: N images, S of them on this rank, B batch, K clusters, D embedding.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from odcft import dist, memory
+from odcft.data import step_seed
+from odcft.memory import VARIANTS, Memory, Rules
+from odcft.recipe import MemoryRecipe
+from odcft.small_clusters import SmallClusterWatch, handle_small_clusters
+
+
+@dataclass
+class State:
+    """What ODC carries from step to step."""
+
+    memory: Memory
+    rules: Rules
+    momentum: float  # m of eq. 2
+    centroid_interval: int  # k of sec. 3.1: steps between two refreshes of the centroids
+    min_cluster: int  # sec. 3.2, in images
+    reweight: bool
+    seed: int
+    watch: SmallClusterWatch = field(default_factory=SmallClusterWatch)
+
+
+def start(features_SD: Tensor, labels_S: Tensor, clusters: int, recipe: MemoryRecipe, seed: int) -> State:
+    """Both memories, from the features of this rank's images and their K-Means labels.
+
+    Args:
+        features_SD: (S, D) float; the memory takes it over.
+        labels_S: (S,) integers in 0..clusters-1.
+        clusters: K.
+        recipe: `min_cluster` and `dtype` are resolved numbers and names by now.
+        seed: of the random halves.
+
+    Returns:
+        The state; its centroids are the means of the normalised features.
+    """
+    dtype = {"float16": torch.float16, "float32": torch.float32}[recipe.dtype]
+    state = State(
+        memory.new_memory(features_SD, labels_S, clusters, dtype),
+        VARIANTS[recipe.variant],
+        recipe.momentum,
+        recipe.centroid_interval,
+        recipe.min_cluster,
+        recipe.reweight,
+        seed,
+    )
+    dist.all_sum_(state.memory.sizes_K)
+    refresh_centroids(state)
+    return state
+
+
+def restore(state: State, features_SD: Tensor, labels_S: Tensor, centroids_KD: Tensor) -> None:
+    """Put back memories as they were; sums and counts follow from them, exactly.
+
+    Args:
+        state: changed in place.
+        features_SD: (S, D), this rank's rows as they were stored.
+        labels_S: (S,).
+        centroids_KD: (K, D), as old as they were.
+    """
+    old = state.memory
+    state.memory = memory.new_memory(features_SD, labels_S, len(centroids_KD), old.features_SD.dtype, normalise=False)
+    dist.all_sum_(state.memory.sizes_K)
+    state.memory.centroids_KD = centroids_KD
+
+
+def targets(state: State, row_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Step 2 of an iteration: read the batch's labels, and the weights of all clusters.
+
+    Args:
+        state: only read.
+        row_B: (B,) int64, rows of this rank.
+
+    Returns:
+        (B,) int64 labels and (K,) float32 weights, for a weighted mean of the cross-entropy.
+    """
+    weight_K = memory.loss_weights(state.memory.sizes_K, state.rules)
+    return state.memory.labels_S[row_B].long(), weight_K if state.reweight else torch.ones_like(weight_K)
+
+
+def update(state: State, row_B: Tensor, features_BD: Tensor, step: int) -> dict[str, Tensor]:
+    """Steps 3 and 4 of an iteration: the samples memory, then the centroids memory, then the small clusters.
+
+    Args:
+        state: changed in place.
+        row_B: (B,) int64, rows of this rank.
+        features_BD: (B, D) from the step's own forward pass, as they leave the neck.
+        step: counted from 0.
+
+    Returns:
+        `change_ratio`: the share of this rank's batch that changed its label (fig. 5), a tensor on the device.
+    """
+    moved_B = memory.update_samples(state.memory, row_B, features_BD, state.momentum, state.rules)
+    state.memory.sizes_K.copy_(state.memory.counts_K)
+    dist.all_sum_(state.memory.sizes_K)
+    if (step + 1) % state.centroid_interval == 0:
+        refresh_centroids(state)
+    if state.watch.any_small(state.memory.sizes_K, state.min_cluster, state.rules):
+        generator = torch.Generator().manual_seed(step_seed(state.seed, step))
+        handle_small_clusters(state.memory, state.min_cluster, state.rules, generator)
+    return {"change_ratio": moved_B.float().mean()}
+
+
+def refresh_centroids(state: State) -> None:
+    """Every centroid becomes the mean of its members over all ranks (the K x D sums travel)."""
+    sums_KD = state.memory.sums_KD
+    if dist.world_size() > 1:
+        sums_KD = sums_KD.clone()
+        dist.all_sum_(sums_KD)
+    memory.set_centroids(state.memory, sums_KD)

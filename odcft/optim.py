@@ -1,0 +1,49 @@
+"""The optimizer and its schedule, a pure function of the step."""
+
+import math
+
+import torch
+
+from odcft.model import Model
+from odcft.recipe import OptimRecipe
+
+
+def make_optimizer(model: Model, recipe: OptimRecipe) -> torch.optim.Optimizer:
+    """SGD; the head has a momentum and a learning rate of its own (official code: momentum 0, the same rate)."""
+    head = list(model.head.parameters())
+    body = [*model.backbone.parameters(), *model.neck.parameters()]
+    return torch.optim.SGD(
+        [
+            {"params": [p for p in body if p.requires_grad], "momentum": recipe.momentum, "lr_factor": 1.0},
+            {"params": head, "momentum": recipe.head_momentum, "lr_factor": recipe.head_lr},
+        ],
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+    )
+
+
+def lr_at(step: int, steps_per_epoch: int, recipe: OptimRecipe) -> float:
+    """The learning rate of a step.
+
+    Args:
+        step: counted from 0, over the whole run.
+        steps_per_epoch: of this run.
+        recipe: `cosine` falls from lr to 0 over the run; `step` is constant, and times final_factor for the last
+            final_epochs (sec. 3.4: 0.1 for 40). Both rise linearly over warmup_epochs.
+
+    Returns:
+        The learning rate of the body; the head's is that times head_lr.
+    """
+    epoch = step / steps_per_epoch
+    if epoch < recipe.warmup_epochs:
+        return recipe.lr * (step + 1) / (recipe.warmup_epochs * steps_per_epoch)
+    if recipe.schedule == "step":
+        return recipe.lr * (recipe.final_factor if epoch >= recipe.epochs - recipe.final_epochs else 1.0)
+    done = (epoch - recipe.warmup_epochs) / (recipe.epochs - recipe.warmup_epochs)
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its share of the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]

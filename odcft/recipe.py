@@ -1,0 +1,258 @@
+"""The recipe: one YAML file and one validated object that say the same thing.
+
+Three layers, each over the one before: the defaults below, the recipe's file, `--set a.b=c`. What can be derived (the
+number of images, the width of the features) is not a setting. Fields that are `auto` are resolved when checkpoint and
+images are known, and the recipe saved in the RUN has no `auto` left.
+"""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from odcft.errors import OdcftError
+
+Auto = Literal["auto"]
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class DataRecipe(_Group):
+    """Which pixels the network sees."""
+
+    size: Auto | Annotated[int, Field(ge=8)] = 224  # pixels; auto: the network's own, or the images' where they are smaller
+    crop_fraction: float = Field(0.875, gt=0, le=1)  # without augmentation: centre crop of the image resized to size / this
+    workers: Auto | Annotated[int, Field(ge=0)] = "auto"  # loader processes a rank; auto: by cores and device
+
+
+class AugmentRecipe(_Group):
+    """What training changes about an image (paper, sec. 3.4). Strengths are those of torchvision's ColorJitter."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the area
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width to height
+    flip: float = Field(0.5, ge=0, le=1)  # probability, left to right
+    rotation: float = Field(2.0, ge=0, le=180)  # degrees, either way
+    brightness: float = Field(0.4, ge=0)  # factor in (1 - b, 1 + b)
+    contrast: float = Field(0.4, ge=0)
+    saturation: float = Field(1.0, ge=0)
+    hue: float = Field(0.5, ge=0, le=0.5)  # of the colour circle, either way
+    gray: float = Field(0.2, ge=0, le=1)  # probability
+
+
+class NeckRecipe(_Group):
+    """{fc-bn-relu-dropout-fc-relu} (paper, sec. 3.2)."""
+
+    hidden: int = Field(512, ge=1)
+    dim: int = Field(256, ge=2)  # D, what is clustered
+    dropout: float = Field(0.5, ge=0, lt=1)
+    bn_momentum: float = Field(0.001, gt=0, le=1)  # of the running statistics (official code)
+
+
+class MemoryRecipe(_Group):
+    """The samples and the centroids memory (paper, sec. 3.1 and 3.2)."""
+
+    clusters: Auto | Annotated[int, Field(ge=2)] = 10000  # K; auto: images / 128
+    momentum: float = Field(0.5, gt=0, le=1)  # m of eq. 2
+    centroid_interval: int = Field(10, ge=1)  # steps between two refreshes of the centroids
+    min_cluster: int = Field(20, ge=-1)  # clusters of no more images than this are dispersed and refilled
+    variant: Literal["paper", "official"] = "paper"
+    reweight: bool = True  # loss weights 1 / sqrt(N_c)
+    dtype: Literal["auto", "float16", "float32"] = "auto"  # of the stored features; auto: float16 on a GPU
+
+
+class KMeansRecipe(_Group):
+    """The one K-Means that the memories are born from."""
+
+    iterations: int = Field(20, ge=1)
+    engine: Literal["auto", "torch", "faiss"] = "auto"
+
+
+class OptimRecipe(_Group):
+    """SGD and its schedule; nothing here is in the paper for fine-tuning unless the recipe says so."""
+
+    epochs: int = Field(120, ge=1)
+    batch_size: int = Field(512, ge=2)  # over all ranks
+    lr: float = Field(0.06, gt=0)  # for this batch size
+    schedule: Literal["cosine", "step"] = "cosine"
+    final_epochs: int = Field(40, ge=0)  # step: how many epochs at the end run at lr * final_factor
+    final_factor: float = Field(0.1, ge=0, le=1)
+    warmup_epochs: float = Field(0.0, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    head_momentum: float = Field(0.0, ge=0, lt=1)  # the head's own (official code, after DeepCluster)
+    head_lr: float = Field(1.0, gt=0)  # the head's learning rate, as a multiple of lr
+    weight_decay: float = Field(1e-5, ge=0)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast on a GPU that has it
+    channels_last: bool = True
+    tf32: bool = True
+
+
+class LogRecipe(_Group):
+    """How often a run speaks."""
+
+    interval: int = Field(50, ge=1)  # steps between two lines of metrics.jsonl
+    tensorboard: bool = True
+
+
+class Recipe(_Group):
+    """Everything a run needs besides a checkpoint and images."""
+
+    method: Literal["odc"] = "odc"
+    seed: int = Field(0, ge=0)
+    data: DataRecipe = Field(default_factory=DataRecipe)
+    augment: AugmentRecipe = Field(default_factory=AugmentRecipe)
+    neck: NeckRecipe = Field(default_factory=NeckRecipe)
+    memory: MemoryRecipe = Field(default_factory=MemoryRecipe)
+    kmeans: KMeansRecipe = Field(default_factory=KMeansRecipe)
+    optim: OptimRecipe = Field(default_factory=OptimRecipe)
+    log: LogRecipe = Field(default_factory=LogRecipe)
+
+
+DEFAULT = "odc_r50_finetune"
+
+
+def shipped() -> dict[str, str]:
+    """The recipes installed with the package: name to YAML text."""
+    return {
+        path.name.removesuffix(".yaml"): path.read_text(encoding="utf-8")
+        for path in sorted(_folder().iterdir(), key=lambda path: path.name)
+        if path.name.endswith(".yaml")
+    }
+
+
+def _folder() -> Any:
+    try:
+        return resources.files("odcft.recipes")
+    except ModuleNotFoundError:  # an editable install runs from the checkout, where recipes/ stands beside odcft/
+        return Path(__file__).parent.parent / "recipes"
+
+
+def load_recipe(name: str | Path = DEFAULT, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    Args:
+        name: a shipped recipe's name, or a YAML file.
+        overrides: "group.field=value" each, values as in YAML.
+
+    Returns:
+        The recipe, validated; fields may still be `auto`.
+
+    Raises:
+        OdcftError: no such recipe, not YAML, an unknown field (with the nearest name), or a value out of range.
+    """
+    recipes = shipped()
+    if str(name) in recipes:
+        text, origin = recipes[str(name)], str(name)
+    else:
+        try:
+            text, origin = Path(name).read_text(encoding="utf-8"), str(name)
+        except (OSError, UnicodeDecodeError):
+            raise OdcftError(
+                f"{name}: no such recipe{_did_you_mean(str(name), recipes)}. Give a YAML file, or one of: {', '.join(recipes)}."
+            ) from None
+    try:
+        fields = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where else ""
+        raise OdcftError(f"{origin} is not valid YAML{line}: {getattr(error, 'problem', error)}.") from None
+    if not isinstance(fields, dict):
+        raise OdcftError(f"{origin} is not a recipe: it holds no fields. `odcft recipes {DEFAULT}` shows one.")
+    for override in overrides or []:
+        _apply(fields, override)
+    return make_recipe(fields, origin)
+
+
+def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
+    """Validate nested fields, as read from YAML.
+
+    Raises:
+        OdcftError: names the first unknown field and the nearest known one, or the first value that will not do.
+    """
+    _refuse_unknown(fields, Recipe, "")
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if str(part) in _all_fields())
+        problems = "; or ".join(dict.fromkeys(e["msg"] for e in error.errors() if e["loc"][: len(place.split("."))] == first["loc"][: len(place.split("."))]))
+        raise OdcftError(
+            f"{place}={first['input']!r} will not do: {problems} ({origin}; `odcft recipes {DEFAULT}` shows the fields)."
+        ) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML, every field written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(fields: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    if not equals:
+        raise OdcftError(f"--set {override}: write it as group.field=value, for example --set memory.momentum=0.3.")
+    *groups, field = path.strip().split(".")
+    _refuse_unknown_path(path.strip())
+    for group in groups:
+        fields = fields.setdefault(group, {})
+    try:
+        fields[field] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise OdcftError(f"--set {override}: {value!r} is not a value YAML can read.") from None
+    if isinstance(fields[field], str):  # YAML 1.1 takes 1e-5 for text; people mean the number
+        try:
+            fields[field] = float(fields[field])
+        except ValueError:
+            pass
+
+
+def _refuse_unknown_path(path: str) -> None:
+    model: Any = Recipe
+    seen: list[str] = []
+    for part in path.split("."):
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            raise OdcftError(f"{path}: no such field; {'.'.join(seen)} has no parts.")
+        _refuse_unknown({part: None}, model, ".".join(seen))
+        model = model.model_fields[part].annotation
+        seen.append(part)
+
+
+def _refuse_unknown(fields: dict[str, Any], model: Any, prefix: str) -> None:
+    for name, value in fields.items():
+        path = f"{prefix}.{name}" if prefix else str(name)
+        if name not in model.model_fields:
+            nearest = difflib.get_close_matches(str(name), model.model_fields, n=1)
+            if nearest:
+                hint = f" Did you mean {prefix + '.' if prefix else ''}{nearest[0]}?"
+            else:
+                elsewhere = [full for full in _all_paths() if full.split(".")[-1] == name]
+                hint = f" Did you mean {elsewhere[0]}?" if elsewhere else ""
+            raise OdcftError(f"{path}: no such field.{hint} (`odcft recipes {DEFAULT}` shows all of them)")
+        inner = model.model_fields[name].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            if not isinstance(value, dict | None):
+                raise OdcftError(f"{path}={value!r}: this is a group of fields, for example {path}.{next(iter(inner.model_fields))}.")
+            _refuse_unknown(value or {}, inner, path)
+
+
+def _all_paths() -> list[str]:
+    paths = []
+    for name, info in Recipe.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            paths += [f"{name}.{field}" for field in inner.model_fields]
+        else:
+            paths.append(name)
+    return paths
+
+
+def _all_fields() -> set[str]:
+    return {part for path in _all_paths() for part in path.split(".")}
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {nearest[0]}?)" if nearest else ""
