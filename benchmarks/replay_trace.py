@@ -49,7 +49,7 @@ def replay(path: Path, variant: str) -> dict[str, float]:
         torch.from_numpy(trace["init_features"][mine]), torch.from_numpy(trace["init_labels"][mine]), K, recipe, seed=0
     )
 
-    mismatches, weight_error, ratio_error = 0, 0.0, 0.0
+    mismatches, weight_error = 0, 0.0
     centroid_error = np.abs(state.memory.centroids_KD.numpy() - trace["centroids"][0]).max()
     for step in range(steps):
         index_B = trace["indices"][step]
@@ -60,9 +60,13 @@ def replay(path: Path, variant: str) -> dict[str, float]:
         if (step + 1) % interval == 0 and (step + 1) // interval < len(trace["centroids"]):
             error = np.abs(state.memory.centroids_KD.numpy() - trace["centroids"][(step + 1) // interval]).max()
             centroid_error = max(centroid_error, error)
-        if "class_weights" in trace:
-            weights = odc.targets(state, row_B)[1].numpy()
-            weight_error = max(weight_error, np.abs(weights / weights.sum() - trace["class_weights"][step]).max())
+        # A trace without weights is held against the definition: 1 / sqrt(N_c) of labels counted anew.
+        counts_K = torch.bincount(state.memory.labels_S, minlength=K)
+        dist.all_sum_(counts_K)
+        defined = 1 / np.sqrt(np.maximum(counts_K.numpy(), 1))
+        expected = trace["class_weights"][step] if "class_weights" in trace else defined / defined.sum()
+        weights = odc.targets(state, row_B)[1].numpy()
+        weight_error = max(weight_error, np.abs(weights / weights.sum() - expected).max())
 
     mismatches += int((state.memory.labels_S.numpy() != trace["final_labels"][mine]).sum())
     figures = torch.tensor(

@@ -66,7 +66,12 @@ def augment_batch(images: Tensor, recipe: AugmentRecipe, generator: torch.Genera
     if recipe.rotation:
         degrees = torch.empty(B).uniform_(-recipe.rotation, recipe.rotation, generator=generator)
         images = _rotate(images, degrees)
-    hue = torch.empty(B).uniform_(-recipe.hue, recipe.hue, generator=generator).view(B, 1, 1, 1).to(device, non_blocking=True)
+    hue = (
+        torch.empty(B)
+        .uniform_(-recipe.hue, recipe.hue, generator=generator)
+        .view(B, 1, 1, 1)
+        .to(device, non_blocking=True)
+    )
     changes = [
         (recipe.brightness, _brightness, factors(recipe.brightness)),
         (recipe.contrast, _contrast, factors(recipe.contrast)),
@@ -123,7 +128,9 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
     chroma = value - low
     span = chroma.clamp(min=1e-8)
     sixth = torch.where(
-        value == red, (green - blue) / span, torch.where(value == green, (blue - red) / span + 2, (red - green) / span + 4)
+        value == red,
+        (green - blue) / span,
+        torch.where(value == green, (blue - red) / span + 2, (red - green) / span + 4),
     )
     sixth = sixth + 6 * shift  # 0..6 is once around
     places = (sixth + sixth.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)).remainder(6)

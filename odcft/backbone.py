@@ -36,17 +36,17 @@ class Backbone(nn.Module):
         super().__init__()
         import timm
 
-        # An image size that differs from the network's own is the recipe's matter, so global pooling must not depend on it.
-        self.net = timm.create_model(arch, pretrained=False, num_classes=0)
+        self.net: Any = timm.create_model(arch, pretrained=False, num_classes=0)
         self.arch = arch
-        self.width: int = self.net.num_features
+        # Pooled features may be wider than the last block.
+        self.width: int = getattr(self.net, "head_hidden_size", None) or self.net.num_features
         cfg: dict[str, Any] = {**self.net.pretrained_cfg, **(pretrained_cfg or {})}
         self.size: int = cfg["input_size"][-1]
         self.fixed_size: bool = bool(cfg.get("fixed_input_size"))
-        if getattr(self.net, "head_hidden_size", None):  # pooled features may be wider than the last block
-            self.width = self.net.head_hidden_size
         self.mean: tuple[float, ...] = tuple(cfg["mean"])
         self.std: tuple[float, ...] = tuple(cfg["std"])
+        self._mean: Tensor
+        self._std: Tensor
         # Not part of the state dict: they say how to call the network, and config.json keeps them.
         self.register_buffer("_mean", torch.tensor(self.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(self.std).view(1, -1, 1, 1), persistent=False)
@@ -108,6 +108,60 @@ def load_backbone(ckpt: str | Path, arch: str | None = None) -> Loaded:
     return Loaded(backbone.eval(), name, found)
 
 
+# What the place of the state dict in the file says about who wrote it.
+_FAMILIES = {
+    "encoder_q.": "MoCo",
+    "base_encoder.": "MoCo v3",
+    "teacher": "DINO",
+    "model_state_dict": "VISSL",
+    "classy_state_dict": "VISSL",
+    "backbone.": "a network with its backbone apart (OpenSelfSup, Lightning …)",
+    "module.": "a training script (DataParallel)",
+    "state_dict": "a training script",
+}
+
+
+def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
+    """What `odcft inspect` tells of a loaded checkpoint: INTERFACE's fields, and lines for people."""
+    backbone, found = loaded.backbone, loaded.match
+    family = loaded.source.split(":")[0] if found is None else "a plain state dict"
+    if found is not None:
+        family = next((name for mark, name in _FAMILIES.items() if mark in found.where), family)
+    expected = len(backbone.net.state_dict()) if found is None else found.expected
+    values: dict[str, Any] = {
+        "family": family,
+        "arch": backbone.arch,
+        "input": {
+            "channels": 3,
+            "color": "rgb",
+            "range": [0, 1],
+            "mean": list(backbone.mean),
+            "std": list(backbone.std),
+            "size": backbone.size,
+        },
+        "expected": expected,
+        "matched": expected if found is None else len(found.tensors),
+        "missing": [] if found is None else found.missing,
+        "unexpected": [] if found is None else found.unexpected,
+        "dropped": [] if found is None else found.dropped,
+        "where": loaded.source if found is None else found.where,
+    }
+    lines = [
+        f"{family} · {backbone.arch} · RGB {backbone.size}{' only' if backbone.fixed_size else ''}, mean {_numbers(backbone.mean)}, std {_numbers(backbone.std)}",
+        f"  backbone   {values['matched']} of {expected} tensors under {values['where']}",
+    ]
+    for title, key in (("missing", "missing"), ("left out", "dropped"), ("no fit", "unexpected")):
+        if values[key]:
+            some = ", ".join(values[key][:4]) + (f" and {len(values[key]) - 4} more" if len(values[key]) > 4 else "")
+            lines.append(f"  {title:<10} {some}")
+    lines.append(f"Fine-tune it:   odcft finetune {loaded.source} IMAGES/ --out RUN")
+    return values, lines
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return "/".join(f"{v:g}" for v in values)
+
+
 def _load_named(name: str, scheme: str, rest: str) -> Loaded:
     import timm
 
@@ -122,7 +176,9 @@ def _load_named(name: str, scheme: str, rest: str) -> Loaded:
         except RuntimeError as error:
             raise OdcftError(f"{name}: {error}.") from None
         except Exception as error:  # the hub's client has many ways to say that it cannot be reached
-            raise OdcftError(f"{name}: its weights could not be fetched ({type(error).__name__}). Is there a network? A local file works without.") from None
+            raise OdcftError(
+                f"{name}: its weights could not be fetched ({type(error).__name__}). Is there a network? A local file works without."
+            ) from None
     return Loaded(backbone.eval(), name, None)
 
 

@@ -58,7 +58,9 @@ def read(path: Path) -> Contents:
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
-        raise OdcftError(f"{path}: no such checkpoint. Give a file, a timm folder, a RUN, or a name such as timm:resnet18.")
+        raise OdcftError(
+            f"{path}: no such checkpoint. Give a file, a timm folder, a RUN, or a name such as timm:resnet18."
+        )
     try:
         with path.open("rb") as file:
             start = file.read(512)
@@ -67,7 +69,9 @@ def read(path: Path) -> Contents:
     if not start:
         raise OdcftError(f"{path} is empty (0 bytes). Was the download interrupted?")
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise OdcftError(f"{path} is an HTML page, not a checkpoint (it starts with {start.lstrip()[:15].decode(errors='replace')!r}). Was the download refused?")
+        raise OdcftError(
+            f"{path} is an HTML page, not a checkpoint (it starts with {start.lstrip()[:15].decode(errors='replace')!r}). Was the download refused?"
+        )
 
     if _is_safetensors(start):
         from safetensors import SafetensorError
@@ -89,7 +93,9 @@ def _read_folder(folder: Path) -> Contents:
     config_file = folder / "config.json"
     weights = next((folder / n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).exists()), None)
     if weights is None or not config_file.exists():
-        raise OdcftError(f"{folder} is a folder without config.json and model.safetensors, so it is neither a timm folder nor a finished RUN.")
+        raise OdcftError(
+            f"{folder} is a folder without config.json and model.safetensors, so it is neither a timm folder nor a finished RUN."
+        )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
         architecture = config["architecture"]
@@ -127,8 +133,12 @@ def _load_torch(path: Path) -> Any:
                 stand_ins[name] = type(name.rsplit(".", 1)[-1], (_StandIn,), {})
                 continue
             if "blocked" in str(error) or name:
-                raise OdcftError(f"{path} asks to run code when it is opened; odcft does not. Ask whoever made it for a plain state dict.") from None
-            raise OdcftError(f"{path} is not a checkpoint that PyTorch or safetensors can read. Is it complete, and the right file?") from None
+                raise OdcftError(
+                    f"{path} asks to run code when it is opened; odcft does not. Ask whoever made it for a plain state dict."
+                ) from None
+            raise OdcftError(
+                f"{path} is not a checkpoint that PyTorch or safetensors can read. Is it complete, and the right file?"
+            ) from None
 
 
 def _is_zip(path: Path) -> bool:
@@ -191,7 +201,8 @@ def _match_under(path: str, prefix: str, tensors: dict[str, Tensor], network: Ma
     under = {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     found = {name: under[name] for name, own in network.items() if name in under and under[name].shape == own.shape}
     # Checkpoints older than torch 0.4.1 have no batch counters, and nothing needs them.
-    expected = [name for name in network if name in found or not name.endswith("num_batches_tracked")]
+    counters = any(name.endswith("num_batches_tracked") for name in under)
+    expected = [name for name in network if counters or not name.endswith("num_batches_tracked")]
     return Match(
         tensors=found,
         where="/".join(part for part in (path, prefix) if part) or "the file itself",

@@ -90,7 +90,9 @@ def _read_list(path: Path) -> Images:
             else:
                 rows = list(csv.DictReader(file, delimiter=delimiter))
                 if not rows or "path" not in rows[0]:
-                    raise OdcftError(f"{path} needs a header with a column `path` (and, for evaluate, `label`), and a line for each image.")
+                    raise OdcftError(
+                        f"{path} needs a header with a column `path` (and, for evaluate, `label`), and a line for each image."
+                    )
                 names = [row["path"] for row in rows]
                 labels = [row["label"] or "" for row in rows] if "label" in rows[0] else None
     except UnicodeDecodeError:
@@ -108,7 +110,9 @@ def read_image(path: str) -> Image.Image:
     """
     with Image.open(path) as image:
         if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # 16 bits a pixel: PIL's own conversion would clip to white
-            return Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+            return Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8)).convert(
+                "RGB"
+            )
         return image.convert("RGB")
 
 
@@ -178,7 +182,11 @@ class TrainingOrder:
         for epoch in range(self.first_step // self.steps_per_epoch, self.steps // self.steps_per_epoch):
             generator = torch.Generator().manual_seed(step_seed(self.seed, epoch, dist.rank()))
             order = self.owned[torch.randperm(len(self.owned), generator=generator)]
-            first = self.first_step - epoch * self.steps_per_epoch if epoch == self.first_step // self.steps_per_epoch else 0
+            first = (
+                self.first_step - epoch * self.steps_per_epoch
+                if epoch == self.first_step // self.steps_per_epoch
+                else 0
+            )
             for step in range(first, self.steps_per_epoch):
                 yield [(epoch, i) for i in order[step * self.batch : (step + 1) * self.batch].tolist()]
 
@@ -215,6 +223,19 @@ def usual_side(images: Images, sample: int = 32) -> int:
         except Exception:  # it will be reported when it is its turn
             continue
     return int(np.median(sides)) if sides else 0
+
+
+def automatic_size(network_size: int, fixed: bool, side: int) -> int:
+    """Pixels of the input where nothing else says: the network's own size, or the images' where they are smaller.
+
+    Small images are not blown up, but brought to the next multiple of 8, unless the network takes one size only.
+
+    Args:
+        network_size: pixels of the input that the network was made for.
+        fixed: whether it takes no other.
+        side: of the images (`usual_side`), 0 if unknown.
+    """
+    return network_size if fixed or side == 0 else min(network_size, max(32, -(-side // 8) * 8))
 
 
 def step_seed(*parts: int) -> int:

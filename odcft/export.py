@@ -14,7 +14,9 @@ from odcft.errors import OdcftError
 FORMATS = ("timm", "torchvision", "safetensors", "onnx")
 
 
-def export(source: str | Path, out: Path, format: str = "timm", arch: str | None = None, overwrite: bool = False) -> Path:
+def export(
+    source: str | Path, out: Path, format: str = "timm", arch: str | None = None, overwrite: bool = False
+) -> Path:
     """Write the backbone of a RUN or of anybody's checkpoint.
 
     Args:
@@ -72,7 +74,11 @@ def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = 
         "num_features": backbone.width,
         "global_pool": getattr(backbone.net, "global_pool_type", None) or "avg",
         "pretrained_cfg": {
-            **{k: v for k, v in backbone.net.pretrained_cfg.items() if k in ("pool_size", "interpolation", "crop_mode", "first_conv", "classifier", "fixed_input_size")},
+            **{
+                k: v
+                for k, v in backbone.net.pretrained_cfg.items()
+                if k in ("pool_size", "interpolation", "crop_mode", "first_conv", "classifier", "fixed_input_size")
+            },
             "input_size": [3, backbone.size, backbone.size],
             "mean": list(backbone.mean),
             "std": list(backbone.std),
@@ -104,7 +110,9 @@ def _compare(backbone: Backbone, folder: Path) -> None:
     with torch.no_grad():
         ours, theirs = backbone.net.eval()(images.to(device)).float().cpu(), net(images)
     backbone.net.train(was_training)
-    assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4), f"{folder} does not give the features of the network it came from"
+    assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4), (
+        f"{folder} does not give the features of the network it came from"
+    )
 
 
 def _require_torchvision_names(backbone: Backbone) -> None:
@@ -113,10 +121,18 @@ def _require_torchvision_names(backbone: Backbone) -> None:
     if backbone.arch not in torchvision.models.list_models():
         raise OdcftError(f"torchvision has no {backbone.arch}. Export it with --format timm or safetensors.")
     theirs = torchvision.models.get_model(backbone.arch, weights=None).state_dict()
-    foreign = [name for name, tensor in backbone.net.state_dict().items() if name not in theirs or theirs[name].shape != tensor.shape]
+    foreign = [
+        name
+        for name, tensor in backbone.net.state_dict().items()
+        if name not in theirs or theirs[name].shape != tensor.shape
+    ]
     if foreign:
-        raise OdcftError(f"torchvision's {backbone.arch} names its tensors differently (it has no {foreign[0]}). Export it with --format timm or safetensors.")
+        raise OdcftError(
+            f"torchvision's {backbone.arch} names its tensors differently (it has no {foreign[0]}). Export it with --format timm or safetensors."
+        )
 
 
 def _write_onnx(backbone: Backbone, out: Path) -> None:
-    raise OdcftError("--format onnx is not there yet. Export with --format timm, and use torch.onnx.export on the network.")
+    raise OdcftError(
+        "--format onnx is not there yet. Export with --format timm, and use torch.onnx.export on the network."
+    )

@@ -59,5 +59,3 @@ def extract(
 def to_float(pixels: Tensor, device: torch.device) -> Tensor:
     """(B, 3, H, W) uint8 in 0..255, anywhere, to float in 0..1 on the device."""
     return pixels.to(device, non_blocking=True).to(torch.float32).div_(255)
-
-

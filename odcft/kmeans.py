@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from odcft import dist
+from odcft.errors import OdcftError
 from odcft.memory import UNIT, to_units
 
 ROWS = 16384  # at a time, so that only ROWS x K scores are ever in memory
 
 
-def kmeans(features_SD: Tensor, k: int, seed: int, iterations: int = 20) -> Tensor:
+def kmeans(features_SD: Tensor, k: int, seed: int, iterations: int = 20, engine: str = "torch") -> Tensor:
     """Centroids of K-Means.
 
     It starts from k different images drawn by the seed. A cluster that becomes empty takes the place of the image that
@@ -24,10 +25,16 @@ def kmeans(features_SD: Tensor, k: int, seed: int, iterations: int = 20) -> Tens
         k: clusters; all ranks together have as many rows or more.
         seed: of the start.
         iterations: of Lloyd.
+        engine: "torch", described above; or "faiss", which gathers the features on rank 0 and needs faiss installed.
 
     Returns:
         (k, D) float32, the same on every rank.
+
+    Raises:
+        OdcftError: faiss is asked for and not installed.
     """
+    if engine == "faiss":
+        return _faiss_kmeans(features_SD, k, seed, iterations)
     centroids_KD = _start(features_SD, k, seed)
     for _ in range(iterations):
         label_S, distance_S = assign(features_SD, centroids_KD)
@@ -85,3 +92,28 @@ def _fill_empty(centroids_KD: Tensor, counts_K: Tensor, features_SD: Tensor, dis
     far, rows = dist.gather_rows(far_E), dist.gather_rows(features_SD[row_E].float())
     best = far.argsort(descending=True, stable=True)[: len(empty)]
     centroids_KD[empty[: len(best)]] = rows[best]
+
+
+def _faiss_kmeans(features_SD: Tensor, k: int, seed: int, iterations: int) -> Tensor:
+    try:
+        import faiss
+    except ImportError:
+        raise OdcftError(
+            "kmeans.engine=faiss needs faiss: pip install faiss-cpu. Or leave the engine at auto."
+        ) from None
+    everything = dist.gather_rows(features_SD.float())
+    centroids_KD = torch.zeros(k, features_SD.shape[1], device=features_SD.device)
+    if dist.rank() == 0:
+        machine = faiss.Kmeans(
+            features_SD.shape[1],
+            k,
+            niter=iterations,
+            seed=seed,
+            max_points_per_centroid=2**31 - 1,
+            min_points_per_centroid=1,
+            gpu=hasattr(faiss, "StandardGpuResources") and features_SD.device.type == "cuda",
+        )
+        machine.train(everything.cpu().numpy())
+        centroids_KD.copy_(torch.from_numpy(machine.centroids))
+    dist.broadcast_(centroids_KD)
+    return centroids_KD

@@ -97,9 +97,7 @@ def new_memory(
         stored_SD[rows] = (F.normalize(piece_SD, dim=1, eps=1e-10) if normalise else piece_SD).to(dtype)
         sums_KD.index_add_(0, labels_S[rows], to_units(stored_SD[rows]))
     counts_K = torch.bincount(labels_S, minlength=clusters)
-    return Memory(
-        stored_SD, labels_S, sums_KD, counts_K, counts_K.clone(), torch.zeros(clusters, D, device=device)
-    )
+    return Memory(stored_SD, labels_S, sums_KD, counts_K, counts_K.clone(), torch.zeros(clusters, D, device=device))
 
 
 def set_centroids(memory: Memory, sums_KD: Tensor) -> None:

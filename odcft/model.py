@@ -42,4 +42,3 @@ class Model(nn.Module):
         """Images (B, 3, H, W), RGB in 0..1, normalised by the backbone, to features (B, D) and logits (B, K)."""
         features_BD = self.neck(self.backbone(images))
         return features_BD, self.head(features_BD)
-

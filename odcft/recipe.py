@@ -25,8 +25,12 @@ class _Group(BaseModel):
 class DataRecipe(_Group):
     """Which pixels the network sees."""
 
-    size: Auto | Annotated[int, Field(ge=8)] = 224  # pixels; auto: the network's own, or the images' where they are smaller
-    crop_fraction: float = Field(0.875, gt=0, le=1)  # without augmentation: centre crop of the image resized to size / this
+    size: Auto | Annotated[int, Field(ge=8)] = (
+        224  # pixels; auto: the network's own, or the images' where they are smaller
+    )
+    crop_fraction: float = Field(
+        0.875, gt=0, le=1
+    )  # without augmentation: centre crop of the image resized to size / this
     workers: Auto | Annotated[int, Field(ge=0)] = "auto"  # loader processes a rank; auto: by cores and device
 
 
@@ -179,7 +183,13 @@ def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if str(part) in _all_fields())
-        problems = "; or ".join(dict.fromkeys(e["msg"] for e in error.errors() if e["loc"][: len(place.split("."))] == first["loc"][: len(place.split("."))]))
+        problems = "; or ".join(
+            dict.fromkeys(
+                e["msg"]
+                for e in error.errors()
+                if e["loc"][: len(place.split("."))] == first["loc"][: len(place.split("."))]
+            )
+        )
         raise OdcftError(
             f"{place}={first['input']!r} will not do: {problems} ({origin}; `odcft recipes {DEFAULT}` shows the fields)."
         ) from None
@@ -234,7 +244,9 @@ def _refuse_unknown(fields: dict[str, Any], model: Any, prefix: str) -> None:
         inner = model.model_fields[name].annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             if not isinstance(value, dict | None):
-                raise OdcftError(f"{path}={value!r}: this is a group of fields, for example {path}.{next(iter(inner.model_fields))}.")
+                raise OdcftError(
+                    f"{path}={value!r}: this is a group of fields, for example {path}.{next(iter(inner.model_fields))}."
+                )
             _refuse_unknown(value or {}, inner, path)
 
 

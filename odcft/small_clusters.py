@@ -118,9 +118,9 @@ def _refill(memory: Memory, empty: list[int], at_least: int, rules: Rules, gener
         if rules.random_half and torch.rand((), generator=generator) < 0.5:
             second_M, sums_2D, sizes_2 = ~second_M, sums_2D.flip(0), sizes_2[::-1]
         move(memory, row_M[second_M], torch.full_like(row_M[second_M], label))
-        memory.centroids_KD[[source, label]] = sums_2D.float() * UNIT / torch.tensor(
-            sizes_2, device=sums_2D.device
-        ).clamp(min=1).unsqueeze(1)
+        memory.centroids_KD[[source, label]] = (
+            sums_2D.float() * UNIT / torch.tensor(sizes_2, device=sums_2D.device).clamp(min=1).unsqueeze(1)
+        )
         rows[source], rows[label] = row_M[~second_M], row_M[second_M]
         heapq.heapreplace(largest, (-sizes_2[0], source))
         heapq.heappush(largest, (-sizes_2[1], label))

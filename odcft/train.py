@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from odcft import dist, snapshot
 from odcft.augment import augment_batch
 from odcft.backbone import Loaded, load_backbone
-from odcft.data import Crops, Images, TrainingOrder, find_images, loader, step_seed, usual_side
+from odcft.data import Crops, Images, TrainingOrder, automatic_size, find_images, loader, step_seed, usual_side
 from odcft.errors import OdcftError
 from odcft.export import write_timm
 from odcft.features import extract, to_float
@@ -32,7 +32,7 @@ from odcft.log import Metrics, Progress, duration
 from odcft.methods import METHODS, odc
 from odcft.model import Model, make_neck
 from odcft.optim import lr_at, make_optimizer, set_lr
-from odcft.recipe import Recipe, dump, make_recipe
+from odcft.recipe import Recipe, dump, load_recipe
 
 # What odcft writes into its folders, and all that --overwrite may remove.
 MEMORY_FILES = ("memory.safetensors", "neck.safetensors", "memory.json", "images.csv", "quarantine.csv")
@@ -86,7 +86,9 @@ def begin(
         unreadable |= {images.names[i]: reason for i, reason in sorted(bad.items())}
         keep = torch.tensor([i not in bad for i in range(len(images))])
         if not keep.any():
-            raise OdcftError(f"None of the {len(images):,} images in {data} can be read; {next(iter(unreadable.items()))}.")
+            raise OdcftError(
+                f"None of the {len(images):,} images in {data} can be read; {next(iter(unreadable.items()))}."
+            )
         images = images.without(set(bad))
         if dist.world_size() == 1:
             features_SD = features_SD[keep.to(device)]
@@ -100,7 +102,7 @@ def begin(
     started = time.monotonic()
     K = _number(recipe.memory.clusters)
     features_SD = F.normalize(features_SD, dim=1, eps=1e-10)
-    centroids_KD = kmeans(features_SD, K, recipe.seed, recipe.kmeans.iterations)
+    centroids_KD = kmeans(features_SD, K, recipe.seed, recipe.kmeans.iterations, recipe.kmeans.engine)
     labels_S = assign(features_SD, centroids_KD)[0]
     state = METHODS[recipe.method].start(features_SD, labels_S, K, recipe.memory, recipe.seed)
     sizes_K = state.memory.sizes_K
@@ -118,15 +120,19 @@ def resolve(recipe: Recipe, loaded: Loaded, images: Images) -> tuple[Recipe, tor
     recipe = recipe.model_copy(deep=True)
     backbone = loaded.backbone
     if recipe.data.size == "auto":
-        side = usual_side(images)
-        # Small images are not blown up: a network without a fixed size takes them as they are, to the next multiple of 8.
-        recipe.data.size = backbone.size if backbone.fixed_size or side == 0 else min(backbone.size, max(32, -(-side // 8) * 8))
+        recipe.data.size = automatic_size(backbone.size, backbone.fixed_size, usual_side(images))
     elif backbone.fixed_size and recipe.data.size != backbone.size:
-        raise OdcftError(f"{backbone.arch} takes images of {backbone.size} pixels only. Pass --set data.size={backbone.size}, or auto.")
+        raise OdcftError(
+            f"{backbone.arch} takes images of {backbone.size} pixels only. Pass --set data.size={backbone.size}, or auto."
+        )
     if recipe.data.workers == "auto":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
         recipe.data.workers = min(16, cores // local_ranks) if gpu else 0
+    if recipe.kmeans.engine == "auto":
+        recipe.kmeans.engine = (
+            "torch"  # faster than faiss on a CPU (benchmarks/kmeans.py), divided among ranks, always there
+        )
     if recipe.memory.dtype == "auto":
         recipe.memory.dtype = "float16" if gpu else "float32"
     if recipe.optim.precision == "auto":
@@ -150,15 +156,23 @@ def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = Non
     if count < 2 * (memory.min_cluster + 1):
         lowered = count // 4 - 1
         if progress:
-            progress.say(f"Note        {count} images cannot make clusters of more than {memory.min_cluster}: memory.min_cluster lowered to {lowered}.")
+            progress.say(
+                f"Note        {count} images cannot make clusters of more than {memory.min_cluster}: memory.min_cluster lowered to {lowered}."
+            )
         memory.min_cluster = lowered
     most = count // (memory.min_cluster + 1) if memory.min_cluster >= 0 else count
     automatic = max(2, min(count // 128, most))
     if memory.clusters == "auto":
         memory.clusters = automatic
     elif memory.clusters > most:
-        why = f"each needs more than {memory.min_cluster} images" if most < count else "there would be more clusters than images"
-        raise OdcftError(f"{memory.clusters:,} clusters for {count:,} images cannot work: {why}. --clusters auto would use {automatic}; {most} is the most.")
+        why = (
+            f"each needs more than {memory.min_cluster} images"
+            if most < count
+            else "there would be more clusters than images"
+        )
+        raise OdcftError(
+            f"{memory.clusters:,} clusters for {count:,} images cannot work: {why}. --clusters auto would use {automatic}; {most} is the most."
+        )
     return recipe
 
 
@@ -183,7 +197,13 @@ def _describe(loaded: Loaded, images: Images, recipe: Recipe, progress: Progress
 
 
 def init_memory(
-    ckpt: str, data: str, out: Path, recipe: Recipe, arch: str | None = None, overwrite: bool = False, progress: Progress | None = None
+    ckpt: str,
+    data: str,
+    out: Path,
+    recipe: Recipe,
+    arch: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Features of all images, K-Means, both memories on disk (INTERFACE: DIR).
 
@@ -244,26 +264,38 @@ def _read_memory(
         with (folder / "images.csv").open(newline="", encoding="utf-8") as file:
             names = [row["path"] for row in csv.DictReader(file)]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise OdcftError(f"{folder} is not a complete folder of `odcft init-memory` ({error}). Make it again.") from None
+        raise OdcftError(
+            f"{folder} is not a complete folder of `odcft init-memory` ({error}). Make it again."
+        ) from None
     if about["sha256"] != sha256(ckpt):
-        raise OdcftError(f"{folder} was made from another checkpoint ({about['checkpoint']}), not from {ckpt}. Make it again with `odcft init-memory`.")
+        raise OdcftError(
+            f"{folder} was made from another checkpoint ({about['checkpoint']}), not from {ckpt}. Make it again with `odcft init-memory`."
+        )
     known = set(names)
     unreadable = {name: "unreadable for init-memory" for name in images.names if name not in known}
     images = images.without({i for i, name in enumerate(images.names) if name not in known})
     if images.names != names:
-        raise OdcftError(f"{folder} was made from {len(names):,} images that are not those of {images.source} now. Make it again with `odcft init-memory`.")
+        raise OdcftError(
+            f"{folder} was made from {len(names):,} images that are not those of {images.source} now. Make it again with `odcft init-memory`."
+        )
     clusters, dim = tensors["centroids"].shape
     if recipe.memory.clusters not in ("auto", clusters) and recipe.memory.clusters != type(recipe.memory)().clusters:
-        raise OdcftError(f"{folder} has {clusters:,} clusters, the recipe asks for {recipe.memory.clusters:,}. Leave --clusters away, or make the memory again.")
+        raise OdcftError(
+            f"{folder} has {clusters:,} clusters, the recipe asks for {recipe.memory.clusters:,}. Leave --clusters away, or make the memory again."
+        )
     if dim != recipe.neck.dim:
-        raise OdcftError(f"{folder} has features of {dim} numbers, the recipe's neck.dim is {recipe.neck.dim}. Make the memory again with this recipe.")
+        raise OdcftError(
+            f"{folder} has features of {dim} numbers, the recipe's neck.dim is {recipe.neck.dim}. Make the memory again with this recipe."
+        )
     recipe.memory.clusters = clusters
     recipe = resolve_clusters(recipe, len(images))
     neck.load_state_dict(neck_tensors)
     neck.to(device)
     loaded.backbone.to(device)
     owned = torch.tensor(dist.owned(len(images)))
-    state = METHODS[recipe.method].start(tensors["features"][owned].to(device), tensors["labels"][owned].to(device), clusters, recipe.memory, recipe.seed)
+    state = METHODS[recipe.method].start(
+        tensors["features"][owned].to(device), tensors["labels"][owned].to(device), clusters, recipe.memory, recipe.seed
+    )
     return Start(loaded, neck, images, recipe, state, device, unreadable)
 
 
@@ -280,6 +312,7 @@ def fine_tune(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    epochs: int | None = None,
 ) -> dict[str, Any]:
     """Fine-tune a checkpoint on unlabelled images, and write a RUN with the backbone.
 
@@ -287,12 +320,13 @@ def fine_tune(
         ckpt: what `load_backbone` takes.
         data: what `find_images` takes; labels are never read.
         out: the RUN to write.
-        recipe: its `auto` fields are resolved here.
+        recipe: its `auto` fields are resolved here. A resumed run keeps its own.
         arch: a timm name, where the checkpoint's own is not to be followed.
         memory: a folder of `init_memory`, instead of making the memories here.
         resume: go on with the RUN in `out`.
         overwrite: replace the RUN in `out`.
         progress: where to speak.
+        epochs: other than the recipe's; the one thing a resumed run may change.
 
     Returns:
         Of the run: out, backbone, images, clusters, epochs, steps, loss, change_ratio, seconds.
@@ -302,15 +336,24 @@ def fine_tune(
     """
     progress = progress or Progress()
     began = time.monotonic()
+    if epochs is not None:
+        recipe = recipe.model_copy(deep=True)
+        recipe.optim.epochs = epochs
     if resume:
-        start, first_step = _resume_point(ckpt, data, out, recipe, progress, arch)
+        start, first_step = _resume_point(ckpt, data, out, epochs, progress, arch)
     else:
         refuse_full(out, RUN_FILES, overwrite)
         start, first_step = begin(ckpt, data, recipe, progress, arch, memory), 0
         if dist.rank() == 0:
             clear(out, RUN_FILES)
             (out / "recipe.yaml").write_text(dump(start.recipe))
-            about = {"checkpoint": ckpt, "sha256": sha256(ckpt), "arch": start.loaded.backbone.arch, "data": str(data), "images": len(start.images)}
+            about = {
+                "checkpoint": ckpt,
+                "sha256": sha256(ckpt),
+                "arch": start.loaded.backbone.arch,
+                "data": str(data),
+                "images": len(start.images),
+            }
             (out / "run.json").write_text(json.dumps(about, indent=2))
             _write_image_lists(start, out)
     dist.barrier()
@@ -344,9 +387,13 @@ def fine_tune(
             batch = next(batches)
             window.working()
             if batch.unreadable:
-                progress.say(f"Step {step}: {', '.join(images.names[i] for i in batch.unreadable)} can no longer be read; skipped.")
+                progress.say(
+                    f"Step {step}: {', '.join(images.names[i] for i in batch.unreadable)} can no longer be read; skipped."
+                )
             if len(batch.index_B) < 2:
-                raise OdcftError(f"Step {step}: hardly any image can still be read. Is {data} still there? --resume goes on.")
+                raise OdcftError(
+                    f"Step {step}: hardly any image can still be read. Is {data} still there? --resume goes on."
+                )
             set_lr(optimizer, lr_at(step, order.steps_per_epoch, optim))
             seed = step_seed(recipe.seed, 2, dist.rank(), step)
             torch.manual_seed(seed)  # dropout
@@ -373,7 +420,11 @@ def fine_tune(
             if epoch_ends or (step + 1) % recipe.log.interval == 0 or device.type == "cpu":
                 window.refuse_non_finite(step, optimizer.param_groups[0]["lr"], out)
             if epoch_ends or (step + 1) % recipe.log.interval == 0:
-                last = {"epoch": (step + 1) / order.steps_per_epoch, **window.close(K), **cluster_sizes(state.memory.sizes_K)}
+                last = {
+                    "epoch": (step + 1) / order.steps_per_epoch,
+                    **window.close(K),
+                    **cluster_sizes(state.memory.sizes_K),
+                }
                 last["lr"] = optimizer.param_groups[0]["lr"]
                 if epoch_ends:
                     last["nmi_previous"] = nmi(labels_before_S, state.memory.labels_S)
@@ -404,16 +455,19 @@ def fine_tune(
     }
 
 
-def _resume_point(ckpt: str, data: str, out: Path, recipe: Recipe, progress: Progress, arch: str | None) -> tuple[Start, int]:
+def _resume_point(
+    ckpt: str, data: str, out: Path, epochs: int | None, progress: Progress, arch: str | None
+) -> tuple[Start, int]:
     """The start of a RUN that was interrupted: its own recipe, images and checkpoint, and a memory still to be filled."""
     newest = snapshot.newest(out)
     if newest is None or not (out / "run.json").exists():
         raise OdcftError(f"{out} has no state to resume from. Leave --resume away to start it.")
     about = json.loads((out / "run.json").read_text())
     if about["sha256"] != sha256(ckpt):
-        raise OdcftError(f"{out} was started from {about['checkpoint']}, not from {ckpt}. Resume with that, or choose another --out.")
-    epochs = recipe.optim.epochs
-    recipe = make_recipe(_yaml(out / "recipe.yaml"), str(out / "recipe.yaml"))
+        raise OdcftError(
+            f"{out} was started from {about['checkpoint']}, not from {ckpt}. Resume with that, or choose another --out."
+        )
+    recipe = load_recipe(out / "recipe.yaml")
     done = json.loads((newest / "state.json").read_text())["step"]
     images = find_images(data)
     with (out / "images.csv").open(newline="", encoding="utf-8") as file:
@@ -421,8 +475,10 @@ def _resume_point(ckpt: str, data: str, out: Path, recipe: Recipe, progress: Pro
     known = set(names)
     images = images.without({i for i, name in enumerate(images.names) if name not in known})
     if images.names != names:
-        raise OdcftError(f"{out} was started on {len(names):,} images, and not all of them are in {data} now. Put them back, or start anew with --overwrite.")
-    recipe.optim.epochs = max(epochs, recipe.optim.epochs) if epochs != Recipe().optim.epochs else recipe.optim.epochs
+        raise OdcftError(
+            f"{out} was started on {len(names):,} images, and not all of them are in {data} now. Put them back, or start anew with --overwrite."
+        )
+    recipe.optim.epochs = epochs or recipe.optim.epochs
     loaded = load_backbone(ckpt, arch)
     recipe, device = resolve(recipe, loaded, images)
     set_precision(recipe)
@@ -430,16 +486,14 @@ def _resume_point(ckpt: str, data: str, out: Path, recipe: Recipe, progress: Pro
     K, D = _number(recipe.memory.clusters), recipe.neck.dim
     rows = len(dist.owned(len(images)))
     state = METHODS[recipe.method].start(
-        torch.zeros(rows, D, device=device), torch.zeros(rows, dtype=torch.int32, device=device), K, recipe.memory, recipe.seed
+        torch.zeros(rows, D, device=device),
+        torch.zeros(rows, dtype=torch.int32, device=device),
+        K,
+        recipe.memory,
+        recipe.seed,
     )
     progress.say(f"Resuming    {out} after {done:,} steps")
     return Start(loaded, neck, images, recipe, state, device), done
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    return yaml.safe_load(path.read_text())
 
 
 # ---------------------------------------------------------------- figures of a run
@@ -509,7 +563,9 @@ def nmi(before_S: Tensor, after_S: Tensor) -> float:
     """
     from sklearn.metrics import normalized_mutual_info_score
 
-    return float(normalized_mutual_info_score(before_S.cpu().numpy(), after_S.cpu().numpy(), average_method="geometric"))
+    return float(
+        normalized_mutual_info_score(before_S.cpu().numpy(), after_S.cpu().numpy(), average_method="geometric")
+    )
 
 
 def _health(figures: dict[str, float]) -> str:
@@ -545,10 +601,14 @@ def refuse_full(out: Path, ours: tuple[str, ...], overwrite: bool) -> None:
         raise OdcftError(f"{out} is a file. Choose a folder for the output.")
     there = {path.name for path in out.iterdir()} if out.exists() else set()
     if there and not overwrite:
-        raise OdcftError(f"{out} is not empty. Pass --resume to go on with it, --overwrite to replace it, or choose another --out.")
+        raise OdcftError(
+            f"{out} is not empty. Pass --resume to go on with it, --overwrite to replace it, or choose another --out."
+        )
     foreign = sorted(there - set(ours))
     if foreign:
-        raise OdcftError(f"{out} holds files odcft did not write ({foreign[0]}), so --overwrite will not touch it. Choose another --out.")
+        raise OdcftError(
+            f"{out} holds files odcft did not write ({foreign[0]}), so --overwrite will not touch it. Choose another --out."
+        )
     try:
         dist.barrier()  # every rank has looked before one writes
         out.mkdir(parents=True, exist_ok=True)

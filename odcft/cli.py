@@ -1,0 +1,275 @@
+"""The command line: parse, call, print. Everything heavy is imported inside the commands, so that --help answers at once."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from odcft import __version__
+from odcft.errors import OdcftError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fine-tune a self-supervised vision checkpoint on unlabelled images, by Online Deep Clustering.",
+)
+
+Ckpt = Annotated[
+    str, typer.Argument(metavar="CKPT", help="Checkpoint file, timm folder, RUN, or timm:NAME, scratch:NAME.")
+]
+Data = Annotated[str, typer.Argument(metavar="DATA", help="Folder of images, or a list file (.txt, .csv, .tsv).")]
+Arch = Annotated[str | None, typer.Option(help="The timm architecture, where the checkpoint does not tell.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="A shipped recipe (`odcft recipes`) or a YAML file.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="One field of the recipe, for example memory.momentum=0.3."),
+]
+Clusters = Annotated[str | None, typer.Option(metavar="K|auto", help="Clusters; auto is images / 128.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same machine: same backbone.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what odcft wrote there before.")]
+Devices = Annotated[int, typer.Option(min=1, help="Processes on this machine: GPUs, or shares of the CPU.")]
+
+DEFAULT_RECIPE = "odc_r50_finetune"
+
+
+def _recipe(name: str, overrides: list[str] | None, clusters: str | None, seed: int | None) -> Any:
+    from odcft.recipe import load_recipe
+
+    given = {"memory.clusters": clusters, "seed": seed}
+    return load_recipe(name, [*(overrides or []), *(f"{k}={v}" for k, v in given.items() if v is not None)])
+
+
+def _join(devices: int) -> None:
+    """Start the other processes, or join those that torchrun has started."""
+    from odcft.launch import relaunch
+
+    if devices > 1 and "RANK" not in os.environ:
+        raise SystemExit(relaunch(devices))
+    if "RANK" in os.environ:
+        import torch
+
+        from odcft import dist
+
+        gpu = torch.cuda.is_available()
+        if gpu and dist.local_rank() >= torch.cuda.device_count():
+            raise OdcftError(f"{devices} processes need as many GPUs; this machine has {torch.cuda.device_count()}.")
+        dist.start(torch.device("cuda", dist.local_rank()) if gpu else torch.device("cpu"))
+
+
+def _tell(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    """The end of a command: for people on stderr, or one JSON object on stdout; from rank 0 only."""
+    from odcft import dist
+    from odcft.log import Progress, print_json
+
+    if dist.rank() > 0:
+        return
+    progress = Progress()
+    for line in lines:
+        progress.say(line)
+    if as_json:
+        print_json(values)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("odcft-demo"),
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """The whole story on 1,797 real images that need no download: checkpoint, memory, ODC, before and after."""
+    from odcft.demo import run_demo
+
+    values, lines = run_demo(out, overwrite)
+    _tell(values, as_json, lines)
+
+
+@app.command()
+def inspect(ckpt: Ckpt, arch: Arch = None, as_json: Json = False) -> None:
+    """What a checkpoint is: architecture, input, and how much of the backbone is matched."""
+    from odcft.backbone import describe, load_backbone
+
+    loaded = load_backbone(ckpt, arch)
+    values, lines = describe(loaded)
+    _tell(values, as_json, lines)
+
+
+@app.command("init-memory")
+def init_memory(
+    ckpt: Ckpt,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    recipe: RecipeName = DEFAULT_RECIPE,
+    clusters: Clusters = None,
+    overrides: Set = None,
+    seed: Seed = None,
+    arch: Arch = None,
+    devices: Devices = 1,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Features of all images, K-Means, and both memories on disk."""
+    resolved = _recipe(recipe, overrides, clusters, seed)
+    _join(devices)
+    from odcft.train import init_memory as run
+
+    values = run(ckpt, data, out, resolved, arch, overwrite)
+    lines = [
+        f"Memory      {out}: {values['images']:,} images, {values['clusters']:,} clusters of {values['smallest']:,} … {values['largest']:,}"
+    ]
+    lines.append(f"Go on:      odcft finetune {ckpt} {data} --memory {out} --out RUN")
+    _tell(values, as_json, lines)
+
+
+@app.command()
+def finetune(
+    ckpts: Annotated[list[str], typer.Argument(metavar="CKPT DATA", help="The checkpoint, then the images.")],
+    out: Annotated[Path, typer.Option(help="The RUN folder to write.")],
+    method: Annotated[str | None, typer.Option(help="odc")] = None,
+    recipe: RecipeName = DEFAULT_RECIPE,
+    overrides: Set = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Instead of the recipe's; may also prolong a resumed run.")
+    ] = None,
+    clusters: Clusters = None,
+    memory: Annotated[Path | None, typer.Option(help="A folder of `odcft init-memory` to start from.")] = None,
+    devices: Devices = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the RUN in --out.")] = False,
+    overwrite: Overwrite = False,
+    seed: Seed = None,
+    arch: Arch = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a checkpoint on unlabelled images: the main job."""
+    if len(ckpts) != 2:
+        raise OdcftError("finetune takes a checkpoint and then the images: odcft finetune CKPT DATA --out RUN.")
+    ckpt, data = ckpts
+    overrides = [*(overrides or []), *([f"method={method}"] if method else [])]
+    resolved = _recipe(recipe, overrides, clusters, seed)
+    _join(devices)
+    from odcft.log import duration
+    from odcft.train import fine_tune
+
+    try:
+        values = fine_tune(ckpt, data, out, resolved, arch, memory, resume, overwrite, epochs=epochs)
+    except KeyboardInterrupt:
+        print(f"odcft: stopped. The state of the last finished epoch is in {out}; --resume goes on.", file=sys.stderr)
+        raise SystemExit(75) from None
+    lines = [
+        f"Done in {duration(values['seconds'])}. Backbone: {values['backbone']}",
+        f'  import timm; net = timm.create_model("local-dir:{values["backbone"]}", pretrained=True, num_classes=0)',
+        f"Did it get better?    odcft evaluate {out} LABELLED_IMAGES/ --protocol svm,knn",
+    ]
+    _tell(values, as_json, lines)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN|CKPT")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder (timm) or file (other formats).")],
+    format: Annotated[str, typer.Option(help="timm, torchvision, safetensors or onnx.")] = "timm",
+    arch: Arch = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """The backbone without neck and head, also straight from somebody else's checkpoint."""
+    from odcft.export import export as run
+
+    run(source, out, format, arch, overwrite)
+    _tell({"out": str(out), "format": format}, as_json, [f"Wrote {out} ({format}), read back and compared."])
+
+
+@app.command()
+def evaluate(
+    ckpt: Annotated[
+        str | None, typer.Argument(metavar="CKPT", help="Checkpoint or RUN; a RUN is set beside what it started from.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Argument(metavar="DATA", help="Labelled images: a folder a class, or a list with labels.")
+    ] = None,
+    protocol: Annotated[str, typer.Option(metavar="P[,P…]", help="svm, knn")] = "svm,knn",
+    test: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Images to test on; by default a half is held out.")
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="Features made elsewhere, instead of CKPT and DATA.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="Pixels; by default the RUN's or the network's own.")] = None,
+    arch: Arch = None,
+    as_json: Json = False,
+) -> None:
+    """How good a backbone's features are: VOC07 SVM mAP, nearest neighbours."""
+    from odcft import evaluate as evaluation
+
+    protocols = evaluation.check_protocols(protocol)
+    if features is not None:
+        results = evaluation.evaluate_file(features, protocols)
+    elif ckpt is None or data is None:
+        raise OdcftError(
+            "evaluate takes a checkpoint and labelled images (odcft evaluate CKPT DATA), or --features FILE.npz."
+        )
+    else:
+        results = evaluation.evaluate(ckpt, data, test, protocols, arch, size)
+    _tell(evaluation.public(results), as_json, evaluation_lines(evaluation.table(results)))
+
+
+def evaluation_lines(rows: list[tuple[str, float | None, float, str]]) -> list[str]:
+    """The table of an evaluation: figures, before and after where there are both."""
+    if not any(before is not None for _, before, _, _ in rows):
+        return [f"  {title:<12}{after:>7.1f}" for title, _, after, _ in rows]
+    lines = [f"  {'':<12}{'before':>8}{'after':>8}    change (95 % interval)"]
+    return lines + [f"  {title:<12}{before:>8.1f}{after:>8.1f}    {change}" for title, before, after, change in rows]
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(metavar="NAME")] = None, as_json: Json = False) -> None:
+    """List the shipped recipes, or print one."""
+    from odcft.recipe import dump, load_recipe, shipped
+
+    known = shipped()
+    if name is None:
+        firsts = {recipe: text.splitlines()[0].lstrip("# ") for recipe, text in known.items()}
+        if as_json:
+            _tell(firsts, True, [])
+        else:
+            for recipe, line in firsts.items():
+                typer.echo(f"{recipe:<18} {line}")
+        return
+    loaded = load_recipe(name)
+    if as_json:
+        _tell(loaded.model_dump(mode="json"), True, [])
+    else:
+        typer.echo(known.get(name, Path(name).read_text() if name not in known else "").rstrip())
+        typer.echo(f"\n# With every default written out:\n{_commented(dump(loaded))}")
+
+
+def _commented(text: str) -> str:
+    return "\n".join(f"# {line}" for line in text.rstrip().splitlines())
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"odcft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> NoReturn:
+    """Run the command line and leave with its exit code: 0 done, 2 the user can fix it, 75 stopped, 1 anything else."""
+    try:
+        app()
+    except OdcftError as error:
+        print(f"odcft: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)

@@ -1,0 +1,223 @@
+"""Is a backbone good? Features once, then each protocol as a function of arrays.
+
+Shapes: N images, F features, C classes.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from odcft.errors import OdcftError
+
+PROTOCOLS = ("svm", "knn")
+_FIGURE = {"svm": ("SVM mAP", "mAP"), "knn": ("kNN top-1", "top1")}
+
+
+@dataclass
+class Split:
+    """Features and targets of training and test images: what every protocol takes. Targets are (N, C) of 1, 0 and -1."""
+
+    train_features: np.ndarray
+    train_targets: np.ndarray
+    test_features: np.ndarray
+    test_targets: np.ndarray
+
+
+def check_protocols(protocols: str) -> list[str]:
+    """The protocols of "svm,knn".
+
+    Raises:
+        OdcftError: one that odcft does not have.
+    """
+    wanted = [name.strip() for name in protocols.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in PROTOCOLS]
+    if unknown or not wanted:
+        raise OdcftError(f"--protocol {protocols}: choose from {', '.join(PROTOCOLS)}, several joined by commas.")
+    return wanted
+
+
+def evaluate_arrays(split: Split, protocols: list[str]) -> dict[str, Any]:
+    """Every protocol on the same features.
+
+    Args:
+        split: of features and targets.
+        protocols: of PROTOCOLS.
+
+    Returns:
+        A dict a protocol (INTERFACE: evaluate --json), with `scores` (svm) and `predicted` (knn) of the test images.
+
+    Raises:
+        OdcftError: several labels an image where a protocol needs one.
+    """
+    results: dict[str, Any] = {}
+    if "svm" in protocols:
+        from odcft.evaluate.svm import voc07_svm
+
+        results["svm"] = voc07_svm(split.train_features, split.train_targets, split.test_features, split.test_targets)
+    if "knn" in protocols:
+        from odcft.evaluate.knn import knn
+
+        train_N, test_N = _one_class(split.train_targets), _one_class(split.test_targets)
+        results["knn"] = knn(split.train_features, train_N, split.test_features, test_N)
+    return results
+
+
+def evaluate_file(path: Path, protocols: list[str]) -> dict[str, Any]:
+    """`evaluate_arrays` on an .npz of train_features, train_targets, test_features, test_targets.
+
+    Targets may be (N, C) of 1, 0, -1, or (N,) class numbers.
+    """
+    try:
+        with np.load(path) as arrays:  # refuses pickled objects
+            split = Split(*(arrays[n] for n in ("train_features", "train_targets", "test_features", "test_targets")))
+    except (OSError, ValueError, KeyError) as error:
+        raise OdcftError(
+            f"{path} is not an .npz with train_features, train_targets, test_features and test_targets ({error})."
+        ) from None
+    if split.train_targets.ndim == 1:
+        classes = np.unique(split.train_targets)
+        split.train_targets = (split.train_targets[:, None] == classes).astype(np.int64)
+        split.test_targets = (split.test_targets[:, None] == classes).astype(np.int64)
+    return evaluate_arrays(split, protocols)
+
+
+def evaluate(
+    ckpt: str,
+    data: str,
+    test: str | None,
+    protocols: list[str],
+    arch: str | None = None,
+    size: int | None = None,
+    progress: Any = None,
+) -> dict[str, Any]:
+    """Every protocol on the features of labelled images.
+
+    Args:
+        ckpt: what `load_backbone` takes. A RUN is evaluated beside the checkpoint it came from, where that is still there.
+        data: labelled images: sub-folders are classes, or a list with labels.
+        test: others to test on; without, a stratified half of `data` is held out.
+        protocols: of PROTOCOLS.
+        arch: a timm name, where the checkpoint's own is not to be followed.
+        size: pixels; by default those of the RUN, or of the images where they are smaller than the network's own.
+        progress: where to speak.
+
+    Returns:
+        `evaluate_arrays`'s dict; for a RUN also `before`, the same of its checkpoint, and `change`.
+    """
+    from odcft.evaluate.labels import labelled
+
+    labels = labelled(data, test)
+    after_split = _features(ckpt, labels, arch, size, progress)
+    after = evaluate_arrays(after_split, protocols)
+    origin = _origin(ckpt)
+    if origin is None:
+        return {**after, "classes": labels.classes}
+    before = evaluate_arrays(_features(origin, labels, None, size or _run_size(ckpt), progress), protocols)
+    return {
+        **after,
+        "before": before,
+        "change": _changes(before, after, after_split.test_targets),
+        "classes": labels.classes,
+    }
+
+
+def _features(ckpt: str, labels: Any, arch: str | None, size: int | None, progress: Any) -> Split:
+    """Backbone features of labelled images, as a split; images that cannot be read are left out."""
+    import torch
+
+    from odcft.backbone import load_backbone
+    from odcft.data import Crops, automatic_size, usual_side
+    from odcft.features import extract
+    from odcft.log import Progress
+
+    backbone = load_backbone(ckpt, arch).backbone
+    side = usual_side(labels.images)
+    size = size or _run_size(ckpt) or automatic_size(backbone.size, backbone.fixed_size, side)
+    if backbone.fixed_size and size != backbone.size:
+        raise OdcftError(f"{backbone.arch} takes images of {backbone.size} pixels only, not {size}.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    crops = Crops(labels.images, size, 1.0 if side <= size else 0.875, None, 0)
+    features, bad = extract(backbone.to(device).eval(), crops, 128, 0, device, progress or Progress(), "Features")
+    good_N = np.array([i not in bad for i in range(len(labels.images))])
+    train, test = labels.train_rows[good_N[labels.train_rows]], labels.test_rows[good_N[labels.test_rows]]
+    rows = features.cpu().numpy()
+    return Split(rows[train], labels.targets[train], rows[test], labels.targets[test])
+
+
+def _origin(ckpt: str) -> str | None:
+    """The checkpoint a RUN was started from, where it is still the same."""
+    from odcft.train import sha256
+
+    try:
+        about = json.loads((Path(ckpt) / "run.json").read_text())
+        return about["checkpoint"] if sha256(about["checkpoint"]) == about["sha256"] else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _run_size(ckpt: str) -> int | None:
+    """The image size of a RUN's recipe."""
+    import yaml
+
+    try:
+        return int(yaml.safe_load((Path(ckpt) / "recipe.yaml").read_text())["data"]["size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any], targets_NC: np.ndarray, draws: int = 200) -> dict[str, Any]:
+    """By how much each figure changed, and the 95 % interval over test images drawn again (a paired bootstrap)."""
+    draw = np.random.default_rng(0)
+    rows = [draw.integers(0, len(targets_NC), len(targets_NC)) for _ in range(draws)]
+    changes = {}
+    for protocol in set(before) & set(_FIGURE):
+        name = _FIGURE[protocol][1]
+        drawn = [_figure(protocol, after, targets_NC, r) - _figure(protocol, before, targets_NC, r) for r in rows]
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        changes[protocol] = {"change": after[protocol][name] - before[protocol][name], "low": low, "high": high}
+    return changes
+
+
+def _figure(protocol: str, results: dict[str, Any], targets_NC: np.ndarray, rows: np.ndarray) -> float:
+    if protocol == "knn":
+        return 100 * float((results["knn"]["predicted"][rows] == _one_class(targets_NC[rows])).mean())
+    from odcft.evaluate.svm import average_precision
+
+    present, scores = targets_NC[rows], results["svm"]["scores"][rows]
+    counted = present != -1
+    return 100 * float(
+        np.mean(
+            [
+                average_precision(present[counted[:, c], c] == 1, scores[counted[:, c], c])
+                for c in range(present.shape[1])
+            ]
+        )
+    )
+
+
+def _one_class(targets_NC: np.ndarray) -> np.ndarray:
+    if ((targets_NC == 1).sum(1) != 1).any():
+        raise OdcftError("--protocol knn needs exactly one label an image. Leave knn away; svm takes several.")
+    return (targets_NC == 1).argmax(1)
+
+
+def public(results: dict[str, Any]) -> dict[str, Any]:
+    """The results without the arrays that only the interval needs: what `--json` prints."""
+    if not isinstance(results, dict):
+        return results
+    return {name: public(value) for name, value in results.items() if name not in ("scores", "predicted")}
+
+
+def table(results: dict[str, Any]) -> list[tuple[str, float | None, float, str]]:
+    """Lines for people: figure, before, after, change with its interval."""
+    lines = []
+    for protocol, (title, name) in _FIGURE.items():
+        if protocol in results:
+            change = results.get("change", {}).get(protocol)
+            before = results["before"][protocol][name] if change else None
+            text = f"{change['change']:+.1f}  ({change['low']:+.1f} … {change['high']:+.1f})" if change else ""
+            lines.append((title, before, results[protocol][name], text))
+    return lines

@@ -1,0 +1,145 @@
+import argparse
+import os
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from odcft.backbone import describe, load_backbone
+from odcft.checkpoint import read
+from odcft.errors import OdcftError
+
+
+def equal(backbone, path_or_state):
+    return all(torch.equal(tensor, path_or_state[name]) for name, tensor in backbone.net.state_dict().items())
+
+
+@pytest.fixture
+def state():
+    torch.manual_seed(5)
+    return timm.create_model("test_resnet", num_classes=7).state_dict()
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.encoder_q.", "model.net."])
+@pytest.mark.parametrize("wrap", [None, "state_dict", "model"])
+def test_any_usual_wrapping_loads_every_tensor(tmp_path, state, prefix, wrap):
+    path = tmp_path / "c.pth.tar"
+    inner = {prefix + name: tensor for name, tensor in state.items()}
+    torch.save({wrap: inner, "epoch": 4} if wrap else inner, path)
+    loaded = load_backbone(path)
+    assert loaded.backbone.arch == "test_resnet"
+    assert len(loaded.match.tensors) == loaded.match.expected
+    assert equal(loaded.backbone, state)
+    assert {name.removeprefix(prefix) for name in loaded.match.dropped} == {"fc.weight", "fc.bias"}
+
+
+def test_query_encoder_is_kept_and_key_encoder_left_out(tmp_path, state):
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    both = {f"module.encoder_k.{n}": t for n, t in other.items()} | {
+        f"module.encoder_q.{n}": t for n, t in state.items()
+    }
+    torch.save({"state_dict": both}, tmp_path / "moco.pth.tar")
+    loaded = load_backbone(tmp_path / "moco.pth.tar")
+    assert loaded.match.where == "state_dict/module.encoder_q."
+    assert equal(loaded.backbone, state)
+    assert describe(loaded)[0]["family"] == "MoCo"
+
+
+def test_argparse_namespace_beside_the_weights_does_no_harm(tmp_path, state):
+    torch.save({"state_dict": state, "args": argparse.Namespace(lr=0.1), "arch": "test_resnet"}, tmp_path / "c.pth")
+    assert equal(load_backbone(tmp_path / "c.pth").backbone, state)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("HACKED",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_file_is_not_run(tmp_path, monkeypatch, state, legacy):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": state, "x": Evil()}, "c.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(OdcftError, match="run code"):
+        read(tmp_path / "c.pth")
+    assert not (tmp_path / "HACKED").exists()
+
+
+def test_safetensors_and_timm_folder(tmp_path, state):
+    save_file(state, tmp_path / "c.safetensors")
+    assert equal(load_backbone(tmp_path / "c.safetensors").backbone, state)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"architecture": "test_resnet", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}}')
+    backbone = load_backbone(folder).backbone
+    assert equal(backbone, state)
+    assert backbone.mean == (0.1, 0.2, 0.3)
+
+
+def test_normalisation_is_part_of_the_backbone():
+    backbone = load_backbone("scratch:test_resnet").backbone
+    images = torch.rand(2, 3, 32, 32)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (backbone.mean, backbone.std))
+    with torch.no_grad():
+        assert torch.allclose(backbone(images), backbone.net((images - mean) / std))
+
+
+@pytest.mark.parametrize(
+    "arch", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_byobnet", "test_mambaout"]
+)
+def test_features_are_as_wide_as_said(arch):
+    backbone = load_backbone(f"scratch:{arch}").backbone
+    with torch.no_grad():
+        assert backbone(torch.rand(2, 3, backbone.size, backbone.size)).shape == (2, backbone.width)
+
+
+def test_too_little_of_a_backbone_is_refused(tmp_path, state):
+    part = dict(list(state.items())[:40])
+    torch.save(part, tmp_path / "part.pth")
+    with pytest.raises(OdcftError, match=r"only 40 of the 90 tensors of test_resnet"):
+        load_backbone(tmp_path / "part.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html><html>", "is an HTML page"),
+        (b"just some text", "is not a checkpoint"),
+        (b"PK\x03\x04 cut short", "is not a checkpoint"),
+        (b"\x80\x02}q\x00.", "is not a checkpoint"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(tmp_path, content, message):
+    path = tmp_path / "c.pth"
+    path.write_bytes(content)
+    with pytest.raises(OdcftError, match=message):
+        read(path)
+
+
+def test_cut_file_is_refused(tmp_path, state):
+    path = tmp_path / "c.pth"
+    torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(OdcftError, match="is not a checkpoint"):
+        read(path)
+    save_file(state, tmp_path / "c.safetensors")
+    whole = (tmp_path / "c.safetensors").read_bytes()
+    (tmp_path / "c.safetensors").write_bytes(whole[:-1000])
+    with pytest.raises(OdcftError, match="damaged safetensors"):
+        read(tmp_path / "c.safetensors")
+
+
+def test_tensors_that_fit_nothing_are_refused(tmp_path):
+    torch.save({"weight": torch.zeros(3, 3)}, tmp_path / "c.pth")
+    with pytest.raises(OdcftError, match="fits no backbone"):
+        load_backbone(tmp_path / "c.pth")
+    torch.save({"epoch": 3}, tmp_path / "d.pth")
+    with pytest.raises(OdcftError, match="holds no tensors"):
+        load_backbone(tmp_path / "d.pth")
+
+
+def test_unknown_architecture_is_refused_with_the_nearest():
+    with pytest.raises(OdcftError, match="did you mean resnet50"):
+        load_backbone("scratch:resnet_50")

@@ -1,0 +1,165 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from odcft.augment import augment_batch, centre_crop
+from odcft.data import Crops, TrainingOrder, automatic_size, collate, find_images, read_image, usual_side
+from odcft.errors import OdcftError
+from odcft.recipe import AugmentRecipe
+
+STILL = AugmentRecipe(
+    crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, rotation=0, brightness=0, contrast=0, saturation=0, hue=0, gray=0
+)
+
+
+def only(**changes):
+    return STILL.model_copy(update=changes)
+
+
+def test_folder_is_searched_recursively_and_sorted(tmp_path, make_images):
+    make_images(tmp_path, 6)
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / ".hidden.png").write_text("no image")
+    assert find_images(tmp_path).names == ["a/000.png", "a/002.png", "a/004.png", "b/001.png", "b/003.png", "b/005.png"]
+    assert find_images(tmp_path).classes() == ["a"] * 3 + ["b"] * 3
+
+
+def test_list_files(tmp_path, make_images):
+    make_images(tmp_path / "images", 4)
+    (tmp_path / "l.txt").write_text("images/a/000.png\n\nimages/b/001.png\n")
+    (tmp_path / "l.csv").write_text("path,label\nimages/a/000.png,cat;dog\nimages/b/001.png,dog\n")
+    assert find_images(tmp_path / "l.txt").names == ["images/a/000.png", "images/b/001.png"]
+    listed = find_images(tmp_path / "l.csv")
+    assert listed.classes() == ["cat;dog", "dog"]
+    assert read_image(listed.path(0)).size == (32, 32)
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "page.html", "l.csv", "l.txt"])
+def test_what_is_no_image_set_is_refused(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "page.html").write_text("x")
+    (tmp_path / "l.csv").write_text("file,kind\na,b\n")
+    (tmp_path / "l.txt").write_text("\n")
+    with pytest.raises(OdcftError):
+        find_images(tmp_path / name)
+
+
+def test_unreadable_image_is_told_and_not_raised(tmp_path, make_images):
+    make_images(tmp_path, 2)
+    (tmp_path / "a" / "000.png").write_bytes(b"\x89PNG broken")
+    crops = Crops(find_images(tmp_path), 16, 1.0, None, 0)
+    batch = collate([crops[(0, 0)], crops[(0, 1)]])
+    assert batch.index_B.tolist() == [1]
+    assert list(batch.unreadable) == [0]
+    assert batch.pixels.shape == (1, 3, 16, 16)
+
+
+def test_sixteen_bit_and_palette_and_gray_images_become_rgb(tmp_path):
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray((ramp / 257).astype(np.uint8)).convert("P").save(tmp_path / "palette.gif")
+    Image.fromarray((ramp / 257).astype(np.uint8)).save(tmp_path / "gray.png")
+    for name in ("deep.png", "palette.gif", "gray.png"):
+        pixels = np.array(read_image(str(tmp_path / name)))
+        assert pixels.shape == (8, 8, 3)
+        assert np.abs(pixels[..., 0].astype(float) - ramp / 257).max() < 2
+
+
+def test_crops_depend_on_seed_epoch_and_image_only(tmp_path, make_images):
+    images = find_images(make_images(tmp_path, 4))
+    crops = Crops(images, 16, 1.0, AugmentRecipe(), 3)
+    assert torch.equal(crops[(5, 1)][0], crops[(5, 1)][0])
+    assert not torch.equal(crops[(5, 1)][0], crops[(6, 1)][0])
+    assert not torch.equal(crops[(5, 1)][0], Crops(images, 16, 1.0, AugmentRecipe(), 4)[(5, 1)][0])
+
+
+def test_epoch_sees_every_image_once():
+    order = TrainingOrder(12, 4, 2, seed=0)
+    batches = list(order)
+    assert order.steps == len(batches) == 6
+    for epoch in (0, 1):
+        seen = [key for batch in batches[3 * epoch : 3 * epoch + 3] for key in batch]
+        assert sorted(seen) == [(epoch, i) for i in range(12)]
+
+
+def test_order_goes_on_anywhere():
+    whole = list(TrainingOrder(11, 3, 4, seed=0))
+    assert list(TrainingOrder(11, 3, 4, seed=0, first_step=7)) == whole[7:]
+
+
+def test_fewer_images_than_a_batch_make_one_batch():
+    assert len(list(TrainingOrder(5, 128, 2, seed=0))) == 2
+
+
+def test_size_follows_small_images_but_not_beyond_the_network(tmp_path, make_images):
+    assert usual_side(find_images(make_images(tmp_path, 4, side=40))) == 40
+    assert automatic_size(224, False, 40) == 40
+    assert automatic_size(224, False, 20) == 32
+    assert automatic_size(224, False, 500) == 224
+    assert automatic_size(224, True, 40) == 224
+
+
+def test_centre_crop():
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, 4:12] = 200
+    assert np.array(centre_crop(Image.fromarray(pixels), 8, 1.0)).min() == 200
+
+
+def draw():
+    return torch.Generator().manual_seed(0)
+
+
+def test_no_strength_no_change():
+    images = torch.rand(4, 3, 8, 8)
+    assert torch.equal(augment_batch(images, STILL, draw()), images)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        only(brightness=0.4),
+        only(contrast=0.4),
+        only(saturation=1.0),
+        only(hue=0.5),
+        only(gray=1.0),
+        only(rotation=90.0),
+    ],
+)
+def test_every_strength_changes_something_and_stays_in_range(recipe):
+    images = torch.rand(16, 3, 8, 8)
+    changed = augment_batch(images, recipe, draw())
+    assert changed.shape == images.shape
+    assert (changed != images).flatten(1).any(1).float().mean() > 0.7
+    assert changed.min() >= 0
+    assert changed.max() <= 1
+
+
+def test_every_image_has_factors_of_its_own():
+    images = torch.full((8, 3, 4, 4), 0.5)
+    means = augment_batch(images, only(brightness=0.4), draw()).mean((1, 2, 3))
+    assert len(means.unique()) == 8
+    assert means.min() >= 0.3
+    assert means.max() <= 0.7
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
+def test_color_changes_are_torchvisions(name):
+    from torchvision.transforms.v2 import functional as tv
+
+    from odcft import augment
+
+    images = torch.rand(4, 3, 8, 8)
+    factors = torch.tensor([-0.4, -0.1, 0.2, 0.5]) if name == "hue" else torch.tensor([0.6, 0.9, 1.2, 1.4])
+    ours = getattr(augment, f"_{name}")(images, factors.view(4, 1, 1, 1))
+    theirs = torch.stack([getattr(tv, f"adjust_{name}")(i, float(f)) for i, f in zip(images, factors, strict=True)])
+    assert torch.allclose(ours, theirs, atol=2e-3)
+
+
+def test_rotation_turns_by_the_angle():
+    from odcft.augment import _rotate
+
+    images = torch.rand(1, 3, 9, 9)
+    assert torch.allclose(_rotate(images, torch.tensor([90.0])), images.rot90(1, (2, 3)), atol=1e-5) or torch.allclose(
+        _rotate(images, torch.tensor([90.0])), images.rot90(-1, (2, 3)), atol=1e-5
+    )

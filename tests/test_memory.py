@@ -1,0 +1,134 @@
+"""Numbers one can check by hand: two or three clusters on the axes of a plane."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from odcft import memory
+from odcft.memory import UNIT, VARIANTS, new_memory, set_centroids, to_units, update_samples
+
+PAPER, OFFICIAL = VARIANTS["paper"], VARIANTS["official"]
+
+
+def plane_memory(points, labels, clusters, **kwargs):
+    mem = new_memory(torch.tensor(points, dtype=torch.float32), torch.tensor(labels), clusters, **kwargs)
+    set_centroids(mem, mem.sums_KD)
+    return mem
+
+
+def fresh_sums(mem):
+    sums = torch.zeros_like(mem.sums_KD)
+    return sums.index_add_(0, mem.labels_S, to_units(mem.features_SD))
+
+
+def test_centroid_is_the_mean_of_normalised_members():
+    mem = plane_memory([[2, 0], [0, 3], [0, 5]], [0, 0, 1], 2)
+    assert mem.centroids_KD.tolist() == [[0.5, 0.5], [0, 1]]
+    assert mem.sizes_K.tolist() == [2, 1]
+
+
+def test_empty_cluster_keeps_its_centroid():
+    mem = plane_memory([[1, 0], [0, 1]], [0, 1], 2)
+    mem.sizes_K = torch.tensor([2, 0])
+    set_centroids(mem, mem.sums_KD)
+    assert mem.centroids_KD[1].tolist() == [0, 1]
+
+
+def test_blend_is_equation_2():
+    mem = plane_memory([[1, 0], [0, 1]], [0, 1], 2)
+    update_samples(mem, torch.tensor([0]), torch.tensor([[0.0, 7.0]]), 0.25, PAPER)
+    assert mem.features_SD[0].tolist() == [0.75, 0.25]  # 0.25 (0, 1) + 0.75 (1, 0), not normalised again
+
+
+def test_official_normalises_again():
+    mem = plane_memory([[1, 0], [0, 1]], [0, 1], 2)
+    update_samples(mem, torch.tensor([0]), torch.tensor([[0.0, 7.0]]), 0.5, OFFICIAL)
+    assert mem.features_SD[0].tolist() == pytest.approx([0.5**0.5, 0.5**0.5])
+
+
+def test_sample_joins_its_nearest_centroid():
+    mem = plane_memory([[1, 0], [1, 0], [0, 1]], [0, 0, 1], 2)
+    moved = update_samples(mem, torch.tensor([0]), torch.tensor([[0.0, 1.0]]), 0.9, PAPER)
+    assert moved.tolist() == [True]
+    assert mem.labels_S.tolist() == [1, 0, 1]
+    assert mem.counts_K.tolist() == [1, 2]
+
+
+def test_dot_product_prefers_the_long_centroid_where_distance_does_not():
+    centroids = torch.tensor([[1.0, 0.0], [0.3, 0.3]])
+    feature = torch.tensor([[0.4, 0.3]])
+    assert memory.nearest_centroid(feature, centroids, PAPER).tolist() == [1]
+    assert memory.nearest_centroid(feature, centroids, OFFICIAL).tolist() == [0]
+
+
+def test_image_twice_in_a_batch_the_last_wins_and_counts_once():
+    mem = plane_memory([[1, 0], [0, 1], [0, 1]], [0, 1, 1], 2)
+    features = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    update_samples(mem, torch.tensor([0, 1, 0]), features, 1.0, PAPER)
+    assert mem.features_SD[0].tolist() == [0, 1]
+    assert mem.labels_S.tolist() == [1, 0, 1]
+    assert mem.counts_K.tolist() == [1, 2]
+    assert torch.equal(mem.sums_KD, fresh_sums(mem))
+
+
+def test_last_of_each_row():
+    assert memory.last_of_each(torch.tensor([5, 3, 5, 9, 3, 5])).tolist() == [5, 4, 5, 3, 4, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_sums_do_not_drift(dtype, variant):
+    """Not a little drift: none. After any number of updates the sums are those of the members, to the last bit."""
+    draw = torch.Generator().manual_seed(0)
+    mem = new_memory(torch.randn(500, 16, generator=draw), torch.randint(7, (500,), generator=draw), 7, dtype)
+    set_centroids(mem, mem.sums_KD)
+    for step in range(300):
+        rows = torch.randint(500, (32,), generator=draw)  # with replacement
+        update_samples(mem, rows, torch.randn(32, 16, generator=draw), 0.5, VARIANTS[variant])
+        mem.sizes_K.copy_(mem.counts_K)
+        if step % 10 == 9:
+            set_centroids(mem, mem.sums_KD)
+    assert torch.equal(mem.sums_KD, fresh_sums(mem))
+    assert torch.equal(mem.counts_K, torch.bincount(mem.labels_S, minlength=7))
+
+
+def test_recomputing_all_centroids_changes_only_the_involved():
+    """Why "involved only" (paper) and "all" (official code) need no switch."""
+    draw = torch.Generator().manual_seed(0)
+    mem = new_memory(torch.randn(60, 8, generator=draw), torch.randint(9, (60,), generator=draw), 9)
+    set_centroids(mem, mem.sums_KD)
+    before, labels = mem.centroids_KD.clone(), mem.labels_S.clone()
+    rows = torch.tensor([0, 1])
+    update_samples(mem, rows, torch.randn(2, 8, generator=draw), 0.5, PAPER)
+    mem.sizes_K.copy_(mem.counts_K)
+    set_centroids(mem, mem.sums_KD)
+    involved = set(labels[rows].tolist()) | set(mem.labels_S[rows].tolist())
+    untouched = [k for k in range(9) if k not in involved]
+    assert torch.equal(mem.centroids_KD[untouched], before[untouched])
+
+
+def test_fixed_point_is_exact_for_half_precision():
+    values = torch.randn(1000).half()
+    assert torch.equal((to_units(values).double() * UNIT).half(), values)
+
+
+def test_loss_weights():
+    sizes = torch.tensor([1, 4, 16, 0])
+    assert memory.loss_weights(sizes, PAPER).tolist() == [1, 0.5, 0.25, 1]
+    official = memory.loss_weights(sizes[:3], OFFICIAL)
+    assert official.sum().item() == pytest.approx(1)
+    assert (official / official[0]).tolist() == pytest.approx([1, 0.5, 0.25], rel=1e-4)
+
+
+def test_weighted_loss_does_not_depend_on_the_scale_of_the_weights():
+    """A published rewrite divides by the batch size instead, and so trains with a 10,000 times smaller loss."""
+    logits, labels = torch.randn(8, 3), torch.randint(3, (8,))
+    sizes = torch.tensor([5, 50, 500])
+    ours, theirs = (F.cross_entropy(logits, labels, memory.loss_weights(sizes, rules)) for rules in (PAPER, OFFICIAL))
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+
+
+def test_threshold_itself_is_small_in_the_paper_only():
+    sizes = torch.tensor([19, 20, 21])
+    assert memory.small_clusters(sizes, 20, PAPER).tolist() == [True, True, False]
+    assert memory.small_clusters(sizes, 20, OFFICIAL).tolist() == [True, False, False]

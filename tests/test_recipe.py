@@ -1,0 +1,71 @@
+import pytest
+import yaml
+
+from odcft.errors import OdcftError
+from odcft.recipe import DEFAULT, Recipe, dump, load_recipe, make_recipe, shipped
+
+
+def test_default_is_the_papers_fine_tuning():
+    recipe = load_recipe()
+    assert recipe.optim.epochs == 120
+    assert recipe.memory.clusters == 10000
+    assert recipe == load_recipe(DEFAULT)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_load_and_say_what_they_are(name):
+    load_recipe(name)
+    assert shipped()[name].startswith("# ")
+
+
+def test_yaml_and_object_say_the_same():
+    recipe = load_recipe("small")
+    assert make_recipe(yaml.safe_load(dump(recipe))) == recipe
+
+
+def test_default_recipe_writes_out_every_field():
+    assert yaml.safe_load(shipped()[DEFAULT]) == yaml.safe_load(
+        dump(Recipe.model_validate(yaml.safe_load(shipped()[DEFAULT])))
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("memory.momentun=0.3", "memory.momentun: no such field. Did you mean memory.momentum?"),
+        ("memori.momentum=0.3", "memori: no such field. Did you mean memory?"),
+        ("lr=0.1", "lr: no such field. Did you mean optim.lr?"),
+        ("memory.momentum", "write it as group.field=value"),
+        ("memory.momentum=2", "memory.momentum=2 will not do"),
+        ("memory.clusters=many", "memory.clusters='many' will not do"),
+        ("memory=3", "this is a group of fields"),
+        ("seed.x=3", "seed has no parts"),
+    ],
+)
+def test_mistakes_are_refused_with_a_hint(override, hint):
+    with pytest.raises(OdcftError) as error:
+        load_recipe("small", [override])
+    assert hint in str(error.value)
+
+
+def test_unknown_field_in_a_file_is_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("optim: {epoch: 3}\n")
+    with pytest.raises(OdcftError, match=r"optim\.epoch: no such field\. Did you mean optim\.epochs\?"):
+        load_recipe(path)
+
+
+def test_broken_yaml_names_the_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("optim:\n  epochs: [3\nseed: 1\n")
+    with pytest.raises(OdcftError, match=r"not valid YAML \(line 3\)"):
+        load_recipe(path)
+
+
+def test_unknown_recipe_is_refused_with_the_nearest():
+    with pytest.raises(OdcftError, match="did you mean small"):
+        load_recipe("smal")
+
+
+def test_numbers_like_1e_5_are_numbers():
+    assert load_recipe("small", ["optim.lr=1e-3"]).optim.lr == 1e-3

@@ -1,0 +1,250 @@
+"""Whole runs, cut short, on a dozen images that the test makes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from odcft.errors import OdcftError
+from odcft.recipe import load_recipe
+from odcft.train import fine_tune, init_memory, resolve_clusters
+
+QUICK = ["optim.batch_size=4", "log.interval=1", "neck.hidden=16", "neck.dim=8", "log.tensorboard=false"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path, make_checkpoint):
+    return str(make_checkpoint(tmp_path / "start.pth.tar"))
+
+
+@pytest.fixture
+def images(tmp_path, make_images):
+    return str(make_images(tmp_path / "images"))
+
+
+def quick(*overrides):
+    return load_recipe("small", [*QUICK, "optim.epochs=2", *overrides])
+
+
+def backbone(run):
+    return load_file(run / "backbone" / "model.safetensors")
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_the_interface_says(tmp_path, checkpoint, images):
+    summary = fine_tune(checkpoint, images, tmp_path / "run", quick("log.tensorboard=true"))
+    run = tmp_path / "run"
+    assert {path.name for path in run.iterdir()} >= {
+        "recipe.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "backbone",
+        "clusters.parquet",
+        "tensorboard",
+    }
+    assert load_recipe(run / "recipe.yaml").memory.clusters == summary["clusters"] == 2
+    assert "auto" not in (run / "recipe.yaml").read_text()
+    written = lines(run)
+    assert [line["step"] for line in written] == list(range(6))
+    assert set(written[-1]) == {
+        *("epoch", "step", "loss", "loss_over_ln_k", "change_ratio", "lr", "images_per_second", "data_wait"),
+        *("empty", "smallest", "largest", "nmi_previous"),
+    }
+    assert written[-1]["epoch"] == 2
+
+    import pyarrow.parquet as pq
+
+    clusters = pq.read_table(run / "clusters.parquet").to_pydict()
+    assert len(clusters["path"]) == 12
+    assert set(clusters["cluster"]) <= {0, 1}
+
+
+def test_training_changes_the_backbone_and_timm_loads_it(tmp_path, checkpoint, images):
+    import timm
+
+    fine_tune(checkpoint, images, tmp_path / "run", quick())
+    after = timm.create_model(f"local-dir:{tmp_path / 'run' / 'backbone'}", pretrained=True, num_classes=0).state_dict()
+    before = {n.removeprefix("module."): t for n, t in torch.load(checkpoint)["state_dict"].items()}
+    weights = [name for name in after if name.endswith("conv1.weight")]
+    assert weights
+    assert not any(torch.equal(after[name], before[name]) for name in weights)
+    seven = timm.create_model(f"local-dir:{tmp_path / 'run' / 'backbone'}", pretrained=True, num_classes=7)
+    assert seven.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+
+
+def test_same_seed_same_backbone_to_the_last_bit(tmp_path, checkpoint, images):
+    for name in "ab":
+        fine_tune(checkpoint, images, tmp_path / name, quick())
+    first, second = backbone(tmp_path / "a"), backbone(tmp_path / "b")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    fine_tune(checkpoint, images, tmp_path / "c", quick("seed=1"))
+    assert not torch.equal(backbone(tmp_path / "c")["conv1.0.weight"], first["conv1.0.weight"])
+
+
+def test_loader_processes_change_nothing(tmp_path, checkpoint, images):
+    fine_tune(checkpoint, images, tmp_path / "none", quick("data.workers=0"))
+    fine_tune(checkpoint, images, tmp_path / "two", quick("data.workers=2"))
+    first, second = backbone(tmp_path / "none"), backbone(tmp_path / "two")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_memory_folder_gives_the_same_run_as_no_folder(tmp_path, checkpoint, images):
+    made = init_memory(checkpoint, images, tmp_path / "memory", quick())
+    assert made["images"] == 12
+    tensors = load_file(tmp_path / "memory" / "memory.safetensors")
+    assert tensors["features"].shape == (12, 8)
+    assert tensors["labels"].shape == (12,)
+    assert tensors["centroids"].shape == (2, 8)
+    fine_tune(checkpoint, images, tmp_path / "with", quick(), memory=tmp_path / "memory")
+    fine_tune(checkpoint, images, tmp_path / "without", quick())
+    first, second = backbone(tmp_path / "with"), backbone(tmp_path / "without")
+    assert all(torch.allclose(first[name].float(), second[name].float(), atol=1e-5) for name in first)
+
+
+def test_memory_of_another_checkpoint_is_refused(tmp_path, checkpoint, images, make_checkpoint):
+    init_memory(checkpoint, images, tmp_path / "memory", quick())
+    other = make_checkpoint(tmp_path / "other.pth", seed=9)
+    with pytest.raises(OdcftError, match="was made from another checkpoint"):
+        fine_tune(str(other), images, tmp_path / "run", quick(), memory=tmp_path / "memory")
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+def test_resumed_run_equals_uninterrupted_run(tmp_path, checkpoint, images):
+    fine_tune(checkpoint, images, tmp_path / "whole", quick("optim.schedule=step", "optim.final_epochs=0"))
+    one = quick("optim.schedule=step", "optim.final_epochs=0", "optim.epochs=1")
+    fine_tune(checkpoint, images, tmp_path / "parts", one)
+    fine_tune(checkpoint, images, tmp_path / "parts", one, resume=True, epochs=2)
+    first, second = backbone(tmp_path / "whole"), backbone(tmp_path / "parts")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    keep = ("step", "loss", "change_ratio", "lr", "smallest")
+    assert [[a[k] for k in keep] for a in lines(tmp_path / "whole")] == [
+        [a[k] for k in keep] for a in lines(tmp_path / "parts")
+    ]
+
+
+def test_non_finite_loss_stops_with_the_step_and_keeps_the_last_good_state(tmp_path, checkpoint, images):
+    with pytest.raises(OdcftError, match=r"loss is not finite at step \d+ \(learning rate 1e\+20\)"):
+        fine_tune(
+            checkpoint, images, tmp_path / "run", quick("optim.lr=1e20", "optim.schedule=step", "optim.final_epochs=0")
+        )
+    assert not (tmp_path / "run" / "backbone").exists()
+
+
+def test_unreadable_image_is_named_and_skipped(tmp_path, checkpoint, images):
+    (tmp_path / "images" / "a" / "broken.png").write_bytes(b"no image")
+    summary = fine_tune(checkpoint, images, tmp_path / "run", quick())
+    assert (summary["images"], summary["unreadable"]) == (12, 1)
+    assert "a/broken.png" in (tmp_path / "run" / "quarantine.csv").read_text()
+
+
+def test_image_that_vanishes_during_the_run_is_skipped(tmp_path, checkpoint, images, monkeypatch):
+    from odcft import data
+
+    whole, calls = data.read_image, []
+
+    def read(path):
+        calls.append(path)
+        if len(calls) > 20 and path.endswith("000.png"):
+            raise OSError("gone")
+        return whole(path)
+
+    monkeypatch.setattr(data, "read_image", read)
+    assert fine_tune(checkpoint, images, tmp_path / "run", quick())["steps"] == 6
+
+
+@pytest.mark.parametrize(("count", "clusters"), [(20_000, 156), (1_280_000, 10_000), (400, 3), (100, 2), (43, 2)])
+def test_automatic_clusters(count, clusters):
+    assert resolve_clusters(load_recipe("small"), count).memory.clusters == clusters
+
+
+def test_too_many_clusters_are_refused_with_a_number_that_works():
+    recipe = load_recipe("odc_r50_finetune")
+    with pytest.raises(OdcftError, match=r"10,000 clusters for 1,300 images cannot work.*would use 10; 61 is the most"):
+        resolve_clusters(recipe, 1300)
+    recipe.memory.clusters = 61
+    assert resolve_clusters(recipe, 1300).memory.clusters == 61
+
+
+def test_tiny_sets_lower_the_threshold():
+    resolved = resolve_clusters(load_recipe("small"), 12)
+    assert (resolved.memory.clusters, resolved.memory.min_cluster) == (2, 2)
+
+
+FIELDS = {
+    "seed": 5, "data.size": 40, "data.crop_fraction": 0.5, "augment.crop_scale": [0.5, 0.6], "augment.crop_ratio": [1, 1.0001],
+    "augment.flip": 1.0, "augment.rotation": 45.0, "augment.brightness": 0.9, "augment.contrast": 0.9,
+    "augment.saturation": 0.0, "augment.hue": 0.5, "augment.gray": 1.0, "neck.hidden": 32, "neck.dim": 4,
+    "neck.dropout": 0.0, "neck.bn_momentum": 0.9, "memory.clusters": 3, "memory.momentum": 0.9,
+    "memory.centroid_interval": 1, "memory.min_cluster": 0, "memory.variant": "official", "memory.reweight": False,
+    "memory.dtype": "float16", "kmeans.iterations": 1, "optim.epochs": 3, "optim.batch_size": 6, "optim.lr": 0.01,
+    "optim.schedule": "step", "optim.warmup_epochs": 1.0, "optim.momentum": 0.0, "optim.head_momentum": 0.9,
+    "optim.head_lr": 10.0, "optim.weight_decay": 0.1, "optim.precision": "bfloat16",
+}  # fmt: skip
+# Speed and speech only, or of another schedule: they must not change the backbone. `method` has one value so far.
+SPEECH = {
+    "data.workers",
+    "optim.channels_last",
+    "optim.tf32",
+    "log.interval",
+    "log.tensorboard",
+    "kmeans.engine",
+    "method",
+}
+STEP = {"optim.final_epochs": 1, "optim.final_factor": 0.5}
+
+
+def test_every_field_is_in_one_of_the_lists():
+    from odcft.recipe import _all_paths
+
+    assert set(_all_paths()) == set(FIELDS) | SPEECH | set(STEP)
+
+
+@pytest.fixture(scope="module")
+def final_state(tmp_path_factory):
+    """A function: overrides in, every tensor of the run's last state out; each run is done once."""
+    from functools import cache
+
+    import timm
+
+    folder = tmp_path_factory.mktemp("knobs")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet").state_dict(), folder / "c.pth")
+    draw = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for i in range(40):
+        pixels = draw.integers(0, 255, (5, 5, 3)).astype(np.uint8)
+        Image.fromarray(pixels).resize((48, 48), Image.Resampling.BICUBIC).save(folder / "images" / f"{i:02d}.png")
+
+    @cache
+    def run(*overrides):
+        base = [
+            "memory.centroid_interval=2",
+            "optim.lr=0.1",
+            "memory.clusters=6",
+            "memory.min_cluster=1",
+            "optim.epochs=2",
+        ]
+        recipe = load_recipe("small", [*QUICK, "optim.batch_size=8", *base, *overrides])
+        fine_tune(str(folder / "c.pth"), str(folder / "images"), folder / str(hash(overrides)), recipe)
+        newest = sorted((folder / str(hash(overrides)) / "checkpoints").iterdir())[-1]
+        return load_file(newest / "state.safetensors")
+
+    return run
+
+
+@pytest.mark.parametrize("field", [*FIELDS, *STEP])
+def test_every_knob_turns_something(final_state, field):
+    base = ("optim.schedule=step", "optim.final_epochs=2") if field in STEP else ()
+    if field == "kmeans.iterations":  # few clusters of few images are done after one
+        base = ("memory.clusters=16", "memory.min_cluster=0")
+    before, after = final_state(*base), final_state(*base, f"{field}={json.dumps({**FIELDS, **STEP}[field])}")
+    assert set(before) != set(after) or any(
+        before[name].shape != after[name].shape or not torch.equal(before[name].float(), after[name].float())
+        for name in before
+    ), f"{field} changes nothing"
