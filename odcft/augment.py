@@ -1,4 +1,5 @@
-"""The paper's augmentation (sec. 3.4), on whole batches where the network is, so that loader processes only decode and crop.
+"""The paper's augmentation (sec. 3.4), on whole batches where the network is, so that loader processes
+only decode and crop.
 
 Every factor is drawn for each image by itself, from a generator on the CPU: the same on any device.
 """

@@ -36,11 +36,12 @@ class Backbone(nn.Module):
         super().__init__()
         import timm
 
-        self.net: Any = timm.create_model(arch, pretrained=False, num_classes=0)
+        net: Any = timm.create_model(arch, pretrained=False, num_classes=0)
+        self.net = net
         self.arch = arch
         # Pooled features may be wider than the last block.
-        self.width: int = getattr(self.net, "head_hidden_size", None) or self.net.num_features
-        cfg: dict[str, Any] = {**self.net.pretrained_cfg, **(pretrained_cfg or {})}
+        self.width: int = getattr(net, "head_hidden_size", None) or net.num_features
+        cfg: dict[str, Any] = {**net.pretrained_cfg, **(pretrained_cfg or {})}
         self.size: int = cfg["input_size"][-1]
         self.fixed_size: bool = bool(cfg.get("fixed_input_size"))
         self.mean: tuple[float, ...] = tuple(cfg["mean"])
@@ -99,7 +100,8 @@ def load_backbone(ckpt: str | Path, arch: str | None = None) -> Loaded:
     if share < COVER:
         lacking = ", ".join(found.missing[:3]) + (" …" if len(found.missing) > 3 else "")
         raise OdcftError(
-            f"{path} has only {len(found.tensors)} of the {found.expected} tensors of {found_arch}, the nearest backbone ({share:.0%}; missing: {lacking}). "
+            f"{path} has only {len(found.tensors)} of the {found.expected} tensors of {found_arch}, "
+            f"the nearest backbone ({share:.0%}; missing: {lacking}). "
             f"At least {COVER:.0%} are needed; if it is another network, say --arch NAME."
         )
     backbone = Backbone(found_arch, contents.config.get("pretrained_cfg"))
@@ -147,7 +149,10 @@ def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
         "where": loaded.source if found is None else found.where,
     }
     lines = [
-        f"{family} · {backbone.arch} · RGB {backbone.size}{' only' if backbone.fixed_size else ''}, mean {_numbers(backbone.mean)}, std {_numbers(backbone.std)}",
+        (
+            f"{family} · {backbone.arch} · RGB {backbone.size}{' only' if backbone.fixed_size else ''}, "
+            f"mean {_numbers(backbone.mean)}, std {_numbers(backbone.std)}"
+        ),
         f"  backbone   {values['matched']} of {expected} tensors under {values['where']}",
     ]
     for title, key in (("missing", "missing"), ("left out", "dropped"), ("no fit", "unexpected")):
@@ -177,7 +182,8 @@ def _load_named(name: str, scheme: str, rest: str) -> Loaded:
             raise OdcftError(f"{name}: {error}.") from None
         except Exception as error:  # the hub's client has many ways to say that it cannot be reached
             raise OdcftError(
-                f"{name}: its weights could not be fetched ({type(error).__name__}). Is there a network? A local file works without."
+                f"{name}: its weights could not be fetched ({type(error).__name__}). "
+                "Is there a network? A local file works without."
             ) from None
     return Loaded(backbone.eval(), name, None)
 

@@ -70,7 +70,8 @@ def read(path: Path) -> Contents:
         raise OdcftError(f"{path} is empty (0 bytes). Was the download interrupted?")
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise OdcftError(
-            f"{path} is an HTML page, not a checkpoint (it starts with {start.lstrip()[:15].decode(errors='replace')!r}). Was the download refused?"
+            f"{path} is an HTML page, not a checkpoint "
+            f"(it starts with {start.lstrip()[:15].decode(errors='replace')!r}). Was the download refused?"
         )
 
     if _is_safetensors(start):
@@ -94,7 +95,8 @@ def _read_folder(folder: Path) -> Contents:
     weights = next((folder / n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).exists()), None)
     if weights is None or not config_file.exists():
         raise OdcftError(
-            f"{folder} is a folder without config.json and model.safetensors, so it is neither a timm folder nor a finished RUN."
+            f"{folder} is a folder without config.json and model.safetensors, "
+            "so it is neither a timm folder nor a finished RUN."
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
@@ -134,7 +136,8 @@ def _load_torch(path: Path) -> Any:
                 continue
             if "blocked" in str(error) or name:
                 raise OdcftError(
-                    f"{path} asks to run code when it is opened; odcft does not. Ask whoever made it for a plain state dict."
+                    f"{path} asks to run code when it is opened; odcft does not. "
+                    "Ask whoever made it for a plain state dict."
                 ) from None
             raise OdcftError(
                 f"{path} is not a checkpoint that PyTorch or safetensors can read. Is it complete, and the right file?"

@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. Everything heavy is imported inside the commands, so that --help answers at once."""
+"""The command line: parse, call, print.
+
+Everything heavy is imported inside the commands, so that --help answers at once.
+"""
 
 import os
 import sys
@@ -118,7 +121,10 @@ def init_memory(
 
     values = run(ckpt, data, out, resolved, arch, overwrite)
     lines = [
-        f"Memory      {out}: {values['images']:,} images, {values['clusters']:,} clusters of {values['smallest']:,} … {values['largest']:,}"
+        (
+            f"Memory      {out}: {values['images']:,} images, "
+            f"{values['clusters']:,} clusters of {values['smallest']:,} … {values['largest']:,}"
+        )
     ]
     lines.append(f"Go on:      odcft finetune {ckpt} {data} --memory {out} --out RUN")
     _tell(values, as_json, lines)

@@ -91,7 +91,8 @@ def _read_list(path: Path) -> Images:
                 rows = list(csv.DictReader(file, delimiter=delimiter))
                 if not rows or "path" not in rows[0]:
                     raise OdcftError(
-                        f"{path} needs a header with a column `path` (and, for evaluate, `label`), and a line for each image."
+                        f"{path} needs a header with a column `path` (and, for evaluate, `label`), "
+                        "and a line for each image."
                     )
                 names = [row["path"] for row in rows]
                 labels = [row["label"] or "" for row in rows] if "label" in rows[0] else None
@@ -163,7 +164,8 @@ def collate(items: list[tuple[Tensor | str, int]]) -> Batch:
 
 
 class TrainingOrder:
-    """The batches of a run, from a step on: every rank shuffles its own images anew each epoch, and takes as many steps.
+    """The batches of a run, from a step on: every rank shuffles its own images anew each epoch,
+    and takes as many steps.
 
     It is a pure function of seed and step, so a run can go on anywhere.
     """

@@ -1,4 +1,7 @@
-"""The backbone without neck and head, as others load it. Every export is read back and compared before it is called done."""
+"""The backbone without neck and head, as others load it.
+
+Every export is read back and compared before it is called done.
+"""
 
 import json
 import shutil
@@ -128,7 +131,8 @@ def _require_torchvision_names(backbone: Backbone) -> None:
     ]
     if foreign:
         raise OdcftError(
-            f"torchvision's {backbone.arch} names its tensors differently (it has no {foreign[0]}). Export it with --format timm or safetensors."
+            f"torchvision's {backbone.arch} names its tensors differently (it has no {foreign[0]}). "
+            "Export it with --format timm or safetensors."
         )
 
 

@@ -62,7 +62,9 @@ class Progress:
                 nonlocal done
                 done += count
                 rate = done / max(1e-9, time.monotonic() - started)
-                bar.update(task, advance=count, rate=f"{rate:,.0f} {unit}/s", **({"note": note} if note else {}))
+                bar.update(task, advance=count, rate=f"{rate:,.0f} {unit}/s")
+                if note:
+                    bar.update(task, note=note)
 
             yield advance
 

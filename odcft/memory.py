@@ -64,6 +64,7 @@ class Memory:
     counts_K: Tensor  # int64, of this rank's members
     sizes_K: Tensor  # int64, of all ranks' members: the sum of their counts
     centroids_KD: Tensor  # the same on every rank
+    half_squares_K: Tensor  # -|c|^2 / 2 of each centroid c, which eq. 3 needs
 
 
 def to_units(features: Tensor) -> Tensor:
@@ -97,7 +98,8 @@ def new_memory(
         stored_SD[rows] = (F.normalize(piece_SD, dim=1, eps=1e-10) if normalise else piece_SD).to(dtype)
         sums_KD.index_add_(0, labels_S[rows], to_units(stored_SD[rows]))
     counts_K = torch.bincount(labels_S, minlength=clusters)
-    return Memory(stored_SD, labels_S, sums_KD, counts_K, counts_K.clone(), torch.zeros(clusters, D, device=device))
+    none_KD = torch.zeros(clusters, D, device=device)
+    return Memory(stored_SD, labels_S, sums_KD, counts_K, counts_K.clone(), none_KD, half_squares(none_KD))
 
 
 def set_centroids(memory: Memory, sums_KD: Tensor) -> None:
@@ -110,25 +112,29 @@ def set_centroids(memory: Memory, sums_KD: Tensor) -> None:
     sizes_K1 = memory.sizes_K.unsqueeze(1)
     means_KD = sums_KD.float().mul_(UNIT).div_(sizes_K1.clamp(min=1))
     memory.centroids_KD = torch.where(sizes_K1 > 0, means_KD, memory.centroids_KD)
+    memory.half_squares_K = half_squares(memory.centroids_KD)
 
 
-def nearest_centroid(features_BD: Tensor, centroids_KD: Tensor, rules: Rules) -> Tensor:
+def half_squares(centroids_KD: Tensor) -> Tensor:
+    """-|c|^2 / 2 of each centroid: (K, D) to (K,). |f - c|^2 is smallest where f.c - |c|^2 / 2 is largest."""
+    return centroids_KD.square().sum(1).mul_(-0.5)
+
+
+def nearest_centroid(features_BD: Tensor, centroids_KD: Tensor, half_squares_K: Tensor, rules: Rules) -> Tensor:
     """The label of each feature (eq. 3).
 
     Args:
         features_BD: (B, D) float32.
         centroids_KD: (K, D) float32.
+        half_squares_K: (K,) of these centroids.
         rules: "euclidean" takes the nearest centroid, "dot" the largest product.
 
     Returns:
         (B,) int64.
     """
     if rules.nearest == "dot":
-        scores_BK = features_BD @ centroids_KD.T
-    else:  # |f - c|^2 is smallest where f.c - |c|^2 / 2 is largest
-        half_squares_K = centroids_KD.square().sum(1).mul_(-0.5)
-        scores_BK = torch.addmm(half_squares_K, features_BD, centroids_KD.T)
-    return scores_BK.argmax(1)
+        return (features_BD @ centroids_KD.T).argmax(1)
+    return torch.addmm(half_squares_K, features_BD, centroids_KD.T).argmax(1)
 
 
 def last_of_each(row_B: Tensor) -> Tensor:
@@ -160,7 +166,7 @@ def update_samples(memory: Memory, row_B: Tensor, features_BD: Tensor, momentum:
     if rules.renormalise:
         blend_BD = F.normalize(blend_BD, dim=1, eps=1e-10)
     new_BD = blend_BD.to(old_BD.dtype)  # what is stored is also what is compared and summed
-    new_label_B = nearest_centroid(new_BD.float(), memory.centroids_KD, rules).to(torch.int32)
+    new_label_B = nearest_centroid(new_BD.float(), memory.centroids_KD, memory.half_squares_K, rules).to(torch.int32)
     moved_B = new_label_B != old_label_B
 
     last_B = last_of_each(row_B)

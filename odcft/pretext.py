@@ -1,4 +1,7 @@
-"""Pretext tasks: a checkpoint to start from where there is none. So far rotation prediction (Gidaris et al., ICLR 2018)."""
+"""Pretext tasks: a checkpoint to start from where there is none.
+
+So far rotation prediction (Gidaris et al., ICLR 2018).
+"""
 
 from pathlib import Path
 
@@ -31,7 +34,8 @@ def train_rotation(
         images: unlabelled.
         arch: a timm name; it starts from random weights.
         size: pixels.
-        out: the .pth to write: a dict with `arch`, `state_dict` (with a 4-way `fc`) and `epoch`, as training code saves it.
+        out: the .pth to write: a dict with `arch`, `state_dict` (with a 4-way `fc`) and `epoch`, as training code saves
+            it.
         augment: applied before the turn.
         optim: epochs, batch_size, lr and so on; the head fields play no part.
         seed: of weights and order.

@@ -5,6 +5,7 @@ number of images, the width of the features) is not a setting. Fields that are `
 images are known, and the recipe saved in the RUN has no `auto` left.
 """
 
+import contextlib
 import difflib
 from importlib import resources
 from pathlib import Path
@@ -156,7 +157,8 @@ def load_recipe(name: str | Path = DEFAULT, overrides: list[str] | None = None) 
             text, origin = Path(name).read_text(encoding="utf-8"), str(name)
         except (OSError, UnicodeDecodeError):
             raise OdcftError(
-                f"{name}: no such recipe{_did_you_mean(str(name), recipes)}. Give a YAML file, or one of: {', '.join(recipes)}."
+                f"{name}: no such recipe{_did_you_mean(str(name), recipes)}. "
+                f"Give a YAML file, or one of: {', '.join(recipes)}."
             ) from None
     try:
         fields = yaml.safe_load(text) or {}
@@ -191,7 +193,8 @@ def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
             )
         )
         raise OdcftError(
-            f"{place}={first['input']!r} will not do: {problems} ({origin}; `odcft recipes {DEFAULT}` shows the fields)."
+            f"{place}={first['input']!r} will not do: {problems} "
+            f"({origin}; `odcft recipes {DEFAULT}` shows the fields)."
         ) from None
 
 
@@ -213,10 +216,8 @@ def _apply(fields: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise OdcftError(f"--set {override}: {value!r} is not a value YAML can read.") from None
     if isinstance(fields[field], str):  # YAML 1.1 takes 1e-5 for text; people mean the number
-        try:
+        with contextlib.suppress(ValueError):
             fields[field] = float(fields[field])
-        except ValueError:
-            pass
 
 
 def _refuse_unknown_path(path: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from odcft import dist
-from odcft.memory import UNIT, Memory, Rules, move, nearest_centroid, small_clusters, to_units
+from odcft.memory import UNIT, Memory, Rules, half_squares, move, nearest_centroid, small_clusters, to_units
 
 
 class SmallClusterWatch:
@@ -95,9 +95,10 @@ def _disperse(memory: Memory, small_K: Tensor, rules: Rules) -> None:
     """Move the members of all small clusters to the nearest of the normal ones."""
     normal_C = (~small_K).nonzero()[:, 0]  # labels of the C normal clusters
     row_M = small_K[memory.labels_S].nonzero()[:, 0]
+    centroids_CD, half_squares_C = memory.centroids_KD[normal_C], memory.half_squares_K[normal_C]
     for row_B in row_M.split(4096):
         features_BD = memory.features_SD[row_B].float()
-        move(memory, row_B, normal_C[nearest_centroid(features_BD, memory.centroids_KD[normal_C], rules)])
+        move(memory, row_B, normal_C[nearest_centroid(features_BD, centroids_CD, half_squares_C, rules)])
     _sum_sizes(memory)
 
 
@@ -109,23 +110,26 @@ def _refill(memory: Memory, empty: list[int], at_least: int, rules: Rules, gener
     largest = heapq.nsmallest(len(empty), ((-size, label) for label, size in enumerate(sizes)))
     rows = members(memory, [label for _, label in largest])
     heapq.heapify(largest)
-    for filled, label in enumerate(empty):
+    filled = 0
+    for label in empty:
         size, source = largest[0]
-        if -size < 2 * at_least:
-            return filled
+        if size == -1:
+            break
         row_M = rows[source]
-        second_M, sums_2D, sizes_2 = split_in_two(memory.features_SD[row_M].float(), row_M, at_least, generator)
+        enough = min(at_least, -size // 2)  # rather a small cluster than an empty one
+        second_M, sums_2D, sizes_2 = split_in_two(memory.features_SD[row_M].float(), row_M, enough, generator)
         if rules.random_half and torch.rand((), generator=generator) < 0.5:
             second_M, sums_2D, sizes_2 = ~second_M, sums_2D.flip(0), sizes_2[::-1]
         move(memory, row_M[second_M], torch.full_like(row_M[second_M], label))
-        memory.centroids_KD[[source, label]] = (
-            sums_2D.float() * UNIT / torch.tensor(sizes_2, device=sums_2D.device).clamp(min=1).unsqueeze(1)
-        )
+        size_21 = torch.tensor(sizes_2, device=sums_2D.device).clamp(min=1).unsqueeze(1)
+        memory.centroids_KD[[source, label]] = sums_2D.float() * UNIT / size_21
         rows[source], rows[label] = row_M[~second_M], row_M[second_M]
         heapq.heapreplace(largest, (-sizes_2[0], source))
         heapq.heappush(largest, (-sizes_2[1], label))
+        filled += 1
+    memory.half_squares_K = half_squares(memory.centroids_KD)
     _sum_sizes(memory)
-    return len(empty)
+    return filled
 
 
 def split_in_two(

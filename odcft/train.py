@@ -123,7 +123,8 @@ def resolve(recipe: Recipe, loaded: Loaded, images: Images) -> tuple[Recipe, tor
         recipe.data.size = automatic_size(backbone.size, backbone.fixed_size, usual_side(images))
     elif backbone.fixed_size and recipe.data.size != backbone.size:
         raise OdcftError(
-            f"{backbone.arch} takes images of {backbone.size} pixels only. Pass --set data.size={backbone.size}, or auto."
+            f"{backbone.arch} takes images of {backbone.size} pixels only. "
+            f"Pass --set data.size={backbone.size}, or auto."
         )
     if recipe.data.workers == "auto":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -157,7 +158,8 @@ def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = Non
         lowered = count // 4 - 1
         if progress:
             progress.say(
-                f"Note        {count} images cannot make clusters of more than {memory.min_cluster}: memory.min_cluster lowered to {lowered}."
+                f"Note        {count} images cannot make clusters of more than {memory.min_cluster}: "
+                f"memory.min_cluster lowered to {lowered}."
             )
         memory.min_cluster = lowered
     most = count // (memory.min_cluster + 1) if memory.min_cluster >= 0 else count
@@ -171,7 +173,8 @@ def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = Non
             else "there would be more clusters than images"
         )
         raise OdcftError(
-            f"{memory.clusters:,} clusters for {count:,} images cannot work: {why}. --clusters auto would use {automatic}; {most} is the most."
+            f"{memory.clusters:,} clusters for {count:,} images cannot work: {why}. "
+            f"--clusters auto would use {automatic}; {most} is the most."
         )
     return recipe
 
@@ -188,7 +191,8 @@ def _describe(loaded: Loaded, images: Images, recipe: Recipe, progress: Progress
     progress.say(f"Images      {len(images):,} in {images.source}")
     optim = recipe.optim
     progress.say(
-        f"Plan        {recipe.method.upper()} · {optim.epochs} epochs · batch {optim.batch_size} · {recipe.data.size} px · "
+        f"Plan        {recipe.method.upper()} · {optim.epochs} epochs · batch {optim.batch_size} · "
+        f"{recipe.data.size} px · "
         f"{dist.world_size()} process{'es' if dist.world_size() > 1 else ''} · {optim.precision}"
     )
 
@@ -269,23 +273,27 @@ def _read_memory(
         ) from None
     if about["sha256"] != sha256(ckpt):
         raise OdcftError(
-            f"{folder} was made from another checkpoint ({about['checkpoint']}), not from {ckpt}. Make it again with `odcft init-memory`."
+            f"{folder} was made from another checkpoint ({about['checkpoint']}), not from {ckpt}. "
+            "Make it again with `odcft init-memory`."
         )
     known = set(names)
     unreadable = {name: "unreadable for init-memory" for name in images.names if name not in known}
     images = images.without({i for i, name in enumerate(images.names) if name not in known})
     if images.names != names:
         raise OdcftError(
-            f"{folder} was made from {len(names):,} images that are not those of {images.source} now. Make it again with `odcft init-memory`."
+            f"{folder} was made from {len(names):,} images that are not those of {images.source} now. "
+            "Make it again with `odcft init-memory`."
         )
     clusters, dim = tensors["centroids"].shape
     if recipe.memory.clusters not in ("auto", clusters) and recipe.memory.clusters != type(recipe.memory)().clusters:
         raise OdcftError(
-            f"{folder} has {clusters:,} clusters, the recipe asks for {recipe.memory.clusters:,}. Leave --clusters away, or make the memory again."
+            f"{folder} has {clusters:,} clusters, the recipe asks for {recipe.memory.clusters:,}. "
+            "Leave --clusters away, or make the memory again."
         )
     if dim != recipe.neck.dim:
         raise OdcftError(
-            f"{folder} has features of {dim} numbers, the recipe's neck.dim is {recipe.neck.dim}. Make the memory again with this recipe."
+            f"{folder} has features of {dim} numbers, the recipe's neck.dim is {recipe.neck.dim}. "
+            "Make the memory again with this recipe."
         )
     recipe.memory.clusters = clusters
     recipe = resolve_clusters(recipe, len(images))
@@ -388,7 +396,8 @@ def fine_tune(
             window.working()
             if batch.unreadable:
                 progress.say(
-                    f"Step {step}: {', '.join(images.names[i] for i in batch.unreadable)} can no longer be read; skipped."
+                    f"Step {step}: {', '.join(images.names[i] for i in batch.unreadable)} "
+                    "can no longer be read; skipped."
                 )
             if len(batch.index_B) < 2:
                 raise OdcftError(
@@ -458,7 +467,9 @@ def fine_tune(
 def _resume_point(
     ckpt: str, data: str, out: Path, epochs: int | None, progress: Progress, arch: str | None
 ) -> tuple[Start, int]:
-    """The start of a RUN that was interrupted: its own recipe, images and checkpoint, and a memory still to be filled."""
+    """The start of a RUN that was interrupted: its own recipe, images and checkpoint,
+    and a memory still to be filled.
+    """
     newest = snapshot.newest(out)
     if newest is None or not (out / "run.json").exists():
         raise OdcftError(f"{out} has no state to resume from. Leave --resume away to start it.")
@@ -476,7 +487,8 @@ def _resume_point(
     images = images.without({i for i, name in enumerate(images.names) if name not in known})
     if images.names != names:
         raise OdcftError(
-            f"{out} was started on {len(names):,} images, and not all of them are in {data} now. Put them back, or start anew with --overwrite."
+            f"{out} was started on {len(names):,} images, and not all of them are in {data} now. "
+            "Put them back, or start anew with --overwrite."
         )
     recipe.optim.epochs = epochs or recipe.optim.epochs
     loaded = load_backbone(ckpt, arch)
@@ -570,7 +582,8 @@ def nmi(before_S: Tensor, after_S: Tensor) -> float:
 
 def _health(figures: dict[str, float]) -> str:
     return (
-        f"loss {figures['loss']:.2f} ({figures['loss_over_ln_k']:.2f} of ln K) · labels moving {figures['change_ratio']:.0%} · "
+        f"loss {figures['loss']:.2f} ({figures['loss_over_ln_k']:.2f} of ln K) · "
+        f"labels moving {figures['change_ratio']:.0%} · "
         f"clusters {figures['smallest']} … {figures['largest']} · data wait {figures['data_wait']:.0%}"
     )
 
@@ -607,7 +620,8 @@ def refuse_full(out: Path, ours: tuple[str, ...], overwrite: bool) -> None:
     foreign = sorted(there - set(ours))
     if foreign:
         raise OdcftError(
-            f"{out} holds files odcft did not write ({foreign[0]}), so --overwrite will not touch it. Choose another --out."
+            f"{out} holds files odcft did not write ({foreign[0]}), so --overwrite will not touch it. "
+            "Choose another --out."
         )
     try:
         dist.barrier()  # every rank has looked before one writes

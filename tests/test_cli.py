@@ -21,7 +21,12 @@ def images(tmp_path, make_images):
 
 
 def test_help_answers_without_torch():
-    code = "import sys, runpy; sys.argv = ['odcft', '--help']\ntry: runpy.run_module('odcft', run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = (
+        "import sys, runpy; sys.argv = ['odcft', '--help']\n"
+        "try: runpy.run_module('odcft', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for command in ("demo", "inspect", "init-memory", "finetune", "export", "evaluate", "recipes"):

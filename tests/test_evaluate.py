@@ -70,7 +70,7 @@ def test_features_made_elsewhere(tmp_path):
     assert results["svm"]["mAP"] > 95
     assert results["knn"]["top1"] > 95
     np.savez(path, features=features)
-    with pytest.raises(OdcftError, match="is not an .npz with"):
+    with pytest.raises(OdcftError, match=r"is not an \.npz with"):
         evaluate_file(path, ["knn"])
 
 

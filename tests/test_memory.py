@@ -57,8 +57,9 @@ def test_sample_joins_its_nearest_centroid():
 def test_dot_product_prefers_the_long_centroid_where_distance_does_not():
     centroids = torch.tensor([[1.0, 0.0], [0.3, 0.3]])
     feature = torch.tensor([[0.4, 0.3]])
-    assert memory.nearest_centroid(feature, centroids, PAPER).tolist() == [1]
-    assert memory.nearest_centroid(feature, centroids, OFFICIAL).tolist() == [0]
+    halves = memory.half_squares(centroids)
+    assert memory.nearest_centroid(feature, centroids, halves, PAPER).tolist() == [1]
+    assert memory.nearest_centroid(feature, centroids, halves, OFFICIAL).tolist() == [0]
 
 
 def test_image_twice_in_a_batch_the_last_wins_and_counts_once():

@@ -177,7 +177,8 @@ def test_tiny_sets_lower_the_threshold():
 
 
 FIELDS = {
-    "seed": 5, "data.size": 40, "data.crop_fraction": 0.5, "augment.crop_scale": [0.5, 0.6], "augment.crop_ratio": [1, 1.0001],
+    "seed": 5, "data.size": 40, "data.crop_fraction": 0.5, "augment.crop_scale": [0.5, 0.6],
+    "augment.crop_ratio": [1, 1.0001],
     "augment.flip": 1.0, "augment.rotation": 45.0, "augment.brightness": 0.9, "augment.contrast": 0.9,
     "augment.saturation": 0.0, "augment.hue": 0.5, "augment.gray": 1.0, "neck.hidden": 32, "neck.dim": 4,
     "neck.dropout": 0.0, "neck.bn_momentum": 0.9, "memory.clusters": 3, "memory.momentum": 0.9,

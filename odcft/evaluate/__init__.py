@@ -18,7 +18,10 @@ _FIGURE = {"svm": ("SVM mAP", "mAP"), "knn": ("kNN top-1", "top1")}
 
 @dataclass
 class Split:
-    """Features and targets of training and test images: what every protocol takes. Targets are (N, C) of 1, 0 and -1."""
+    """Features and targets of training and test images: what every protocol takes.
+
+    Targets are (N, C) of 1, 0 and -1.
+    """
 
     train_features: np.ndarray
     train_targets: np.ndarray
@@ -96,7 +99,8 @@ def evaluate(
     """Every protocol on the features of labelled images.
 
     Args:
-        ckpt: what `load_backbone` takes. A RUN is evaluated beside the checkpoint it came from, where that is still there.
+        ckpt: what `load_backbone` takes. A RUN is evaluated beside the checkpoint it came from, where that is still
+            there.
         data: labelled images: sub-folders are classes, or a list with labels.
         test: others to test on; without, a stratified half of `data` is held out.
         protocols: of PROTOCOLS.

@@ -60,7 +60,8 @@ def _halves(targets: np.ndarray, classes: list[str]) -> tuple[np.ndarray, np.nda
     few = [classes[c] for c in range(len(classes)) if targets[:, c].sum() < 4]
     if few:
         raise OdcftError(
-            f"Class {few[0]} has fewer than 4 images: too few to hold a half out. Give a set for --test, or more images."
+            f"Class {few[0]} has fewer than 4 images: too few to hold a half out. "
+            "Give a set for --test, or more images."
         )
     order = np.random.default_rng(0).permutation(len(targets))
     groups: dict[bytes, int] = {}

@@ -1,4 +1,5 @@
-"""VOC07 SVM: a linear SVM a class on frozen features, mean average precision (Goyal et al. 2019, as OpenSelfSup runs it).
+"""VOC07 SVM: a linear SVM a class on frozen features, mean average precision
+(Goyal et al. 2019, as OpenSelfSup runs it).
 
 Shapes: N images, F features, C classes. A target is 1 (present), 0 (absent) or -1 (difficult).
 """
@@ -31,7 +32,8 @@ def voc07_svm(
         costs: the SVM's C, tried for each class.
 
     Returns:
-        `mAP` in 0..100, `per_class` average precisions in 0..100, `costs` chosen; and `scores` (N, C) of the test images.
+        `mAP` in 0..100, `per_class` average precisions in 0..100, `costs` chosen;
+        and `scores` (N, C) of the test images.
     """
     from sklearn.exceptions import ConvergenceWarning
 

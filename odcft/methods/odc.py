@@ -70,6 +70,7 @@ def restore(state: State, features_SD: Tensor, labels_S: Tensor, centroids_KD: T
     state.memory = memory.new_memory(features_SD, labels_S, len(centroids_KD), old.features_SD.dtype, normalise=False)
     dist.all_sum_(state.memory.sizes_K)
     state.memory.centroids_KD = centroids_KD
+    state.memory.half_squares_K = memory.half_squares(centroids_KD)
 
 
 def targets(state: State, row_B: Tensor) -> tuple[Tensor, Tensor]:
