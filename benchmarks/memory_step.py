@@ -2,10 +2,10 @@
 
     python benchmarks/memory_step.py --images 1281167 --clusters 10000 --dim 256 --batch 512 [--ranks W] [--json]
 
-A step is `odc.update`: blend the batch into the samples memory, move it to its nearest centroids, keep sums and counts,
-refresh the centroids every tenth step (spread over its interval), look for small clusters. The product is B x D times
-D x K and its argmax. Both are timed in turn in one process, and medians are given. `--small S` starts with that share of
-the clusters small: `first_step_ms` is then the step that handles them all.
+A step is `odc.update`: blend the batch into the samples memory, move it to its nearest centroids, keep sums and
+counts, refresh the centroids every tenth step (spread over its interval), look for small clusters. The product is
+B x D times D x K and its argmax. Both are timed in turn in one process, and medians are given. `--small S` starts with
+that share of the clusters small: `first_step_ms` is then the step that handles them all.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 
 from odcft import dist
 from odcft.launch import relaunch
-from odcft.memory import VARIANTS, new_memory, small_clusters
+from odcft.memory import VARIANTS, small_clusters
 from odcft.methods import odc
 from odcft.recipe import MemoryRecipe
 
@@ -44,9 +44,7 @@ def start(args: argparse.Namespace) -> odc.State:
         labels_S[: len(spread)] = spread
     # The paper's 20, or less where that would be more than a quarter of the images a cluster has.
     min_cluster = min(20, args.images // args.clusters // 4)
-    recipe = MemoryRecipe(
-        variant=args.variant, centroid_interval=INTERVAL, dtype=args.dtype, min_cluster=min_cluster
-    )
+    recipe = MemoryRecipe(variant=args.variant, centroid_interval=INTERVAL, dtype=args.dtype, min_cluster=min_cluster)
     return odc.start(features_SD, labels_S, args.clusters, recipe, seed=0)
 
 

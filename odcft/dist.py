@@ -1,7 +1,7 @@
 """Processes working together: the same verbs for one process as for many, so that nobody asks which it is.
 
-Ownership rule: with W ranks, rank r owns images i with i % W == r, and keeps image i at its row i // W. A rank draws its
-batches from its own images, so that reading and writing the samples memory is local, and only K-sized tensors travel.
+Ownership rule: with W ranks, rank r owns images i with i % W == r, and keeps image i at its row i // W. A rank draws
+its batches from its own images, so reading and writing the samples memory is local, and only K-sized tensors travel.
 """
 
 import os
@@ -54,6 +54,13 @@ def all_sum_(*tensors: Tensor) -> None:
     if world_size() > 1:
         for tensor in tensors:
             torch.distributed.all_reduce(tensor)
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over the ranks, as a new tensor."""
+    summed = tensor.clone()
+    all_sum_(summed)
+    return summed
 
 
 def broadcast_(*tensors: Tensor) -> None:
@@ -116,7 +123,9 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     if world_size() == 1:
         return model
     if device.type == "cuda":  # torch has SyncBN for accelerators only; CPU ranks normalise over their own batches
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        from timm.layers import convert_sync_batchnorm  # torch's own would lose the activation in timm's BatchNormAct2d
+
+        model = convert_sync_batchnorm(model)
     ids = [device.index] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 

@@ -141,7 +141,7 @@ def last_of_each(row_B: Tensor) -> Tensor:
     """For each place in a batch, the last place that holds the same row: (B,) int64 to (B,) int64."""
     sorted_B, order_B = torch.sort(row_B, stable=True)
     # The last of a run of equal rows is where the search for that row, from the right, ends.
-    return order_B[torch.searchsorted(sorted_B, row_B, right=True) - 1]
+    return order_B.index_select(0, torch.searchsorted(sorted_B, row_B, right=True) - 1)
 
 
 def update_samples(memory: Memory, row_B: Tensor, features_BD: Tensor, momentum: float, rules: Rules) -> Tensor:
@@ -160,8 +160,8 @@ def update_samples(memory: Memory, row_B: Tensor, features_BD: Tensor, momentum:
     Returns:
         (B,) bool: which images changed their label.
     """
-    old_BD = memory.features_SD[row_B]
-    old_label_B = memory.labels_S[row_B]
+    old_BD = memory.features_SD.index_select(0, row_B)
+    old_label_B = memory.labels_S.index_select(0, row_B)
     blend_BD = momentum * F.normalize(features_BD.float(), dim=1, eps=1e-10) + (1 - momentum) * old_BD.float()
     if rules.renormalise:
         blend_BD = F.normalize(blend_BD, dim=1, eps=1e-10)
@@ -170,8 +170,8 @@ def update_samples(memory: Memory, row_B: Tensor, features_BD: Tensor, momentum:
     moved_B = new_label_B != old_label_B
 
     last_B = last_of_each(row_B)
-    memory.features_SD[row_B] = new_BD[last_B]
-    memory.labels_S[row_B] = new_label_B[last_B]
+    memory.features_SD.index_copy_(0, row_B, new_BD.index_select(0, last_B))
+    memory.labels_S.index_copy_(0, row_B, new_label_B.index_select(0, last_B))
     counts_B = (last_B == torch.arange(len(row_B), device=row_B.device)).to(torch.int64)  # 0 for the overwritten
     memory.sums_KD.index_add_(0, old_label_B, to_units(old_BD).mul_(-counts_B.unsqueeze(1)))
     memory.sums_KD.index_add_(0, new_label_B, to_units(new_BD).mul_(counts_B.unsqueeze(1)))

@@ -27,15 +27,16 @@ class SmallClusterWatch:
     def any_small(self, sizes_K: Tensor, min_cluster: int, rules: Rules) -> bool:
         """Whether some cluster is small: now (CPU), or one step ago (accelerator). sizes_K: (K,) int64."""
         any_now = small_clusters(sizes_K, min_cluster, rules).any()
-        if sizes_K.device.type == "cpu":
-            return bool(any_now)
+        return bool(any_now) if sizes_K.device.type == "cpu" else self._answer_of_last_step(any_now)
+
+    def _answer_of_last_step(self, any_now: Tensor) -> bool:
         answer = False
-        if self._flag is not None and self._arrived is not None:
-            self._arrived.synchronize()
-            answer = bool(self._flag)
-        else:
+        if self._flag is None or self._arrived is None:
             self._flag = torch.empty((), dtype=torch.bool, pin_memory=True)
             self._arrived = torch.cuda.Event()
+        else:
+            self._arrived.synchronize()  # of the step before: the device is past it, or about to be
+            answer = bool(self._flag)
         self._flag.copy_(any_now, non_blocking=True)
         self._arrived.record()
         return answer
@@ -99,7 +100,7 @@ def _disperse(memory: Memory, small_K: Tensor, rules: Rules) -> None:
     for row_B in row_M.split(4096):
         features_BD = memory.features_SD[row_B].float()
         move(memory, row_B, normal_C[nearest_centroid(features_BD, centroids_CD, half_squares_C, rules)])
-    _sum_sizes(memory)
+    memory.sizes_K = dist.all_sum(memory.counts_K)
 
 
 def _refill(memory: Memory, empty: list[int], at_least: int, rules: Rules, generator: torch.Generator) -> int:
@@ -128,7 +129,7 @@ def _refill(memory: Memory, empty: list[int], at_least: int, rules: Rules, gener
         heapq.heappush(largest, (-sizes_2[1], label))
         filled += 1
     memory.half_squares_K = half_squares(memory.centroids_KD)
-    _sum_sizes(memory)
+    memory.sizes_K = dist.all_sum(memory.counts_K)
     return filled
 
 
@@ -205,8 +206,3 @@ def _enough_on_both_sides(score_M: Tensor, second_M: Tensor, row_M: Tensor, at_l
     order = by_image[torch.argsort(scores[by_image], stable=True)]  # ties: by image number
     second_size = at_least if second < at_least else first + second - at_least
     return torch.isin(image_M, images[order[len(order) - second_size :]])
-
-
-def _sum_sizes(memory: Memory) -> None:
-    memory.sizes_K.copy_(memory.counts_K)
-    dist.all_sum_(memory.sizes_K)

@@ -52,7 +52,7 @@ def start(features_SD: Tensor, labels_S: Tensor, clusters: int, recipe: MemoryRe
         recipe.reweight,
         seed,
     )
-    dist.all_sum_(state.memory.sizes_K)
+    state.memory.sizes_K = dist.all_sum(state.memory.counts_K)
     refresh_centroids(state)
     return state
 
@@ -68,7 +68,7 @@ def restore(state: State, features_SD: Tensor, labels_S: Tensor, centroids_KD: T
     """
     old = state.memory
     state.memory = memory.new_memory(features_SD, labels_S, len(centroids_KD), old.features_SD.dtype, normalise=False)
-    dist.all_sum_(state.memory.sizes_K)
+    state.memory.sizes_K = dist.all_sum(state.memory.counts_K)
     state.memory.centroids_KD = centroids_KD
     state.memory.half_squares_K = memory.half_squares(centroids_KD)
 
@@ -84,7 +84,8 @@ def targets(state: State, row_B: Tensor) -> tuple[Tensor, Tensor]:
         (B,) int64 labels and (K,) float32 weights, for a weighted mean of the cross-entropy.
     """
     weight_K = memory.loss_weights(state.memory.sizes_K, state.rules)
-    return state.memory.labels_S[row_B].long(), weight_K if state.reweight else torch.ones_like(weight_K)
+    label_B = state.memory.labels_S.index_select(0, row_B).long()
+    return label_B, weight_K if state.reweight else torch.ones_like(weight_K)
 
 
 def update(state: State, row_B: Tensor, features_BD: Tensor, step: int) -> dict[str, Tensor]:
@@ -100,8 +101,7 @@ def update(state: State, row_B: Tensor, features_BD: Tensor, step: int) -> dict[
         `change_ratio`: the share of this rank's batch that changed its label (fig. 5), a tensor on the device.
     """
     moved_B = memory.update_samples(state.memory, row_B, features_BD, state.momentum, state.rules)
-    state.memory.sizes_K.copy_(state.memory.counts_K)
-    dist.all_sum_(state.memory.sizes_K)
+    state.memory.sizes_K = dist.all_sum(state.memory.counts_K)
     if (step + 1) % state.centroid_interval == 0:
         refresh_centroids(state)
     if state.watch.any_small(state.memory.sizes_K, state.min_cluster, state.rules):
@@ -112,8 +112,4 @@ def update(state: State, row_B: Tensor, features_BD: Tensor, step: int) -> dict[
 
 def refresh_centroids(state: State) -> None:
     """Every centroid becomes the mean of its members over all ranks (the K x D sums travel)."""
-    sums_KD = state.memory.sums_KD
-    if dist.world_size() > 1:
-        sums_KD = sums_KD.clone()
-        dist.all_sum_(sums_KD)
-    memory.set_centroids(state.memory, sums_KD)
+    memory.set_centroids(state.memory, dist.all_sum(state.memory.sums_KD))

@@ -1,0 +1,109 @@
+"""Device discipline without a device: a step on fake tensors of a fake GPU, where mixing devices is an error."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from odcft.augment import augment_batch
+from odcft.memory import VARIANTS, Memory
+from odcft.methods import odc
+from odcft.recipe import AugmentRecipe
+from odcft.small_clusters import SmallClusterWatch
+
+CUDA = torch.device("cuda", 0)
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal")
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for the device: reading a number, shapes that depend on values, copies back."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        on_device = any(tensor.is_cuda for tensor in tensors)
+        if on_device:
+            assert name not in WAITING, f"{name} waits for the device"
+            if name in ("index", "index_put", "index_put_"):
+                assert not any(a.dtype == torch.bool for a in args[1] if a is not None), f"{name} by a mask waits"
+        result = func(*args, **(kwargs or {}))
+        assert not (on_device and isinstance(result, torch.Tensor) and not result.is_cuda), f"{name} copies back"
+        return result
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    monkeypatch.setattr(SmallClusterWatch, "_answer_of_last_step", lambda self, any_now: False)  # pins host memory
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def fake_state(variant, dtype, S=200, K=20, D=16):
+    memory = Memory(
+        torch.empty(S, D, dtype=dtype, device=CUDA),
+        torch.empty(S, dtype=torch.int32, device=CUDA),
+        torch.empty(K, D, dtype=torch.int64, device=CUDA),
+        torch.empty(K, dtype=torch.int64, device=CUDA),
+        torch.empty(K, dtype=torch.int64, device=CUDA),
+        torch.empty(K, D, device=CUDA),
+        torch.empty(K, device=CUDA),
+    )
+    return odc.State(memory, VARIANTS[variant], 0.5, 10, 20, True, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_memory_step_stays_on_the_device_and_never_waits(fake_gpu, variant, dtype):
+    state = fake_state(variant, dtype)
+    row_B, features_BD = torch.empty(8, dtype=torch.int64, device=CUDA), torch.empty(8, 16, device=CUDA)
+    with NoWaiting():
+        for step in (0, 9):  # 9: with a refresh of the centroids
+            label_B, weight_K = odc.targets(state, row_B)
+            stats = odc.update(state, row_B, features_BD, step)
+    assert label_B.device == weight_K.device == stats["change_ratio"].device == CUDA
+    assert state.memory.centroids_KD.device == CUDA
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.to("cpu"),
+        lambda x: x.nonzero(),
+        lambda x: torch.ops.aten.index(x, [x > 0]),
+    ],
+)
+def test_waiting_would_be_noticed(fake_gpu, wait):
+    on_device = torch.empty(8, device=CUDA)
+    with NoWaiting(), pytest.raises(AssertionError):
+        wait(on_device)
+
+
+def test_head_loss_and_memory_stay_on_the_device_and_never_wait(fake_gpu):
+    """What a step does besides backbone, backward and SGD, which a CPU build of torch cannot run on a fake GPU."""
+    state, head = fake_state("paper", torch.float16), torch.empty(20, 16, device=CUDA)
+    images = torch.empty(8, 3, 32, 32, dtype=torch.uint8).to(CUDA).to(torch.float32).div_(255)
+    row_B = torch.empty(8, dtype=torch.int64, device=CUDA)
+    with NoWaiting():
+        features_BD = images.flatten(1).narrow(1, 0, 16).relu()
+        label_B, weight_K = odc.targets(state, row_B)
+        loss = F.cross_entropy(F.linear(features_BD, head), label_B, weight_K)
+        odc.update(state, row_B, features_BD, 0)
+    assert loss.device == CUDA
+
+
+def test_augmentation_follows_the_images(monkeypatch):
+    """Factors are drawn on the host; only they travel, one way. (Real draws: fake ones have no values to sort.)"""
+    moved = []
+    whole = torch.Tensor.to
+
+    def to(self, *args, **kwargs):
+        moved.append((self.numel(), kwargs.get("non_blocking", False)))
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    augment_batch(torch.rand(8, 3, 16, 16), AugmentRecipe(), torch.Generator())
+    assert moved
+    assert all(count <= 8 * 6 and without_waiting for count, without_waiting in moved)
