@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,7 @@ def _candidates(contents: Contents, arch: str | None) -> Iterator[str]:
             yield hint
 
 
+@cache
 def _shapes(arch: str) -> dict[str, Tensor]:
     """Names and shapes of a network, on the meta device: nothing is allocated."""
     import timm

@@ -176,6 +176,11 @@ def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = Non
             f"{memory.clusters:,} clusters for {count:,} images cannot work: {why}. "
             f"--clusters auto would use {automatic}; {most} is the most."
         )
+    elif progress and memory.clusters * 2 * (memory.min_cluster + 1) > count:
+        progress.say(
+            f"Note        {count:,} images leave {count // memory.clusters} for each of {memory.clusters:,} clusters, "
+            f"little more than memory.min_cluster={memory.min_cluster}: many will be refilled again and again."
+        )
     return recipe
 
 

@@ -71,7 +71,7 @@ def test_memory_step_stays_on_the_device_and_never_waits(fake_gpu, variant, dtyp
     [
         lambda x: x.sum().item(),
         lambda x: x.to("cpu"),
-        lambda x: x.nonzero(),
+        lambda x: torch.ops.aten.nonzero(x),
         lambda x: torch.ops.aten.index(x, [x > 0]),
     ],
 )

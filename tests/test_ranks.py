@@ -1,0 +1,76 @@
+"""Two gloo processes end where one does."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).parent / "on_ranks.py"
+
+
+def on_ranks(ranks, case, out):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), str(ranks), case, str(out)], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("case", ["small_clusters", "clustering", "steps"])
+def test_two_ranks_end_with_the_memory_of_one(tmp_path, case):
+    for ranks in (1, 2):
+        result = on_ranks(ranks, case, tmp_path / f"{ranks}.safetensors")
+        assert result.returncode == 0, result.stderr
+    one, two = load_file(tmp_path / "1.safetensors"), load_file(tmp_path / "2.safetensors")
+    assert one
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def test_an_error_on_one_rank_ends_all_with_its_message(tmp_path):
+    began = time.monotonic()
+    result = on_ranks(2, "error_on_one", tmp_path / "x")
+    assert result.returncode == 2
+    assert "rank 1 has run out of luck" in result.stderr
+    assert time.monotonic() - began < 60
+
+
+@pytest.fixture
+def inputs(tmp_path, make_checkpoint, make_images):
+    return str(make_checkpoint(tmp_path / "c.pth")), str(make_images(tmp_path / "images", 13))
+
+
+def odcft(*args, launcher=("-m", "odcft")):
+    result = subprocess.run([sys.executable, *launcher, *map(str, args)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_memory_written_by_two_ranks_is_in_dataset_order(tmp_path, inputs):
+    for ranks in (1, 2):
+        odcft("init-memory", *inputs, "--out", tmp_path / f"m{ranks}", "--recipe", "small", "--devices", ranks)
+    one, two = (load_file(tmp_path / f"m{ranks}" / "memory.safetensors") for ranks in (1, 2))
+    assert torch.allclose(one["features"], two["features"], atol=1e-5)
+    assert torch.equal(one["labels"], two["labels"])
+    assert (tmp_path / "m1" / "images.csv").read_text() == (tmp_path / "m2" / "images.csv").read_text()
+
+
+def test_torchrun_and_devices_are_the_same_run_and_read_any_memory(tmp_path, inputs):
+    odcft("init-memory", *inputs, "--out", tmp_path / "m", "--recipe", "small")
+    quick = ["--memory", tmp_path / "m", "--recipe", "small", "--epochs", 1, "--set", "optim.batch_size=4", "--json"]
+    first = odcft("finetune", *inputs, "--out", tmp_path / "a", *quick, "--devices", 2)
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631", "-m", "odcft")
+    second = odcft("finetune", *inputs, "--out", tmp_path / "b", *quick, launcher=torchrun)
+    assert json.loads(first.stdout)["steps"] == json.loads(second.stdout)["steps"] == 3
+    a, b = (load_file(tmp_path / name / "backbone" / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_unreadable_image_on_one_of_two_ranks(tmp_path, inputs):
+    (tmp_path / "images" / "a" / "broken.png").write_bytes(b"x")
+    quick = ["--recipe", "small", "--epochs", 1, "--set", "optim.batch_size=4", "--json", "--devices", 2]
+    summary = json.loads(odcft("finetune", *inputs, "--out", tmp_path / "run", *quick).stdout)
+    assert (summary["images"], summary["unreadable"]) == (13, 1)
