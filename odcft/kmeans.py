@@ -9,6 +9,8 @@ K-Means", ICML 2015). Only where the bound falls below the row's own distance ar
 another label than it would without.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from odcft.errors import OdcftError
 from odcft.memory import UNIT, half_squares, to_units
 
 ROWS = 8192  # at a time, so that only ROWS x K scores are ever in memory
-BLOCK = 512  # rows searched together in the same groups
+BLOCK = 16384  # rows whose open groups are searched together
 MOST_GROUPS = 64
 
 
@@ -122,41 +124,40 @@ class _Nearest:
         self.square_S = torch.cat([rows.float().square().sum(1) for rows in features_SD.split(ROWS)])
         # Bounds and distances are compared with a margin far above the rounding of float32 scores.
         self.margin = 1e-3 * float(self.square_S.mean().sqrt()) if S else 0.0
-        # G groups of P places; centroid k stands in column place_K[k]. Spare places hold no centroid (number K).
-        self.G = min(MOST_GROUPS, 1 << max(0, (K // 16).bit_length() - 1))
+        # G groups of P places; spare places hold no centroid (number K).
+        self.G = min(MOST_GROUPS, 1 << max(0, round(math.log2(K / 32))))
         self.P = -(-K // self.G)
-        self.centroid_C = _neighbours(centroids_KD, self.G, self.P).reshape(-1)
-        self.place_K = torch.empty(K + 1, dtype=torch.int64, device=device)
-        self.place_K[self.centroid_C] = torch.arange(self.G * self.P, device=device)
+        self.centroid_GP = _neighbours(centroids_KD, self.G, self.P)
+        self.group_K = torch.empty(K + 1, dtype=torch.int64, device=device)
+        self.group_K[self.centroid_GP] = torch.arange(self.G, device=device).unsqueeze(1).expand(self.G, self.P)
         self._set(centroids_KD)
 
         self.label_S = torch.zeros(S, dtype=torch.int64, device=device)
         self.distance_S = torch.full((S,), torch.inf, device=device)  # to the row's own centroid; an upper bound
         self.bound_SG = torch.zeros(S, self.G, device=device)  # to all centroids of the group but the row's own
-        every_G = torch.arange(self.G, device=device)
-        for start in range(0, S, ROWS):
-            row_B = torch.arange(start, min(S, start + ROWS), device=device)
-            unknown_B = torch.full((len(row_B),), -torch.inf, device=device)
-            self._search(row_B, features_SD[start : start + ROWS].float(), unknown_B, every_G)
+        for row_B in torch.arange(S, device=device).split(ROWS):
+            self._search(row_B)
 
     def follow(self, centroids_KD: Tensor) -> None:
         """Search again where the centroids' movement leaves it open which is nearest."""
         moved_K = (centroids_KD - self.centroids_KD).norm(dim=1)
         self._set(centroids_KD)
-        self.bound_SG -= torch.cat([moved_K, moved_K.new_zeros(1)])[self.centroid_C].view(self.G, self.P).amax(1)
+        self.bound_SG -= torch.cat([moved_K, moved_K.new_zeros(1)])[self.centroid_GP].amax(1)
         self.distance_S += moved_K.index_select(0, self.label_S)
         row_M = (self.bound_SG.amin(1) < self.distance_S + self.margin).nonzero()[:, 0]
-        # Rows of one cluster, and of neighbouring ones, have the same groups open: they are searched together.
-        row_M = row_M[self.place_K[self.label_S[row_M]].argsort(stable=True)]
+        # Rows of the same and of neighbouring clusters have the same groups open: they are searched together.
+        row_M = row_M[self.group_K[self.label_S[row_M]].argsort()]
         for row_B in row_M.split(BLOCK):
             rows_BD = self.features_SD.index_select(0, row_B).float()
             own_score_B = self._own_score(row_B, rows_BD)
             distance_B = self._distance(row_B, own_score_B)
             self.distance_S[row_B] = distance_B
             open_BG = self.bound_SG.index_select(0, row_B) < (distance_B + self.margin).unsqueeze(1)
-            group_O = open_BG.any(0).nonzero()[:, 0]
-            if len(group_O):
-                self._search(row_B, rows_BD, own_score_B, group_O)
+            wide_B = open_BG.float().mean(1) > 0.3  # one product with all centroids is cheaper than many small ones
+            for row_W in row_B[wide_B].split(ROWS):
+                self._search(row_W)
+            open_BG &= ~wide_B.unsqueeze(1)
+            self._search_groups(row_B, rows_BD, own_score_B, open_BG)
 
     def measure(self) -> None:
         """Make the distances, which may be upper bounds, exact."""
@@ -167,8 +168,9 @@ class _Nearest:
     def _set(self, centroids_KD: Tensor) -> None:
         self.centroids_KD, self.half_squares_K = centroids_KD, half_squares(centroids_KD)
         spare_1D, spare_1 = torch.zeros_like(centroids_KD[:1]), self.half_squares_K.new_full((1,), -torch.inf)
-        self.by_group_GPD = torch.cat([centroids_KD, spare_1D])[self.centroid_C].view(self.G, self.P, -1)
-        self.half_squares_GP = torch.cat([self.half_squares_K, spare_1])[self.centroid_C].view(self.G, self.P)
+        self.by_group_GPD = torch.cat([centroids_KD, spare_1D])[self.centroid_GP]
+        self.half_squares_GP = torch.cat([self.half_squares_K, spare_1])[self.centroid_GP]
+        self.by_place_CD = self.by_group_GPD.transpose(0, 1).reshape(self.P * self.G, -1)
 
     def _distance(self, row_B: Tensor, score_B: Tensor) -> Tensor:
         return (self.square_S[row_B] - 2 * score_B).clamp_(min=0).sqrt_()
@@ -178,33 +180,38 @@ class _Nearest:
         products_BD = self.centroids_KD.index_select(0, own_B).mul_(rows_BD)
         return products_BD.sum(1).add_(self.half_squares_K[own_B])
 
-    def _search(self, row_B: Tensor, rows_BD: Tensor, own_score_B: Tensor, group_O: Tensor) -> None:
-        """Compare rows with all centroids of some groups; labels, distances and these groups' bounds follow."""
-        if len(group_O) == self.G:
-            some_OPD, half_squares_OP = self.by_group_GPD, self.half_squares_GP
-        else:
-            some_OPD, half_squares_OP = self.by_group_GPD[group_O], self.half_squares_GP[group_O]
-        scores_BC = torch.addmm(half_squares_OP.reshape(-1), rows_BD, some_OPD.flatten(0, 1).T)
+    def _search(self, row_B: Tensor) -> None:
+        """Compare rows with all centroids."""
+        rows_BD = self.features_SD.index_select(0, row_B).float()
+        scores_BC = torch.addmm(self.half_squares_GP.T.reshape(-1), rows_BD, self.by_place_CD.T)
         score_B, column_B = scores_BC.max(1)
-        own_B = self.label_S[row_B]
-        found_B = self.centroid_C[group_O[column_B // self.P] * self.P + column_B % self.P]
-        joins_B = (score_B > own_score_B) | (found_B == own_B)
-        # The bounds are of the others: the centroid that a row belongs to from now on is taken out of them.
-        column_B1, joins_B1 = column_B.unsqueeze(1), joins_B.unsqueeze(1)
-        scores_BC.scatter_(1, column_B1, torch.where(joins_B1, -torch.inf, scores_BC.gather(1, column_B1)))
-        others_BO = scores_BC.view(len(row_B), len(group_O), self.P).amax(2)
-        bound_BO = (self.square_S[row_B].unsqueeze(1) - 2 * others_BO).clamp_(min=0).sqrt_()
-        if len(group_O) == self.G:
-            self.bound_SG[row_B] = bound_BO
-        else:
-            self.bound_SG[row_B.unsqueeze(1), group_O] = bound_BO
+        self.label_S[row_B] = self.centroid_GP.T.reshape(-1)[column_B]
+        self.distance_S[row_B] = self._distance(row_B, score_B)
+        scores_BC.scatter_(1, column_B.unsqueeze(1), -torch.inf)  # the bounds are of the others
+        others_BG = scores_BC.view(len(row_B), self.P, self.G).amax(1)
+        self.bound_SG[row_B] = (self.square_S[row_B].unsqueeze(1) - 2 * others_BG).clamp_(min=0).sqrt_()
 
-        changed = (joins_B & (found_B != own_B)).nonzero()[:, 0]
-        row_M, group_M = row_B[changed], self.place_K[own_B[changed]] // self.P
-        # The centroid that a row leaves is one of the others now, also where its group was not searched.
+    def _search_groups(self, row_B: Tensor, rows_BD: Tensor, own_score_B: Tensor, open_BG: Tensor) -> None:
+        """Compare rows with the centroids of the groups that are open for them."""
+        own_B = self.label_S[row_B]
+        best_score_B, best_B = own_score_B.clone(), own_B.clone()
+        for g in open_BG.any(0).nonzero()[:, 0].tolist():
+            some_M = open_BG[:, g].nonzero()[:, 0]
+            scores_MP = torch.addmm(self.half_squares_GP[g], rows_BD.index_select(0, some_M), self.by_group_GPD[g].T)
+            scores_MP.masked_fill_(self.centroid_GP[g] == own_B[some_M].unsqueeze(1), -torch.inf)
+            score_M, place_M = scores_MP.max(1)
+            row_M, best_score_M = row_B[some_M], best_score_B[some_M]
+            self.bound_SG[:, g].index_copy_(0, row_M, self._distance(row_M, score_M))
+            better_M = score_M > best_score_M
+            best_score_B[some_M] = torch.where(better_M, score_M, best_score_M)
+            best_B[some_M] = torch.where(better_M, self.centroid_GP[g][place_M], best_B[some_M])
+        changed = (best_B != own_B).nonzero()[:, 0]
+        row_M, group_M = row_B[changed], self.group_K[own_B[changed]]
+        # The centroid that a row leaves is one of the others now. The one it joins stays in its group's bound, which is
+        # therefore lower than need be until the group is searched again.
         self.bound_SG[row_M, group_M] = torch.minimum(self.bound_SG[row_M, group_M], self.distance_S[row_M])
-        self.label_S[row_M] = found_B[changed]
-        self.distance_S[row_B] = self._distance(row_B, torch.where(joins_B, score_B, own_score_B))
+        self.label_S[row_M] = best_B[changed]
+        self.distance_S[row_M] = self._distance(row_M, best_score_B[changed])
 
 
 def _neighbours(centroids_KD: Tensor, groups: int, places: int) -> Tensor:
