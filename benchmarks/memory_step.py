@@ -42,9 +42,9 @@ def start(args: argparse.Namespace) -> odc.State:
     if small:  # a dozen images for each of the first clusters, below the threshold of 20
         spread = torch.arange(small, dtype=torch.int32).repeat_interleave(max(1, 12 // dist.world_size()))
         labels_S[: len(spread)] = spread
-    # The paper's 20, or less where that would be more than a quarter of the images a cluster has.
-    min_cluster = min(20, args.images // args.clusters // 4)
-    recipe = MemoryRecipe(variant=args.variant, centroid_interval=INTERVAL, dtype=args.dtype, min_cluster=min_cluster)
+    recipe = MemoryRecipe(
+        variant=args.variant, centroid_interval=INTERVAL, dtype=args.dtype, min_cluster=args.min_cluster
+    )
     return odc.start(features_SD, labels_S, args.clusters, recipe, seed=0)
 
 
@@ -109,8 +109,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float32")
     parser.add_argument("--variant", choices=["paper", "official"], default="paper")
     parser.add_argument("--small", type=float, default=0.0, help="share of the clusters that start small")
+    parser.add_argument("--min-cluster", type=int, help="default: 20, or a quarter of the images a cluster has if less")
     parser.add_argument("--json", action="store_true", help="(the output is JSON either way)")
     args = parser.parse_args()
+    if args.min_cluster is None:
+        args.min_cluster = min(20, args.images // args.clusters // 4)
     if args.ranks > 1 and "RANK" not in os.environ:
         sys.exit(relaunch(args.ranks))
     dist.start(torch.device("cpu"))

@@ -138,7 +138,7 @@ def split_in_two(
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Two-means over the members of one cluster, wherever they are: this rank's rows in, the same cut on every rank.
 
-    It starts from the two sides of the main direction (a few power iterations), then does Lloyd's iterations.
+    It starts from the two sides of the main direction (two power iterations), then does Lloyd's iterations.
 
     Args:
         features_MD: (M, D) float32, this rank's members; M may be 0.
@@ -159,14 +159,15 @@ def split_in_two(
     size = int(total_D1[-1])
     mean_D = total_D1[:-1].float() * (UNIT / size)
 
+    centred_MD = features_MD - mean_D
     direction_D = torch.randn(D, generator=generator).to(device)
-    for _ in range(4):
-        centred_MD = features_MD - mean_D
+    for _ in range(2):
+        # Row by row, not as a product with a matrix, whose rounding depends on how many rows a rank has.
         along_M1 = (centred_MD * direction_D).sum(1, keepdim=True)
         spread_D = to_units(centred_MD * along_M1).sum(0)
         dist.all_sum_(spread_D)
         direction_D = torch.nn.functional.normalize(spread_D.float(), dim=0)
-    score_M = ((features_MD - mean_D) * direction_D).sum(1)
+    score_M = (centred_MD * direction_D).sum(1)
     second_M = score_M > 0
 
     for _ in range(iterations):

@@ -184,7 +184,7 @@ FIELDS = {
     "neck.dropout": 0.5, "neck.bn_momentum": 0.9, "memory.clusters": 3, "memory.momentum": 0.9,
     "memory.centroid_interval": 1, "memory.min_cluster": 0, "memory.variant": "official", "memory.reweight": False,
     "memory.dtype": "float16", "kmeans.iterations": 1, "optim.epochs": 3, "optim.batch_size": 6, "optim.lr": 0.01,
-    "optim.schedule": "step", "optim.warmup_epochs": 1.0, "optim.momentum": 0.0, "optim.head_momentum": 0.9,
+    "optim.schedule": "step", "optim.warmup_epochs": 1.0, "optim.momentum": 0.0, "optim.head_momentum": 0.0,
     "optim.head_lr": 10.0, "optim.weight_decay": 0.1, "optim.precision": "bfloat16",
 }  # fmt: skip
 # Speed and speech only, or of another schedule: they must not change the backbone. `method` has one value so far.
