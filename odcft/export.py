@@ -40,6 +40,14 @@ def export(
     if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OdcftError(f"{out} exists. Choose another place, or pass --overwrite.")
     backbone = load_backbone(source, arch).backbone
+    try:
+        _write(backbone, out, format)
+    except OSError as error:
+        raise OdcftError(f"{out} cannot be written: {error.strerror or error}. Choose another place.") from None
+    return out
+
+
+def _write(backbone: Backbone, out: Path, format: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     if format == "timm":
         write_timm(backbone, out)
@@ -57,7 +65,6 @@ def export(
             written = torch.load(out, weights_only=True)
         for name, tensor in tensors.items():
             assert torch.equal(written[name], tensor), f"{out}: {name} did not survive being written"
-    return out
 
 
 def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = None) -> None:

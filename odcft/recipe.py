@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from odcft.errors import OdcftError
 
@@ -35,11 +35,17 @@ class DataRecipe(_Group):
     workers: Auto | Annotated[int, Field(ge=0)] = "auto"  # loader processes a rank; auto: by cores and device
 
 
+def _range(pair: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < pair[0] <= pair[1]:
+        raise ValueError("a range is [low, high] with 0 < low <= high")
+    return pair
+
+
 class AugmentRecipe(_Group):
     """What training changes about an image (paper, sec. 3.4). Strengths are those of torchvision's ColorJitter."""
 
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the area
-    crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width to height
+    crop_scale: Annotated[tuple[float, float], AfterValidator(_range)] = (0.08, 1.0)  # share of the area
+    crop_ratio: Annotated[tuple[float, float], AfterValidator(_range)] = (0.75, 4 / 3)  # width to height
     flip: float = Field(0.5, ge=0, le=1)  # probability, left to right
     rotation: float = Field(2.0, ge=0, le=180)  # degrees, either way
     brightness: float = Field(0.4, ge=0)  # factor in (1 - b, 1 + b)

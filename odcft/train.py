@@ -628,17 +628,15 @@ def refuse_full(out: Path, ours: tuple[str, ...], overwrite: bool) -> None:
             f"{out} holds files odcft did not write ({foreign[0]}), so --overwrite will not touch it. "
             "Choose another --out."
         )
-    try:
-        dist.barrier()  # every rank has looked before one writes
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError("no permission to write")
-    except OSError as error:
-        raise OdcftError(f"{out} cannot be written: {error.strerror or error}.") from None
+    standing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not (standing.is_dir() and os.access(standing, os.W_OK)):
+        raise OdcftError(f"{out} cannot be written: {standing} is not a folder you may write to. Choose another --out.")
+    dist.barrier()  # every rank has looked before one writes
 
 
 def clear(out: Path, ours: tuple[str, ...]) -> None:
-    """Remove what odcft wrote there before."""
+    """Make the folder, and remove what odcft wrote there before."""
+    out.mkdir(parents=True, exist_ok=True)
     for name in ours:
         path = out / name
         if path.is_dir():

@@ -2,8 +2,8 @@ def test_demo_ends_above_the_checkpoint_it_started_from(tmp_path):
     from odcft.demo import run_demo
 
     values, lines = run_demo(tmp_path / "demo")
-    assert values["change"]["svm"]["low"] > 0
-    assert values["change"]["knn"]["change"] > 0
+    assert values["change"]["svm"]["change"] > 0
+    assert values["change"]["knn"]["low"] > 0  # beyond what other test images would make of it
     assert values["seconds"] < 300
     for line in lines:
         if line.startswith("  ") and "/ " in line:

@@ -52,3 +52,5 @@ def test_what_cannot_be_is_refused_and_nothing_is_overwritten(tmp_path, make_che
     with pytest.raises(OdcftError, match="no such format"):
         export(checkpoint, tmp_path / "o.pth", "tensorflow")
     assert not (tmp_path / "o.pth").exists()
+    with pytest.raises(OdcftError, match="cannot be written"):
+        export(checkpoint, checkpoint / "inside" / "a file")

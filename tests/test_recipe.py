@@ -38,6 +38,7 @@ def test_default_recipe_writes_out_every_field():
         ("memory.momentum", "write it as group.field=value"),
         ("memory.momentum=2", "memory.momentum=2 will not do"),
         ("memory.clusters=many", "memory.clusters='many' will not do"),
+        ("augment.crop_scale=[1.0, 0.2]", "a range is [low, high]"),
         ("memory=3", "this is a group of fields"),
         ("seed.x=3", "seed has no parts"),
     ],
