@@ -162,7 +162,7 @@ def finetune(
     try:
         values = fine_tune(ckpt, data, out, resolved, arch, memory, resume, overwrite, epochs=epochs)
     except KeyboardInterrupt:
-        print(f"odcft: stopped. The state of the last finished epoch is in {out}; --resume goes on.", file=sys.stderr)
+        print(f"odcft: stopped. --resume goes on from the last finished epoch, if {out} has a state.", file=sys.stderr)
         raise SystemExit(75) from None
     lines = [
         f"Done in {duration(values['seconds'])}. Backbone: {values['backbone']}",

@@ -379,10 +379,12 @@ def fine_tune(
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = dist.parallel(network, device)
     optimizer = make_optimizer(network, optim)
-    if first_step:
+    if resume:
         newest = snapshot.newest(out)
         assert newest is not None
         snapshot.load(newest, network, optimizer, state)
+    else:
+        snapshot.save(out, 0, network, optimizer, state, len(images))  # from the first step on there is a way back
 
     crops = Crops(images, _number(recipe.data.size), recipe.data.crop_fraction, recipe.augment, recipe.seed)
     order = TrainingOrder(len(images), optim.batch_size // dist.world_size(), optim.epochs, recipe.seed, first_step)
@@ -477,7 +479,7 @@ def _resume_point(
     """
     newest = snapshot.newest(out)
     if newest is None or not (out / "run.json").exists():
-        raise OdcftError(f"{out} has no state to resume from. Leave --resume away to start it.")
+        raise OdcftError(f"{out} has no state to resume from. Start it again with --overwrite instead of --resume.")
     about = json.loads((out / "run.json").read_text())
     if about["sha256"] != sha256(ckpt):
         raise OdcftError(
@@ -545,7 +547,7 @@ class Window:
         """Stop the run when a loss since the last line is not finite."""
         if not math.isfinite(float(self.loss)):
             newest = snapshot.newest(out)
-            kept = f"{newest} holds the last good state" if newest else "no epoch was finished yet"
+            kept = f"{newest} holds the last good state"
             raise OdcftError(
                 f"The loss is not finite at step {step} (learning rate {lr:.3g}); {kept}. "
                 "Start again with a lower rate (--set optim.lr=…) or a warm-up (--set optim.warmup_epochs=1)."

@@ -134,6 +134,10 @@ def test_non_finite_loss_stops_with_the_step_and_keeps_the_last_good_state(tmp_p
             checkpoint, images, tmp_path / "run", quick("optim.lr=1e20", "optim.schedule=step", "optim.final_epochs=0")
         )
     assert not (tmp_path / "run" / "backbone").exists()
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    assert all(
+        torch.isfinite(t).all() for t in load_file(newest / "state.safetensors").values() if t.is_floating_point()
+    )
 
 
 def test_unreadable_image_is_named_and_skipped(tmp_path, checkpoint, images):
