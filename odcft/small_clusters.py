@@ -118,7 +118,8 @@ def _refill(memory: Memory, empty: list[int], at_least: int, rules: Rules, gener
             break
         row_M = rows[source]
         enough = min(at_least, -size // 2)  # rather a small cluster than an empty one
-        second_M, sums_2D, sizes_2 = split_in_two(memory.features_SD[row_M].float(), row_M, enough, generator)
+        draw = generator if rules.random_half else torch.Generator().manual_seed(0)  # official: random_state=0
+        second_M, sums_2D, sizes_2 = split_in_two(memory.features_SD[row_M].float(), row_M, enough, draw)
         if rules.random_half and torch.rand((), generator=generator) < 0.5:
             second_M, sums_2D, sizes_2 = ~second_M, sums_2D.flip(0), sizes_2[::-1]
         move(memory, row_M[second_M], torch.full_like(row_M[second_M], label))

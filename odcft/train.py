@@ -240,15 +240,7 @@ def init_memory(
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, out / "memory.safetensors")
         save_file({name: t.cpu().contiguous() for name, t in start.neck.state_dict().items()}, out / "neck.safetensors")
         _write_image_lists(start, out)
-        about = {
-            "checkpoint": ckpt,
-            "sha256": sha256(ckpt),
-            "arch": start.loaded.backbone.arch,
-            "data": str(data),
-            "images": len(start.images),
-            "seed": start.recipe.seed,
-            "recipe": start.recipe.model_dump(mode="json"),
-        }
+        about = {**_about(start, ckpt, data), "seed": start.recipe.seed, "recipe": start.recipe.model_dump(mode="json")}
         (out / "memory.json").write_text(json.dumps(about, indent=2))
     dist.barrier()
     sizes_K = start.state.memory.sizes_K
@@ -360,14 +352,7 @@ def fine_tune(
         if dist.rank() == 0:
             clear(out, RUN_FILES)
             (out / "recipe.yaml").write_text(dump(start.recipe))
-            about = {
-                "checkpoint": ckpt,
-                "sha256": sha256(ckpt),
-                "arch": start.loaded.backbone.arch,
-                "data": str(data),
-                "images": len(start.images),
-            }
-            (out / "run.json").write_text(json.dumps(about, indent=2))
+            (out / "run.json").write_text(json.dumps(_about(start, ckpt, data), indent=2))
             _write_image_lists(start, out)
     dist.barrier()
 
@@ -645,6 +630,17 @@ def clear(out: Path, ours: tuple[str, ...]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _about(start: Start, ckpt: str, data: str) -> dict[str, Any]:
+    """Where a folder came from, by which it is recognised again."""
+    return {
+        "checkpoint": ckpt,
+        "sha256": sha256(ckpt),
+        "arch": start.loaded.backbone.arch,
+        "data": str(data),
+        "images": len(start.images),
+    }
 
 
 def _write_image_lists(start: Start, out: Path) -> None:

@@ -42,19 +42,14 @@ def test_centroids_of_the_halves_are_their_means_at_once():
         assert torch.allclose(mem.centroids_KD[half], mean, atol=1e-6)
 
 
-def test_official_always_gives_the_second_half_away():
-    kept = set()
-    for seed in range(6):
+def test_new_cluster_is_a_random_half_in_the_paper_and_always_the_second_in_the_code():
+    def half_that_stays(rules, min_cluster, seed):
         mem = make(EAST + NORTH + LOST, [0] * 6 + [1] * 4 + [2], 3)
-        handle_small_clusters(mem, 2, OFFICIAL, torch.Generator().manual_seed(seed))
-        kept.add(int(mem.labels_S[0] == 0))
-    assert len(kept) >= 1
-    halves = set()
-    for seed in range(12):
-        mem = make(EAST + NORTH + LOST, [0] * 6 + [1] * 4 + [2], 3)
-        handle_small_clusters(mem, 1, PAPER, torch.Generator().manual_seed(seed))
-        halves.add(int(mem.labels_S[0] == 0))
-    assert halves == {0, 1}  # the paper's half is a random one
+        assert handle_small_clusters(mem, min_cluster, rules, torch.Generator().manual_seed(seed)) == 1
+        return int(mem.labels_S[0] == 0)
+
+    assert {half_that_stays(PAPER, 1, seed) for seed in range(12)} == {0, 1}
+    assert len({half_that_stays(OFFICIAL, 2, seed) for seed in range(12)}) == 1
 
 
 @pytest.mark.parametrize("seed", range(5))
