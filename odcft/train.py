@@ -101,7 +101,7 @@ def begin(
     recipe = resolve_clusters(recipe, len(images), progress)
     started = time.monotonic()
     K = _number(recipe.memory.clusters)
-    features_SD = F.normalize(features_SD, dim=1, eps=1e-10)
+    F.normalize(features_SD, dim=1, eps=1e-10, out=features_SD)  # in place: there may be no room for two
     centroids_KD = kmeans(features_SD, K, recipe.seed, recipe.kmeans.iterations, recipe.kmeans.engine)
     labels_S = assign(features_SD, centroids_KD)[0]
     state = METHODS[recipe.method].start(features_SD, labels_S, K, recipe.memory, recipe.seed)
@@ -119,6 +119,11 @@ def resolve(recipe: Recipe, loaded: Loaded, images: Images) -> tuple[Recipe, tor
     device = torch.device("cuda", dist.local_rank()) if gpu else torch.device("cpu")
     recipe = recipe.model_copy(deep=True)
     backbone = loaded.backbone
+    if min(recipe.optim.batch_size, len(images)) < 2 * dist.world_size():
+        raise OdcftError(
+            f"A batch of {min(recipe.optim.batch_size, len(images))} for {dist.world_size()} processes is less than 2 "
+            "images each. Raise optim.batch_size, or use fewer processes."
+        )
     if recipe.data.size == "auto":
         recipe.data.size = automatic_size(backbone.size, backbone.fixed_size, usual_side(images))
     elif backbone.fixed_size and recipe.data.size != backbone.size:
@@ -131,9 +136,7 @@ def resolve(recipe: Recipe, loaded: Loaded, images: Images) -> tuple[Recipe, tor
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
         recipe.data.workers = min(16, cores // local_ranks) if gpu else 0
     if recipe.kmeans.engine == "auto":
-        recipe.kmeans.engine = (
-            "torch"  # faster than faiss on a CPU (benchmarks/kmeans.py), divided among ranks, always there
-        )
+        recipe.kmeans.engine = "torch"  # always there, on any device, divided among the ranks
     if recipe.memory.dtype == "auto":
         recipe.memory.dtype = "float16" if gpu else "float32"
     if recipe.optim.precision == "auto":
@@ -351,9 +354,10 @@ def fine_tune(
         start, first_step = begin(ckpt, data, recipe, progress, arch, memory), 0
         if dist.rank() == 0:
             clear(out, RUN_FILES)
-            (out / "recipe.yaml").write_text(dump(start.recipe))
             (out / "run.json").write_text(json.dumps(_about(start, ckpt, data), indent=2))
             _write_image_lists(start, out)
+    if dist.rank() == 0:
+        (out / "recipe.yaml").write_text(dump(start.recipe))  # also when resumed: the epochs may be others
     dist.barrier()
 
     recipe, device, state, images = start.recipe, start.device, start.state, start.images
@@ -532,7 +536,7 @@ class Window:
         """Stop the run when a loss since the last line is not finite."""
         if not math.isfinite(float(self.loss)):
             newest = snapshot.newest(out)
-            kept = f"{newest} holds the last good state"
+            kept = f"{newest} is the last state saved while it was"
             raise OdcftError(
                 f"The loss is not finite at step {step} (learning rate {lr:.3g}); {kept}. "
                 "Start again with a lower rate (--set optim.lr=…) or a warm-up (--set optim.warmup_epochs=1)."

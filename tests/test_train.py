@@ -122,6 +122,7 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, checkpoint, images):
     fine_tune(checkpoint, images, tmp_path / "parts", one, resume=True, epochs=2)
     first, second = backbone(tmp_path / "whole"), backbone(tmp_path / "parts")
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert load_recipe(tmp_path / "parts" / "recipe.yaml").optim.epochs == 2
     keep = ("step", "loss", "change_ratio", "lr", "smallest")
     assert [[a[k] for k in keep] for a in lines(tmp_path / "whole")] == [
         [a[k] for k in keep] for a in lines(tmp_path / "parts")
