@@ -44,7 +44,7 @@ def main() -> None:
     backbone = Backbone(args.arch)
     network = Model(backbone, make_neck(backbone.width, neck_recipe), neck_recipe.dim, args.clusters)
     network = network.to(device, memory_format=torch.channels_last).train()
-    optimizer = make_optimizer(network, OptimRecipe())
+    optimizer = make_optimizer(network.body(), network.head.parameters(), OptimRecipe())
     labels_S = torch.randint(args.clusters, (args.images,), device=device)
     features_SD = torch.randn(args.images, neck_recipe.dim, device=device)
     state = odc.start(features_SD, labels_S, args.clusters, MemoryRecipe(dtype="float32"), seed=0)

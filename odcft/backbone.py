@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from odcft.checkpoint import Contents, Match, match, read
+from odcft.color import lab
 from odcft.errors import OdcftError
 
 # Tried in this order when the file does not name its architecture: the plain networks that self-supervised code trains.
@@ -30,14 +31,16 @@ class Backbone(nn.Module):
     Attributes:
         arch: the timm name.
         width: F, the length of a feature.
+        input: "rgb", or "lab_l", one channel of lightness.
         size: pixels of the input it was made for; `fixed_size` tells whether it takes no other.
     """
 
-    def __init__(self, arch: str, pretrained_cfg: dict[str, Any] | None = None) -> None:
+    def __init__(self, arch: str, pretrained_cfg: dict[str, Any] | None = None, input: str = "rgb") -> None:
         super().__init__()
         import timm
 
-        net: Any = timm.create_model(arch, pretrained=False, num_classes=0)
+        self.input = input
+        net: Any = timm.create_model(arch, pretrained=False, num_classes=0, in_chans=1 if input == "lab_l" else 3)
         self.net = net
         self.arch = arch
         # Pooled features may be wider than the last block.
@@ -55,7 +58,13 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), RGB in 0..1, to pooled features (B, F)."""
-        return self.net((images - self._mean) / self._std)
+        return self.net(self.normalised(images))
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """What the network itself is given: images (B, 3, H, W), RGB in 0..1, in its own colours and scale."""
+        if self.input == "lab_l":
+            images = lab(images)[:, :1]
+        return (images - self._mean) / self._std
 
 
 @dataclass
@@ -172,8 +181,7 @@ def _load_named(name: str, scheme: str, rest: str) -> Loaded:
     import timm
 
     arch = rest.split(".")[0] if scheme != "timm" else rest
-    if not timm.is_model(arch.split(".")[0]):
-        raise OdcftError(f"{name}: timm has no {arch}{_nearest(arch)}.")
+    refuse_unknown(arch, name)
     backbone = Backbone(arch)
     if scheme != "scratch":
         tag = arch if scheme == "timm" else f"{arch}.tv_in1k"
@@ -202,6 +210,14 @@ def _candidates(contents: Contents, arch: str | None) -> Iterator[str]:
         if hint not in seen and timm.is_model(hint):
             seen.add(hint)
             yield hint
+
+
+def refuse_unknown(arch: str, asked: str | None = None) -> None:
+    """Refuse a name that timm does not have, with the nearest it has."""
+    import timm
+
+    if not timm.is_model(arch.split(".")[0]):
+        raise OdcftError(f"{asked or arch}: timm has no {arch}{_nearest(arch)}.")
 
 
 @cache

@@ -231,6 +231,38 @@ def evaluation_lines(rows: list[tuple[str, float | None, float, str]]) -> list[s
 
 
 @app.command()
+def pretext(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="rotation, jigsaw or colorization")],
+    data: Data,
+    arch: Annotated[str, typer.Option(help="A timm architecture, for example resnet18.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.pth", help="The checkpoint to write.")],
+    recipe: RecipeName = "pretext",
+    overrides: Set = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
+    devices: Devices = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with --out, from its last epoch.")] = False,
+    overwrite: Overwrite = False,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Train a pretext task: a checkpoint to start from where there is none."""
+    resolved = _recipe(recipe, overrides, None, seed)
+    if epochs is not None:
+        resolved.optim.epochs = epochs
+    _join(devices)
+    from odcft.log import duration
+    from odcft.pretext import train_pretext
+
+    values = train_pretext(task, data, arch, out, resolved, overwrite, resume)
+    lines = [
+        f"Done in {duration(values['seconds'])}: {values['accuracy']:.0%} right in the last epoch, "
+        f"by chance {values['chance']:.1%}. Checkpoint: {out}",
+        f"Go on:      odcft finetune {out} {data} --out RUN",
+    ]
+    _tell(values, as_json, lines)
+
+
+@app.command()
 def recipes(name: Annotated[str | None, typer.Argument(metavar="NAME")] = None, as_json: Json = False) -> None:
     """List the shipped recipes, or print one."""
     from odcft.recipe import dump, load_recipe, shipped

@@ -38,6 +38,10 @@ class Model(nn.Module):
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
+    def body(self) -> list[nn.Parameter]:
+        """What is trained besides the head."""
+        return [*self.backbone.parameters(), *self.neck.parameters()]
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W), RGB in 0..1, normalised by the backbone, to features (B, D) and logits (B, K)."""
         features_BD = self.neck(self.backbone(images))

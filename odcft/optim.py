@@ -1,21 +1,22 @@
 """The optimizer and its schedule, a pure function of the step."""
 
 import math
+from collections.abc import Iterable
 
 import torch
+from torch import nn
 
-from odcft.model import Model
 from odcft.recipe import OptimRecipe
 
 
-def make_optimizer(model: Model, recipe: OptimRecipe) -> torch.optim.Optimizer:
+def make_optimizer(
+    body: Iterable[nn.Parameter], head: Iterable[nn.Parameter], recipe: OptimRecipe
+) -> torch.optim.Optimizer:
     """SGD; the head has a momentum and a learning rate of its own (official code: momentum 0, the same rate)."""
-    head = list(model.head.parameters())
-    body = [*model.backbone.parameters(), *model.neck.parameters()]
     return torch.optim.SGD(
         [
             {"params": [p for p in body if p.requires_grad], "momentum": recipe.momentum, "lr_factor": 1.0},
-            {"params": head, "momentum": recipe.head_momentum, "lr_factor": recipe.head_lr},
+            {"params": list(head), "momentum": recipe.head_momentum, "lr_factor": recipe.head_lr},
         ],
         lr=recipe.lr,
         weight_decay=recipe.weight_decay,

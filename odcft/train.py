@@ -367,7 +367,7 @@ def fine_tune(
     if optim.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = dist.parallel(network, device)
-    optimizer = make_optimizer(network, optim)
+    optimizer = make_optimizer(network.body(), network.head.parameters(), optim)
     if resume:
         newest = snapshot.newest(out)
         assert newest is not None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "odcft"
 LAYERS = [
-    {"errors", "_torchvision", "recipe", "dist", "launch"},
+    {"errors", "_torchvision", "recipe", "dist", "launch", "color"},
     {
         "memory",
         "checkpoint",
@@ -19,8 +19,8 @@ LAYERS = [
         "kmeans",
         "small_clusters",
     },
-    {"methods", "snapshot", "export", "pretext"},
-    {"train", "evaluate"},
+    {"methods", "snapshot", "export"},
+    {"train", "evaluate", "pretext"},
     {"demo", "cli", "__main__", "__init__"},
 ]
 
