@@ -25,7 +25,7 @@ from odcft.features import to_float
 from odcft.methods import odc
 from odcft.model import Model, make_neck
 from odcft.optim import make_optimizer
-from odcft.recipe import AugmentRecipe, MemoryRecipe, NeckRecipe, OptimRecipe
+from odcft.recipe import AugmentRecipe, MemoryRecipe, NeckRecipe, OptimRecipe, Recipe
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     optimizer = make_optimizer(network.body(), network.head.parameters(), OptimRecipe())
     labels_S = torch.randint(args.clusters, (args.images,), device=device)
     features_SD = torch.randn(args.images, neck_recipe.dim, device=device)
-    state = odc.start(features_SD, labels_S, args.clusters, MemoryRecipe(dtype="float32"), seed=0)
+    state = odc.start(features_SD, labels_S, Recipe(memory=MemoryRecipe(clusters=args.clusters, dtype="float32")))
     weight_K = torch.ones(args.clusters, device=device)
 
     def step(number: int, batch, with_memory: bool) -> None:

@@ -1,5 +1,6 @@
 """What is trained: backbone, neck and head."""
 
+import torch
 from torch import Tensor, nn
 
 from odcft.backbone import Backbone
@@ -35,8 +36,18 @@ class Model(nn.Module):
         self.backbone = backbone
         self.neck = neck
         self.head = nn.Linear(dim, clusters)
+        self._init_head()
+
+    def _init_head(self) -> None:
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
+
+    def new_head(self, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        """Start the head anew, and let the optimizer forget what it knew of it: the labels mean something else now."""
+        torch.manual_seed(seed)
+        self._init_head()
+        for parameter in self.head.parameters():
+            optimizer.state.pop(parameter, None)
 
     def body(self) -> list[nn.Parameter]:
         """What is trained besides the head."""

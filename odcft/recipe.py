@@ -76,8 +76,16 @@ class MemoryRecipe(_Group):
     dtype: Literal["auto", "float16", "float32"] = "auto"  # of the stored features; auto: float16 on a GPU
 
 
+class DCRecipe(_Group):
+    """DeepCluster's own; `memory.clusters` and `kmeans` are for all methods."""
+
+    interval: int = Field(1, ge=1)  # epochs between two clusterings
+    pca: int = Field(256, ge=1)  # components that are kept, whitened, for K-Means
+    balance: Literal["sampling", "reweighting"] = "sampling"  # uniform over clusters, or loss weights 1 / sqrt(N_c)
+
+
 class KMeansRecipe(_Group):
-    """The one K-Means that the memories are born from."""
+    """K-Means: once, for the memories to be born from (odc), or again and again (dc)."""
 
     iterations: int = Field(20, ge=1)
     engine: Literal["auto", "torch", "faiss"] = "auto"
@@ -112,12 +120,13 @@ class LogRecipe(_Group):
 class Recipe(_Group):
     """Everything a run needs besides a checkpoint and images."""
 
-    method: Literal["odc"] = "odc"
+    method: Literal["odc", "dc"] = "odc"
     seed: int = Field(0, ge=0)
     data: DataRecipe = Field(default_factory=DataRecipe)
     augment: AugmentRecipe = Field(default_factory=AugmentRecipe)
     neck: NeckRecipe = Field(default_factory=NeckRecipe)
     memory: MemoryRecipe = Field(default_factory=MemoryRecipe)
+    dc: DCRecipe = Field(default_factory=DCRecipe)
     kmeans: KMeansRecipe = Field(default_factory=KMeansRecipe)
     optim: OptimRecipe = Field(default_factory=OptimRecipe)
     log: LogRecipe = Field(default_factory=LogRecipe)

@@ -30,7 +30,7 @@ from odcft.features import extract, to_float
 from odcft.kmeans import assign, kmeans
 from odcft.log import Metrics, Progress, duration
 from odcft.methods import METHODS, odc
-from odcft.model import Model, make_neck
+from odcft.model import Model
 from odcft.optim import lr_at, make_optimizer, set_lr
 from odcft.recipe import Recipe, dump, load_recipe
 
@@ -48,6 +48,7 @@ class Start:
 
     loaded: Loaded
     neck: nn.Module
+    dim: int  # of what the neck gives
     images: Images  # those that can be read
     recipe: Recipe  # resolved
     state: odc.State
@@ -68,11 +69,12 @@ def begin(
     recipe, device = resolve(recipe, loaded, images)
     set_precision(recipe)
     torch.manual_seed(recipe.seed)
-    neck = make_neck(loaded.backbone.width, recipe.neck)
+    method = METHODS[recipe.method]
+    neck, dim = method.neck(loaded.backbone.width, recipe)
     _describe(loaded, images, recipe, progress)
 
     if memory is not None:
-        return _read_memory(memory, ckpt, loaded, neck, images, recipe, device)
+        return _read_memory(memory, ckpt, loaded, neck, dim, images, recipe, device)
 
     network = nn.Sequential(loaded.backbone, neck).to(device).eval()
     unreadable: dict[str, str] = {}
@@ -101,16 +103,16 @@ def begin(
     recipe = resolve_clusters(recipe, len(images), progress)
     started = time.monotonic()
     K = _number(recipe.memory.clusters)
-    F.normalize(features_SD, dim=1, eps=1e-10, out=features_SD)  # in place: there may be no room for two
+    features_SD = method.compact(features_SD, recipe)
     centroids_KD = kmeans(features_SD, K, recipe.seed, recipe.kmeans.iterations, recipe.kmeans.engine)
     labels_S = assign(features_SD, centroids_KD)[0]
-    state = METHODS[recipe.method].start(features_SD, labels_S, K, recipe.memory, recipe.seed)
+    state = method.start(features_SD, labels_S, recipe)
     sizes_K = state.memory.sizes_K
     progress.say(
         f"K-Means     {K:,} clusters · {recipe.kmeans.iterations} iterations · "
         f"sizes {int(sizes_K.min()):,} … {int(sizes_K.max()):,} · {duration(time.monotonic() - started)}"
     )
-    return Start(loaded, neck, images, recipe, state, device, unreadable)
+    return Start(loaded, neck, dim, images, recipe, state, device, unreadable)
 
 
 def resolve(recipe: Recipe, loaded: Loaded, images: Images) -> tuple[Recipe, torch.device]:
@@ -157,6 +159,8 @@ def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = Non
     memory = recipe.memory
     if count < 4:
         raise OdcftError(f"{count} images are too few to cluster; give at least 4, better thousands.")
+    if recipe.method == "dc":
+        memory.min_cluster = 0
     if count < 2 * (memory.min_cluster + 1):
         lowered = count // 4 - 1
         if progress:
@@ -258,7 +262,14 @@ def init_memory(
 
 
 def _read_memory(
-    folder: Path, ckpt: str, loaded: Loaded, neck: nn.Module, images: Images, recipe: Recipe, device: torch.device
+    folder: Path,
+    ckpt: str,
+    loaded: Loaded,
+    neck: nn.Module,
+    dim: int,
+    images: Images,
+    recipe: Recipe,
+    device: torch.device,
 ) -> Start:
     """The start that `init-memory` wrote, for the same checkpoint and images."""
     try:
@@ -284,16 +295,17 @@ def _read_memory(
             f"{folder} was made from {len(names):,} images that are not those of {images.source} now. "
             "Make it again with `odcft init-memory`."
         )
-    clusters, dim = tensors["centroids"].shape
+    clusters, length = tensors["centroids"].shape
     if recipe.memory.clusters not in ("auto", clusters) and recipe.memory.clusters != type(recipe.memory)().clusters:
         raise OdcftError(
             f"{folder} has {clusters:,} clusters, the recipe asks for {recipe.memory.clusters:,}. "
             "Leave --clusters away, or make the memory again."
         )
-    if dim != recipe.neck.dim:
+    made_for = about["recipe"]["method"]
+    if (made_for == "dc") != (recipe.method == "dc") or (recipe.method != "dc" and length != dim):
         raise OdcftError(
-            f"{folder} has features of {dim} numbers, the recipe's neck.dim is {recipe.neck.dim}. "
-            "Make the memory again with this recipe."
+            f"{folder} was made for {made_for} with features of {length} numbers, not for {recipe.method} with {dim}. "
+            "Make the memory again with this recipe and method."
         )
     recipe.memory.clusters = clusters
     recipe = resolve_clusters(recipe, len(images))
@@ -302,9 +314,9 @@ def _read_memory(
     loaded.backbone.to(device)
     owned = torch.tensor(dist.owned(len(images)))
     state = METHODS[recipe.method].start(
-        tensors["features"][owned].to(device), tensors["labels"][owned].to(device), clusters, recipe.memory, recipe.seed
+        tensors["features"][owned].to(device), tensors["labels"][owned].to(device), recipe
     )
-    return Start(loaded, neck, images, recipe, state, device, unreadable)
+    return Start(loaded, neck, dim, images, recipe, state, device, unreadable)
 
 
 # ---------------------------------------------------------------- finetune
@@ -363,7 +375,7 @@ def fine_tune(
     recipe, device, state, images = start.recipe, start.device, start.state, start.images
     K, optim = _number(recipe.memory.clusters), recipe.optim
     torch.manual_seed(step_seed(recipe.seed, 1))
-    network = Model(start.loaded.backbone, start.neck, recipe.neck.dim, K).to(device)
+    network = Model(start.loaded.backbone, start.neck, start.dim, K).to(device)
     if optim.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = dist.parallel(network, device)
@@ -376,18 +388,38 @@ def fine_tune(
         snapshot.save(out, 0, network, optimizer, state, len(images))  # from the first step on there is a way back
 
     crops = Crops(images, _number(recipe.data.size), recipe.data.crop_fraction, recipe.augment, recipe.seed)
-    order = TrainingOrder(len(images), optim.batch_size // dist.world_size(), optim.epochs, recipe.seed, first_step)
     method = METHODS[recipe.method]
+    order = TrainingOrder(
+        *(len(images), optim.batch_size // dist.world_size(), optim.epochs, recipe.seed, first_step),
+        draw=lambda generator: method.draw(state, generator),
+    )
     metrics = Metrics(out, recipe.log.tensorboard, first_step)
     window = Window(device)
     labels_before_S = state.memory.labels_S.clone()
     last: dict[str, float] = {}
+
+    def embed() -> Tensor:
+        """Backbone features (S, F) of this rank's images as they are, in evaluation mode."""
+        plain = Crops(images, _number(recipe.data.size), recipe.data.crop_fraction, None, recipe.seed)
+        batch = max(1, optim.batch_size // dist.world_size())
+        network.eval()
+        with torch.autocast(device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
+            features_SF, _ = extract(
+                network.backbone, plain, batch, _number(recipe.data.workers), device, Progress(quiet=True)
+            )
+        network.train()
+        return features_SF
 
     network.train()
     with progress.phase("Fine-tuning", len(order) * order.batch * dist.world_size()) as advance:
         batches = iter(loader(crops, order, _number(recipe.data.workers), device))
         for step in range(first_step, order.steps):
             window.waiting()
+            epoch_begins = step % order.steps_per_epoch == 0
+            if epoch_begins and method.begin_epoch(state, step // order.steps_per_epoch, embed):  # dc: labels are new
+                network.new_head(optimizer, step_seed(recipe.seed, 1, step))
+                order.first_step = step
+                batches = iter(loader(crops, order, _number(recipe.data.workers), device))
             batch = next(batches)
             window.working()
             if batch.unreadable:
@@ -431,7 +463,7 @@ def fine_tune(
                     **cluster_sizes(state.memory.sizes_K),
                 }
                 last["lr"] = optimizer.param_groups[0]["lr"]
-                if epoch_ends:
+                if epoch_ends and not torch.equal(labels_before_S, state.memory.labels_S):
                     last["nmi_previous"] = nmi(labels_before_S, state.memory.labels_S)
                     labels_before_S = state.memory.labels_S.clone()
                 metrics.write(step, last)
@@ -490,18 +522,13 @@ def _resume_point(
     loaded = load_backbone(ckpt, arch)
     recipe, device = resolve(recipe, loaded, images)
     set_precision(recipe)
-    neck = make_neck(loaded.backbone.width, recipe.neck)
-    K, D = _number(recipe.memory.clusters), recipe.neck.dim
+    method = METHODS[recipe.method]
+    neck, dim = method.neck(loaded.backbone.width, recipe)
     rows = len(dist.owned(len(images)))
-    state = METHODS[recipe.method].start(
-        torch.zeros(rows, D, device=device),
-        torch.zeros(rows, dtype=torch.int32, device=device),
-        K,
-        recipe.memory,
-        recipe.seed,
-    )
+    nothing_SD = torch.zeros(rows, dim, device=device)
+    state = method.start(nothing_SD, torch.zeros(rows, dtype=torch.int32, device=device), recipe)
     progress.say(f"Resuming    {out} after {done:,} steps")
-    return Start(loaded, neck, images, recipe, state, device), done
+    return Start(loaded, neck, dim, images, recipe, state, device), done
 
 
 # ---------------------------------------------------------------- figures of a run

@@ -190,9 +190,9 @@ FIELDS = {
     "memory.centroid_interval": 1, "memory.min_cluster": 0, "memory.variant": "official", "memory.reweight": False,
     "memory.dtype": "float16", "kmeans.iterations": 1, "optim.epochs": 3, "optim.batch_size": 6, "optim.lr": 0.01,
     "optim.schedule": "step", "optim.warmup_epochs": 1.0, "optim.momentum": 0.0, "optim.head_momentum": 0.0,
-    "optim.head_lr": 10.0, "optim.weight_decay": 0.1, "optim.precision": "bfloat16",
+    "method": "dc", "optim.head_lr": 10.0, "optim.weight_decay": 0.1, "optim.precision": "bfloat16",
 }  # fmt: skip
-# Speed and speech only, or of another schedule: they must not change the backbone. `method` has one value so far.
+# Speed and speech only: they must not change the backbone.
 SPEECH = {
     "data.workers",
     "optim.channels_last",
@@ -200,15 +200,16 @@ SPEECH = {
     "log.interval",
     "log.tensorboard",
     "kmeans.engine",
-    "method",
 }
+# Of one schedule, or of one method, and what it takes to see them.
 STEP = {"optim.final_epochs": 1, "optim.final_factor": 0.5}
+DC = {"dc.interval": 2, "dc.pca": 3, "dc.balance": "reweighting"}
 
 
 def test_every_field_is_in_one_of_the_lists():
     from odcft.recipe import _all_paths
 
-    assert set(_all_paths()) == set(FIELDS) | SPEECH | set(STEP)
+    assert set(_all_paths()) == set(FIELDS) | SPEECH | set(STEP) | set(DC)
 
 
 @pytest.fixture(scope="module")
@@ -244,12 +245,12 @@ def final_state(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("field", [*FIELDS, *STEP])
+@pytest.mark.parametrize("field", [*FIELDS, *STEP, *DC])
 def test_every_knob_turns_something(final_state, field):
-    base = ("optim.schedule=step", "optim.final_epochs=2") if field in STEP else ()
+    base = ("optim.schedule=step", "optim.final_epochs=2") if field in STEP else ("method=dc",) if field in DC else ()
     if field == "kmeans.iterations":  # few clusters of few images are done after one
         base = ("memory.clusters=16", "memory.min_cluster=0")
-    before, after = final_state(*base), final_state(*base, f"{field}={json.dumps({**FIELDS, **STEP}[field])}")
+    before, after = final_state(*base), final_state(*base, f"{field}={json.dumps({**FIELDS, **STEP, **DC}[field])}")
     assert set(before) != set(after) or any(
         before[name].shape != after[name].shape or not torch.equal(before[name].float(), after[name].float())
         for name in before
