@@ -1,4 +1,4 @@
-"""The fine-tuning methods by name: each a module with `start`, `targets` and `update`."""
+"""The fine-tuning methods by name: each a module with `start`, `targets`, `update`, `stored` and `restore`."""
 
 from odcft.methods import odc
 
