@@ -4,13 +4,14 @@ Everything heavy is imported inside the commands, so that --help answers at once
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from odcft import __version__
+from odcft import __version__, stopping
 from odcft.errors import OdcftError
 
 app = typer.Typer(
@@ -135,7 +136,10 @@ def finetune(
     ckpts: Annotated[list[str], typer.Argument(metavar="CKPT DATA", help="The checkpoint, then the images.")],
     out: Annotated[Path, typer.Option(help="The RUN folder to write.")],
     method: Annotated[str | None, typer.Option(help="odc")] = None,
-    recipe: RecipeName = DEFAULT_RECIPE,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A shipped recipe or a YAML file.", show_default=f"{DEFAULT_RECIPE}; resumed: the RUN's own"),
+    ] = None,
     overrides: Set = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Instead of the recipe's; may also prolong a resumed run.")
@@ -154,6 +158,8 @@ def finetune(
         raise OdcftError("finetune takes a checkpoint and then the images: odcft finetune CKPT DATA --out RUN.")
     ckpt, data = ckpts
     overrides = [*(overrides or []), *([f"method={method}"] if method else [])]
+    if recipe is None:
+        recipe = str(out / "recipe.yaml") if resume and (out / "recipe.yaml").exists() else DEFAULT_RECIPE
     resolved = _recipe(recipe, overrides, clusters, seed)
     _join(devices)
     from odcft.log import duration
@@ -161,15 +167,20 @@ def finetune(
 
     try:
         values = fine_tune(ckpt, data, out, resolved, arch, memory, resume, overwrite, epochs=epochs)
-    except KeyboardInterrupt:
-        print(f"odcft: stopped. --resume goes on from the last finished epoch, if {out} has a state.", file=sys.stderr)
-        raise SystemExit(75) from None
+    except stopping.Stopped as stopped:
+        stopped.args = (f"{stopped} Go on with: {_resuming(sys.argv)}",)
+        raise
     lines = [
         f"Done in {duration(values['seconds'])}. Backbone: {values['backbone']}",
         f'  import timm; net = timm.create_model("local-dir:{values["backbone"]}", pretrained=True, num_classes=0)',
         f"Did it get better?    odcft evaluate {out} LABELLED_IMAGES/ --protocol svm,knn",
     ]
     _tell(values, as_json, lines)
+
+
+def _resuming(argv: list[str]) -> str:
+    """The command that goes on where this one was stopped."""
+    return shlex.join(["odcft", *(a for a in argv[1:] if a not in ("--overwrite", "--resume")), "--resume"])
 
 
 @app.command()
@@ -306,8 +317,14 @@ def _options(
 def main() -> NoReturn:
     """Run the command line and leave with its exit code: 0 done, 2 the user can fix it, 75 stopped, 1 anything else."""
     try:
+        stopping.listen()
         app()
     except OdcftError as error:
         print(f"odcft: {error}", file=sys.stderr)
         sys.exit(2)
+    except stopping.Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"odcft: {stopping.asked()}: stopped. {stopped}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(stopping.EXIT)  # without waiting for data workers that are in the middle of reading
     sys.exit(0)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from odcft import dist
+from odcft import dist, stopping
 from odcft.augment import centre_crop, random_crop
 from odcft.errors import OdcftError
 from odcft.recipe import AugmentRecipe
@@ -217,12 +217,13 @@ def loader(crops: Crops, batches: object, workers: int, device: torch.device) ->
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_in_worker,
     )
 
 
-def _one_thread(worker: int) -> None:
+def _in_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    stopping.ignore_in_worker()
 
 
 def usual_side(images: Images, sample: int = 32) -> int:

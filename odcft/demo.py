@@ -33,7 +33,8 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
     """
     from odcft.cli import evaluation_lines
     from odcft.evaluate import evaluate, public, table
-    from odcft.train import clear, fine_tune, init_memory, refuse_full
+    from odcft.folders import clear, refuse_full
+    from odcft.train import fine_tune, init_memory
 
     progress = Progress()
     started = time.monotonic()

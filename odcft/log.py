@@ -1,10 +1,11 @@
 """What a run says: progress on the terminal, metrics.jsonl, TensorBoard. Only rank 0 speaks."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,35 +93,80 @@ class Metrics:
     """metrics.jsonl and TensorBoard event files of a RUN; writes nothing on other ranks than 0."""
 
     def __init__(self, run: Path, tensorboard: bool, first_step: int = 0) -> None:
-        self._file: Any = None
+        self._lines: list[dict[str, Any]] = []
+        self._unwritten = b""
+        self._file: int | None = None
         self._events: Any = None
         if dist.rank() > 0:
             return
         path = run / "metrics.jsonl"
-        if path.exists():  # resumed: what was written after the state that is gone on from does not count
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first_step]
-            path.write_text("".join(line + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        # Resumed: what was written after the state that is gone on from does not count, nor does half a line.
+        self._lines = [line for line in _whole_lines(path) if line["step"] < first_step]
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in self._lines), encoding="utf-8")
+        unfinished.replace(path)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step or None)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """One JSON object of figures of a step; the same to TensorBoard."""
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One JSON object of figures of a step; the numbers among them to TensorBoard, too."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            if self._events is not None:
-                self._events.add_scalar(name, value, step)
+        self._lines.append({"step": step, **values})
+        self._unwritten += (json.dumps(self._lines[-1]) + "\n").encode()
+        with suppress(OSError):  # the disk is full: the lines wait until there is room
+            self._drain()
+        if self._events is not None:
+            try:
+                for name, value in values.items():
+                    if isinstance(value, int | float):
+                        self._events.add_scalar(name, value, step)
+            except OSError:
+                self._events = None  # TensorBoard's writer does not get over a full disk; metrics.jsonl has everything
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All lines of the run so far, those before it was resumed too; none on other ranks than 0."""
+        return self._lines
+
+    def sync(self) -> None:
+        """Have every line on the disk.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if self._file is None:
+            return
+        self._drain()
+        os.fsync(self._file)
+        if self._events is not None:
+            self._events.flush()
 
     def close(self) -> None:
         """Write out what is held back."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):
+                self._drain()
+            os.close(self._file)
+        self._file = None
         if self._events is not None:
-            self._events.close()
+            with suppress(OSError):
+                self._events.close()
+
+    def _drain(self) -> None:
+        while self._unwritten:
+            assert self._file is not None
+            self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def duration(seconds: float) -> str:

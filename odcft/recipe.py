@@ -108,13 +108,16 @@ class OptimRecipe(_Group):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast on a GPU that has it
     channels_last: bool = True
     tf32: bool = True
+    skip_non_finite: int = Field(0, ge=0)  # steps in a row that may be skipped because a gradient is not finite
 
 
 class LogRecipe(_Group):
-    """How often a run speaks."""
+    """How often a run speaks, and saves its state."""
 
     interval: int = Field(50, ge=1)  # steps between two lines of metrics.jsonl
     tensorboard: bool = True
+    snapshot_minutes: float = Field(10.0, gt=0)  # between two states; one is due at the end of every epoch, too
+    snapshot_share: float = Field(0.02, gt=0, le=1)  # of the time that saving may take, else states wait
 
 
 class Recipe(_Group):

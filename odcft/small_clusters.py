@@ -10,36 +10,24 @@ import torch
 from torch import Tensor
 
 from odcft import dist
+from odcft.late import LateReader
 from odcft.memory import UNIT, Memory, Rules, half_squares, move, nearest_centroid, small_clusters, to_units
 
 
 class SmallClusterWatch:
     """Tells, step by step, whether some cluster is small, without making the host wait for an accelerator.
 
-    On a CPU the answer is that of this step. On an accelerator the question is copied to host memory behind the step's
-    kernels and read one step later, when it has long arrived; small clusters wait that one step.
+    On a CPU the answer is that of this step; on an accelerator it comes a step later, and small clusters wait that one
+    step.
     """
 
     def __init__(self) -> None:
-        self._flag: Tensor | None = None  # in host memory, on its way
-        self._arrived: torch.cuda.Event | None = None
+        self.late = LateReader()
 
     def any_small(self, sizes_K: Tensor, min_cluster: int, rules: Rules) -> bool:
         """Whether some cluster is small: now (CPU), or one step ago (accelerator). sizes_K: (K,) int64."""
-        any_now = small_clusters(sizes_K, min_cluster, rules).any()
-        return bool(any_now) if sizes_K.device.type == "cpu" else self._answer_of_last_step(any_now)
-
-    def _answer_of_last_step(self, any_now: Tensor) -> bool:
-        answer = False
-        if self._flag is None or self._arrived is None:
-            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self._arrived = torch.cuda.Event()
-        else:
-            self._arrived.synchronize()  # of the step before: the device is past it, or about to be
-            answer = bool(self._flag)
-        self._flag.copy_(any_now, non_blocking=True)
-        self._arrived.record()
-        return answer
+        answer = self.late.read(small_clusters(sizes_K, min_cluster, rules).any())
+        return answer is not None and bool(answer)
 
 
 def handle_small_clusters(memory: Memory, min_cluster: int, rules: Rules, generator: torch.Generator) -> int:

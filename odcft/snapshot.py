@@ -1,108 +1,237 @@
 """The state of a run on disk: enough to go on as if it had never stopped. No pickle: safetensors and JSON.
 
-The samples memory is stored in dataset order, so a run may go on with another number of ranks. Random numbers are drawn
-from seed and step alone (data.step_seed), so no generator's state has to be kept.
+    RUN/checkpoints/step-000001200/
+        same.safetensors          what is the same on every rank; rank 0 writes it
+        rank-0-of-2.safetensors   what one rank has of its own; each writes its own, nothing is gathered
+        state.json                step, recipe, versions, SHA-256 of the files and of itself
+
+Rows of the samples memory say by their place which image they belong to (dist.py), so a run may go on with another
+number of ranks. Random numbers are drawn from seed and step alone (data.step_seed): there is no generator to keep.
 """
 
+import hashlib
 import json
-import os
+import math
 import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from odcft import dist
-from odcft.memory import Memory
-from odcft.methods import odc
-from odcft.model import Model
+from odcft.errors import OdcftError
+from odcft.folders import digest, sync, write_whole
 
 KEPT = 2  # newest states
+PIECE = 65536  # rows read at a time
 
 
-def save(run: Path, step: int, model: Model, optimizer: torch.optim.Optimizer, state: odc.State, count: int) -> Path:
-    """Write `run/checkpoints/step-N`, whole or not at all, and remove all but the newest few.
+@dataclass
+class State:
+    """What a run needs to go on."""
+
+    same: dict[str, Tensor]  # the same on every rank: weights, optimizer, centroids
+    rows: dict[str, Tensor]  # of this rank's images, (S, ...), in row order
+    own: dict[str, Tensor] = field(default_factory=dict)  # else of this rank alone; floats that a mean can stand for
+    about: dict[str, Any] = field(default_factory=dict)  # what JSON can hold: step, images, recipe …
+
+
+class Pace:
+    """When to write the next state: every few minutes and at the end of an epoch, but never so often that it costs."""
+
+    def __init__(self, minutes: float, share: float) -> None:
+        self.minutes, self.share = minutes, share
+        self.took = 0.0
+        self.last = time.monotonic()
+
+    def due(self, epoch_ends: bool) -> bool:
+        """Whether a state should be written now."""
+        since = time.monotonic() - self.last
+        return since >= self.took / self.share and (epoch_ends or since >= 60 * self.minutes)
+
+    def wrote(self, began: float) -> None:
+        """A state was written, or could not be, since `began` (time.monotonic)."""
+        self.last = time.monotonic()
+        self.took = self.last - began
+
+
+def save(run: Path, state: State) -> str:
+    """Write `checkpoints/step-N`, whole or not at all; older states but one go once it has been read back.
 
     Args:
         run: the RUN folder.
-        step: how many steps are done.
-        model: with its weights and running statistics, the same on all ranks.
-        optimizer: its momentum buffers are kept.
-        state: its memory is gathered in dataset order.
-        count: N, images.
-    """
-    memory = state.memory
-    features_ND = dist.in_dataset_order(memory.features_SD, count)
-    labels_N = dist.in_dataset_order(memory.labels_S, count)
-    folder = run / "checkpoints" / f"step-{step:09d}"
-    if dist.rank() == 0:
-        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        for number, slots in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{slot}": t for slot, t in slots.items() if isinstance(t, Tensor)}
-        tensors |= {"memory.features": features_ND, "memory.labels": labels_N, "memory.centroids": memory.centroids_KD}
-        write_folder(folder, tensors, {"step": step, "images": count})
-        states = sorted(folder.parent.glob("step-*"))
-        for old in states[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
-    return folder
-
-
-def newest(run: Path) -> Path | None:
-    """The newest state of a RUN, if there is one."""
-    states = sorted((run / "checkpoints").glob("step-*"))
-    return states[-1] if states else None
-
-
-def load(folder: Path, model: Model, optimizer: torch.optim.Optimizer, state: odc.State) -> int:
-    """Put a state back into model, optimizer and memory, in place.
+        state: `about` has `step`, how many are done, and `images`, N.
 
     Returns:
-        How many steps are done.
+        Why it could not be written, on every rank, or "". What was there before is there still, then.
     """
-    about = json.loads((folder / "state.json").read_text())
-    tensors = load_file(folder / "state.safetensors")
-    model.load_state_dict(_under("model.", tensors))
-    device = state.memory.centroids_KD.device
-    slots: dict[int, dict[str, Any]] = {}
-    for name, tensor in _under("optimizer.", tensors).items():
-        number, slot = name.split(".", 1)
-        slots.setdefault(int(number), {})[slot] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
-    owned = torch.tensor(dist.owned(about["images"]))
-    odc.restore(
-        state,
-        tensors["memory.features"][owned].to(device),
-        tensors["memory.labels"][owned].to(device),
-        tensors["memory.centroids"].to(device),
-    )
-    return about["step"]
-
-
-def write_folder(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """A folder with state.safetensors and state.json that appears whole or not at all."""
+    ranks = dist.world_size()
+    folder = run / "checkpoints" / f"step-{state.about['step']:09d}"
     unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, unfinished / "state.safetensors")
-    (unfinished / "state.json").write_text(json.dumps(about))
-    for file in unfinished.iterdir():
-        with file.open("rb") as open_file:
-            os.fsync(open_file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    sums: dict[str, str] = {}
+
+    def begin() -> None:
+        if dist.rank() == 0:
+            for leftover in folder.parent.glob(".*.unfinished"):
+                shutil.rmtree(leftover)
+            unfinished.mkdir(parents=True)
+
+    def write() -> None:
+        files = {_shard(dist.rank(), ranks): {**_prefixed("rows", state.rows), **_prefixed("own", state.own)}}
+        if dist.rank() == 0:
+            files["same.safetensors"] = state.same
+        for name, tensors in files.items():
+            save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, unfinished / name)
+            sync(unfinished / name)
+            sums[name] = digest(unfinished / name)
+
+    def finish() -> None:
+        if dist.rank() == 0:
+            text = json.dumps({**state.about, "ranks": ranks, "files": all_sums})
+            write_whole(unfinished / "state.json", json.dumps({"sha256": _sum_of(text), "state": text}))
+            if folder.exists():  # of an earlier life of this run, which the one that is gone on from did not reach
+                shutil.rmtree(folder)
+            unfinished.rename(folder)
+            sync(folder.parent)
+
+    failed = together(begin) or together(write)
+    all_sums = {} if failed else dist.gather_dict(sums)
+    failed = failed or together(finish)
+    if not failed:
+        states = _states(run)
+        newest_two = [path for path in states if path <= folder][-KEPT:]
+        found = [damage(path) for path in newest_two]
+        failed = found[-1]
+        if dist.rank() == 0 and not any(found):
+            for other in set(states) - set(newest_two):
+                shutil.rmtree(other, ignore_errors=True)
+        elif dist.rank() == 0 and failed:
+            shutil.rmtree(folder, ignore_errors=True)
+    elif dist.rank() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    dist.barrier()
+    return failed
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def exists(run: Path) -> bool:
+    """Whether a RUN has a state, in whatever condition."""
+    return any((run / "checkpoints").glob("step-*"))
+
+
+def newest(run: Path, say: Callable[[str], None]) -> Path:
+    """The newest state of a RUN that is as it was written.
+
+    Damaged ones are said and set aside as `damaged-step-N`: they are not the newest any more.
+
+    Raises:
+        OdcftError: there is none.
+    """
+    states = _states(run)
+    for folder in reversed(states):
+        reason = damage(folder)
+        if not reason:
+            return folder
+        say(f"Warning     {folder} is damaged ({reason}); set aside, the state before it is tried.")
+        if dist.rank() == 0:
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+    what = "none of its states is intact" if states else "it has no state"
+    raise OdcftError(f"{run} cannot be resumed: {what}. Start anew with --overwrite, or with another --out.")
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a state on disk, or "": the same on every rank, each having read its part of the files."""
+
+    def check() -> None:
+        names = sorted(_about(folder)["files"].items())
+        for name, expected in names[dist.rank() :: dist.world_size()]:
+            if digest(folder / name, from_disk=True) != expected:
+                raise OSError(f"{name} is not what was written")
+
+    return together(check)
+
+
+def load(folder: Path) -> State:
+    """A state in host memory: this rank's rows, whatever the number of ranks that wrote them.
+
+    Of `own`, a rank gets back its own where the ranks are as many as they were, else the mean over those that wrote.
+    """
+    about = _about(folder)
+    before, now = about["ranks"], dist.world_size()
+    same = load_file(folder / "same.safetensors")
+    if before == now:
+        mine = load_file(folder / _shard(dist.rank(), now))
+        return State(same, under("rows.", mine), under("own.", mine), about)
+    rows: dict[str, Tensor] = {}
+    means: dict[str, Tensor] = {}
+    for rank in range(before):
+        with safe_open(folder / _shard(rank, before), "pt") as shard:
+            for name in shard.keys():  # noqa: SIM118, it is no dict
+                part = shard.get_slice(name)
+                if name.startswith("own."):
+                    means[name[4:]] = means.get(name[4:], 0) + shard.get_tensor(name) / before
+                elif (rank - dist.rank()) % math.gcd(before, now) == 0:  # else they have no image in common
+                    _take_rows(rows, name[5:], part, rank, before, about["images"])
+    return State(same, rows, means, about)
+
+
+def _take_rows(rows: dict[str, Tensor], name: str, part: Any, rank: int, before: int, images: int) -> None:
+    """Put those rows of another rank's share that are this rank's now where they belong (image i at row i // ranks)."""
+    now = dist.world_size()
+    for start in range(0, part.get_shape()[0], PIECE):
+        piece = part[start : start + PIECE]
+        image = (torch.arange(start, start + len(piece))) * before + rank
+        mine = image % now == dist.rank()
+        if name not in rows:
+            rows[name] = torch.empty(len(dist.owned(images)), *piece.shape[1:], dtype=piece.dtype)
+        rows[name][image[mine] // now] = piece[mine]
+
+
+def _states(run: Path) -> list[Path]:
+    """The states of a RUN, oldest first, as rank 0 sees them: on a network disk others may see yesterday's folder."""
+    names = [path.name for path in sorted((run / "checkpoints").glob("step-*"))] if dist.rank() == 0 else []
+    return [run / "checkpoints" / name for name in dist.gather_dict({0: names} if dist.rank() == 0 else {})[0]]
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    try:
+        sealed = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if _sum_of(sealed["state"]) != sealed["sha256"]:
+            raise ValueError
+        return json.loads(sealed["state"])
+    except (ValueError, KeyError, TypeError):
+        raise OSError("state.json is not what was written") from None
+
+
+def together(work: Callable[[], None]) -> str:
+    """Let every rank do its part of something; why some rank could not do its part, or "": the same on every rank."""
+    reason = ""
+    try:
+        work()
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+    reasons = dist.gather_dict({dist.rank(): reason} if reason else {})
+    return reasons[min(reasons)] if reasons else ""
+
+
+def _sum_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _shard(rank: int, ranks: int) -> str:
+    return f"rank-{rank}-of-{ranks}.safetensors"
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def memory_tensors(memory: Memory, count: int) -> dict[str, Tensor]:
-    """Both memories under the names of memory.safetensors, in dataset order."""
-    return {
-        "features": dist.in_dataset_order(memory.features_SD, count),
-        "labels": dist.in_dataset_order(memory.labels_S, count),
-        "centroids": memory.centroids_KD,
-    }

@@ -3,14 +3,12 @@
 Shapes: N images, S of them on this rank, B batch, K clusters, D embedding.
 """
 
-import csv
-import hashlib
 import json
 import math
 import os
-import shutil
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +18,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from odcft import dist, snapshot
+from odcft import dist, folders, snapshot, stopping
+from odcft.advice import explained
 from odcft.augment import augment_batch
 from odcft.backbone import Loaded, load_backbone
 from odcft.data import Crops, Images, TrainingOrder, automatic_size, find_images, loader, step_seed, usual_side
 from odcft.errors import OdcftError
 from odcft.export import write_timm
 from odcft.features import extract, to_float
+from odcft.health import Window, all_finite, cluster_sizes, finite_gradients, nmi, summary
 from odcft.kmeans import assign, kmeans
+from odcft.late import LateReader
 from odcft.log import Metrics, Progress, duration
 from odcft.methods import METHODS, odc
 from odcft.model import Model
 from odcft.optim import lr_at, make_optimizer, set_lr
-from odcft.recipe import Recipe, dump, load_recipe
-
-# What odcft writes into its folders, and all that --overwrite may remove.
-MEMORY_FILES = ("memory.safetensors", "neck.safetensors", "memory.json", "images.csv", "quarantine.csv")
-RUN_FILES = (
-    *("recipe.yaml", "run.json", "metrics.jsonl", "checkpoints", "backbone", "clusters.parquet", "tensorboard"),
-    *("report.html", "images.csv", "quarantine.csv"),
-)
+from odcft.optim import restore as restore_optimizer
+from odcft.optim import stored as stored_optimizer
+from odcft.recipe import Recipe, dump
+from odcft.resume import refuse_other_checkpoint, resumed_recipe, same_images
+from odcft.stopping import Stopped
 
 
 @dataclass
@@ -159,7 +157,7 @@ def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = Non
     memory = recipe.memory
     if count < 4:
         raise OdcftError(f"{count} images are too few to cluster; give at least 4, better thousands.")
-    if recipe.method == "dc":
+    if recipe.method == "dc":  # clusters are small or not as K-Means finds them; only none is left empty
         memory.min_cluster = 0
     if count < 2 * (memory.min_cluster + 1):
         lowered = count // 4 - 1
@@ -239,17 +237,25 @@ def init_memory(
         OdcftError: for anything the user can mend; nothing has been written by then.
     """
     progress = progress or Progress()
-    refuse_full(out, MEMORY_FILES, overwrite)
-    start = begin(ckpt, data, recipe, progress, arch)
-    tensors = snapshot.memory_tensors(start.state.memory, len(start.images))
-    if dist.rank() == 0:
-        clear(out, MEMORY_FILES)
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, out / "memory.safetensors")
-        save_file({name: t.cpu().contiguous() for name, t in start.neck.state_dict().items()}, out / "neck.safetensors")
-        _write_image_lists(start, out)
-        about = {**_about(start, ckpt, data), "seed": start.recipe.seed, "recipe": start.recipe.model_dump(mode="json")}
-        (out / "memory.json").write_text(json.dumps(about, indent=2))
-    dist.barrier()
+    folders.refuse_full(out, folders.MEMORY_FILES, overwrite)
+    with folders.locked(out, progress.say), explained(recipe):
+        start = begin(ckpt, data, recipe, progress, arch)
+        memory, count = start.state.memory, len(start.images)
+        tensors = {
+            "features": dist.in_dataset_order(memory.features_SD, count),
+            "labels": dist.in_dataset_order(memory.labels_S, count),
+            "centroids": memory.centroids_KD,
+        }
+        if dist.rank() == 0:
+            folders.clear(out, folders.MEMORY_FILES)
+            neck = start.neck.state_dict()
+            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, out / "memory.safetensors")
+            save_file({name: t.cpu().contiguous() for name, t in neck.items()}, out / "neck.safetensors")
+            folders.write_image_lists(start.images, start.unreadable, out)
+            about = folders.about(ckpt, start.loaded.backbone.arch, data, start.images)
+            about |= {"seed": start.recipe.seed, "recipe": start.recipe.model_dump(mode="json")}
+            folders.write_whole(out / "memory.json", json.dumps(about, indent=2))
+        dist.barrier()
     sizes_K = start.state.memory.sizes_K
     return {
         "out": str(out),
@@ -276,13 +282,12 @@ def _read_memory(
         about = json.loads((folder / "memory.json").read_text())
         tensors = load_file(folder / "memory.safetensors")
         neck_tensors = load_file(folder / "neck.safetensors")
-        with (folder / "images.csv").open(newline="", encoding="utf-8") as file:
-            names = [row["path"] for row in csv.DictReader(file)]
+        names = folders.read_column(folder / "images.csv", "path")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise OdcftError(
             f"{folder} is not a complete folder of `odcft init-memory` ({error}). Make it again."
         ) from None
-    if about["sha256"] != sha256(ckpt):
+    if about["sha256"] != folders.sha256(ckpt):
         raise OdcftError(
             f"{folder} was made from another checkpoint ({about['checkpoint']}), not from {ckpt}. "
             "Make it again with `odcft init-memory`."
@@ -340,38 +345,93 @@ def fine_tune(
         ckpt: what `load_backbone` takes.
         data: what `find_images` takes; labels are never read.
         out: the RUN to write.
-        recipe: its `auto` fields are resolved here. A resumed run keeps its own.
+        recipe: its `auto` fields are resolved here. A resumed run keeps its own, and refuses another.
         arch: a timm name, where the checkpoint's own is not to be followed.
         memory: a folder of `init_memory`, instead of making the memories here.
-        resume: go on with the RUN in `out`.
+        resume: go on with the RUN in `out`, or begin it where there is no state yet.
         overwrite: replace the RUN in `out`.
         progress: where to speak.
-        epochs: other than the recipe's; the one thing a resumed run may change.
+        epochs: other than the recipe's; a resumed run may be prolonged by it.
 
     Returns:
         Of the run: out, backbone, images, clusters, epochs, steps, loss, change_ratio, seconds.
 
     Raises:
         OdcftError: for anything the user can mend, and for a loss that is not finite (the last good state is kept).
+        Stopped: where a program has `stopping.listen`ed, and was asked to stop; the state is saved.
     """
     progress = progress or Progress()
-    began = time.monotonic()
     if epochs is not None:
         recipe = recipe.model_copy(deep=True)
         recipe.optim.epochs = epochs
-    if resume:
-        start, first_step = _resume_point(ckpt, data, out, epochs, progress, arch)
-    else:
-        refuse_full(out, RUN_FILES, overwrite)
-        start, first_step = begin(ckpt, data, recipe, progress, arch, memory), 0
-        if dist.rank() == 0:
-            clear(out, RUN_FILES)
-            (out / "run.json").write_text(json.dumps(_about(start, ckpt, data), indent=2))
-            _write_image_lists(start, out)
-    if dist.rank() == 0:
-        (out / "recipe.yaml").write_text(dump(start.recipe))  # also when resumed: the epochs may be others
-    dist.barrier()
+    begun = resume and folders.only_begun(out)
+    if begun or not resume:
+        folders.refuse_full(out, folders.RUN_FILES, overwrite or resume)
+    try:
+        with folders.locked(out, progress.say), explained(recipe):
+            if begun:
+                progress.say(f"Note        {out} has no state to resume from yet: it begins.")
+            if resume and not begun:
+                start, saved = _resume_point(ckpt, data, out, recipe, epochs, progress, arch)
+                return _train(start, saved, ckpt, data, out, progress)
+            return _train(_new_run(ckpt, data, out, recipe, progress, arch, memory), None, ckpt, data, out, progress)
+    except Stopped as stopped:
+        if not stopped.args:
+            stopped.args = ("The last state is kept." if snapshot.exists(out) else "There was nothing to save yet.",)
+        raise
 
+
+def _new_run(
+    ckpt: str, data: str, out: Path, recipe: Recipe, progress: Progress, arch: str | None, memory: Path | None
+) -> Start:
+    """The start of a RUN, and what is written of it before its first state."""
+    start = begin(ckpt, data, recipe, progress, arch, memory)
+    if dist.rank() == 0:
+        folders.clear(out, folders.RUN_FILES)
+        about = folders.about(ckpt, start.loaded.backbone.arch, data, start.images)
+        about |= {"asked": recipe.model_dump(mode="json"), "sample": folders.sample(start.images)}
+        folders.write_whole(out / "run.json", json.dumps(about, indent=2))
+        folders.write_image_lists(start.images, start.unreadable, out)
+    dist.barrier()
+    return start
+
+
+def _resume_point(
+    ckpt: str, data: str, out: Path, recipe: Recipe, epochs: int | None, progress: Progress, arch: str | None
+) -> tuple[Start, snapshot.State]:
+    """Where a RUN that was interrupted goes on: its own recipe, images and checkpoint, and its newest state.
+
+    Raises:
+        OdcftError: no intact state; another recipe, checkpoint or data than the run was started with.
+    """
+    saved = snapshot.load(snapshot.newest(out, progress.say))
+    about = json.loads((out / "run.json").read_text())
+    recipe = resumed_recipe(recipe, epochs, out, about, saved.about)
+    loaded = load_backbone(ckpt, arch)
+    refuse_other_checkpoint(ckpt, out, about)
+    images = same_images(data, out, about)
+    recipe, device = resolve(recipe, loaded, images)
+    set_precision(recipe)
+    method = METHODS[recipe.method]
+    neck, dim = method.neck(loaded.backbone.width, recipe)
+    rows = len(dist.owned(len(images)))
+    nothing_SD = torch.zeros(rows, dim, device=device)
+    state = method.start(nothing_SD, torch.zeros(rows, dtype=torch.int32, device=device), recipe)
+    unreadable = dict.fromkeys(folders.read_column(out / "quarantine.csv", "path"), "")
+    progress.say(f"Resuming    {out} after {saved.about['step']:,} steps")
+    changed = [f"{name} {then} then, {now} now" for name, then, now in _other_versions(saved.about["versions"])]
+    if changed:
+        progress.say(f"Note        {'; '.join(changed)}: it goes on, but perhaps not to the same bits.")
+    return Start(loaded, neck, dim, images, recipe, state, device, unreadable), saved
+
+
+def _train(
+    start: Start, saved: snapshot.State | None, ckpt: str, data: str, out: Path, progress: Progress
+) -> dict[str, Any]:
+    """The loop, from the start or from where it was saved, and what it leaves behind."""
+    began = time.monotonic()
+    if dist.rank() == 0:
+        folders.write_whole(out / "recipe.yaml", dump(start.recipe))  # also when resumed: the epochs may be others
     recipe, device, state, images = start.recipe, start.device, start.state, start.images
     K, optim = _number(recipe.memory.clusters), recipe.optim
     torch.manual_seed(step_seed(recipe.seed, 1))
@@ -380,43 +440,71 @@ def fine_tune(
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = dist.parallel(network, device)
     optimizer = make_optimizer(network.body(), network.head.parameters(), optim)
-    if resume:
-        newest = snapshot.newest(out)
-        assert newest is not None
-        snapshot.load(newest, network, optimizer, state)
-    else:
-        snapshot.save(out, 0, network, optimizer, state, len(images))  # from the first step on there is a way back
-
-    crops = Crops(images, _number(recipe.data.size), recipe.data.crop_fraction, recipe.augment, recipe.seed)
     method = METHODS[recipe.method]
+    crops = Crops(images, _number(recipe.data.size), recipe.data.crop_fraction, recipe.augment, recipe.seed)
     order = TrainingOrder(
-        *(len(images), optim.batch_size // dist.world_size(), optim.epochs, recipe.seed, first_step),
+        *(len(images), optim.batch_size // dist.world_size(), optim.epochs, recipe.seed),
         draw=lambda generator: method.draw(state, generator),
     )
-    metrics = Metrics(out, recipe.log.tensorboard, first_step)
     window = Window(device)
     labels_before_S = state.memory.labels_S.clone()
-    last: dict[str, float] = {}
+    skipped = 0  # steps in a row
+    if saved is not None:
+        network.load_state_dict(snapshot.under("model.", saved.same))
+        restore_optimizer(optimizer, snapshot.under("optimizer.", saved.same))
+        method.restore(state, saved.rows, snapshot.under("method.", saved.same))
+        window.restore(saved.own, saved.about["window"])
+        labels_before_S.copy_(saved.rows["labels_before"])
+        order.first_step, skipped = _same_place(saved.about, order.steps_per_epoch), saved.about["skipped"]
+    metrics = Metrics(out, recipe.log.tensorboard, saved.about["step"] if saved else 0)
+    pace = snapshot.Pace(recipe.log.snapshot_minutes, recipe.log.snapshot_share)
+    late = LateReader()
+
+    def save(done: int) -> bool:
+        """Write the state after so many steps, and say so if that fails; nothing is lost by it."""
+        saving = time.monotonic()
+        rows, ours = method.stored(state)
+        own, counts = window.state()
+        same = {f"method.{name}": tensor for name, tensor in ours.items()}
+        same |= {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
+        same |= {f"optimizer.{name}": tensor for name, tensor in stored_optimizer(optimizer).items()}
+        if not all_finite(same.values()):
+            raise _not_finite(done - 1, optimizer, out)
+        about = {
+            **{"step": done, "steps_per_epoch": order.steps_per_epoch, "images": len(images), "skipped": skipped},
+            **{"window": counts, "recipe": recipe.model_dump(mode="json"), "versions": _versions()},
+        }
+        rows = {**rows, "labels_before": labels_before_S}
+        failed = snapshot.together(metrics.sync) or snapshot.save(out, snapshot.State(same, rows, own, about))
+        pace.wrote(saving)
+        if failed:
+            progress.say(
+                f"Warning     Step {done}: the state could not be saved ({failed}). The run goes on; what was saved "
+                "before is kept, and it is tried again later."
+            )
+        return not failed
 
     def embed() -> Tensor:
         """Backbone features (S, F) of this rank's images as they are, in evaluation mode."""
         plain = Crops(images, _number(recipe.data.size), recipe.data.crop_fraction, None, recipe.seed)
-        batch = max(1, optim.batch_size // dist.world_size())
+        batch, workers = max(1, optim.batch_size // dist.world_size()), _number(recipe.data.workers)
         network.eval()
         with torch.autocast(device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
-            features_SF, _ = extract(
-                network.backbone, plain, batch, _number(recipe.data.workers), device, Progress(quiet=True)
-            )
+            features_SF, _ = extract(network.backbone, plain, batch, workers, device, Progress(quiet=True))
         network.train()
         return features_SF
 
+    if saved is None and not save(0):  # from the first step on there is a way back
+        raise OdcftError(f"{out} cannot hold a state to resume from. Make room, or choose another --out.")
+    saved_step = order.first_step
+
     network.train()
-    with progress.phase("Fine-tuning", len(order) * order.batch * dist.world_size()) as advance:
+    with stopping.deferred(), progress.phase("Fine-tuning", len(order) * order.batch * dist.world_size()) as advance:
         batches = iter(loader(crops, order, _number(recipe.data.workers), device))
-        for step in range(first_step, order.steps):
+        for step in range(order.first_step, order.steps):
             window.waiting()
-            epoch_begins = step % order.steps_per_epoch == 0
-            if epoch_begins and method.begin_epoch(state, step // order.steps_per_epoch, embed):  # dc: labels are new
+            epoch, begun = divmod(step, order.steps_per_epoch)
+            if begun == 0 and method.begin_epoch(state, epoch, embed):  # dc: labels are new
                 network.new_head(optimizer, step_seed(recipe.seed, 1, step))
                 order.first_step = step
                 batches = iter(loader(crops, order, _number(recipe.data.workers), device))
@@ -439,6 +527,7 @@ def fine_tune(
             image_B = augment_batch(pixels, recipe.augment, torch.Generator().manual_seed(seed))
             if optim.channels_last:
                 image_B = image_B.contiguous(memory_format=torch.channels_last)
+            buffers = [buffer.clone() for buffer in network.buffers()] if optim.skip_non_finite else []
 
             # 1. forward, 2. read the labels and train (eq. 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
@@ -447,35 +536,54 @@ def fine_tune(
             loss = F.cross_entropy(logits_BK.float(), label_B, weight_K)
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
-            # 3. the samples memory (eq. 2, 3), 4. the centroids memory
-            stats = method.update(state, row_B, features_BD.detach().float(), step)
+            if optim.skip_non_finite and not finite_gradients(network):  # here the host waits for the device
+                skipped += 1
+                if skipped > optim.skip_non_finite:
+                    raise _not_finite(step, optimizer, out)
+                progress.say(f"Warning     Step {step}: a gradient is not finite; the step is skipped.")
+                for buffer, before in zip(network.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
+                loss = torch.zeros_like(loss)
+            else:
+                skipped = 0
+                optimizer.step()
+                # 3. the samples memory (eq. 2, 3), 4. the centroids memory
+                stats = method.update(state, row_B, features_BD.detach().float(), step)
+                window.add(loss.detach(), stats["change_ratio"], len(batch.index_B) * dist.world_size())
 
-            window.add(loss.detach(), stats["change_ratio"], len(batch.index_B) * dist.world_size())
             epoch_ends = (step + 1) % order.steps_per_epoch == 0
+            broken, stop, due = _agreed(late, loss.detach(), bool(stopping.asked()), pace.due(epoch_ends))
+            if broken:
+                raise _not_finite(step - late.delay(device), optimizer, out)
             note = ""
-            if epoch_ends or (step + 1) % recipe.log.interval == 0 or device.type == "cpu":
-                window.refuse_non_finite(step, optimizer.param_groups[0]["lr"], out)
-            if epoch_ends or (step + 1) % recipe.log.interval == 0:
-                last = {
+            if window.steps and (epoch_ends or (step + 1) % recipe.log.interval == 0):
+                figures = {
                     "epoch": (step + 1) / order.steps_per_epoch,
                     **window.close(K),
                     **cluster_sizes(state.memory.sizes_K),
                 }
-                last["lr"] = optimizer.param_groups[0]["lr"]
+                if not math.isfinite(figures["loss"]):
+                    raise _not_finite(step, optimizer, out)
+                figures["lr"] = optimizer.param_groups[0]["lr"]
                 if epoch_ends and not torch.equal(labels_before_S, state.memory.labels_S):
-                    last["nmi_previous"] = nmi(labels_before_S, state.memory.labels_S)
+                    figures["nmi_previous"] = nmi(labels_before_S, state.memory.labels_S)
                     labels_before_S = state.memory.labels_S.clone()
-                metrics.write(step, last)
-                note = f"epoch {math.ceil(last['epoch'])}/{optim.epochs} · {_health(last)}"
+                metrics.write(step, figures)
+                note = f"epoch {math.ceil(figures['epoch'])}/{optim.epochs} · {summary(figures)}"
             advance(len(batch.index_B) * dist.world_size(), note)
-            if epoch_ends:
-                snapshot.save(out, step + 1, network, optimizer, state, len(images))
-    metrics.close()
+            if (due or stop) and save(step + 1):
+                saved_step = step + 1
+            if stop:
+                metrics.close()
+                raise Stopped(f"Saved after {saved_step:,} of {order.steps:,} steps.")
+    if saved_step < order.steps:
+        save(order.steps)
 
     if dist.rank() == 0:
         write_timm(network.backbone, out / "backbone", {"checkpoint": ckpt, "clusters": K, "epochs": optim.epochs})
     write_clusters(state, images, out / "clusters.parquet")
+    metrics.close()
+    last = metrics.lines()[-1] if metrics.lines() else {}
     dist.barrier()
     seconds = time.monotonic() - began
     return {
@@ -492,123 +600,49 @@ def fine_tune(
     }
 
 
-def _resume_point(
-    ckpt: str, data: str, out: Path, epochs: int | None, progress: Progress, arch: str | None
-) -> tuple[Start, int]:
-    """The start of a RUN that was interrupted: its own recipe, images and checkpoint,
-    and a memory still to be filled.
+def _agreed(late: LateReader, loss: Tensor, stop: bool, due: bool) -> tuple[bool, bool, bool]:
+    """Whether on any rank the loss is not finite, someone asked to stop, or a state is due (rank 0's clock counts).
+
+    Every rank gets the same answer in the same step, and the host never waits: on an accelerator the answer is that of
+    the step before.
     """
-    newest = snapshot.newest(out)
-    if newest is None or not (out / "run.json").exists():
-        raise OdcftError(f"{out} has no state to resume from. Start it again with --overwrite instead of --resume.")
-    about = json.loads((out / "run.json").read_text())
-    if about["sha256"] != sha256(ckpt):
-        raise OdcftError(
-            f"{out} was started from {about['checkpoint']}, not from {ckpt}. Resume with that, or choose another --out."
-        )
-    recipe = load_recipe(out / "recipe.yaml")
-    done = json.loads((newest / "state.json").read_text())["step"]
-    images = find_images(data)
-    with (out / "images.csv").open(newline="", encoding="utf-8") as file:
-        names = [row["path"] for row in csv.DictReader(file)]
-    known = set(names)
-    images = images.without({i for i, name in enumerate(images.names) if name not in known})
-    if images.names != names:
-        raise OdcftError(
-            f"{out} was started on {len(names):,} images, and not all of them are in {data} now. "
-            "Put them back, or start anew with --overwrite."
-        )
-    recipe.optim.epochs = epochs or recipe.optim.epochs
-    loaded = load_backbone(ckpt, arch)
-    recipe, device = resolve(recipe, loaded, images)
-    set_precision(recipe)
-    method = METHODS[recipe.method]
-    neck, dim = method.neck(loaded.backbone.width, recipe)
-    rows = len(dist.owned(len(images)))
-    nothing_SD = torch.zeros(rows, dim, device=device)
-    state = method.start(nothing_SD, torch.zeros(rows, dtype=torch.int32, device=device), recipe)
-    progress.say(f"Resuming    {out} after {done:,} steps")
-    return Start(loaded, neck, dim, images, recipe, state, device), done
+    device = loss.device
+    flags = torch.stack(
+        [
+            loss.isfinite().logical_not().float(),
+            torch.full((), float(stop), device=device),
+            torch.full((), float(due and dist.rank() == 0), device=device),
+        ]
+    )
+    dist.all_sum_(flags)
+    answer = late.read(flags)
+    broken, stop_any, due_any = answer.tolist() if answer is not None else (0, 0, 0)
+    return bool(broken), bool(stop_any), bool(due_any)
 
 
-# ---------------------------------------------------------------- figures of a run
-
-
-class Window:
-    """Sums over the steps between two log lines, on the device, so that no step has to wait for its figures."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.loss = torch.zeros((), device=device)
-        self.change = torch.zeros((), device=device)
-        self.steps = self.images = 0
-        self.waited = 0.0
-        self.opened = self._mark = time.perf_counter()
-
-    def waiting(self) -> None:
-        """The loop asks for a batch now."""
-        self._mark = time.perf_counter()
-
-    def working(self) -> None:
-        """The batch is there."""
-        self.waited += time.perf_counter() - self._mark
-
-    def add(self, loss: Tensor, change_ratio: Tensor, images: int) -> None:
-        """The figures of a step: two tensors of no dimension on the device, and the images of all ranks."""
-        self.loss += loss
-        self.change += change_ratio
-        self.steps += 1
-        self.images += images
-
-    def refuse_non_finite(self, step: int, lr: float, out: Path) -> None:
-        """Stop the run when a loss since the last line is not finite."""
-        if not math.isfinite(float(self.loss)):
-            newest = snapshot.newest(out)
-            kept = f"{newest} is the last state saved while it was"
-            raise OdcftError(
-                f"The loss is not finite at step {step} (learning rate {lr:.3g}); {kept}. "
-                "Start again with a lower rate (--set optim.lr=…) or a warm-up (--set optim.warmup_epochs=1)."
-            )
-
-    def close(self, K: int) -> dict[str, float]:
-        """Means since the last line, over all ranks, and a new beginning."""
-        sums = torch.stack([self.loss, self.change]) / self.steps
-        dist.all_sum_(sums)
-        loss, change = (sums / dist.world_size()).tolist()
-        seconds = time.perf_counter() - self.opened
-        figures = {
-            "loss": loss,
-            "loss_over_ln_k": loss / math.log(K),
-            "change_ratio": change,
-            "images_per_second": self.images / seconds,
-            "data_wait": self.waited / seconds,
-        }
-        self.__init__(self.loss.device)  # type: ignore[misc]
-        return figures
-
-
-def cluster_sizes(sizes_K: Tensor) -> dict[str, int]:
-    """Empty clusters, and the sizes of the smallest and the largest, from (K,) sizes."""
-    return {"empty": int((sizes_K == 0).sum()), "smallest": int(sizes_K.min()), "largest": int(sizes_K.max())}
-
-
-def nmi(before_S: Tensor, after_S: Tensor) -> float:
-    """Normalised mutual information of two labellings of this rank's images, (S,) each: 0..1.
-
-    With several ranks it is that of rank 0's share, a random sample of the images.
-    """
-    from sklearn.metrics import normalized_mutual_info_score
-
-    return float(
-        normalized_mutual_info_score(before_S.cpu().numpy(), after_S.cpu().numpy(), average_method="geometric")
+def _not_finite(step: int, optimizer: torch.optim.Optimizer, out: Path) -> OdcftError:
+    """What to say when numbers are no numbers any more."""
+    lr = optimizer.param_groups[0]["lr"]
+    return OdcftError(
+        f"The loss is not finite at step {step} (learning rate {lr:.3g}). The states in {out / 'checkpoints'} are of "
+        "before, and finite. Start again with a lower rate (--set optim.lr=…) or a warm-up "
+        "(--set optim.warmup_epochs=1), or let single steps be skipped (--set optim.skip_non_finite=3)."
     )
 
 
-def _health(figures: dict[str, float]) -> str:
-    return (
-        f"loss {figures['loss']:.2f} ({figures['loss_over_ln_k']:.2f} of ln K) · "
-        f"labels moving {figures['change_ratio']:.0%} · "
-        f"clusters {figures['smallest']} … {figures['largest']} · data wait {figures['data_wait']:.0%}"
-    )
+def _same_place(about: dict[str, Any], steps_per_epoch: int) -> int:
+    """The step that a state is at where an epoch has another number of steps now, as another number of ranks can bring
+    about: in the same epoch, equally far."""
+    epoch, rest = divmod(about["step"], about["steps_per_epoch"])
+    return epoch * steps_per_epoch + rest * steps_per_epoch // about["steps_per_epoch"]
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("odcft", "torch", "timm", "safetensors")}
+
+
+def _other_versions(then: dict[str, str]) -> list[tuple[str, str, str]]:
+    return [(name, then[name], now) for name, now in _versions().items() if then.get(name, now) != now]
 
 
 # ---------------------------------------------------------------- files
@@ -628,77 +662,10 @@ def write_clusters(state: odc.State, images: Images, path: Path) -> None:
         import pyarrow.parquet as pq
 
         columns = {"path": images.names, "cluster": labels_N.cpu().numpy(), "distance": distance_N.cpu().numpy()}
-        pq.write_table(pa.table(columns), path)
-
-
-def refuse_full(out: Path, ours: tuple[str, ...], overwrite: bool) -> None:
-    """Refuse an output that would be written over."""
-    if out.exists() and not out.is_dir():
-        raise OdcftError(f"{out} is a file. Choose a folder for the output.")
-    there = {path.name for path in out.iterdir()} if out.exists() else set()
-    if there and not overwrite:
-        raise OdcftError(
-            f"{out} is not empty. Pass --resume to go on with it, --overwrite to replace it, or choose another --out."
-        )
-    foreign = sorted(there - set(ours))
-    if foreign:
-        raise OdcftError(
-            f"{out} holds files odcft did not write ({foreign[0]}), so --overwrite will not touch it. "
-            "Choose another --out."
-        )
-    standing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not (standing.is_dir() and os.access(standing, os.W_OK)):
-        raise OdcftError(f"{out} cannot be written: {standing} is not a folder you may write to. Choose another --out.")
-    dist.barrier()  # every rank has looked before one writes
-
-
-def clear(out: Path, ours: tuple[str, ...]) -> None:
-    """Make the folder, and remove what odcft wrote there before."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ours:
-        path = out / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _about(start: Start, ckpt: str, data: str) -> dict[str, Any]:
-    """Where a folder came from, by which it is recognised again."""
-    return {
-        "checkpoint": ckpt,
-        "sha256": sha256(ckpt),
-        "arch": start.loaded.backbone.arch,
-        "data": str(data),
-        "images": len(start.images),
-    }
-
-
-def _write_image_lists(start: Start, out: Path) -> None:
-    with (out / "images.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["row", "path"])
-        table.writerows(enumerate(start.images.names))
-    if start.unreadable:
-        with (out / "quarantine.csv").open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(["path", "reason"])
-            table.writerows(start.unreadable.items())
-
-
-def sha256(ckpt: str) -> str:
-    """Of a checkpoint's bytes; a name (timm:resnet18) stands for itself."""
-    path = Path(ckpt)
-    for inner in ("backbone/model.safetensors", "model.safetensors", "pytorch_model.bin"):
-        if path.is_dir() and (path / inner).exists():
-            path = path / inner
-    if not path.is_file():
-        return ckpt
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        pq.write_table(pa.table(columns), unfinished)
+        folders.sync(unfinished)
+        unfinished.replace(path)
 
 
 def _number(value: Any) -> int:

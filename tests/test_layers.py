@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "odcft"
 LAYERS = [
-    {"errors", "_torchvision", "recipe", "dist", "launch", "color"},
+    {"errors", "_torchvision", "recipe", "dist", "launch", "late", "stopping", "color"},
     {
         "memory",
         "checkpoint",
@@ -18,8 +18,11 @@ LAYERS = [
         "optim",
         "kmeans",
         "small_clusters",
+        "health",
+        "advice",
     },
-    {"methods", "snapshot", "export"},
+    {"methods", "folders", "export"},
+    {"snapshot", "resume"},
     {"train", "evaluate", "pretext"},
     {"demo", "cli", "__main__", "__init__"},
 ]

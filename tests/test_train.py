@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from odcft import snapshot
 from odcft.errors import OdcftError
+from odcft.health import all_finite
 from odcft.recipe import load_recipe
 from odcft.train import fine_tune, init_memory, resolve_clusters
 
@@ -135,10 +137,8 @@ def test_non_finite_loss_stops_with_the_step_and_keeps_the_last_good_state(tmp_p
             checkpoint, images, tmp_path / "run", quick("optim.lr=1e20", "optim.schedule=step", "optim.final_epochs=0")
         )
     assert not (tmp_path / "run" / "backbone").exists()
-    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
-    assert all(
-        torch.isfinite(t).all() for t in load_file(newest / "state.safetensors").values() if t.is_floating_point()
-    )
+    newest = snapshot.load(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1])
+    assert all_finite([*newest.same.values(), *newest.rows.values()])
 
 
 def test_unreadable_image_is_named_and_skipped(tmp_path, checkpoint, images):
@@ -199,6 +199,9 @@ SPEECH = {
     "optim.tf32",
     "log.interval",
     "log.tensorboard",
+    "log.snapshot_minutes",
+    "log.snapshot_share",
+    "optim.skip_non_finite",
     "kmeans.engine",
 }
 # Of one schedule, or of one method, and what it takes to see them.
@@ -240,7 +243,8 @@ def final_state(tmp_path_factory):
         recipe = load_recipe("small", [*QUICK, "optim.batch_size=8", *base, *overrides])
         fine_tune(str(folder / "c.pth"), str(folder / "images"), folder / str(hash(overrides)), recipe)
         newest = sorted((folder / str(hash(overrides)) / "checkpoints").iterdir())[-1]
-        return load_file(newest / "state.safetensors")
+        state = snapshot.load(newest)
+        return {**state.same, **state.rows}
 
     return run
 

@@ -153,7 +153,7 @@ def _features(ckpt: str, labels: Any, arch: str | None, size: int | None, progre
 
 def _origin(ckpt: str) -> str | None:
     """The checkpoint a RUN was started from, where it is still the same."""
-    from odcft.train import sha256
+    from odcft.folders import sha256
 
     try:
         about = json.loads((Path(ckpt) / "run.json").read_text())

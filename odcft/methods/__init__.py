@@ -1,7 +1,7 @@
-"""The fine-tuning methods by name: each a module with the same eight functions, in the order of a run.
+"""The fine-tuning methods by name: each a module with the same functions, in the order of a run.
 
 `neck`, `compact` and `start` before it; `begin_epoch` and `draw` at the start of an epoch; `targets` and `update` in
-every step.
+every step; `stored` and `restore` for snapshots.
 """
 
 from types import ModuleType

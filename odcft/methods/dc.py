@@ -15,6 +15,7 @@ from odcft import dist, memory
 from odcft.data import step_seed
 from odcft.kmeans import assign, kmeans
 from odcft.memory import VARIANTS, Memory
+from odcft.methods import odc
 from odcft.recipe import Recipe
 from odcft.small_clusters import handle_small_clusters
 
@@ -99,6 +100,17 @@ def start(features_SD: Tensor, labels_S: Tensor, recipe: Recipe) -> State:
     generator = torch.Generator().manual_seed(step_seed(recipe.seed, 7))
     handle_small_clusters(state.memory, 0, VARIANTS["paper"], generator)
     return state
+
+
+def stored(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a snapshot keeps: rows of this rank's images, and what is the same on every rank."""
+    kept = state.memory
+    return {"features": kept.features_SD, "labels": kept.labels_S}, {"centroids": kept.centroids_KD}
+
+
+def restore(state: State, rows: dict[str, Tensor], same: dict[str, Tensor]) -> None:
+    """Put back what was `stored`, in place."""
+    state.memory = odc.restored(state.memory, rows, same)
 
 
 def begin_epoch(state: State, epoch: int, embed: Callable[[], Tensor]) -> bool:

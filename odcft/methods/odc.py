@@ -70,20 +70,44 @@ def start(features_SD: Tensor, labels_S: Tensor, recipe: Recipe) -> State:
     return state
 
 
-def restore(state: State, features_SD: Tensor, labels_S: Tensor, centroids_KD: Tensor) -> None:
-    """Put back memories as they were; sums and counts follow from them, exactly.
+def stored(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a snapshot keeps.
 
     Args:
-        state: changed in place.
-        features_SD: (S, D), this rank's rows as they were stored.
-        labels_S: (S,).
-        centroids_KD: (K, D), as old as they were.
+        state: only read.
+
+    Returns:
+        By name: rows of this rank's images, (S, ...) each; and what is the same on every rank.
     """
-    old = state.memory
-    state.memory = memory.new_memory(features_SD, labels_S, len(centroids_KD), old.features_SD.dtype, normalise=False)
-    state.memory.sizes_K = dist.all_sum(state.memory.counts_K)
-    state.memory.centroids_KD = centroids_KD
-    state.memory.half_squares_K = memory.half_squares(centroids_KD)
+    kept = state.memory
+    pending = state.watch.late.pending()
+    same = {"centroids": kept.centroids_KD} | ({} if pending is None else {"small_pending": pending})
+    return {"features": kept.features_SD, "labels": kept.labels_S}, same
+
+
+def restore(state: State, rows: dict[str, Tensor], same: dict[str, Tensor]) -> None:
+    """Put back what was `stored`; sums and counts follow from it, exactly.
+
+    Args:
+        state: as `start` makes it; changed in place.
+        rows: this rank's.
+        same: the same on every rank.
+    """
+    state.memory = restored(state.memory, rows, same)
+    if "small_pending" in same and state.memory.labels_S.device.type != "cpu":
+        state.watch.late.put_back(same["small_pending"])
+
+
+def restored(old: Memory, rows: dict[str, Tensor], same: dict[str, Tensor]) -> Memory:
+    """The memory that was `stored`, with dtype and device of `old`."""
+    device, dtype = old.features_SD.device, old.features_SD.dtype
+    features_SD, labels_S = rows["features"].to(device), rows["labels"].to(device)
+    centroids_KD = same["centroids"].to(device)
+    new = memory.new_memory(features_SD, labels_S, len(centroids_KD), dtype, normalise=False)
+    new.sizes_K = dist.all_sum(new.counts_K)
+    new.centroids_KD = centroids_KD
+    new.half_squares_K = memory.half_squares(centroids_KD)
+    return new
 
 
 def begin_epoch(state: State, epoch: int, embed: Callable[[], Tensor]) -> bool:

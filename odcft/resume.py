@@ -1,0 +1,98 @@
+"""Whether a RUN can go on: with the recipe, the checkpoint and the images it was started with, and nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+from odcft.data import Images, find_images
+from odcft.errors import OdcftError
+from odcft.folders import digest, read_column, sha256
+from odcft.recipe import Recipe, make_recipe
+
+FREE = ("data.workers", "log")  # how fast, how often it speaks: may change, for they change no result
+
+
+def resumed_recipe(
+    given: Recipe, epochs: int | None, run: Path, about: dict[str, Any], saved: dict[str, Any]
+) -> Recipe:
+    """The recipe of a RUN, with what a resumed run may change.
+
+    Args:
+        given: what is asked for now, `auto` fields and all.
+        epochs: how many in all now, or None for as many as before.
+        run: for the message.
+        about: its run.json, with the recipe as it was asked for then.
+        saved: what its state says, with the recipe as it was resolved and the steps that are done.
+
+    Raises:
+        OdcftError: names the first field that differs.
+    """
+    then, asked, now = _fields(saved["recipe"]), _fields(about["asked"]), _fields(given.model_dump(mode="json"))
+    for name, value in now.items():
+        if name == "optim.epochs" and epochs is not None:
+            continue
+        if name.split(".")[0] in FREE or name in FREE or name not in then:
+            continue
+        if value not in (then[name], asked[name]):
+            how = "Pass --epochs to change it" if name == "optim.epochs" else "Resume without that"
+            raise OdcftError(
+                f"{run} was started with {name}={then[name]}, not {value}. {how}, or choose another --out."
+            )
+    recipe = make_recipe(saved["recipe"])
+    recipe.log, recipe.data.workers = given.log, given.data.workers
+    if epochs is not None:
+        done = saved["step"] / saved["steps_per_epoch"]
+        if epochs < done:
+            raise OdcftError(
+                f"{run} has done {done:.1f} epochs already: --epochs {epochs} is less. Leave it away, or choose more."
+            )
+        recipe.optim.epochs = epochs
+    return recipe
+
+
+def refuse_other_checkpoint(ckpt: str, run: Path, about: dict[str, Any]) -> None:
+    """Refuse to go on from another checkpoint than the RUN was started from."""
+    if about["sha256"] != sha256(ckpt):
+        raise OdcftError(
+            f"{run} was started from {about['checkpoint']}, not from {ckpt} (other contents). "
+            "Resume with that, or choose another --out."
+        )
+
+
+def same_images(data: str, run: Path, about: dict[str, Any]) -> Images:
+    """The images of a RUN, found again.
+
+    Raises:
+        OdcftError: some are missing, or new, or have another content (of those that run.json has a checksum of).
+    """
+    images = find_images(data)
+    names, unreadable = read_column(run / "images.csv", "path"), set(read_column(run / "quarantine.csv", "path"))
+    images = images.without({i for i, name in enumerate(images.names) if name in unreadable})
+    if images.names != names:
+        missing, new = sorted(set(names) - set(images.names)), sorted(set(images.names) - set(names))
+        if missing:
+            what = f"{len(missing):,} are missing ({missing[0]})"
+        else:
+            what = f"{len(new):,} are new ({new[0]})" if new else "they are in another order"
+        raise OdcftError(
+            f"{run} was started on {len(names):,} images, and {data} holds others now: {what}. "
+            "Make it what it was, or start anew with --overwrite."
+        )
+    for name, sum_then in about["sample"].items():
+        try:
+            changed = digest(images.root / name) != sum_then
+        except OSError:
+            continue  # the run skips what cannot be read any more
+        if changed:
+            raise OdcftError(
+                f"{run} was started on other images: {images.root / name} has another content now. "
+                "Put it back, or start anew with --overwrite."
+            )
+    return images
+
+
+def _fields(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"{group}.{name}" if name else group: value
+        for group, fields in recipe.items()
+        for name, value in (fields.items() if isinstance(fields, dict) else [("", fields)])
+    }
