@@ -53,7 +53,7 @@ def main() -> None:
     def step(number: int, batch, with_memory: bool) -> None:
         row_B = batch.index_B.to(device) * 997 % args.images
         image_B = augment_batch(to_float(batch.pixels, device), AugmentRecipe(), torch.Generator().manual_seed(number))
-        features_BD, logits_BK = network(image_B.contiguous(memory_format=torch.channels_last))
+        features_BD, logits_BK, *_ = network(image_B.contiguous(memory_format=torch.channels_last))
         targets = odc.targets(state, row_B) if with_memory else (labels_S[row_B], weight_K)
         loss = F.cross_entropy(logits_BK, *targets)
         optimizer.zero_grad()

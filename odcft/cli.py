@@ -133,9 +133,11 @@ def init_memory(
 
 @app.command()
 def finetune(
-    ckpts: Annotated[list[str], typer.Argument(metavar="CKPT DATA", help="The checkpoint, then the images.")],
+    ckpts: Annotated[
+        list[str], typer.Argument(metavar="CKPT… DATA", help="The checkpoint (codc: one a member), then the images.")
+    ],
     out: Annotated[Path, typer.Option(help="The RUN folder to write.")],
-    method: Annotated[str | None, typer.Option(help="odc")] = None,
+    method: Annotated[str | None, typer.Option(help="odc, dc or codc; odc unless the recipe says.")] = None,
     recipe: Annotated[
         str | None,
         typer.Option(help="A shipped recipe or a YAML file.", show_default=f"{DEFAULT_RECIPE}; resumed: the RUN's own"),
@@ -154,9 +156,9 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a checkpoint on unlabelled images: the main job."""
-    if len(ckpts) != 2:
+    if len(ckpts) < 2:
         raise OdcftError("finetune takes a checkpoint and then the images: odcft finetune CKPT DATA --out RUN.")
-    ckpt, data = ckpts
+    *ckpts, data = ckpts
     overrides = [*(overrides or []), *([f"method={method}"] if method else [])]
     if recipe is None:
         recipe = str(out / "recipe.yaml") if resume and (out / "recipe.yaml").exists() else DEFAULT_RECIPE
@@ -166,7 +168,7 @@ def finetune(
     from odcft.train import fine_tune
 
     try:
-        values = fine_tune(ckpt, data, out, resolved, arch, memory, resume, overwrite, epochs=epochs)
+        values = fine_tune(ckpts, data, out, resolved, arch, memory, resume, overwrite, epochs=epochs)
     except stopping.Stopped as stopped:
         stopped.args = (f"{stopped} Go on with: {_resuming(sys.argv)}",)
         raise
@@ -230,7 +232,12 @@ def evaluate(
         )
     else:
         results = evaluation.evaluate(ckpt, data, test, protocols, arch, size)
-    _tell(evaluation.public(results), as_json, evaluation_lines(evaluation.table(results)))
+    lines = evaluation_lines(evaluation.table(results))
+    for member in results.get("members", []):
+        lines += [f"{member['source']} alone:", *evaluation_lines(evaluation.table(member))]
+    if "members" in results:
+        lines.insert(0, f"All {len(results['members'])} members side by side:")
+    _tell(evaluation.public(results), as_json, lines)
 
 
 def evaluation_lines(rows: list[tuple[str, float | None, float, str]]) -> list[str]:

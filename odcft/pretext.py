@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from odcft import dist
-from odcft.augment import augment_batch
+from odcft.augment import augment_batch, turned
 from odcft.backbone import Backbone, Loaded, refuse_unknown
 from odcft.color import colours, lab, nearest_colour
 from odcft.data import Crops, Images, TrainingOrder, find_images, in_order, loader, step_seed
@@ -45,12 +45,6 @@ class Rotation(nn.Module):
         images = augment_batch(images, self.augment, generator)
         turn_B = torch.randint(4, (len(images),), generator=generator).to(images.device, non_blocking=True)
         return self.head(self.backbone(turned(images, turn_B))), turn_B
-
-
-def turned(images: Tensor, turn_B: Tensor) -> Tensor:
-    """Turn each image by so many quarters: (B, C, H, H) and (B,) of 0..3 to (B, C, H, H)."""
-    four_4BCHH = torch.stack([torch.rot90(images, k, (2, 3)) for k in range(4)])
-    return four_4BCHH[turn_B, torch.arange(len(images), device=images.device)]
 
 
 class Jigsaw(nn.Module):
@@ -246,7 +240,7 @@ def train_pretext(
     state = _read_state(out, task, arch) if resume else None
     torch.manual_seed(step_seed(recipe.seed, 3))
     backbone = new_backbone(arch, task)
-    recipe, device = resolve(recipe, Loaded(backbone, f"scratch:{arch}", None), images)
+    recipe, device = resolve(recipe, [Loaded(backbone, f"scratch:{arch}", None)], images)
     set_precision(recipe)
     optim, size = recipe.optim, recipe.data.size
     assert isinstance(size, int)

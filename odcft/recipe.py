@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from odcft.errors import OdcftError
 
@@ -84,6 +84,27 @@ class DCRecipe(_Group):
     balance: Literal["sampling", "reweighting"] = "sampling"  # uniform over clusters, or loss weights 1 / sqrt(N_c)
 
 
+class MemberRecipe(_Group):
+    """A member of collaborative ODC: the weights of its losses."""
+
+    cluster: float = Field(1.0, ge=0)  # tells the joint cluster of an image
+    rotation: float = Field(0.0, ge=0)  # ROT: tells by how many quarters a copy was turned
+    mixup: float = Field(0.0, ge=0)  # CLS: tells the clusters of two images that were mixed
+
+    @model_validator(mode="after")
+    def _learns_from_the_clusters(self) -> "MemberRecipe":
+        if self.cluster == self.mixup == 0:
+            raise ValueError("a member needs a weight for cluster or mixup, or the clusters teach it nothing")
+        return self
+
+
+class CODCRecipe(_Group):
+    """Collaborative ODC; memory, neck and kmeans are ODC's."""
+
+    members: Auto | Annotated[list[MemberRecipe], Field(min_length=1)] = "auto"  # auto: a plain one a checkpoint
+    alpha: float = Field(1.0, gt=0)  # mixup: the share of an image is drawn from Beta(alpha, alpha)
+
+
 class KMeansRecipe(_Group):
     """K-Means: once, for the memories to be born from (odc), or again and again (dc)."""
 
@@ -123,13 +144,14 @@ class LogRecipe(_Group):
 class Recipe(_Group):
     """Everything a run needs besides a checkpoint and images."""
 
-    method: Literal["odc", "dc"] = "odc"
+    method: Literal["odc", "dc", "codc"] = "odc"
     seed: int = Field(0, ge=0)
     data: DataRecipe = Field(default_factory=DataRecipe)
     augment: AugmentRecipe = Field(default_factory=AugmentRecipe)
     neck: NeckRecipe = Field(default_factory=NeckRecipe)
     memory: MemoryRecipe = Field(default_factory=MemoryRecipe)
     dc: DCRecipe = Field(default_factory=DCRecipe)
+    codc: CODCRecipe = Field(default_factory=CODCRecipe)
     kmeans: KMeansRecipe = Field(default_factory=KMeansRecipe)
     optim: OptimRecipe = Field(default_factory=OptimRecipe)
     log: LogRecipe = Field(default_factory=LogRecipe)

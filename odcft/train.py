@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,12 +29,12 @@ from odcft.health import Window, all_finite, cluster_sizes, finite_gradients, nm
 from odcft.kmeans import assign, kmeans
 from odcft.late import LateReader
 from odcft.log import Metrics, Progress, duration
-from odcft.methods import METHODS, odc
-from odcft.model import Model
+from odcft.methods import METHODS, codc, odc
+from odcft.model import Members, Model
 from odcft.optim import lr_at, make_optimizer, set_lr
 from odcft.optim import restore as restore_optimizer
 from odcft.optim import stored as stored_optimizer
-from odcft.recipe import Recipe, dump
+from odcft.recipe import MemberRecipe, Recipe, dump
 from odcft.resume import refuse_other_checkpoint, resumed_recipe, same_images
 from odcft.stopping import Stopped
 
@@ -44,9 +43,9 @@ from odcft.stopping import Stopped
 class Start:
     """What training starts from: the same on every rank but for the rows of the memory."""
 
-    loaded: Loaded
-    neck: nn.Module
-    dim: int  # of what the neck gives
+    loaded: list[Loaded]  # of each member: one, but for codc
+    necks: list[nn.Module]
+    dim: int  # of what a neck gives
     images: Images  # those that can be read
     recipe: Recipe  # resolved
     state: odc.State
@@ -58,23 +57,33 @@ class Start:
 
 
 def begin(
-    ckpt: str, data: str, recipe: Recipe, progress: Progress, arch: str | None = None, memory: Path | None = None
+    ckpts: list[str],
+    data: str,
+    recipe: Recipe,
+    progress: Progress,
+    arch: str | None = None,
+    memory: Path | None = None,
 ) -> Start:
-    """Load the checkpoint, find the images, and build both memories, by K-Means or from an `init-memory` folder."""
+    """Load the checkpoints, find the images, and build both memories, by K-Means or from an `init-memory` folder."""
     images = find_images(data)
-    loaded = load_backbone(ckpt, arch)
+    recipe = resolve_members(recipe, ckpts)
+    loaded = [load_backbone(ckpt, arch) for ckpt in ckpts]
     resolve_clusters(recipe, len(images))  # refuse what cannot work before anything slow is done
     recipe, device = resolve(recipe, loaded, images)
     set_precision(recipe)
     torch.manual_seed(recipe.seed)
     method = METHODS[recipe.method]
-    neck, dim = method.neck(loaded.backbone.width, recipe)
+    necks, dim = make_necks(loaded, recipe)
     _describe(loaded, images, recipe, progress)
 
     if memory is not None:
-        return _read_memory(memory, ckpt, loaded, neck, dim, images, recipe, device)
+        return _read_memory(memory, ckpts, loaded, necks, dim, images, recipe, device)
 
-    network = nn.Sequential(loaded.backbone, neck).to(device).eval()
+    networks = [nn.Sequential(one.backbone, neck).to(device).eval() for one, neck in zip(loaded, necks, strict=True)]
+
+    def network(images: Tensor) -> Tensor:
+        return codc.side_by_side([network(images) for network in networks])
+
     unreadable: dict[str, str] = {}
     while True:
         crops = Crops(images, _number(recipe.data.size), recipe.data.crop_fraction, None, recipe.seed)
@@ -110,27 +119,63 @@ def begin(
         f"K-Means     {K:,} clusters · {recipe.kmeans.iterations} iterations · "
         f"sizes {int(sizes_K.min()):,} … {int(sizes_K.max()):,} · {duration(time.monotonic() - started)}"
     )
-    return Start(loaded, neck, dim, images, recipe, state, device, unreadable)
+    return Start(loaded, necks, dim, images, recipe, state, device, unreadable)
 
 
-def resolve(recipe: Recipe, loaded: Loaded, images: Images) -> tuple[Recipe, torch.device]:
+def make_necks(loaded: list[Loaded], recipe: Recipe) -> tuple[list[nn.Module], int]:
+    """A neck for each member, and the length of what each gives."""
+    made = [METHODS[recipe.method].neck(one.backbone.width, recipe) for one in loaded]
+    return [neck for neck, _ in made], made[0][1]
+
+
+def resolve_members(recipe: Recipe, ckpts: list[str]) -> Recipe:
+    """The recipe with a member for every checkpoint.
+
+    Raises:
+        OdcftError: several checkpoints for a method that takes one, or another number than the recipe lists.
+    """
+    recipe = recipe.model_copy(deep=True)
+    members = recipe.codc.members
+    if recipe.method != "codc":
+        if len(ckpts) > 1:
+            raise OdcftError(
+                f"{recipe.method} takes one checkpoint and then the images; {len(ckpts)} checkpoints were given "
+                f"({', '.join(ckpts)}). Several are for --method codc."
+            )
+        members = "auto"
+    if members != "auto" and len(members) != len(ckpts):
+        raise OdcftError(
+            f"The recipe lists {len(members)} members under codc.members, and {len(ckpts)} "
+            f"checkpoint{'s were' if len(ckpts) > 1 else ' was'} given. Give one for each (the same may come twice, "
+            "scratch:NAME starts from random weights), or --set codc.members=auto."
+        )
+    if len(ckpts) > len(folders.BACKBONES):
+        raise OdcftError(f"{len(ckpts)} members are more than the {len(folders.BACKBONES)} that codc takes.")
+    recipe.codc.members = [MemberRecipe() for _ in ckpts] if members == "auto" else members
+    return recipe
+
+
+def resolve(recipe: Recipe, loaded: list[Loaded], images: Images) -> tuple[Recipe, torch.device]:
     """Replace every `auto` but the number of clusters, and choose the device."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", dist.local_rank()) if gpu else torch.device("cpu")
     recipe = recipe.model_copy(deep=True)
-    backbone = loaded.backbone
+    backbones = [one.backbone for one in loaded]
     if min(recipe.optim.batch_size, len(images)) < 2 * dist.world_size():
         raise OdcftError(
             f"A batch of {min(recipe.optim.batch_size, len(images))} for {dist.world_size()} processes is less than 2 "
             "images each. Raise optim.batch_size, or use fewer processes."
         )
     if recipe.data.size == "auto":
-        recipe.data.size = automatic_size(backbone.size, backbone.fixed_size, usual_side(images))
-    elif backbone.fixed_size and recipe.data.size != backbone.size:
-        raise OdcftError(
-            f"{backbone.arch} takes images of {backbone.size} pixels only. "
-            f"Pass --set data.size={backbone.size}, or auto."
-        )
+        side = usual_side(images)
+        sizes = {b.size for b in backbones if b.fixed_size} or {automatic_size(b.size, False, side) for b in backbones}
+        recipe.data.size = min(sizes)
+    for backbone in backbones:
+        if backbone.fixed_size and recipe.data.size != backbone.size:
+            raise OdcftError(
+                f"{backbone.arch} takes images of {backbone.size} pixels only, not {recipe.data.size}. "
+                f"Pass --set data.size={backbone.size}, or auto; members of codc all see the same images."
+            )
     if recipe.data.workers == "auto":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
@@ -194,10 +239,13 @@ def set_precision(recipe: Recipe) -> None:
     torch.set_float32_matmul_precision("high" if recipe.optim.tf32 else "highest")
 
 
-def _describe(loaded: Loaded, images: Images, recipe: Recipe, progress: Progress) -> None:
-    found = loaded.match
-    cover = f"{len(found.tensors)}/{found.expected} tensors under {found.where}" if found else loaded.source
-    progress.say(f"Checkpoint  {loaded.backbone.arch}, {cover}")
+def _describe(loaded: list[Loaded], images: Images, recipe: Recipe, progress: Progress) -> None:
+    for one in loaded:
+        found = one.match
+        cover = f"{len(found.tensors)}/{found.expected} tensors under {found.where}" if found else one.source
+        progress.say(f"Checkpoint  {one.backbone.arch}, {cover}")
+    if recipe.method == "codc" and len(loaded) == 1 and recipe.codc.members == [MemberRecipe()]:
+        progress.say("Note        One plain member has no one to collaborate with: this is ODC.")
     progress.say(f"Images      {len(images):,} in {images.source}")
     optim = recipe.optim
     progress.say(
@@ -239,7 +287,7 @@ def init_memory(
     progress = progress or Progress()
     folders.refuse_full(out, folders.MEMORY_FILES, overwrite)
     with folders.locked(out, progress.say), explained(recipe):
-        start = begin(ckpt, data, recipe, progress, arch)
+        start = begin([ckpt], data, recipe, progress, arch)
         memory, count = start.state.memory, len(start.images)
         tensors = {
             "features": dist.in_dataset_order(memory.features_SD, count),
@@ -248,11 +296,11 @@ def init_memory(
         }
         if dist.rank() == 0:
             folders.clear(out, folders.MEMORY_FILES)
-            neck = start.neck.state_dict()
+            neck = start.necks[0].state_dict()
             save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, out / "memory.safetensors")
             save_file({name: t.cpu().contiguous() for name, t in neck.items()}, out / "neck.safetensors")
             folders.write_image_lists(start.images, start.unreadable, out)
-            about = folders.about(ckpt, start.loaded.backbone.arch, data, start.images)
+            about = folders.about([ckpt], [start.loaded[0].backbone.arch], data, start.images)
             about |= {"seed": start.recipe.seed, "recipe": start.recipe.model_dump(mode="json")}
             folders.write_whole(out / "memory.json", json.dumps(about, indent=2))
         dist.barrier()
@@ -269,15 +317,18 @@ def init_memory(
 
 def _read_memory(
     folder: Path,
-    ckpt: str,
-    loaded: Loaded,
-    neck: nn.Module,
+    ckpts: list[str],
+    loaded: list[Loaded],
+    necks: list[nn.Module],
     dim: int,
     images: Images,
     recipe: Recipe,
     device: torch.device,
 ) -> Start:
     """The start that `init-memory` wrote, for the same checkpoint and images."""
+    if len(ckpts) > 1:
+        raise OdcftError(f"{folder} is of one checkpoint; several together make their memory. Leave --memory away.")
+    (ckpt,), (neck,) = ckpts, necks
     try:
         about = json.loads((folder / "memory.json").read_text())
         tensors = load_file(folder / "memory.safetensors")
@@ -316,19 +367,19 @@ def _read_memory(
     recipe = resolve_clusters(recipe, len(images))
     neck.load_state_dict(neck_tensors)
     neck.to(device)
-    loaded.backbone.to(device)
+    loaded[0].backbone.to(device)
     owned = torch.tensor(dist.owned(len(images)))
     state = METHODS[recipe.method].start(
         tensors["features"][owned].to(device), tensors["labels"][owned].to(device), recipe
     )
-    return Start(loaded, neck, dim, images, recipe, state, device, unreadable)
+    return Start(loaded, necks, dim, images, recipe, state, device, unreadable)
 
 
 # ---------------------------------------------------------------- finetune
 
 
 def fine_tune(
-    ckpt: str,
+    ckpt: str | list[str],
     data: str,
     out: Path,
     recipe: Recipe,
@@ -342,7 +393,7 @@ def fine_tune(
     """Fine-tune a checkpoint on unlabelled images, and write a RUN with the backbone.
 
     Args:
-        ckpt: what `load_backbone` takes.
+        ckpt: what `load_backbone` takes; for `codc` a list, of a checkpoint for each member.
         data: what `find_images` takes; labels are never read.
         out: the RUN to write.
         recipe: its `auto` fields are resolved here. A resumed run keeps its own, and refuses another.
@@ -361,6 +412,7 @@ def fine_tune(
         Stopped: where a program has `stopping.listen`ed, and was asked to stop; the state is saved.
     """
     progress = progress or Progress()
+    ckpts = [ckpt] if isinstance(ckpt, str) else ckpt
     if epochs is not None:
         recipe = recipe.model_copy(deep=True)
         recipe.optim.epochs = epochs
@@ -372,9 +424,10 @@ def fine_tune(
             if begun:
                 progress.say(f"Note        {out} has no state to resume from yet: it begins.")
             if resume and not begun:
-                start, saved = _resume_point(ckpt, data, out, recipe, epochs, progress, arch)
-                return _train(start, saved, ckpt, data, out, progress)
-            return _train(_new_run(ckpt, data, out, recipe, progress, arch, memory), None, ckpt, data, out, progress)
+                start, saved = _resume_point(ckpts, data, out, recipe, epochs, progress, arch)
+                return _train(start, saved, ckpts, data, out, progress)
+            start = _new_run(ckpts, data, out, recipe, progress, arch, memory)
+            return _train(start, None, ckpts, data, out, progress)
     except Stopped as stopped:
         if not stopped.args:
             stopped.args = ("The last state is kept." if snapshot.exists(out) else "There was nothing to save yet.",)
@@ -382,13 +435,19 @@ def fine_tune(
 
 
 def _new_run(
-    ckpt: str, data: str, out: Path, recipe: Recipe, progress: Progress, arch: str | None, memory: Path | None
+    ckpts: list[str],
+    data: str,
+    out: Path,
+    recipe: Recipe,
+    progress: Progress,
+    arch: str | None,
+    memory: Path | None,
 ) -> Start:
     """The start of a RUN, and what is written of it before its first state."""
-    start = begin(ckpt, data, recipe, progress, arch, memory)
+    start = begin(ckpts, data, recipe, progress, arch, memory)
     if dist.rank() == 0:
         folders.clear(out, folders.RUN_FILES)
-        about = folders.about(ckpt, start.loaded.backbone.arch, data, start.images)
+        about = folders.about(ckpts, [one.backbone.arch for one in start.loaded], data, start.images)
         about |= {"asked": recipe.model_dump(mode="json"), "sample": folders.sample(start.images)}
         folders.write_whole(out / "run.json", json.dumps(about, indent=2))
         folders.write_image_lists(start.images, start.unreadable, out)
@@ -397,7 +456,13 @@ def _new_run(
 
 
 def _resume_point(
-    ckpt: str, data: str, out: Path, recipe: Recipe, epochs: int | None, progress: Progress, arch: str | None
+    ckpts: list[str],
+    data: str,
+    out: Path,
+    recipe: Recipe,
+    epochs: int | None,
+    progress: Progress,
+    arch: str | None,
 ) -> tuple[Start, snapshot.State]:
     """Where a RUN that was interrupted goes on: its own recipe, images and checkpoint, and its newest state.
 
@@ -407,26 +472,25 @@ def _resume_point(
     saved = snapshot.load(snapshot.newest(out, progress.say))
     about = json.loads((out / "run.json").read_text())
     recipe = resumed_recipe(recipe, epochs, out, about, saved.about)
-    loaded = load_backbone(ckpt, arch)
-    refuse_other_checkpoint(ckpt, out, about)
+    refuse_other_checkpoint(ckpts, out, about)
+    loaded = [load_backbone(ckpt, arch) for ckpt in ckpts]
     images = same_images(data, out, about)
     recipe, device = resolve(recipe, loaded, images)
     set_precision(recipe)
-    method = METHODS[recipe.method]
-    neck, dim = method.neck(loaded.backbone.width, recipe)
+    necks, dim = make_necks(loaded, recipe)
     rows = len(dist.owned(len(images)))
-    nothing_SD = torch.zeros(rows, dim, device=device)
-    state = method.start(nothing_SD, torch.zeros(rows, dtype=torch.int32, device=device), recipe)
+    nothing_SD = torch.zeros(rows, len(necks) * dim, device=device)
+    state = METHODS[recipe.method].start(nothing_SD, torch.zeros(rows, dtype=torch.int32, device=device), recipe)
     unreadable = dict.fromkeys(folders.read_column(out / "quarantine.csv", "path"), "")
     progress.say(f"Resuming    {out} after {saved.about['step']:,} steps")
     changed = [f"{name} {then} then, {now} now" for name, then, now in _other_versions(saved.about["versions"])]
     if changed:
         progress.say(f"Note        {'; '.join(changed)}: it goes on, but perhaps not to the same bits.")
-    return Start(loaded, neck, dim, images, recipe, state, device, unreadable), saved
+    return Start(loaded, necks, dim, images, recipe, state, device, unreadable), saved
 
 
 def _train(
-    start: Start, saved: snapshot.State | None, ckpt: str, data: str, out: Path, progress: Progress
+    start: Start, saved: snapshot.State | None, ckpts: list[str], data: str, out: Path, progress: Progress
 ) -> dict[str, Any]:
     """The loop, from the start or from where it was saved, and what it leaves behind."""
     began = time.monotonic()
@@ -435,11 +499,15 @@ def _train(
     recipe, device, state, images = start.recipe, start.device, start.state, start.images
     K, optim = _number(recipe.memory.clusters), recipe.optim
     torch.manual_seed(step_seed(recipe.seed, 1))
-    network = Model(start.loaded.backbone, start.neck, start.dim, K).to(device)
+    assert isinstance(recipe.codc.members, list)
+    parts = zip(start.loaded, start.necks, recipe.codc.members, strict=True)
+    network = Members([Model(one.backbone, neck, start.dim, K, member) for one, neck, member in parts]).to(device)
     if optim.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = dist.parallel(network, device)
-    optimizer = make_optimizer(network.body(), network.head.parameters(), optim)
+    optimizer = make_optimizer(
+        [p for member in network for p in member.body()], [p for member in network for p in member.heads()], optim
+    )
     method = METHODS[recipe.method]
     crops = Crops(images, _number(recipe.data.size), recipe.data.crop_fraction, recipe.augment, recipe.seed)
     order = TrainingOrder(
@@ -486,11 +554,12 @@ def _train(
 
     def embed() -> Tensor:
         """Backbone features (S, F) of this rank's images as they are, in evaluation mode."""
+        (only,) = network
         plain = Crops(images, _number(recipe.data.size), recipe.data.crop_fraction, None, recipe.seed)
         batch, workers = max(1, optim.batch_size // dist.world_size()), _number(recipe.data.workers)
         network.eval()
         with torch.autocast(device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
-            features_SF, _ = extract(network.backbone, plain, batch, workers, device, Progress(quiet=True))
+            features_SF, _ = extract(only.backbone, plain, batch, workers, device, Progress(quiet=True))
         network.train()
         return features_SF
 
@@ -505,7 +574,8 @@ def _train(
             window.waiting()
             epoch, begun = divmod(step, order.steps_per_epoch)
             if begun == 0 and method.begin_epoch(state, epoch, embed):  # dc: labels are new
-                network.new_head(optimizer, step_seed(recipe.seed, 1, step))
+                for member in network:
+                    member.new_head(optimizer, step_seed(recipe.seed, 1, step))
                 order.first_step = step
                 batches = iter(loader(crops, order, _number(recipe.data.workers), device))
             batch = next(batches)
@@ -527,13 +597,14 @@ def _train(
             image_B = augment_batch(pixels, recipe.augment, torch.Generator().manual_seed(seed))
             if optim.channels_last:
                 image_B = image_B.contiguous(memory_format=torch.channels_last)
+            made = codc.copies(image_B, recipe.codc, seed)  # none, but for members of codc that learn from such
             buffers = [buffer.clone() for buffer in network.buffers()] if optim.skip_non_finite else []
 
             # 1. forward, 2. read the labels and train (eq. 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
-                features_BD, logits_BK = model(image_B)
+                outputs = model(image_B, made.turned, made.mixed)
             label_B, weight_K = method.targets(state, row_B)
-            loss = F.cross_entropy(logits_BK.float(), label_B, weight_K)
+            loss, shown = codc.losses(outputs, recipe.codc, label_B, weight_K, made)
             optimizer.zero_grad()
             loss.backward()
             if optim.skip_non_finite and not finite_gradients(network):  # here the host waits for the device
@@ -543,13 +614,14 @@ def _train(
                 progress.say(f"Warning     Step {step}: a gradient is not finite; the step is skipped.")
                 for buffer, before in zip(network.buffers(), buffers, strict=True):
                     buffer.copy_(before)
-                loss = torch.zeros_like(loss)
+                loss = torch.zeros_like(loss)  # of a step that was not taken
             else:
                 skipped = 0
                 optimizer.step()
                 # 3. the samples memory (eq. 2, 3), 4. the centroids memory
-                stats = method.update(state, row_B, features_BD.detach().float(), step)
-                window.add(loss.detach(), stats["change_ratio"], len(batch.index_B) * dist.world_size())
+                features_BD = codc.side_by_side([output.features_BD.detach().float() for output in outputs])
+                stats = method.update(state, row_B, features_BD, step)
+                window.add(shown.detach(), stats["change_ratio"], len(batch.index_B) * dist.world_size())
 
             epoch_ends = (step + 1) % order.steps_per_epoch == 0
             broken, stop, due = _agreed(late, loss.detach(), bool(stopping.asked()), pace.due(epoch_ends))
@@ -580,7 +652,8 @@ def _train(
         save(order.steps)
 
     if dist.rank() == 0:
-        write_timm(network.backbone, out / "backbone", {"checkpoint": ckpt, "clusters": K, "epochs": optim.epochs})
+        for member, ckpt, name in zip(network, ckpts, folders.BACKBONES, strict=False):
+            write_timm(member.backbone, out / name, {"checkpoint": ckpt, "clusters": K, "epochs": optim.epochs})
     write_clusters(state, images, out / "clusters.parquet")
     metrics.close()
     last = metrics.lines()[-1] if metrics.lines() else {}
@@ -589,6 +662,7 @@ def _train(
     return {
         "out": str(out),
         "backbone": str(out / "backbone"),
+        **({"backbones": [str(out / name) for name in folders.BACKBONES[: len(ckpts)]]} if len(ckpts) > 1 else {}),
         "images": len(images),
         "unreadable": len(start.unreadable),
         "clusters": K,

@@ -207,12 +207,13 @@ SPEECH = {
 # Of one schedule, or of one method, and what it takes to see them.
 STEP = {"optim.final_epochs": 1, "optim.final_factor": 0.5}
 DC = {"dc.interval": 2, "dc.pca": 3, "dc.balance": "reweighting"}
+CODC = {"codc.members": [{"cluster": 1, "rotation": 1}], "codc.alpha": 0.2}
 
 
 def test_every_field_is_in_one_of_the_lists():
     from odcft.recipe import _all_paths
 
-    assert set(_all_paths()) == set(FIELDS) | SPEECH | set(STEP) | set(DC)
+    assert set(_all_paths()) == set(FIELDS) | SPEECH | set(STEP) | set(DC) | set(CODC)
 
 
 @pytest.fixture(scope="module")
@@ -249,12 +250,17 @@ def final_state(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("field", [*FIELDS, *STEP, *DC])
+@pytest.mark.parametrize("field", [*FIELDS, *STEP, *DC, *CODC])
 def test_every_knob_turns_something(final_state, field):
     base = ("optim.schedule=step", "optim.final_epochs=2") if field in STEP else ("method=dc",) if field in DC else ()
+    if field in CODC:
+        base = ("method=codc", "codc.members=[{mixup: 1}]")
     if field == "kmeans.iterations":  # few clusters of few images are done after one
         base = ("memory.clusters=16", "memory.min_cluster=0")
-    before, after = final_state(*base), final_state(*base, f"{field}={json.dumps({**FIELDS, **STEP, **DC}[field])}")
+    before, after = (
+        final_state(*base),
+        final_state(*base, f"{field}={json.dumps({**FIELDS, **STEP, **DC, **CODC}[field])}"),
+    )
     assert set(before) != set(after) or any(
         before[name].shape != after[name].shape or not torch.equal(before[name].float(), after[name].float())
         for name in before

@@ -6,6 +6,6 @@ every step; `stored` and `restore` for snapshots.
 
 from types import ModuleType
 
-from odcft.methods import dc, odc
+from odcft.methods import codc, dc, odc
 
-METHODS: dict[str, ModuleType] = {"odc": odc, "dc": dc}
+METHODS: dict[str, ModuleType] = {"odc": odc, "dc": dc, "codc": codc}
