@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from odcft import dist
+from odcft.advice import explained
 from odcft.augment import augment_batch, turned
 from odcft.backbone import Backbone, Loaded, refuse_unknown
 from odcft.color import colours, lab, nearest_colour
@@ -26,6 +27,7 @@ from odcft.features import to_float
 from odcft.log import Progress
 from odcft.optim import lr_at, make_optimizer, set_lr
 from odcft.recipe import Recipe
+from odcft.stopping import Stopped
 from odcft.train import resolve, set_precision
 
 
@@ -227,8 +229,26 @@ def train_pretext(
 
     Raises:
         OdcftError: for anything the user can mend.
+        Stopped: where a program has `stopping.listen`ed, and was asked to stop; `out` holds the last finished epoch.
     """
-    progress = progress or Progress()
+    try:
+        return _train(task, data, arch, out, recipe, overwrite, resume, progress or Progress())
+    except Stopped as stopped:
+        if out.exists():
+            stopped.args = (f"{out} holds the last finished epoch; the same command with --resume goes on from there.",)
+        raise
+
+
+def _train(
+    task: str,
+    data: str,
+    arch: str,
+    out: Path,
+    recipe: Recipe,
+    overwrite: bool,
+    resume: bool,
+    progress: Progress,
+) -> dict[str, Any]:
     began = time.monotonic()
     if task not in TASKS:
         raise OdcftError(f"{task}: no such pretext task. Choose from {', '.join(TASKS)}.")
@@ -271,7 +291,7 @@ def train_pretext(
     sums_3 = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, puzzles since the epoch began
     figures: dict[str, float] = {}
     network.train()
-    with progress.phase(task.capitalize(), len(order) * order.batch * dist.world_size()) as advance:
+    with explained(recipe), progress.phase(task.capitalize(), len(order) * order.batch * dist.world_size()) as advance:
         batches = iter(loader(crops, order, recipe.data.workers, device))
         for step in range(order.first_step, order.steps):
             batch = next(batches)

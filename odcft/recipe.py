@@ -113,8 +113,9 @@ class KMeansRecipe(_Group):
 
 
 class OptimRecipe(_Group):
-    """SGD and its schedule; nothing here is in the paper for fine-tuning unless the recipe says so."""
+    """The optimizer and its schedule; nothing here is in the paper for fine-tuning unless the recipe says so."""
 
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     epochs: int = Field(120, ge=1)
     batch_size: int = Field(512, ge=2)  # over all ranks
     lr: float = Field(0.06, gt=0)  # for this batch size
@@ -122,7 +123,7 @@ class OptimRecipe(_Group):
     final_epochs: int = Field(40, ge=0)  # step: how many epochs at the end run at lr * final_factor
     final_factor: float = Field(0.1, ge=0, le=1)
     warmup_epochs: float = Field(0.0, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(0.9, ge=0, lt=1)  # of adamw, the first beta
     head_momentum: float = Field(0.0, ge=0, lt=1)  # the head's own (official code, after DeepCluster)
     head_lr: float = Field(1.0, gt=0)  # the head's learning rate, as a multiple of lr
     weight_decay: float = Field(1e-5, ge=0)

@@ -117,9 +117,11 @@ def test_memory_of_another_checkpoint_is_refused(tmp_path, checkpoint, images, m
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 
-def test_resumed_run_equals_uninterrupted_run(tmp_path, checkpoint, images):
-    fine_tune(checkpoint, images, tmp_path / "whole", quick("optim.schedule=step", "optim.final_epochs=0"))
-    one = quick("optim.schedule=step", "optim.final_epochs=0", "optim.epochs=1")
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_resumed_run_equals_uninterrupted_run(tmp_path, checkpoint, images, optimizer):
+    same = ("optim.schedule=step", "optim.final_epochs=0", f"optim.optimizer={optimizer}", "optim.lr=0.001")
+    fine_tune(checkpoint, images, tmp_path / "whole", quick(*same))
+    one = quick(*same, "optim.epochs=1")
     fine_tune(checkpoint, images, tmp_path / "parts", one)
     fine_tune(checkpoint, images, tmp_path / "parts", one, resume=True, epochs=2)
     first, second = backbone(tmp_path / "whole"), backbone(tmp_path / "parts")
@@ -188,9 +190,10 @@ FIELDS = {
     "augment.saturation": 0.0, "augment.hue": 0.5, "augment.gray": 1.0, "neck.hidden": 32, "neck.dim": 4,
     "neck.dropout": 0.5, "neck.bn_momentum": 0.9, "memory.clusters": 3, "memory.momentum": 0.9,
     "memory.centroid_interval": 1, "memory.min_cluster": 0, "memory.variant": "official", "memory.reweight": False,
-    "memory.dtype": "float16", "kmeans.iterations": 1, "optim.epochs": 3, "optim.batch_size": 6, "optim.lr": 0.01,
+    "memory.dtype": "float16", "kmeans.iterations": 1, "optim.optimizer": "adamw", "optim.epochs": 3, "optim.batch_size": 6, "optim.lr": 0.01,
     "optim.schedule": "step", "optim.warmup_epochs": 1.0, "optim.momentum": 0.0, "optim.head_momentum": 0.0,
-    "method": "dc", "optim.head_lr": 10.0, "optim.weight_decay": 0.1, "optim.precision": "bfloat16",
+    "method": "dc", "optim.optimizer": "adamw", "optim.head_lr": 10.0, "optim.weight_decay": 0.1,
+    "optim.precision": "bfloat16",
 }  # fmt: skip
 # Speed and speech only: they must not change the backbone.
 SPEECH = {
