@@ -22,6 +22,7 @@ COMMON = (
     *("efficientnet_b0", "mobilenetv3_large_100", "regnety_016", "densenet121", "vgg16_bn", "vgg16"),
     *("test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_byobnet"),
 )
+CHANNELS = {"rgb": 3, "lab_l": 1}  # of the first convolution, by what the network is shown
 COVER = 0.9  # of the backbone's tensors that a checkpoint must have
 
 
@@ -40,7 +41,7 @@ class Backbone(nn.Module):
         import timm
 
         self.input = input
-        net: Any = timm.create_model(arch, pretrained=False, num_classes=0, in_chans=1 if input == "lab_l" else 3)
+        net: Any = timm.create_model(arch, pretrained=False, num_classes=0, in_chans=CHANNELS[input])
         self.net = net
         self.arch = arch
         # Pooled features may be wider than the last block.
@@ -97,9 +98,10 @@ def load_backbone(ckpt: str | Path, arch: str | None = None) -> Loaded:
     if (path / "backbone" / "config.json").exists():  # a RUN
         path = path / "backbone"
     contents = read(path)
+    input = contents.config.get("odcft", {}).get("input", "rgb")
     best: tuple[float, str, Match] | None = None
     for candidate in _candidates(contents, arch):
-        found = match(contents, _shapes(candidate))
+        found = match(contents, _shapes(candidate, CHANNELS[input]))
         if best is None or found.share > best[0]:
             best = (found.share, candidate, found)
         if found.share == 1 or (candidate == arch and arch):
@@ -114,7 +116,7 @@ def load_backbone(ckpt: str | Path, arch: str | None = None) -> Loaded:
             f"the nearest backbone ({share:.0%}; missing: {lacking}). "
             f"At least {COVER:.0%} are needed; if it is another network, say --arch NAME."
         )
-    backbone = Backbone(found_arch, contents.config.get("pretrained_cfg"))
+    backbone = Backbone(found_arch, contents.config.get("pretrained_cfg"), input)
     # Partial cover is allowed down to COVER and always reported; every tensor that is loaded has been matched by shape.
     backbone.net.load_state_dict({**backbone.net.state_dict(), **found.tensors})
     return Loaded(backbone.eval(), name, found)
@@ -144,9 +146,9 @@ def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
         "family": family,
         "arch": backbone.arch,
         "input": {
-            "channels": 3,
-            "color": "rgb",
-            "range": [0, 1],
+            "channels": CHANNELS[backbone.input],
+            "color": backbone.input,
+            "range": [0, 100] if backbone.input == "lab_l" else [0, 1],
             "mean": list(backbone.mean),
             "std": list(backbone.std),
             "size": backbone.size,
@@ -160,7 +162,8 @@ def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
     }
     lines = [
         (
-            f"{family} · {backbone.arch} · RGB {backbone.size}{' only' if backbone.fixed_size else ''}, "
+            f"{family} · {backbone.arch} · {'Lab L' if backbone.input == 'lab_l' else 'RGB'} {backbone.size}"
+            f"{' only' if backbone.fixed_size else ''}, "
             f"mean {_numbers(backbone.mean)}, std {_numbers(backbone.std)}"
         ),
         f"  backbone   {values['matched']} of {expected} tensors under {values['where']}",
@@ -221,12 +224,12 @@ def refuse_unknown(arch: str, asked: str | None = None) -> None:
 
 
 @cache
-def _shapes(arch: str) -> dict[str, Tensor]:
+def _shapes(arch: str, channels: int = 3) -> dict[str, Tensor]:
     """Names and shapes of a network, on the meta device: nothing is allocated."""
     import timm
 
     with torch.device("meta"):
-        return timm.create_model(arch, pretrained=False, num_classes=0).state_dict()
+        return timm.create_model(arch, pretrained=False, num_classes=0, in_chans=channels).state_dict()
 
 
 def _nearest(arch: str) -> str:

@@ -190,7 +190,7 @@ FIELDS = {
     "augment.saturation": 0.0, "augment.hue": 0.5, "augment.gray": 1.0, "neck.hidden": 32, "neck.dim": 4,
     "neck.dropout": 0.5, "neck.bn_momentum": 0.9, "memory.clusters": 3, "memory.momentum": 0.9,
     "memory.centroid_interval": 1, "memory.min_cluster": 0, "memory.variant": "official", "memory.reweight": False,
-    "memory.dtype": "float16", "kmeans.iterations": 1, "optim.optimizer": "adamw", "optim.epochs": 3, "optim.batch_size": 6, "optim.lr": 0.01,
+    "memory.dtype": "float16", "kmeans.iterations": 1, "optim.epochs": 3, "optim.batch_size": 6, "optim.lr": 0.01,
     "optim.schedule": "step", "optim.warmup_epochs": 1.0, "optim.momentum": 0.0, "optim.head_momentum": 0.0,
     "method": "dc", "optim.optimizer": "adamw", "optim.head_lr": 10.0, "optim.weight_decay": 0.1,
     "optim.precision": "bfloat16",
