@@ -29,14 +29,14 @@ from odcft.features import extract, to_float
 from odcft.health import Window, all_finite, cluster_sizes, finite_gradients, nmi, summary
 from odcft.kmeans import assign, kmeans
 from odcft.late import LateReader
-from odcft.log import Metrics, Progress, duration
+from odcft.log import Metrics, Progress, duration, read_lines
 from odcft.methods import METHODS, odc
 from odcft.model import Model, make_neck
 from odcft.optim import lr_at, make_optimizer, set_lr
 from odcft.optim import restore as restore_optimizer
 from odcft.optim import stored as stored_optimizer
 from odcft.recipe import Recipe, dump
-from odcft.resume import refuse_other_checkpoint, resumed_recipe, same_images
+from odcft.resume import read_quarantine, refuse_other_checkpoint, resumed_recipe, same_images
 from odcft.stopping import Stopped
 
 
@@ -410,7 +410,7 @@ def _resume_point(
         recipe.memory,
         recipe.seed,
     )
-    unreadable = dict.fromkeys(folders.read_column(out / "quarantine.csv", "path"), "")
+    unreadable = dict.fromkeys(read_quarantine(out), "")
     progress.say(f"Resuming    {out} after {saved.about['step']:,} steps")
     changed = [f"{name} {then} then, {now} now" for name, then, now in _other_versions(saved.about["versions"])]
     if changed:
@@ -436,6 +436,9 @@ def _train(
     method = METHODS[recipe.method]
     crops = Crops(images, _number(recipe.data.size), recipe.data.crop_fraction, recipe.augment, recipe.seed)
     order = TrainingOrder(len(images), optim.batch_size // dist.world_size(), optim.epochs, recipe.seed)
+    if saved is not None and _finished(out) == order.steps:
+        progress.say(f"Finished    {out} has all of its {order.steps:,} steps; nothing is left to do.")
+        return _result(start, out, order.steps, time.monotonic() - began)
     window = Window(device)
     labels_before_S = state.memory.labels_S.clone()
     skipped = 0  # steps in a row
@@ -558,17 +561,32 @@ def _train(
         write_timm(network.backbone, out / "backbone", {"checkpoint": ckpt, "clusters": K, "epochs": optim.epochs})
     write_clusters(state, images, out / "clusters.parquet")
     metrics.close()
-    last = metrics.lines()[-1] if metrics.lines() else {}
+    if dist.rank() == 0:
+        for file in (out / "backbone").iterdir():
+            folders.sync(file)
+        about = {**json.loads((out / "run.json").read_text()), "finished": order.steps}
+        folders.write_whole(out / "run.json", json.dumps(about, indent=2))
     dist.barrier()
-    seconds = time.monotonic() - began
+    return _result(start, out, order.steps, time.monotonic() - began)
+
+
+def _finished(out: Path) -> int | None:
+    """After how many steps a RUN was completed, backbone and all, if it was."""
+    there = (out / "clusters.parquet").exists() and (out / "backbone" / "model.safetensors").exists()
+    return json.loads((out / "run.json").read_text()).get("finished") if there else None
+
+
+def _result(start: Start, out: Path, steps: int, seconds: float) -> dict[str, Any]:
+    """What `fine_tune` returns."""
+    last = (read_lines(out / "metrics.jsonl") or [{}])[-1]
     return {
         "out": str(out),
         "backbone": str(out / "backbone"),
-        "images": len(images),
+        "images": len(start.images),
         "unreadable": len(start.unreadable),
-        "clusters": K,
-        "epochs": optim.epochs,
-        "steps": order.steps,
+        "clusters": start.recipe.memory.clusters,
+        "epochs": start.recipe.optim.epochs,
+        "steps": steps,
         "loss": last.get("loss"),
         "change_ratio": last.get("change_ratio"),
         "seconds": round(seconds, 1),
