@@ -131,6 +131,10 @@ class Metrics:
         """All lines of the run so far, those before it was resumed too; none on other ranks than 0."""
         return self._lines
 
+    def last(self) -> dict[str, Any]:
+        """The newest line, or {}."""
+        return self._lines[-1] if self._lines else {}
+
     def sync(self) -> None:
         """Have every line on the disk.
 

@@ -26,7 +26,7 @@ from odcft.data import Crops, Images, TrainingOrder, automatic_size, find_images
 from odcft.errors import OdcftError
 from odcft.export import write_timm
 from odcft.features import extract, to_float
-from odcft.health import Window, all_finite, cluster_sizes, finite_gradients, nmi, summary
+from odcft.health import Window, all_finite, cluster_figures, finite_gradients, nmi, summary, warnings
 from odcft.kmeans import assign, kmeans
 from odcft.late import LateReader
 from odcft.log import Metrics, Progress, duration, read_lines
@@ -535,10 +535,10 @@ def _train(
                 raise _not_finite(step - late.delay(device), optimizer, out)
             note = ""
             if window.steps and (epoch_ends or (step + 1) % recipe.log.interval == 0):
-                figures = {
+                figures: dict[str, Any] = {
                     "epoch": (step + 1) / order.steps_per_epoch,
                     **window.close(K),
-                    **cluster_sizes(state.memory.sizes_K),
+                    **cluster_figures(state.memory.sizes_K, state.memory.centroids_KD),
                 }
                 if not math.isfinite(figures["loss"]):
                     raise _not_finite(step, optimizer, out)
@@ -546,6 +546,11 @@ def _train(
                 if epoch_ends:
                     figures["nmi_previous"] = nmi(labels_before_S, state.memory.labels_S)
                     labels_before_S = state.memory.labels_S.clone()
+                troubles = warnings([*metrics.lines(), figures], K)
+                for trouble in troubles.keys() - metrics.last().get("warnings", []):
+                    progress.say(f"Warning     Step {step}: {troubles[trouble]}")
+                if troubles:
+                    figures["warnings"] = sorted(troubles)
                 metrics.write(step, figures)
                 note = f"epoch {math.ceil(figures['epoch'])}/{optim.epochs} · {summary(figures)}"
             advance(len(batch.index_B) * dist.world_size(), note)
