@@ -168,9 +168,7 @@ def write_image_lists(images: Images, unreadable: dict[str, str], out: Path) -> 
 
 
 def read_column(path: Path, column: str) -> list[str]:
-    """One column of a .csv of ours; nothing where there is no such file."""
-    if not path.exists():
-        return []
+    """One column of a .csv of ours."""
     with path.open(newline="", encoding="utf-8") as file:
         return [row[column] for row in csv.DictReader(file)]
 

@@ -101,7 +101,7 @@ class Metrics:
             return
         path = run / "metrics.jsonl"
         # Resumed: what was written after the state that is gone on from does not count, nor does half a line.
-        self._lines = [line for line in _whole_lines(path) if line["step"] < first_step]
+        self._lines = [line for line in read_lines(path) if line["step"] < first_step]
         unfinished = path.with_name(f".{path.name}.unfinished")
         unfinished.write_text("".join(json.dumps(line) + "\n" for line in self._lines), encoding="utf-8")
         unfinished.replace(path)
@@ -130,6 +130,10 @@ class Metrics:
     def lines(self) -> list[dict[str, Any]]:
         """All lines of the run so far, those before it was resumed too; none on other ranks than 0."""
         return self._lines
+
+    def last(self) -> dict[str, Any]:
+        """The newest line, or {}."""
+        return self._lines[-1] if self._lines else {}
 
     def sync(self) -> None:
         """Have every line on the disk.
@@ -161,7 +165,8 @@ class Metrics:
             self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl says, without half a line that a killed run may have left."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with suppress(ValueError):

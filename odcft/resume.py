@@ -66,7 +66,7 @@ def same_images(data: str, run: Path, about: dict[str, Any]) -> Images:
         OdcftError: some are missing, or new, or have another content (of those that run.json has a checksum of).
     """
     images = find_images(data)
-    names, unreadable = read_column(run / "images.csv", "path"), set(read_column(run / "quarantine.csv", "path"))
+    names, unreadable = read_column(run / "images.csv", "path"), set(read_quarantine(run))
     images = images.without({i for i, name in enumerate(images.names) if name in unreadable})
     if images.names != names:
         missing, new = sorted(set(names) - set(images.names)), sorted(set(images.names) - set(names))
@@ -89,6 +89,12 @@ def same_images(data: str, run: Path, about: dict[str, Any]) -> Images:
                 "Put it back, or start anew with --overwrite."
             )
     return images
+
+
+def read_quarantine(run: Path) -> list[str]:
+    """The images that could not be read when the RUN was started."""
+    path = run / "quarantine.csv"
+    return read_column(path, "path") if path.exists() else []
 
 
 def _fields(recipe: dict[str, Any]) -> dict[str, Any]:

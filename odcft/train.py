@@ -25,17 +25,17 @@ from odcft.data import Crops, Images, TrainingOrder, automatic_size, find_images
 from odcft.errors import OdcftError
 from odcft.export import write_timm
 from odcft.features import extract, to_float
-from odcft.health import Window, all_finite, cluster_sizes, finite_gradients, nmi, summary
+from odcft.health import Window, all_finite, cluster_figures, finite_gradients, nmi, summary, warnings
 from odcft.kmeans import assign, kmeans
 from odcft.late import LateReader
-from odcft.log import Metrics, Progress, duration
+from odcft.log import Metrics, Progress, duration, read_lines
 from odcft.methods import METHODS, codc, odc
 from odcft.model import Members, Model
 from odcft.optim import lr_at, make_optimizer, set_lr
 from odcft.optim import restore as restore_optimizer
 from odcft.optim import stored as stored_optimizer
 from odcft.recipe import MemberRecipe, Recipe, dump
-from odcft.resume import refuse_other_checkpoint, resumed_recipe, same_images
+from odcft.resume import read_quarantine, refuse_other_checkpoint, resumed_recipe, same_images
 from odcft.stopping import Stopped
 
 
@@ -481,7 +481,7 @@ def _resume_point(
     rows = len(dist.owned(len(images)))
     nothing_SD = torch.zeros(rows, len(necks) * dim, device=device)
     state = METHODS[recipe.method].start(nothing_SD, torch.zeros(rows, dtype=torch.int32, device=device), recipe)
-    unreadable = dict.fromkeys(folders.read_column(out / "quarantine.csv", "path"), "")
+    unreadable = dict.fromkeys(read_quarantine(out), "")
     progress.say(f"Resuming    {out} after {saved.about['step']:,} steps")
     changed = [f"{name} {then} then, {now} now" for name, then, now in _other_versions(saved.about["versions"])]
     if changed:
@@ -514,6 +514,9 @@ def _train(
         *(len(images), optim.batch_size // dist.world_size(), optim.epochs, recipe.seed),
         draw=lambda generator: method.draw(state, generator),
     )
+    if saved is not None and _finished(out) == order.steps:
+        progress.say(f"Finished    {out} has all of its {order.steps:,} steps; nothing is left to do.")
+        return _result(start, out, order.steps, time.monotonic() - began)
     window = Window(device)
     labels_before_S = state.memory.labels_S.clone()
     skipped = 0  # steps in a row
@@ -629,10 +632,10 @@ def _train(
                 raise _not_finite(step - late.delay(device), optimizer, out)
             note = ""
             if window.steps and (epoch_ends or (step + 1) % recipe.log.interval == 0):
-                figures = {
+                figures: dict[str, Any] = {
                     "epoch": (step + 1) / order.steps_per_epoch,
                     **window.close(K),
-                    **cluster_sizes(state.memory.sizes_K),
+                    **cluster_figures(state.memory.sizes_K, state.memory.centroids_KD),
                 }
                 if not math.isfinite(figures["loss"]):
                     raise _not_finite(step, optimizer, out)
@@ -640,6 +643,11 @@ def _train(
                 if epoch_ends and not torch.equal(labels_before_S, state.memory.labels_S):
                     figures["nmi_previous"] = nmi(labels_before_S, state.memory.labels_S)
                     labels_before_S = state.memory.labels_S.clone()
+                troubles = warnings([*metrics.lines(), figures], K)
+                for trouble in troubles.keys() - metrics.last().get("warnings", []):
+                    progress.say(f"Warning     Step {step}: {troubles[trouble]}")
+                if troubles:
+                    figures["warnings"] = sorted(troubles)
                 metrics.write(step, figures)
                 note = f"epoch {math.ceil(figures['epoch'])}/{optim.epochs} · {summary(figures)}"
             advance(len(batch.index_B) * dist.world_size(), note)
@@ -656,18 +664,35 @@ def _train(
             write_timm(member.backbone, out / name, {"checkpoint": ckpt, "clusters": K, "epochs": optim.epochs})
     write_clusters(state, images, out / "clusters.parquet")
     metrics.close()
-    last = metrics.lines()[-1] if metrics.lines() else {}
+    if dist.rank() == 0:
+        for name in folders.BACKBONES[: len(ckpts)]:
+            for file in (out / name).iterdir():
+                folders.sync(file)
+        about = {**json.loads((out / "run.json").read_text()), "finished": order.steps}
+        folders.write_whole(out / "run.json", json.dumps(about, indent=2))
     dist.barrier()
-    seconds = time.monotonic() - began
+    return _result(start, out, order.steps, time.monotonic() - began)
+
+
+def _finished(out: Path) -> int | None:
+    """After how many steps a RUN was completed, backbone and all, if it was."""
+    there = (out / "clusters.parquet").exists() and (out / "backbone" / "model.safetensors").exists()
+    return json.loads((out / "run.json").read_text()).get("finished") if there else None
+
+
+def _result(start: Start, out: Path, steps: int, seconds: float) -> dict[str, Any]:
+    """What `fine_tune` returns."""
+    last = (read_lines(out / "metrics.jsonl") or [{}])[-1]
+    backbones = [str(out / name) for name in folders.BACKBONES[: len(start.loaded)]]
     return {
         "out": str(out),
         "backbone": str(out / "backbone"),
-        **({"backbones": [str(out / name) for name in folders.BACKBONES[: len(ckpts)]]} if len(ckpts) > 1 else {}),
-        "images": len(images),
+        **({"backbones": backbones} if len(backbones) > 1 else {}),
+        "images": len(start.images),
         "unreadable": len(start.unreadable),
-        "clusters": K,
-        "epochs": optim.epochs,
-        "steps": order.steps,
+        "clusters": start.recipe.memory.clusters,
+        "epochs": start.recipe.optim.epochs,
+        "steps": steps,
         "loss": last.get("loss"),
         "change_ratio": last.get("change_ratio"),
         "seconds": round(seconds, 1),

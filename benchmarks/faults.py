@@ -1,0 +1,502 @@
+"""Does a run survive? Small trainings are killed, stopped and starved at random moments, resumed until they are done,
+and compared with one that nothing happened to: backbone, state, clusters and metrics (but for times) must be the same
+bits.
+
+    python benchmarks/faults.py [--sigkill 100] [--two-ranks 20] [--sigterm 50] [--damage 8] [--disk 1] [--cost]
+
+Every count may be 0. --disk mounts a tmpfs in a namespace of its own; that needs Linux, and may need root.
+docs/reliability.md has the figures.
+
+A training takes a few seconds and saves its state as often as it can (log.snapshot_share=1), so that a good part of the
+moments falls into saving. Runs of one process are forks of this one, to spare the imports; those of two ranks are
+started by `--devices 2`.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from odcft import cli, snapshot
+
+LIMIT = 120.0  # seconds that a process may take to end; longer is a hang
+TIMES = ("images_per_second", "data_wait")
+TRAINING = [
+    *("--recipe", "small", "--clusters", "6", "--epochs", "4"),
+    *("--set", "memory.min_cluster=3", "--set", "memory.centroid_interval=3", "--set", "neck.dropout=0.3"),
+    *("--set", "optim.batch_size=8", "--set", "optim.lr=0.1", "--set", "neck.hidden=64", "--set", "neck.dim=32"),
+    *("--set", "log.interval=3", "--set", "log.snapshot_minutes=0.001", "--set", "log.snapshot_share=1"),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sigkill", type=int, default=100, help="runs of one process, killed")
+    parser.add_argument(
+        "--two-ranks", type=int, default=20, help="runs of two processes; one, both or the launcher killed"
+    )
+    parser.add_argument("--sigterm", type=int, default=50, help="runs asked to stop, half of them with data workers")
+    parser.add_argument("--damage", type=int, default=8, help="states cut, flipped or gone")
+    parser.add_argument("--disk", type=int, default=1, help="runs whose disk fills up and is read-only for a time")
+    parser.add_argument("--cost", action="store_true", help="what a state costs, by size (writes 1.5 GB)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--mounted", action="store_true", help=argparse.SUPPRESS)  # we are in a namespace of our own
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="odcft-faults-"))
+    make_inputs(folder)
+    draw = random.Random(args.seed)
+    results: dict[str, Any] = {}
+
+    def told(name: str, values: dict[str, Any]) -> None:
+        results[name] = values
+        print(f"{name}: {json.dumps(values)}", file=sys.stderr, flush=True)
+
+    whole, seconds = reference(folder, "whole")
+    comparison_can_fail(folder, whole)
+    told("reference", {"seconds": round(seconds, 2), "states_in_a_run": count_states(folder)})
+    if args.sigkill:
+        told("sigkill", many(args.sigkill, lambda i: killed(folder, whole, seconds, draw, i)))
+    if args.sigterm:
+        told("sigterm", many(args.sigterm, lambda i: stopped(folder, whole, seconds, draw, i)))
+    if args.damage:
+        told("damage", many(args.damage, lambda i: damaged(folder, whole, seconds, draw, i)))
+    if args.disk and args.mounted:
+        told("disk", many(args.disk, lambda i: starved(folder, whole, i)))
+    elif args.disk:
+        told("disk", in_a_namespace(args.disk, args.seed))
+    if args.two_ranks:
+        two, seconds = reference(folder, "two", "--devices", "2")
+        told("two_ranks", many(args.two_ranks, lambda i: one_of_two_killed(folder, two, seconds, draw, i)))
+    if args.cost:
+        told("cost", {"states": cost(folder)})
+    if args.folder is None:
+        shutil.rmtree(folder)
+    print(json.dumps(results) if args.json else json.dumps(results, indent=2))
+    sys.exit(0 if all(values.get("wrong", 0) == 0 for values in results.values()) else 1)
+
+
+def many(count: int, one: Any) -> dict[str, Any]:
+    """Do it so many times; sums of the counts, largest of what ends in "_s"."""
+    total: dict[str, Any] = {"runs": 0, "identical": 0, "wrong": 0}
+    for i in range(count):
+        figures = one(i)
+        differences = figures.pop("differences")
+        total["runs"] += 1
+        total["identical"] += not differences
+        total["wrong"] += bool(differences)
+        if differences:
+            total.setdefault("differences", []).append({"run": i, "what": differences})
+        for name, value in figures.items():
+            before = total.get(name, 0)
+            total[name] = max(before, round(value, 2)) if name.endswith("_s") else before + value
+    return total
+
+
+# ---------------------------------------------------------------- the training, and what comes of it
+
+
+def make_inputs(folder: Path) -> None:
+    """64 small images of two kinds and the checkpoint of a tiny network."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(0)
+    for i in range(64):
+        tiles = draw.integers(0, 255, (4, 4, 3)) if i % 2 else draw.integers(0, 255, (1, 4, 3)).repeat(4, 0)
+        path = folder / "images" / f"{i:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(tiles.astype(np.uint8)).resize((32, 32), Image.Resampling.BICUBIC).save(path)
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet").state_dict(), folder / "start.pth")
+
+
+def command(folder: Path, run: Path, *extra: str) -> list[str]:
+    return ["finetune", str(folder / "start.pth"), str(folder / "images"), "--out", str(run), *extra]
+
+
+def start(arguments: list[str], log: Path) -> int:
+    """`odcft` with these arguments, as a fork of this process; its number."""
+    number = os.fork()
+    if number:
+        return number
+    code = 1
+    try:
+        os.setsid()
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        sys.argv = ["odcft", *arguments]
+        cli.main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def end_of(number: int, within: float) -> int | None:
+    """The exit code of a process (negative: the signal), or None if it is still there after so many seconds."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(number, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    return None
+
+
+def finish(number: int, log: Path) -> int:
+    """The exit code of a process that should end by itself."""
+    code = end_of(number, LIMIT)
+    if code is None:
+        os.kill(number, signal.SIGKILL)
+        os.waitpid(number, 0)
+        raise RuntimeError(f"a process hangs; {log} has what it said")
+    return code
+
+
+def reference(folder: Path, name: str, *extra: str) -> tuple[dict[str, Any], float]:
+    """What comes of a run that nothing happens to, and how long it takes."""
+    began = time.monotonic()
+    if extra:
+        arguments = [sys.executable, "-m", "odcft", *command(folder, folder / name, *TRAINING, *extra)]
+        with (folder / f"{name}.log").open("w") as log:
+            code = subprocess.run(arguments, stdout=log, stderr=log).returncode
+    else:
+        code = finish(start(command(folder, folder / name, *TRAINING), folder / f"{name}.log"), folder / f"{name}.log")
+    assert code == 0, (folder / f"{name}.log").read_text()
+    return outcome(folder / name), time.monotonic() - began
+
+
+def count_states(folder: Path) -> int:
+    """How often the training saves, by counting in a run of its own."""
+    log = folder / "count.log"
+    number = start(command(folder, folder / "count", *TRAINING), log)
+    seen: set[str] = set()
+    while end_of(number, 0.002) is None:
+        seen |= {path.name for path in (folder / "count" / "checkpoints").glob("step-*")}
+    return len(seen)
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """All that a run leaves and that must not depend on what happened to it on the way."""
+    last = sorted((run / "checkpoints").glob("step-*"))[-1]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "backbone": load_file(run / "backbone" / "model.safetensors"),
+        "step": last.name,
+        "state": load_file(last / "same.safetensors"),
+        "memory": {f"{path.name} {k}": t for path in last.glob("rank-*") for k, t in load_file(path).items()},
+        "clusters": pq.read_table(run / "clusters.parquet").to_pydict(),
+        "metrics": [{k: v for k, v in line.items() if k not in TIMES} for line in lines],
+        "left": sorted(path.name for path in run.iterdir() if path.name != "tensorboard"),
+    }
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Which parts of two outcomes are not the same to the last bit."""
+    different = []
+    for part, value in one.items():
+        if isinstance(value, dict) and all(isinstance(v, torch.Tensor) for v in value.values()):
+            same = value.keys() == other[part].keys() and all(
+                torch.equal(v.flatten().view(torch.uint8), other[part][k].flatten().view(torch.uint8))
+                for k, v in value.items()
+                if v.numel()
+            )
+        else:
+            same = value == other[part]
+        if not same:
+            different.append(part)
+    return different
+
+
+def comparison_can_fail(folder: Path, whole: dict[str, Any]) -> None:
+    """Another seed must be noticed in every part; and so must one bit, and one line."""
+    log = folder / "other.log"
+    finish(start(command(folder, folder / "other", *TRAINING, "--seed", "1"), log), log)
+    noticed = differences(whole, outcome(folder / "other"))
+    assert {"backbone", "state", "memory", "metrics", "clusters"} <= set(noticed), noticed
+    again, _ = reference(folder, "again")
+    assert not differences(whole, again), "two runs that nothing happens to differ: nothing can be compared"
+    for part in ("backbone", "memory"):
+        tensor = next(t for t in again[part].values() if t.numel() > 1)
+        tensor.flatten()[1:2].view(torch.uint8)[0] ^= 1
+        assert differences(whole, again) == [part]
+        tensor.flatten()[1:2].view(torch.uint8)[0] ^= 1
+    line = again["metrics"].pop(3)
+    assert differences(whole, again) == ["metrics"]
+    again["metrics"][3:3] = [line, line]
+    assert differences(whole, again) == ["metrics"]
+
+
+# ---------------------------------------------------------------- what happens to it
+
+
+def killed(folder: Path, whole: dict[str, Any], seconds: float, draw: random.Random, i: int) -> dict[str, Any]:
+    """SIGKILL at a random moment, and at others while it goes on, with a chance of 1/3 each; then it may finish."""
+    run, log = folder / f"killed-{i}", folder / f"killed-{i}.log"
+    figures = {"kills": 0, "while_saving": 0, "before_first_state": 0, "after_last_step": 0}
+    arguments = command(folder, run, *TRAINING)
+    while True:
+        number = start(arguments, log)
+        leave_alone = figures["kills"] and draw.random() > 1 / 3
+        code = end_of(number, LIMIT if leave_alone else draw.uniform(0, seconds))
+        if code is None and leave_alone:
+            os.kill(number, signal.SIGABRT)
+            return {**figures, "differences": [f"hangs: {log.read_text()[-2000:]}"]}
+        if code is None:
+            os.kill(number, signal.SIGKILL)
+            os.waitpid(number, 0)
+            figures["kills"] += 1
+            figures["while_saving"] += any((run / "checkpoints").glob(".*.unfinished"))
+            figures["before_first_state"] += not snapshot.exists(run)
+            figures["after_last_step"] += (run / "checkpoints" / whole["step"]).exists()
+            arguments = command(folder, run, "--resume", *(TRAINING if draw.random() < 0.5 else []))
+            if not (run / "recipe.yaml").exists():  # nothing of it is known yet but the command itself
+                arguments = command(folder, run, "--resume", *TRAINING)
+        elif code == 0 and figures["kills"]:
+            break
+        elif code == 0:  # too late: again
+            shutil.rmtree(run)
+        else:
+            return {**figures, "differences": [f"exit code {code}: {log.read_text()[-2000:]}"]}
+    result = {**figures, "differences": differences(whole, outcome(run))}
+    shutil.rmtree(run)
+    return result
+
+
+def stopped(folder: Path, whole: dict[str, Any], seconds: float, draw: random.Random, i: int) -> dict[str, Any]:
+    """SIGTERM (or SIGUSR1, or SIGINT) at a random moment; it must exit with 75, and go on."""
+    run, log = folder / f"stopped-{i}", folder / f"stopped-{i}.log"
+    workers = ["--set", f"data.workers={i % 2 * 2}"]
+    arguments, ask = command(folder, run, *TRAINING, *workers), ("SIGTERM", "SIGTERM", "SIGUSR1", "SIGINT")[i % 4]
+    figures: dict[str, Any] = {"asked": 0, "exit_75": 0, "with_workers": 0, "slowest_s": 0.0}
+    while True:
+        number = start(arguments, log)
+        leave_alone = figures["asked"] and draw.random() > 1 / 3
+        code = end_of(number, LIMIT if leave_alone else draw.uniform(0.05, seconds))
+        if code is None:
+            began = time.monotonic()
+            if draw.random() < 0.5:
+                os.kill(number, getattr(signal, ask))
+            else:
+                os.killpg(number, getattr(signal, ask))  # as schedulers do: data workers get it too
+            code = finish(number, log)
+            if code != 0:
+                figures["asked"] += 1
+                figures["exit_75"] += code == 75
+                figures["with_workers"] += i % 2
+                figures["slowest_s"] = max(figures["slowest_s"], time.monotonic() - began)
+        if code not in (0, 75):
+            return {**figures, "differences": [f"exit code {code}: {log.read_text()[-2000:]}"]}
+        if code == 0 and figures["asked"]:
+            break
+        if code == 0:
+            shutil.rmtree(run)  # too late: again
+        else:
+            arguments = command(folder, run, *TRAINING, *workers, "--resume")
+    result = {**figures, "differences": differences(whole, outcome(run))}
+    shutil.rmtree(run)
+    return result
+
+
+def damaged(folder: Path, whole: dict[str, Any], seconds: float, draw: random.Random, i: int) -> dict[str, Any]:
+    """The newest state is cut, flipped in one bit, or loses a file: the one before it must do."""
+    run, log = folder / f"damaged-{i}", folder / f"damaged-{i}.log"
+    while True:
+        number = start(command(folder, run, *TRAINING), log)
+        if end_of(number, draw.uniform(0.5, 0.9) * seconds) is None:
+            os.kill(number, signal.SIGTERM)
+            if finish(number, log) == 75 and len(list((run / "checkpoints").glob("step-*"))) == 2:
+                break
+        shutil.rmtree(run)
+    newest = max((run / "checkpoints").glob("step-*"))
+    path = draw.choice(sorted(newest.iterdir()))
+    content = bytearray(path.read_bytes())
+    how = ("cut", "flipped", "gone", "empty")[i % 4]
+    if how == "gone":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "cut":
+        path.write_bytes(content[: draw.randrange(len(content))])
+    else:
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+    code = finish(start(command(folder, run, "--resume"), log), log)
+    said = f"{newest} is damaged" in log.read_text()
+    wrong = (
+        [] if code == 0 and said else [f"{path.name} {how}: exit code {code}, said: {said}: {log.read_text()[-2000:]}"]
+    )
+    result = {how: 1, "differences": wrong or differences(whole, {**outcome(run)})}
+    shutil.rmtree(run)
+    return result
+
+
+def in_a_namespace(count: int, seed: int) -> dict[str, Any]:
+    """This script again, where it may mount what others do not see."""
+    nothing = [a for name in ("sigkill", "two-ranks", "sigterm", "damage") for a in (f"--{name}", "0")]
+    again = [sys.executable, __file__, *nothing, "--disk", str(count), "--seed", str(seed), "--mounted", "--json"]
+    done = subprocess.run(["unshare", "--user", "--map-root-user", "--mount", *again], capture_output=True, text=True)
+    if not done.stdout:
+        return {"skipped": done.stderr.strip().splitlines()[-1]}
+    return json.loads(done.stdout)["disk"]
+
+
+def starved(folder: Path, whole: dict[str, Any], i: int) -> dict[str, Any]:
+    """The disk is full for a time, then read-only for a time: the run goes on, and nothing is missing in the end."""
+    disk, log = folder / f"disk-{i}", folder / f"disk-{i}.log"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(disk)], check=True)
+    run, ballast = disk / "run", disk / "ballast"
+    number = start(command(folder, run, *TRAINING), log)
+    figures = {"while_full": 0, "full_was_said": 0, "read_only_refused": 0}
+    while len(list((run / "checkpoints").glob("step-*"))) < 2:
+        assert end_of(number, 0.01) is None, log.read_text()
+    lines = len((run / "metrics.jsonl").read_text().splitlines())
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(65536))
+        except OSError:
+            pass
+        code = end_of(number, 0.6)
+    figures["while_full"] = code is None and len((run / "metrics.jsonl").read_text().splitlines()) == lines
+    kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    ballast.unlink()
+    code = finish(number, log)
+    figures["full_was_said"] = "No space left" in log.read_text() and "tried again later" in log.read_text()
+    wrong = (
+        [] if code == 0 and figures["full_was_said"] and len(kept) >= 1 else [f"exit {code}, {kept}: {log.read_text()}"]
+    )
+    found = wrong or differences(whole, outcome(run))
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    code = finish(start(command(folder, run, *TRAINING, "--resume", "--epochs", "7"), log), log)
+    figures["read_only_refused"] = code == 2 and "Traceback" not in log.read_text()
+    if not figures["read_only_refused"]:
+        found = [*found, f"read-only: exit {code}: {log.read_text()[-1000:]}"]
+    subprocess.run(["umount", str(disk)], check=True)
+    return {**figures, "differences": found}
+
+
+def one_of_two_killed(
+    folder: Path, whole: dict[str, Any], seconds: float, draw: random.Random, i: int
+) -> dict[str, Any]:
+    """Two ranks by `--devices 2`: rank 0, rank 1, both, or the process that started them is killed."""
+    run, log = folder / f"two-{i}", folder / f"two-{i}.log"
+    who = ("rank 0", "rank 1", "both", "launcher")[i % 4]
+    figures: dict[str, Any] = {"kills": 0, who: 0, "while_saving": 0, "slowest_end_s": 0.0}
+    arguments = command(folder, run, *TRAINING, "--devices", "2")
+    while True:
+        with log.open("a") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "odcft", *arguments], stdout=file, stderr=file, start_new_session=True
+            )
+        try:
+            code: int | None = process.wait(draw.uniform(0.3 * seconds, seconds))
+        except subprocess.TimeoutExpired:
+            code = None
+        ranks = children(process.pid)
+        if code is None and (figures["kills"] == 0 or draw.random() < 0.3) and len(ranks) == 2:
+            began = time.monotonic()
+            for number in {"rank 0": ranks[:1], "rank 1": ranks[1:], "both": ranks, "launcher": [process.pid]}[who]:
+                os.kill(number, signal.SIGKILL)
+            code = process.wait(LIMIT)
+            while any(alive(number) for number in ranks):
+                if time.monotonic() - began > LIMIT:
+                    return {**figures, "differences": ["a rank is left behind"]}
+                time.sleep(0.01)
+            figures["slowest_end_s"] = max(figures["slowest_end_s"], time.monotonic() - began)
+            figures["kills"] += 1
+            figures[who] += 1
+            figures["while_saving"] += any((run / "checkpoints").glob(".*.unfinished"))
+            if code == 0:
+                return {**figures, "differences": [f"{who} was killed, and the exit code is 0"]}
+            arguments = command(folder, run, *TRAINING, "--devices", "2", "--resume")
+            continue
+        code = process.wait(LIMIT)
+        if code == 0 and figures["kills"]:
+            break
+        if code != 0:
+            return {**figures, "differences": [f"exit code {code}: {log.read_text()[-2000:]}"]}
+        shutil.rmtree(run)  # too late: again
+        arguments = command(folder, run, *TRAINING, "--devices", "2")
+    result = {**figures, "differences": differences(whole, outcome(run))}
+    shutil.rmtree(run)
+    return result
+
+
+def children(number: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def alive(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+def cost(folder: Path) -> list[dict[str, Any]]:
+    """Seconds to write a state of one rank, reading it back twice included, and its share of ten minutes."""
+    rows = []
+    for name, images, weights in (
+        ("ResNet-18, 20,000 images", 20_000, 11_200_000),
+        ("ResNet-50, 160,000 images: a rank of eight on ImageNet", 160_000, 28_000_000),
+        ("ResNet-50, 1,281,167 images", 1_281_167, 28_000_000),
+    ):
+        same = {"model": torch.rand(weights), "optimizer": torch.rand(weights)}
+        shares = {"features": torch.rand(images, 256), "labels": torch.zeros(images, dtype=torch.int32)}
+        seconds = []
+        for step in range(4):
+            began = time.monotonic()
+            failed = snapshot.save(
+                folder / "cost", snapshot.State(same, shares, about={"step": step, "images": images})
+            )
+            seconds.append(time.monotonic() - began)
+            assert not failed, failed
+        size = sum(t.numel() * t.element_size() for t in (*same.values(), *shares.values()))
+        shutil.rmtree(folder / "cost")
+        typical = sorted(seconds[1:])[1]
+        rows.append(
+            {
+                "what": name,
+                "megabytes": round(size / 1e6),
+                "seconds": round(typical, 2),
+                "percent_at_10_minutes": round(100 * typical / (600 + typical), 2),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    for module in ("odcft.train", "sklearn.metrics", "torch.utils.tensorboard"):
+        import_module(module)  # before the forks
+    main()
