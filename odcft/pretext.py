@@ -142,8 +142,9 @@ class Colorization(nn.Module):
     def __init__(self, backbone: Backbone, images: Images, size: int, recipe: Recipe) -> None:
         super().__init__()
         self.backbone = backbone
+        self.backbone.eval()  # looked at once, for its shape
         with torch.no_grad():
-            maps = self._maps(torch.rand(2, 3, size, size))
+            maps = self._maps(torch.zeros(1, 3, size, size))
         if maps.ndim != 4 or maps.shape[1] != backbone.net.num_features:
             raise OdcftError(
                 f"colorization needs feature maps (B, F, h, w), and {backbone.arch} gives {tuple(maps.shape)}. "
@@ -257,7 +258,7 @@ def _train(
             f"{out} exists. Pass --resume to go on with it, --overwrite to replace it, or choose another --out."
         )
     images = find_images(data)
-    state = _read_state(out, task, arch) if resume else None
+    state = _read_state(out, task, arch) if resume else {}
     torch.manual_seed(step_seed(recipe.seed, 3))
     backbone = new_backbone(arch, task)
     recipe, device = resolve(recipe, [Loaded(backbone, f"scratch:{arch}", None)], images)
@@ -265,6 +266,8 @@ def _train(
     optim, size = recipe.optim, recipe.data.size
     assert isinstance(size, int)
     assert isinstance(recipe.data.workers, int)
+    if state and state["size"] != size:
+        raise OdcftError(f"{out} was trained at {state['size']} pixels, not at {size}. Choose another --out.")
     network: Task = TASKS[task](backbone, images, size, recipe)
     network.to(device)
     if optim.channels_last:
@@ -278,7 +281,7 @@ def _train(
         f"Plan        {task} · {arch} from random weights · {optim.epochs} epochs · batch {optim.batch_size} · "
         f"{size} px · {optim.precision}"
     )
-    if state is not None:
+    if state:
         network.backbone.net.load_state_dict(_under("backbone.", state["state_dict"]))
         network.head.load_state_dict(_under("head.", state["state_dict"]))
         optimizer.load_state_dict(state["optimizer"])
