@@ -22,7 +22,7 @@ from odcft import dist
 from odcft.launch import relaunch
 from odcft.memory import VARIANTS, small_clusters
 from odcft.methods import odc
-from odcft.recipe import MemoryRecipe
+from odcft.recipe import MemoryRecipe, Recipe
 
 INTERVAL = 10  # steps between two refreshes of the centroids, as in the paper
 
@@ -43,9 +43,13 @@ def start(args: argparse.Namespace) -> odc.State:
         spread = torch.arange(small, dtype=torch.int32).repeat_interleave(max(1, 12 // dist.world_size()))
         labels_S[: len(spread)] = spread
     recipe = MemoryRecipe(
-        variant=args.variant, centroid_interval=INTERVAL, dtype=args.dtype, min_cluster=args.min_cluster
+        clusters=args.clusters,
+        variant=args.variant,
+        centroid_interval=INTERVAL,
+        dtype=args.dtype,
+        min_cluster=args.min_cluster,
     )
-    return odc.start(features_SD, labels_S, args.clusters, recipe, seed=0)
+    return odc.start(features_SD, labels_S, Recipe(memory=recipe))
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:

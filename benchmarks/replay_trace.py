@@ -19,7 +19,7 @@ import torch
 from odcft import dist
 from odcft.launch import relaunch
 from odcft.methods import odc
-from odcft.recipe import MemoryRecipe
+from odcft.recipe import MemoryRecipe, Recipe
 
 
 def read_trace(path: Path) -> dict[str, np.ndarray]:
@@ -37,16 +37,19 @@ def replay(path: Path, variant: str) -> dict[str, float]:
     trace = read_trace(path)
     N, interval, steps = len(trace["init_labels"]), int(trace["centroid_interval"]), len(trace["indices"])
     mine = list(dist.owned(N))
+    K = trace["centroids"].shape[1]
     recipe = MemoryRecipe(
+        clusters=K,
         variant=variant,
         momentum=float(trace["momentum"]),
         centroid_interval=interval,
         min_cluster=int(trace.get("min_cluster", -1)),
         dtype="float32",
     )
-    K = trace["centroids"].shape[1]
     state = odc.start(
-        torch.from_numpy(trace["init_features"][mine]), torch.from_numpy(trace["init_labels"][mine]), K, recipe, seed=0
+        torch.from_numpy(trace["init_features"][mine]),
+        torch.from_numpy(trace["init_labels"][mine]),
+        Recipe(memory=recipe),
     )
 
     mismatches, weight_error = 0, 0.0

@@ -25,7 +25,7 @@ from odcft.features import to_float
 from odcft.methods import odc
 from odcft.model import Model, make_neck
 from odcft.optim import make_optimizer
-from odcft.recipe import AugmentRecipe, MemoryRecipe, NeckRecipe, OptimRecipe
+from odcft.recipe import AugmentRecipe, MemoryRecipe, NeckRecipe, OptimRecipe, Recipe
 
 
 def main() -> None:
@@ -44,16 +44,16 @@ def main() -> None:
     backbone = Backbone(args.arch)
     network = Model(backbone, make_neck(backbone.width, neck_recipe), neck_recipe.dim, args.clusters)
     network = network.to(device, memory_format=torch.channels_last).train()
-    optimizer = make_optimizer(network, OptimRecipe())
+    optimizer = make_optimizer(network.body(), network.head.parameters(), OptimRecipe())
     labels_S = torch.randint(args.clusters, (args.images,), device=device)
     features_SD = torch.randn(args.images, neck_recipe.dim, device=device)
-    state = odc.start(features_SD, labels_S, args.clusters, MemoryRecipe(dtype="float32"), seed=0)
+    state = odc.start(features_SD, labels_S, Recipe(memory=MemoryRecipe(clusters=args.clusters, dtype="float32")))
     weight_K = torch.ones(args.clusters, device=device)
 
     def step(number: int, batch, with_memory: bool) -> None:
         row_B = batch.index_B.to(device) * 997 % args.images
         image_B = augment_batch(to_float(batch.pixels, device), AugmentRecipe(), torch.Generator().manual_seed(number))
-        features_BD, logits_BK = network(image_B.contiguous(memory_format=torch.channels_last))
+        features_BD, logits_BK, *_ = network(image_B.contiguous(memory_format=torch.channels_last))
         targets = odc.targets(state, row_B) if with_memory else (labels_S[row_B], weight_K)
         loss = F.cross_entropy(logits_BK, *targets)
         optimizer.zero_grad()

@@ -93,6 +93,13 @@ def augment_batch(images: Tensor, recipe: AugmentRecipe, generator: torch.Genera
     return images
 
 
+def turned(images: Tensor, turn_B: Tensor) -> Tensor:
+    """Turn each image by so many quarters: (B, C, H, H) and (B,) of 0..3 to (B, C, H, H)."""
+    four_4BCHH = torch.stack([torch.rot90(images, k, (2, 3)) for k in range(4)])
+    place_B = turn_B * len(images) + torch.arange(len(images), device=images.device)
+    return four_4BCHH.flatten(0, 1).index_select(0, place_B)
+
+
 def _rotate(images: Tensor, degrees: Tensor) -> Tensor:
     B, _, height, width = images.shape
     radians = torch.deg2rad(degrees)

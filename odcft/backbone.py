@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from odcft.checkpoint import Contents, Match, match, read
+from odcft.color import lab
 from odcft.errors import OdcftError
 
 # Tried in this order when the file does not name its architecture: the plain networks that self-supervised code trains.
@@ -21,6 +22,7 @@ COMMON = (
     *("efficientnet_b0", "mobilenetv3_large_100", "regnety_016", "densenet121", "vgg16_bn", "vgg16"),
     *("test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_byobnet"),
 )
+CHANNELS = {"rgb": 3, "lab_l": 1}  # of the first convolution, by what the network is shown
 COVER = 0.9  # of the backbone's tensors that a checkpoint must have
 
 
@@ -30,14 +32,16 @@ class Backbone(nn.Module):
     Attributes:
         arch: the timm name.
         width: F, the length of a feature.
+        input: "rgb", or "lab_l", one channel of lightness.
         size: pixels of the input it was made for; `fixed_size` tells whether it takes no other.
     """
 
-    def __init__(self, arch: str, pretrained_cfg: dict[str, Any] | None = None) -> None:
+    def __init__(self, arch: str, pretrained_cfg: dict[str, Any] | None = None, input: str = "rgb") -> None:
         super().__init__()
         import timm
 
-        net: Any = timm.create_model(arch, pretrained=False, num_classes=0)
+        self.input = input
+        net: Any = timm.create_model(arch, pretrained=False, num_classes=0, in_chans=CHANNELS[input])
         self.net = net
         self.arch = arch
         # Pooled features may be wider than the last block.
@@ -55,7 +59,13 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), RGB in 0..1, to pooled features (B, F)."""
-        return self.net((images - self._mean) / self._std)
+        return self.net(self.normalised(images))
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """What the network itself is given: images (B, 3, H, W), RGB in 0..1, in its own colours and scale."""
+        if self.input == "lab_l":
+            images = lab(images)[:, :1]
+        return (images - self._mean) / self._std
 
 
 @dataclass
@@ -88,9 +98,10 @@ def load_backbone(ckpt: str | Path, arch: str | None = None) -> Loaded:
     if (path / "backbone" / "config.json").exists():  # a RUN
         path = path / "backbone"
     contents = read(path)
+    input = contents.config.get("odcft", {}).get("input", "rgb")
     best: tuple[float, str, Match] | None = None
     for candidate in _candidates(contents, arch):
-        found = match(contents, _shapes(candidate))
+        found = match(contents, _shapes(candidate, CHANNELS[input]))
         if best is None or found.share > best[0]:
             best = (found.share, candidate, found)
         if found.share == 1 or (candidate == arch and arch):
@@ -105,7 +116,7 @@ def load_backbone(ckpt: str | Path, arch: str | None = None) -> Loaded:
             f"the nearest backbone ({share:.0%}; missing: {lacking}). "
             f"At least {COVER:.0%} are needed; if it is another network, say --arch NAME."
         )
-    backbone = Backbone(found_arch, contents.config.get("pretrained_cfg"))
+    backbone = Backbone(found_arch, contents.config.get("pretrained_cfg"), input)
     # Partial cover is allowed down to COVER and always reported; every tensor that is loaded has been matched by shape.
     backbone.net.load_state_dict({**backbone.net.state_dict(), **found.tensors})
     return Loaded(backbone.eval(), name, found)
@@ -135,9 +146,9 @@ def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
         "family": family,
         "arch": backbone.arch,
         "input": {
-            "channels": 3,
-            "color": "rgb",
-            "range": [0, 1],
+            "channels": CHANNELS[backbone.input],
+            "color": backbone.input,
+            "range": [0, 100] if backbone.input == "lab_l" else [0, 1],
             "mean": list(backbone.mean),
             "std": list(backbone.std),
             "size": backbone.size,
@@ -151,7 +162,8 @@ def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
     }
     lines = [
         (
-            f"{family} · {backbone.arch} · RGB {backbone.size}{' only' if backbone.fixed_size else ''}, "
+            f"{family} · {backbone.arch} · {'Lab L' if backbone.input == 'lab_l' else 'RGB'} {backbone.size}"
+            f"{' only' if backbone.fixed_size else ''}, "
             f"mean {_numbers(backbone.mean)}, std {_numbers(backbone.std)}"
         ),
         f"  backbone   {values['matched']} of {expected} tensors under {values['where']}",
@@ -172,8 +184,7 @@ def _load_named(name: str, scheme: str, rest: str) -> Loaded:
     import timm
 
     arch = rest.split(".")[0] if scheme != "timm" else rest
-    if not timm.is_model(arch.split(".")[0]):
-        raise OdcftError(f"{name}: timm has no {arch}{_nearest(arch)}.")
+    refuse_unknown(arch, name)
     backbone = Backbone(arch)
     if scheme != "scratch":
         tag = arch if scheme == "timm" else f"{arch}.tv_in1k"
@@ -204,13 +215,21 @@ def _candidates(contents: Contents, arch: str | None) -> Iterator[str]:
             yield hint
 
 
+def refuse_unknown(arch: str, asked: str | None = None) -> None:
+    """Refuse a name that timm does not have, with the nearest it has."""
+    import timm
+
+    if not timm.is_model(arch.split(".")[0]):
+        raise OdcftError(f"{asked or arch}: timm has no {arch}{_nearest(arch)}.")
+
+
 @cache
-def _shapes(arch: str) -> dict[str, Tensor]:
+def _shapes(arch: str, channels: int = 3) -> dict[str, Tensor]:
     """Names and shapes of a network, on the meta device: nothing is allocated."""
     import timm
 
     with torch.device("meta"):
-        return timm.create_model(arch, pretrained=False, num_classes=0).state_dict()
+        return timm.create_model(arch, pretrained=False, num_classes=0, in_chans=channels).state_dict()
 
 
 def _nearest(arch: str) -> str:

@@ -46,7 +46,7 @@ class Contents:
     path: Path
     state_dicts: dict[str, dict[str, Tensor]]  # by their path in the file, "" for the file itself
     hints: list[str] = field(default_factory=list)  # strings that may name an architecture
-    config: dict[str, Any] = field(default_factory=dict)  # of a timm folder
+    config: dict[str, Any] = field(default_factory=dict)  # of a timm folder, or what `odcft pretext` says of its input
 
 
 def read(path: Path) -> Contents:
@@ -87,7 +87,16 @@ def read(path: Path) -> Contents:
     state_dicts = dict(_state_dicts(tree, ""))
     if not state_dicts:
         raise OdcftError(f"{path} holds no tensors with names, so there is no backbone in it.")
-    return Contents(path, state_dicts, list(_hints(tree)))
+    return Contents(path, state_dicts, list(_hints(tree)), _our_input(tree))
+
+
+def _our_input(tree: Any) -> dict[str, Any]:
+    """What `odcft pretext` wrote of the network's input, in the words of a timm folder."""
+    if not (isinstance(tree, dict) and isinstance(tree.get("input"), str) and {"size", "mean", "std"} <= set(tree)):
+        return {}
+    mean, size = tree["mean"], tree["size"]
+    about = {"input_size": [len(mean), size, size], "mean": mean, "std": tree["std"]}
+    return {"pretrained_cfg": about, "odcft": {"input": tree["input"]}}
 
 
 def _read_folder(folder: Path) -> Contents:

@@ -133,9 +133,11 @@ def init_memory(
 
 @app.command()
 def finetune(
-    ckpts: Annotated[list[str], typer.Argument(metavar="CKPT DATA", help="The checkpoint, then the images.")],
+    ckpts: Annotated[
+        list[str], typer.Argument(metavar="CKPT… DATA", help="The checkpoint (codc: one a member), then the images.")
+    ],
     out: Annotated[Path, typer.Option(help="The RUN folder to write.")],
-    method: Annotated[str | None, typer.Option(help="odc")] = None,
+    method: Annotated[str | None, typer.Option(help="odc, dc or codc; odc unless the recipe says.")] = None,
     recipe: Annotated[
         str | None,
         typer.Option(help="A shipped recipe or a YAML file.", show_default=f"{DEFAULT_RECIPE}; resumed: the RUN's own"),
@@ -154,9 +156,9 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a checkpoint on unlabelled images: the main job."""
-    if len(ckpts) != 2:
+    if len(ckpts) < 2:
         raise OdcftError("finetune takes a checkpoint and then the images: odcft finetune CKPT DATA --out RUN.")
-    ckpt, data = ckpts
+    *ckpts, data = ckpts
     overrides = [*(overrides or []), *([f"method={method}"] if method else [])]
     if recipe is None:
         recipe = str(out / "recipe.yaml") if resume and (out / "recipe.yaml").exists() else DEFAULT_RECIPE
@@ -166,7 +168,7 @@ def finetune(
     from odcft.train import fine_tune
 
     try:
-        values = fine_tune(ckpt, data, out, resolved, arch, memory, resume, overwrite, epochs=epochs)
+        values = fine_tune(ckpts, data, out, resolved, arch, memory, resume, overwrite, epochs=epochs)
     except stopping.Stopped as stopped:
         stopped.args = (f"{stopped} Go on with: {_resuming(sys.argv)}",)
         raise
@@ -230,7 +232,12 @@ def evaluate(
         )
     else:
         results = evaluation.evaluate(ckpt, data, test, protocols, arch, size)
-    _tell(evaluation.public(results), as_json, evaluation_lines(evaluation.table(results)))
+    lines = evaluation_lines(evaluation.table(results))
+    for member in results.get("members", []):
+        lines += [f"{member['source']} alone:", *evaluation_lines(evaluation.table(member))]
+    if "members" in results:
+        lines.insert(0, f"All {len(results['members'])} members side by side:")
+    _tell(evaluation.public(results), as_json, lines)
 
 
 def evaluation_lines(rows: list[tuple[str, float | None, float, str]]) -> list[str]:
@@ -239,6 +246,38 @@ def evaluation_lines(rows: list[tuple[str, float | None, float, str]]) -> list[s
         return [f"  {title:<12}{after:>7.1f}" for title, _, after, _ in rows]
     lines = [f"  {'':<12}{'before':>8}{'after':>8}    change (95 % interval)"]
     return lines + [f"  {title:<12}{before:>8.1f}{after:>8.1f}    {change}" for title, before, after, change in rows]
+
+
+@app.command()
+def pretext(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="rotation, jigsaw or colorization")],
+    data: Data,
+    arch: Annotated[str, typer.Option(help="A timm architecture, for example resnet18.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.pth", help="The checkpoint to write.")],
+    recipe: RecipeName = "pretext",
+    overrides: Set = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
+    devices: Devices = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with --out, from its last epoch.")] = False,
+    overwrite: Overwrite = False,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Train a pretext task: a checkpoint to start from where there is none."""
+    resolved = _recipe(recipe, overrides, None, seed)
+    if epochs is not None:
+        resolved.optim.epochs = epochs
+    _join(devices)
+    from odcft.log import duration
+    from odcft.pretext import train_pretext
+
+    values = train_pretext(task, data, arch, out, resolved, overwrite, resume)
+    lines = [
+        f"Done in {duration(values['seconds'])}: {values['accuracy']:.0%} right in the last epoch, "
+        f"by chance {values['chance']:.1%}. Checkpoint: {out}",
+        f"Go on:      odcft finetune {out} {data} --out RUN",
+    ]
+    _tell(values, as_json, lines)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 import csv
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,15 +167,25 @@ class TrainingOrder:
     """The batches of a run, from a step on: every rank shuffles its own images anew each epoch,
     and takes as many steps.
 
-    It is a pure function of seed and step, so a run can go on anywhere.
+    It is a pure function of seed and step, so a run can go on anywhere. `draw` gives the rows of an epoch where they
+    are not to be each image once.
     """
 
-    def __init__(self, count: int, batch: int, epochs: int, seed: int, first_step: int = 0) -> None:
+    def __init__(
+        self,
+        count: int,
+        batch: int,
+        epochs: int,
+        seed: int,
+        first_step: int = 0,
+        draw: Callable[[torch.Generator], Tensor] | None = None,
+    ) -> None:
         self.owned = torch.tensor(dist.owned(count))
         self.batch = min(batch, count // dist.world_size())  # of this rank
         self.steps_per_epoch = max(1, count // dist.world_size() // self.batch)
         self.steps = self.steps_per_epoch * epochs
         self.seed, self.first_step = seed, first_step
+        self.draw = draw or (lambda generator: torch.randperm(len(self.owned), generator=generator))
 
     def __len__(self) -> int:
         return self.steps - self.first_step
@@ -183,7 +193,7 @@ class TrainingOrder:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch in range(self.first_step // self.steps_per_epoch, self.steps // self.steps_per_epoch):
             generator = torch.Generator().manual_seed(step_seed(self.seed, epoch, dist.rank()))
-            order = self.owned[torch.randperm(len(self.owned), generator=generator)]
+            order = self.owned[self.draw(generator)]
             first = (
                 self.first_step - epoch * self.steps_per_epoch
                 if epoch == self.first_step // self.steps_per_epoch

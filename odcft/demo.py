@@ -7,16 +7,17 @@ from typing import Any
 from odcft.data import find_images
 from odcft.errors import OdcftError
 from odcft.log import Progress, duration
-from odcft.pretext import train_rotation
-from odcft.recipe import AugmentRecipe, OptimRecipe, load_recipe
+from odcft.pretext import train_pretext
+from odcft.recipe import load_recipe
 
 ARCH = "test_resnet"  # 0.4 million parameters
 SIZE = 32  # pixels, from 8
-SEED = 0
-PRETEXT_AUGMENT = AugmentRecipe(
-    crop_scale=(0.5, 1.0), flip=0.0, rotation=10.0, brightness=0.2, contrast=0.2, saturation=0.0, hue=0.0, gray=0.0
-)
-PRETEXT = OptimRecipe(epochs=6, batch_size=64, lr=0.05, weight_decay=1e-4)
+PRETEXT = [
+    *("data.size=32", "optim.epochs=6", "optim.batch_size=64", "optim.lr=0.05", "optim.weight_decay=1e-4"),
+    # Digits have no colour to jitter and do not survive being flipped.
+    *("augment.crop_scale=[0.5, 1.0]", "augment.flip=0", "augment.rotation=10", "augment.brightness=0.2"),
+    *("augment.contrast=0.2", "augment.saturation=0", "augment.hue=0", "augment.gray=0"),
+]
 OURS = ("digits", "rotation.pth", "memory", "run")
 
 
@@ -44,8 +45,10 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
     progress.say(f"Images      {len(images):,} handwritten digits (scikit-learn), {SIZE} px, in {digits}")
 
     checkpoint = out / "rotation.pth"
-    accuracy = train_rotation(images, ARCH, SIZE, checkpoint, PRETEXT_AUGMENT, PRETEXT, SEED, progress)
-    progress.say(f"Checkpoint  {checkpoint}: {ARCH}, rotation told right {accuracy:.0%} of the time")
+    rotation = train_pretext(
+        "rotation", str(digits), ARCH, checkpoint, load_recipe("pretext", PRETEXT), progress=progress
+    )
+    progress.say(f"Checkpoint  {checkpoint}: {ARCH}, rotation told right {rotation['accuracy']:.0%} of the time")
 
     recipe = load_recipe("demo")
     init_memory(str(checkpoint), str(digits), out / "memory", recipe, progress=progress)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from odcft.backbone import Backbone, load_backbone
+from odcft.backbone import CHANNELS, Backbone, load_backbone
 from odcft.errors import OdcftError
 
 FORMATS = ("timm", "torchvision", "safetensors", "onnx")
@@ -89,14 +89,16 @@ def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = 
                 for k, v in backbone.net.pretrained_cfg.items()
                 if k in ("pool_size", "interpolation", "crop_mode", "first_conv", "classifier", "fixed_input_size")
             },
-            "input_size": [3, backbone.size, backbone.size],
+            "input_size": [CHANNELS[backbone.input], backbone.size, backbone.size],
             "mean": list(backbone.mean),
             "std": list(backbone.std),
             "crop_pct": backbone.net.pretrained_cfg.get("crop_pct", 0.875),
             "num_classes": 0,
         },
-        "odcft": about or {},
+        "odcft": {**(about or {}), "input": backbone.input},
     }
+    if backbone.input != "rgb":
+        config["model_args"] = {"in_chans": CHANNELS[backbone.input]}
     config.pop("global_pool")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.net.state_dict().items()}
     save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
@@ -114,7 +116,7 @@ def _compare(backbone: Backbone, folder: Path) -> None:
 
     net = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
     side = backbone.size if backbone.fixed_size else min(64, backbone.size)
-    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, CHANNELS[backbone.input], side, side, generator=torch.Generator().manual_seed(0))
     device = next(backbone.net.parameters()).device
     was_training = backbone.net.training
     with torch.no_grad():

@@ -18,8 +18,9 @@ from odcft.errors import OdcftError
 
 # What odcft writes into its folders, and all that --overwrite may remove.
 MEMORY_FILES = ("memory.safetensors", "neck.safetensors", "memory.json", "images.csv", "quarantine.csv")
+BACKBONES = ("backbone", *(f"backbone_{member}" for member in range(2, 10)))  # of codc's members, in their order
 RUN_FILES = (
-    *("recipe.yaml", "run.json", "metrics.jsonl", "checkpoints", "backbone", "clusters.parquet", "tensorboard"),
+    *("recipe.yaml", "run.json", "metrics.jsonl", "checkpoints", *BACKBONES, "clusters.parquet", "tensorboard"),
     *("report.html", "images.csv", "quarantine.csv"),
 )
 BEGUN = {"recipe.yaml", "run.json", "images.csv", "quarantine.csv", "checkpoints"}  # a RUN before its first state
@@ -137,12 +138,11 @@ def only_begun(out: Path) -> bool:
     return contents(out) <= BEGUN and not any((out / "checkpoints").glob("*step-*"))
 
 
-def about(ckpt: str, arch: str, data: str, images: Images) -> dict[str, Any]:
-    """Where a folder came from, by which it is recognised again."""
+def about(ckpts: list[str], archs: list[str], data: str, images: Images) -> dict[str, Any]:
+    """Where a folder came from, by which it is recognised again: of one checkpoint, or lists of several."""
+    several = {"checkpoint": ckpts, "sha256": [sha256(ckpt) for ckpt in ckpts], "arch": archs}
     return {
-        "checkpoint": ckpt,
-        "sha256": sha256(ckpt),
-        "arch": arch,
+        **(several if len(ckpts) > 1 else {name: values[0] for name, values in several.items()}),
         "data": str(data),
         "images": len(images),
     }

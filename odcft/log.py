@@ -15,12 +15,12 @@ from odcft import dist
 class Progress:
     """Phases with a rate and the time left: bars on a terminal, otherwise a plain line now and then. All on stderr."""
 
-    def __init__(self, every: float = 30.0) -> None:
+    def __init__(self, every: float = 30.0, quiet: bool = False) -> None:
         from rich.console import Console
 
         self.every = every  # seconds between two plain lines
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.quiet = dist.rank() > 0
+        self.quiet = quiet or dist.rank() > 0
 
     def say(self, line: str) -> None:
         """One line for the person."""

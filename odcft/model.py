@@ -1,9 +1,13 @@
 """What is trained: backbone, neck and head."""
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
 from torch import Tensor, nn
 
 from odcft.backbone import Backbone
-from odcft.recipe import NeckRecipe
+from odcft.recipe import MemberRecipe, NeckRecipe
 
 
 def make_neck(width: int, recipe: NeckRecipe) -> nn.Sequential:
@@ -27,18 +31,79 @@ def make_neck(width: int, recipe: NeckRecipe) -> nn.Sequential:
     return neck
 
 
-class Model(nn.Module):
-    """Backbone, neck and head: images (B, 3, H, W) to features (B, D) and logits (B, K)."""
+class Output(NamedTuple):
+    """What a model says about a batch."""
 
-    def __init__(self, backbone: Backbone, neck: nn.Module, dim: int, clusters: int) -> None:
+    features_BD: Tensor  # as they leave the neck
+    logits_BK: Tensor
+    turn_logits_B4: Tensor | None = None  # of turned copies
+    mixed_logits_BK: Tensor | None = None  # of mixed copies
+
+
+class Model(nn.Module):
+    """Backbone, neck and head; for a member of CODC that predicts rotations, a second head on the backbone."""
+
+    def __init__(
+        self, backbone: Backbone, neck: nn.Module, dim: int, clusters: int, member: MemberRecipe | None = None
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.neck = neck
         self.head = nn.Linear(dim, clusters)
+        self._init_head()
+        self.turn_head = nn.Linear(backbone.width, 4) if member and member.rotation else None
+        self.mixes = bool(member and member.mixup)
+
+    def _init_head(self) -> None:
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W), RGB in 0..1, normalised by the backbone, to features (B, D) and logits (B, K)."""
-        features_BD = self.neck(self.backbone(images))
-        return features_BD, self.head(features_BD)
+    def new_head(self, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        """Start the head anew, and let the optimizer forget what it knew of it: the labels mean something else now."""
+        torch.manual_seed(seed)
+        self._init_head()
+        for parameter in self.head.parameters():
+            optimizer.state.pop(parameter, None)
+
+    def heads(self) -> list[nn.Parameter]:
+        """What is trained to answer."""
+        turn = self.turn_head.parameters() if self.turn_head else ()
+        return [*self.head.parameters(), *turn]
+
+    def body(self) -> list[nn.Parameter]:
+        """What is trained besides the heads."""
+        return [*self.backbone.parameters(), *self.neck.parameters()]
+
+    def forward(self, images: Tensor, turned: Tensor | None = None, mixed: Tensor | None = None) -> Output:
+        """Images (B, 3, H, W), RGB in 0..1, normalised by the backbone, and copies of them in one pass with them.
+
+        Args:
+            images: (B, 3, H, W).
+            turned: as many, for a member with a head for them.
+            mixed: as many, for a member that classifies such.
+        """
+        turned, mixed = turned if self.turn_head else None, mixed if self.mixes else None
+        if turned is None and mixed is None:
+            features_BD = self.neck(self.backbone(images))
+            return Output(features_BD, self.head(features_BD))
+        B = len(images)
+        all_XF = self.backbone(torch.cat([part for part in (images, mixed, turned) if part is not None]))
+        turn_logits_B4 = self.turn_head(all_XF[-B:]) if self.turn_head else None
+        compact_XD = self.neck(all_XF[: 2 * B] if mixed is not None else all_XF[:B])
+        logits_XK = self.head(compact_XD)
+        return Output(compact_XD[:B], logits_XK[:B], turn_logits_B4, logits_XK[B:] if mixed is not None else None)
+
+
+class Members(nn.Module):
+    """The networks that are trained together: one, or those of CODC."""
+
+    def __init__(self, members: list[Model]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self.members)  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor, turned: Tensor | None = None, mixed: Tensor | None = None) -> list[Output]:
+        """What each member says."""
+        return [member(images, turned, mixed) for member in self.members]

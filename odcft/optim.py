@@ -1,26 +1,43 @@
 """The optimizer and its schedule, a pure function of the step."""
 
 import math
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from odcft.model import Model
 from odcft.recipe import OptimRecipe
 
 
-def make_optimizer(model: Model, recipe: OptimRecipe) -> torch.optim.Optimizer:
-    """SGD; the head has a momentum and a learning rate of its own (official code: momentum 0, the same rate)."""
-    head = list(model.head.parameters())
-    body = [*model.backbone.parameters(), *model.neck.parameters()]
-    return torch.optim.SGD(
-        [
-            {"params": [p for p in body if p.requires_grad], "momentum": recipe.momentum, "lr_factor": 1.0},
-            {"params": head, "momentum": recipe.head_momentum, "lr_factor": recipe.head_lr},
-        ],
-        lr=recipe.lr,
-        weight_decay=recipe.weight_decay,
-    )
+def make_optimizer(
+    body: Iterable[nn.Parameter], head: Iterable[nn.Parameter], recipe: OptimRecipe
+) -> torch.optim.Optimizer:
+    """SGD, or AdamW for transformers; the head has a momentum and a learning rate of its own.
+
+    Args:
+        body: backbone and neck.
+        head: what stands on them.
+        recipe: its momenta are AdamW's first betas (the second is 0.999). AdamW decays matrices and filters only, SGD
+            everything (as the official code does, which also gives the head momentum 0 and the same rate).
+    """
+    parts = [
+        ([p for p in body if p.requires_grad], recipe.momentum, 1.0),
+        (list(head), recipe.head_momentum, recipe.head_lr),
+    ]
+    if recipe.optimizer == "sgd":
+        groups = [{"params": part, "momentum": m, "lr_factor": factor} for part, m, factor in parts]
+        return torch.optim.SGD(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    groups = [
+        {
+            "params": [p for p in part if (p.ndim > 1) == decayed],
+            "betas": (m, 0.999),
+            "lr_factor": factor,
+            "weight_decay": recipe.weight_decay if decayed else 0.0,
+        }
+        for part, m, factor in parts
+        for decayed in (True, False)
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.lr)
 
 
 def lr_at(step: int, steps_per_epoch: int, recipe: OptimRecipe) -> float:
@@ -62,9 +79,10 @@ def stored(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what was `stored`, each tensor laid out in memory as its parameter is."""
+    """Put back what was `stored`: what has a parameter's shape, laid out in memory as the parameter is."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
         number, slot = name.split(".", 1)
         parameter = parameters[int(number)]
-        optimizer.state[parameter][slot] = torch.empty_like(parameter).copy_(value)
+        like = value.shape == parameter.shape
+        optimizer.state[parameter][slot] = torch.empty_like(parameter).copy_(value) if like else value.clone()

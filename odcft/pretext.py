@@ -1,81 +1,400 @@
-"""Pretext tasks: a checkpoint to start from where there is none.
+"""Pretext tasks: a checkpoint to start from where there is none (`odcft pretext`).
 
-So far rotation prediction (Gidaris et al., ICLR 2018).
+A task is a network that makes puzzles of images and says which answers it believes in; the loop is one for all.
+
+Shapes: B images, M puzzles, C answers, P patches, F features.
 """
 
+import math
+import os
+import time
+from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odcft.augment import augment_batch
-from odcft.backbone import Backbone
-from odcft.data import Crops, Images, TrainingOrder, loader, step_seed
+from odcft import dist
+from odcft.advice import explained
+from odcft.augment import augment_batch, turned
+from odcft.backbone import Backbone, Loaded, refuse_unknown
+from odcft.color import colours, lab, nearest_colour
+from odcft.data import Crops, Images, TrainingOrder, find_images, in_order, loader, step_seed
+from odcft.errors import OdcftError
 from odcft.features import to_float
 from odcft.log import Progress
-from odcft.optim import lr_at
-from odcft.recipe import AugmentRecipe, OptimRecipe
+from odcft.optim import lr_at, make_optimizer, set_lr
+from odcft.recipe import Recipe
+from odcft.stopping import Stopped
+from odcft.train import resolve, set_precision
 
 
-def train_rotation(
-    images: Images,
-    arch: str,
-    size: int,
-    out: Path,
-    augment: AugmentRecipe,
-    optim: OptimRecipe,
-    seed: int,
-    progress: Progress,
-) -> float:
-    """Train a backbone to tell by which of 0, 90, 180 and 270 degrees an image was turned, and save it.
+class Rotation(nn.Module):
+    """By how many quarters was the image turned (Gidaris et al., ICLR 2018)?"""
+
+    weight_C = None
+
+    def __init__(self, backbone: Backbone, images: Images, size: int, recipe: Recipe) -> None:
+        super().__init__()
+        self.backbone, self.augment = backbone, recipe.augment
+        self.head = nn.Linear(backbone.width, 4)
+
+    def forward(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, H), RGB in 0..1, to logits (B, 4) and answers (B,)."""
+        generator = torch.Generator().manual_seed(seed)
+        images = augment_batch(images, self.augment, generator)
+        turn_B = torch.randint(4, (len(images),), generator=generator).to(images.device, non_blocking=True)
+        return self.head(self.backbone(turned(images, turn_B))), turn_B
+
+
+class Jigsaw(nn.Module):
+    """In which order were the patches laid (Noroozi and Favaro, ECCV 2016)?
+
+    3 x 3 patches and 100 orders as there, from 96 pixels on. Smaller images are cut into 2 x 2, and all 24 orders are
+    asked for: a ninth of 32 pixels is 10, less a gap too little to see anything in.
+
+    Against shortcuts: each patch is cut from a random place in its cell, so that edges do not run on; is normalised by
+    its own mean and spread; and its colours are jittered or dropped (`augment`) by themselves.
+    """
+
+    weight_C = None
+
+    def __init__(self, backbone: Backbone, images: Images, size: int, recipe: Recipe) -> None:
+        super().__init__()
+        self.backbone, self.augment = backbone, recipe.augment
+        self.side = 3 if size >= 96 else 2
+        self.order_CP: Tensor
+        self.register_buffer("order_CP", orders(self.side**2, 100 if self.side == 3 else 24), persistent=False)
+        self.head = nn.ModuleDict(
+            {
+                "patch": nn.Linear(backbone.width, 256),
+                "all": nn.Sequential(
+                    nn.BatchNorm1d(256 * self.side**2),
+                    nn.ReLU(),
+                    nn.Linear(256 * self.side**2, len(self.order_CP)),
+                ),
+            }
+        )
+
+    def forward(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, H), RGB in 0..1, to logits (B, C) and answers (B,)."""
+        generator = torch.Generator().manual_seed(seed)
+        B, P = len(images), self.side**2
+        patches = cut(images, self.side, generator)  # (B * P, 3, h, h)
+        patches = augment_batch(patches, self.augment, generator)
+        mean, spread = patches.mean((2, 3), keepdim=True), patches.std((2, 3), keepdim=True)
+        patches = (patches - mean) / (spread + 0.02)  # a patch of sky stays one, its noise is not blown up
+        answer_B = torch.randint(len(self.order_CP), (B,), generator=generator).to(images.device, non_blocking=True)
+        features_BPF = self.head["patch"](self.backbone.net(patches)).view(B, P, -1)
+        laid_BPF = features_BPF.gather(1, self.order_CP[answer_B].unsqueeze(2).expand_as(features_BPF))
+        return self.head["all"](laid_BPF.flatten(1)), answer_B
+
+
+def cut(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """A patch from each cell of a side x side grid, at a random place in the cell: (B, C, H, H) to (B * P, C, h, h).
+
+    Patches have 7/8 of the cell's side (Noroozi and Favaro: 64 of 75 pixels): no gap, or up to a quarter of the cell.
+    """
+    B, C, H, _ = images.shape
+    cell = H // side
+    patch = cell * 7 // 8
+    corner_B2P = torch.randint(cell - patch + 1, (B, 2, side * side), generator=generator)
+    place = torch.arange(side * side)
+    corner_B2P += cell * torch.stack([place // side, place % side])
+    span = torch.arange(patch)
+    rows, columns = (corner_B2P.unsqueeze(3) + span).to(images.device, non_blocking=True).unbind(1)  # (B, P, h) each
+    batch = torch.arange(B, device=images.device).view(B, 1, 1, 1)
+    patches = images.permute(0, 2, 3, 1)[batch, rows.unsqueeze(3), columns.unsqueeze(2)]  # (B, P, h, h, C)
+    return patches.permute(0, 1, 4, 2, 3).reshape(-1, C, patch, patch)
+
+
+def orders(patches: int, count: int) -> Tensor:
+    """Orders of the patches that are told apart most easily: each is the farthest (Hamming) from those before it.
 
     Args:
-        images: unlabelled.
-        arch: a timm name; it starts from random weights.
-        size: pixels.
-        out: the .pth to write: a dict with `arch`, `state_dict` (with a 4-way `fc`) and `epoch`, as training code saves
-            it.
-        augment: applied before the turn.
-        optim: epochs, batch_size, lr and so on; the head fields play no part.
-        seed: of weights and order.
+        patches: P.
+        count: how many, at most P!.
+
+    Returns:
+        (count, P) int64, the first in place.
+    """
+    every = torch.tensor(list(permutations(range(patches))))
+    chosen = [0]
+    distance = torch.full((len(every),), patches + 1)
+    while len(chosen) < min(count, len(every)):
+        distance = torch.minimum(distance, (every != every[chosen[-1]]).sum(1))
+        chosen.append(int(distance.argmax()))
+    return every[chosen]
+
+
+class Colorization(nn.Module):
+    """Which colour has each place of a gray image (Zhang et al., ECCV 2016)?
+
+    The backbone sees lightness alone. Each cell of its last feature map tells the colours of its own part of the image,
+    4 x 4 of them: one cell at 32 pixels, 7 x 7 at 224. A colour is one of 260 squares of the ab plane; rare ones
+    weigh more. The answer is the nearest square, where the paper spreads it over five.
+    """
+
+    CELL = 4
+
+    def __init__(self, backbone: Backbone, images: Images, size: int, recipe: Recipe) -> None:
+        super().__init__()
+        self.backbone = backbone
+        with torch.no_grad():
+            maps = self._maps(torch.rand(2, 3, size, size))
+        if maps.ndim != 4 or maps.shape[1] != backbone.net.num_features:
+            raise OdcftError(
+                f"colorization needs feature maps (B, F, h, w), and {backbone.arch} gives {tuple(maps.shape)}. "
+                "Take rotation or jigsaw, or a convolutional network."
+            )
+        self.colours_Q2: Tensor
+        self.weight_C: Tensor
+        self.register_buffer("colours_Q2", colours(), persistent=False)
+        self.register_buffer("weight_C", rebalancing(images, size, self.colours_Q2), persistent=False)
+        self.head = nn.Conv2d(maps.shape[1], len(self.colours_Q2) * self.CELL**2, 1)
+
+    def forward(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, H), RGB in 0..1, to logits (M, Q) of all places and their colours (M,)."""
+        logits = F.pixel_shuffle(self.head(self._maps(images)), self.CELL)  # (B, Q, h, w)
+        ab = F.adaptive_avg_pool2d(lab(images)[:, 1:], (logits.shape[2], logits.shape[3])).permute(0, 2, 3, 1)
+        return logits.permute(0, 2, 3, 1).flatten(0, 2), nearest_colour(ab, self.colours_Q2).flatten()
+
+    def _maps(self, images: Tensor) -> Tensor:
+        net: Any = self.backbone.net
+        return net.forward_features(self.backbone.normalised(images))
+
+
+def rebalancing(images: Images, size: int, colours_Q2: Tensor, most: int = 2000) -> Tensor:
+    """How much each colour weighs in the loss (Zhang et al., sec. 2.2): 1 over a mixture of its share and 1 / Q.
+
+    Args:
+        images: shares are counted in some 2,000 of them.
+        size: pixels of the input.
+        colours_Q2: (Q, 2).
+        most: images to look at.
+
+    Returns:
+        (Q,) float32; the mean weight of a place is 1.
+    """
+    rows = range(0, len(images), max(1, len(images) // most))
+    crops = Crops(images, size, 1.0, None, 0)
+    counts_Q = torch.zeros(len(colours_Q2))
+    for batch in loader(crops, in_order(rows, 128), 0, torch.device("cpu")):
+        if len(batch.index_B):
+            ab = F.avg_pool2d(lab(to_float(batch.pixels, torch.device("cpu")))[:, 1:], 4).permute(0, 2, 3, 1)
+            counts_Q += torch.bincount(nearest_colour(ab, colours_Q2).flatten(), minlength=len(colours_Q2))
+    if counts_Q.sum() == 0:
+        raise OdcftError(f"None of {len(rows):,} images of {images.source} can be read.")
+    share_Q = counts_Q / counts_Q.sum()
+    # Smoothed with a Gaussian of 5 units, so that a colour nobody has counted is not infinitely rare.
+    near_QQ = torch.exp(-torch.cdist(colours_Q2, colours_Q2).square() / (2 * 5.0**2))
+    share_Q = near_QQ / near_QQ.sum(0) @ share_Q
+    weight_Q = 1 / (0.5 * share_Q + 0.5 / len(share_Q))
+    return weight_Q / (share_Q * weight_Q).sum()
+
+
+Task = Rotation | Jigsaw | Colorization
+TASKS: dict[str, type[Task]] = {"rotation": Rotation, "jigsaw": Jigsaw, "colorization": Colorization}
+
+
+def train_pretext(
+    task: str,
+    data: str,
+    arch: str,
+    out: Path,
+    recipe: Recipe,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train a network on a pretext task from random weights, and save it after every epoch.
+
+    Args:
+        task: one of TASKS.
+        data: what `find_images` takes; labels are never read.
+        arch: a timm name.
+        out: the .pth to write: a dict with `task`, `arch`, `input` ("rgb", or "lab_l": lightness alone), `size`, `mean`
+            and `std` (of RGB in 0..1, or of L in 0..100), `epoch`, `state_dict` (`backbone.` and `head.`) and
+            `optimizer`.
+        recipe: its groups data, augment, optim and log, and the seed. Colorization leaves colours as they are.
+        overwrite: replace `out`.
+        resume: go on with `out`, from its last epoch.
         progress: where to speak.
 
     Returns:
-        The share of turns told right over the last epoch, on augmented training images: 0..1, by chance 0.25.
+        out, task, arch, images, epochs, loss, accuracy (0..1, over the last epoch, on augmented training images),
+        chance (of an answer), seconds.
+
+    Raises:
+        OdcftError: for anything the user can mend.
+        Stopped: where a program has `stopping.listen`ed, and was asked to stop; `out` holds the last finished epoch.
     """
-    torch.manual_seed(step_seed(seed, 3))
-    backbone = Backbone(arch)
-    head = nn.Linear(backbone.width, 4)
-    network = nn.Sequential(backbone, head).train()
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+    try:
+        return _train(task, data, arch, out, recipe, overwrite, resume, progress or Progress())
+    except Stopped as stopped:
+        if out.exists():
+            stopped.args = (f"{out} holds the last finished epoch; the same command with --resume goes on from there.",)
+        raise
+
+
+def _train(
+    task: str,
+    data: str,
+    arch: str,
+    out: Path,
+    recipe: Recipe,
+    overwrite: bool,
+    resume: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    began = time.monotonic()
+    if task not in TASKS:
+        raise OdcftError(f"{task}: no such pretext task. Choose from {', '.join(TASKS)}.")
+    if out.is_dir() or (out.exists() and not (overwrite or resume)):
+        raise OdcftError(
+            f"{out} exists. Pass --resume to go on with it, --overwrite to replace it, or choose another --out."
+        )
+    images = find_images(data)
+    state = _read_state(out, task, arch) if resume else None
+    torch.manual_seed(step_seed(recipe.seed, 3))
+    backbone = new_backbone(arch, task)
+    recipe, device = resolve(recipe, [Loaded(backbone, f"scratch:{arch}", None)], images)
+    set_precision(recipe)
+    optim, size = recipe.optim, recipe.data.size
+    assert isinstance(size, int)
+    assert isinstance(recipe.data.workers, int)
+    network: Task = TASKS[task](backbone, images, size, recipe)
+    network.to(device)
+    if optim.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = make_optimizer(network.backbone.parameters(), network.head.parameters(), optim)
+    _require_writable(out)
+    model = dist.parallel(network, device)
+    order = TrainingOrder(len(images), optim.batch_size // dist.world_size(), optim.epochs, recipe.seed)
+    progress.say(f"Images      {len(images):,} in {images.source}")
+    progress.say(
+        f"Plan        {task} · {arch} from random weights · {optim.epochs} epochs · batch {optim.batch_size} · "
+        f"{size} px · {optim.precision}"
     )
-    order = TrainingOrder(len(images), optim.batch_size, optim.epochs, seed)
-    crops = Crops(images, size, 1.0, augment, seed)
-    right = seen = 0
-    with progress.phase("Rotation", len(order) * order.batch) as advance:
-        for step, batch in enumerate(loader(crops, order, 0, torch.device("cpu"))):
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, order.steps_per_epoch, optim)
-            generator = torch.Generator().manual_seed(step_seed(seed, 4, step))
-            pixels = augment_batch(to_float(batch.pixels, torch.device("cpu")), augment, generator)
-            turn_B = torch.randint(4, (len(pixels),), generator=generator)
-            logits_B4 = network(turned(pixels, turn_B))
-            loss = F.cross_entropy(logits_B4, turn_B)
+    if state is not None:
+        network.backbone.net.load_state_dict(_under("backbone.", state["state_dict"]))
+        network.head.load_state_dict(_under("head.", state["state_dict"]))
+        optimizer.load_state_dict(state["optimizer"])
+        order.first_step = state["epoch"] * order.steps_per_epoch
+        if order.first_step >= order.steps:
+            raise OdcftError(f"{out} has had its {state['epoch']} epochs. Pass more with --epochs to prolong it.")
+        progress.say(f"Resuming    {out} after {state['epoch']} epochs")
+
+    crops = Crops(images, size, 1.0, recipe.augment, recipe.seed)
+    sums_3 = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, puzzles since the epoch began
+    figures: dict[str, float] = {}
+    network.train()
+    with explained(recipe), progress.phase(task.capitalize(), len(order) * order.batch * dist.world_size()) as advance:
+        batches = iter(loader(crops, order, recipe.data.workers, device))
+        for step in range(order.first_step, order.steps):
+            batch = next(batches)
+            if len(batch.index_B) < 2:
+                raise OdcftError(f"Step {step}: hardly any image of {images.source} can be read.")
+            set_lr(optimizer, lr_at(step, order.steps_per_epoch, optim))
+            pixels = to_float(batch.pixels, device)
+            if optim.channels_last:
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
+                logits_MC, answer_M = model(pixels, step_seed(recipe.seed, 4, dist.rank(), step))
+            loss = F.cross_entropy(logits_MC.float(), answer_M, network.weight_C)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if step >= order.steps - order.steps_per_epoch:
-                right += int((logits_B4.argmax(1) == turn_B).sum())
-                seen += len(turn_B)
-            advance(len(pixels), f"loss {float(loss.detach()):.2f}")
-    state = {**backbone.net.state_dict(), "fc.weight": head.weight.detach(), "fc.bias": head.bias.detach()}
-    torch.save({"epoch": optim.epochs, "arch": arch, "state_dict": {f"module.{k}": v for k, v in state.items()}}, out)
-    return right / max(1, seen)
+
+            right = (logits_MC.detach().argmax(1) == answer_M).sum()
+            sums_3 += torch.stack([loss.detach() * len(answer_M), right, torch.full_like(right, len(answer_M))])
+            epoch_ends = (step + 1) % order.steps_per_epoch == 0
+            note = ""
+            if epoch_ends or (step + 1) % recipe.log.interval == 0:
+                loss_sum, right_sum, puzzles = dist.all_sum(sums_3).tolist()
+                figures = {"loss": loss_sum / puzzles, "accuracy": right_sum / puzzles}
+                if not math.isfinite(figures["loss"]):
+                    raise OdcftError(
+                        f"The loss is not finite at step {step} (learning rate {optim.lr:.3g}). "
+                        "Start again with a lower rate (--set optim.lr=…)."
+                    )
+                note = f"epoch {step // order.steps_per_epoch + 1}/{optim.epochs} · loss {figures['loss']:.2f}"
+                note += f" · {figures['accuracy']:.0%} right"
+            advance(len(batch.index_B) * dist.world_size(), note)
+            if epoch_ends:
+                sums_3.zero_()
+                _save(out, task, network, optimizer, size, (step + 1) // order.steps_per_epoch)
+    return {
+        "out": str(out),
+        "task": task,
+        "arch": arch,
+        "images": len(images),
+        "epochs": optim.epochs,
+        **figures,
+        "chance": 1 / logits_MC.shape[1],
+        "seconds": round(time.monotonic() - began, 1),
+    }
 
 
-def turned(images: Tensor, turn_B: Tensor) -> Tensor:
-    """Turn each image by so many quarters: (B, C, H, W) square images and (B,) of 0..3 to (B, C, H, W)."""
-    four_4BCHW = torch.stack([torch.rot90(images, k, (2, 3)) for k in range(4)])
-    return four_4BCHW[turn_B, torch.arange(len(images))]
+def new_backbone(arch: str, task: str) -> Backbone:
+    """A network with random weights, for three colours, or for lightness alone where colour is the question."""
+    refuse_unknown(arch)
+    if task == "colorization":
+        return Backbone(arch, {"mean": [50.0], "std": [50.0]}, "lab_l")
+    return Backbone(arch)
+
+
+def _save(out: Path, task: str, network: Task, optimizer: torch.optim.Optimizer, size: int, epoch: int) -> None:
+    """Write the file, whole or not at all."""
+    if dist.rank() == 0:
+        backbone = network.backbone
+        weights = {f"backbone.{name}": tensor for name, tensor in backbone.net.state_dict().items()}
+        weights |= {f"head.{name}": tensor for name, tensor in network.head.state_dict().items()}
+        unfinished = out.with_name(f".{out.name}.unfinished")
+        torch.save(
+            {
+                "task": task,
+                "arch": backbone.arch,
+                "input": backbone.input,
+                "size": size,
+                "mean": list(backbone.mean),
+                "std": list(backbone.std),
+                "epoch": epoch,
+                "state_dict": weights,
+                "optimizer": optimizer.state_dict(),
+            },
+            unfinished,
+        )
+        unfinished.replace(out)
+    dist.barrier()
+
+
+def _read_state(out: Path, task: str, arch: str) -> dict[str, Any]:
+    """What `_save` wrote."""
+    try:
+        state = torch.load(out, map_location="cpu", weights_only=True)
+        ours = (state["task"], state["arch"])
+        state["epoch"], state["state_dict"], state["optimizer"]
+    except FileNotFoundError:
+        raise OdcftError(f"{out}: no such file to resume from. Leave --resume away to start.") from None
+    except Exception:  # torch raises many kinds for a file that is no checkpoint
+        raise OdcftError(f"{out} was not written by `odcft pretext`, so it cannot go on with it.") from None
+    if ours != (task, arch):
+        raise OdcftError(f"{out} holds {ours[0]} of {ours[1]}, not {task} of {arch}. Choose another --out.")
+    return state
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _require_writable(out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(out.parent, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise OdcftError(f"{out} cannot be written: {out.parent} is not a folder you may write to.")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from odcft.errors import OdcftError
 
@@ -76,16 +76,46 @@ class MemoryRecipe(_Group):
     dtype: Literal["auto", "float16", "float32"] = "auto"  # of the stored features; auto: float16 on a GPU
 
 
+class DCRecipe(_Group):
+    """DeepCluster's own; `memory.clusters` and `kmeans` are for all methods."""
+
+    interval: int = Field(1, ge=1)  # epochs between two clusterings
+    pca: int = Field(256, ge=1)  # components that are kept, whitened, for K-Means
+    balance: Literal["sampling", "reweighting"] = "sampling"  # uniform over clusters, or loss weights 1 / sqrt(N_c)
+
+
+class MemberRecipe(_Group):
+    """A member of collaborative ODC: the weights of its losses."""
+
+    cluster: float = Field(1.0, ge=0)  # tells the joint cluster of an image
+    rotation: float = Field(0.0, ge=0)  # ROT: tells by how many quarters a copy was turned
+    mixup: float = Field(0.0, ge=0)  # CLS: tells the clusters of two images that were mixed
+
+    @model_validator(mode="after")
+    def _learns_from_the_clusters(self) -> "MemberRecipe":
+        if self.cluster == self.mixup == 0:
+            raise ValueError("a member needs a weight for cluster or mixup, or the clusters teach it nothing")
+        return self
+
+
+class CODCRecipe(_Group):
+    """Collaborative ODC; memory, neck and kmeans are ODC's."""
+
+    members: Auto | Annotated[list[MemberRecipe], Field(min_length=1)] = "auto"  # auto: a plain one a checkpoint
+    alpha: float = Field(1.0, gt=0)  # mixup: the share of an image is drawn from Beta(alpha, alpha)
+
+
 class KMeansRecipe(_Group):
-    """The one K-Means that the memories are born from."""
+    """K-Means: once, for the memories to be born from (odc), or again and again (dc)."""
 
     iterations: int = Field(20, ge=1)
     engine: Literal["auto", "torch", "faiss"] = "auto"
 
 
 class OptimRecipe(_Group):
-    """SGD and its schedule; nothing here is in the paper for fine-tuning unless the recipe says so."""
+    """The optimizer and its schedule; nothing here is in the paper for fine-tuning unless the recipe says so."""
 
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     epochs: int = Field(120, ge=1)
     batch_size: int = Field(512, ge=2)  # over all ranks
     lr: float = Field(0.06, gt=0)  # for this batch size
@@ -93,7 +123,7 @@ class OptimRecipe(_Group):
     final_epochs: int = Field(40, ge=0)  # step: how many epochs at the end run at lr * final_factor
     final_factor: float = Field(0.1, ge=0, le=1)
     warmup_epochs: float = Field(0.0, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(0.9, ge=0, lt=1)  # of adamw, the first beta
     head_momentum: float = Field(0.0, ge=0, lt=1)  # the head's own (official code, after DeepCluster)
     head_lr: float = Field(1.0, gt=0)  # the head's learning rate, as a multiple of lr
     weight_decay: float = Field(1e-5, ge=0)
@@ -115,12 +145,14 @@ class LogRecipe(_Group):
 class Recipe(_Group):
     """Everything a run needs besides a checkpoint and images."""
 
-    method: Literal["odc"] = "odc"
+    method: Literal["odc", "dc", "codc"] = "odc"
     seed: int = Field(0, ge=0)
     data: DataRecipe = Field(default_factory=DataRecipe)
     augment: AugmentRecipe = Field(default_factory=AugmentRecipe)
     neck: NeckRecipe = Field(default_factory=NeckRecipe)
     memory: MemoryRecipe = Field(default_factory=MemoryRecipe)
+    dc: DCRecipe = Field(default_factory=DCRecipe)
+    codc: CODCRecipe = Field(default_factory=CODCRecipe)
     kmeans: KMeansRecipe = Field(default_factory=KMeansRecipe)
     optim: OptimRecipe = Field(default_factory=OptimRecipe)
     log: LogRecipe = Field(default_factory=LogRecipe)

@@ -49,11 +49,12 @@ def resumed_recipe(
     return recipe
 
 
-def refuse_other_checkpoint(ckpt: str, run: Path, about: dict[str, Any]) -> None:
-    """Refuse to go on from another checkpoint than the RUN was started from."""
-    if about["sha256"] != sha256(ckpt):
+def refuse_other_checkpoint(ckpts: list[str], run: Path, about: dict[str, Any]) -> None:
+    """Refuse to go on from other checkpoints than the RUN was started from."""
+    then = about["sha256"] if isinstance(about["sha256"], list) else [about["sha256"]]
+    if then != [sha256(ckpt) for ckpt in ckpts]:
         raise OdcftError(
-            f"{run} was started from {about['checkpoint']}, not from {ckpt} (other contents). "
+            f"{run} was started from {about['checkpoint']}, not from {', '.join(ckpts)} (other contents). "
             "Resume with that, or choose another --out."
         )
 

@@ -10,10 +10,9 @@ import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,12 +29,12 @@ from odcft.health import Window, all_finite, cluster_figures, finite_gradients, 
 from odcft.kmeans import assign, kmeans
 from odcft.late import LateReader
 from odcft.log import Metrics, Progress, duration, read_lines
-from odcft.methods import METHODS, odc
-from odcft.model import Model, make_neck
+from odcft.methods import METHODS, codc, odc
+from odcft.model import Members, Model
 from odcft.optim import lr_at, make_optimizer, set_lr
 from odcft.optim import restore as restore_optimizer
 from odcft.optim import stored as stored_optimizer
-from odcft.recipe import Recipe, dump
+from odcft.recipe import MemberRecipe, Recipe, dump
 from odcft.resume import read_quarantine, refuse_other_checkpoint, resumed_recipe, same_images
 from odcft.stopping import Stopped
 
@@ -44,8 +43,9 @@ from odcft.stopping import Stopped
 class Start:
     """What training starts from: the same on every rank but for the rows of the memory."""
 
-    loaded: Loaded
-    neck: nn.Module
+    loaded: list[Loaded]  # of each member: one, but for codc
+    necks: list[nn.Module]
+    dim: int  # of what a neck gives
     images: Images  # those that can be read
     recipe: Recipe  # resolved
     state: odc.State
@@ -57,22 +57,33 @@ class Start:
 
 
 def begin(
-    ckpt: str, data: str, recipe: Recipe, progress: Progress, arch: str | None = None, memory: Path | None = None
+    ckpts: list[str],
+    data: str,
+    recipe: Recipe,
+    progress: Progress,
+    arch: str | None = None,
+    memory: Path | None = None,
 ) -> Start:
-    """Load the checkpoint, find the images, and build both memories, by K-Means or from an `init-memory` folder."""
+    """Load the checkpoints, find the images, and build both memories, by K-Means or from an `init-memory` folder."""
     images = find_images(data)
-    loaded = load_backbone(ckpt, arch)
+    recipe = resolve_members(recipe, ckpts)
+    loaded = [load_backbone(ckpt, arch) for ckpt in ckpts]
     resolve_clusters(recipe, len(images))  # refuse what cannot work before anything slow is done
     recipe, device = resolve(recipe, loaded, images)
     set_precision(recipe)
     torch.manual_seed(recipe.seed)
-    neck = make_neck(loaded.backbone.width, recipe.neck)
+    method = METHODS[recipe.method]
+    necks, dim = make_necks(loaded, recipe)
     _describe(loaded, images, recipe, progress)
 
     if memory is not None:
-        return _read_memory(memory, ckpt, loaded, neck, images, recipe, device)
+        return _read_memory(memory, ckpts, loaded, necks, dim, images, recipe, device)
 
-    network = nn.Sequential(loaded.backbone, neck).to(device).eval()
+    networks = [nn.Sequential(one.backbone, neck).to(device).eval() for one, neck in zip(loaded, necks, strict=True)]
+
+    def network(images: Tensor) -> Tensor:
+        return codc.side_by_side([network(images) for network in networks])
+
     unreadable: dict[str, str] = {}
     while True:
         crops = Crops(images, _number(recipe.data.size), recipe.data.crop_fraction, None, recipe.seed)
@@ -99,36 +110,72 @@ def begin(
     recipe = resolve_clusters(recipe, len(images), progress)
     started = time.monotonic()
     K = _number(recipe.memory.clusters)
-    F.normalize(features_SD, dim=1, eps=1e-10, out=features_SD)  # in place: there may be no room for two
+    features_SD = method.compact(features_SD, recipe)
     centroids_KD = kmeans(features_SD, K, recipe.seed, recipe.kmeans.iterations, recipe.kmeans.engine)
     labels_S = assign(features_SD, centroids_KD)[0]
-    state = METHODS[recipe.method].start(features_SD, labels_S, K, recipe.memory, recipe.seed)
+    state = method.start(features_SD, labels_S, recipe)
     sizes_K = state.memory.sizes_K
     progress.say(
         f"K-Means     {K:,} clusters · {recipe.kmeans.iterations} iterations · "
         f"sizes {int(sizes_K.min()):,} … {int(sizes_K.max()):,} · {duration(time.monotonic() - started)}"
     )
-    return Start(loaded, neck, images, recipe, state, device, unreadable)
+    return Start(loaded, necks, dim, images, recipe, state, device, unreadable)
 
 
-def resolve(recipe: Recipe, loaded: Loaded, images: Images) -> tuple[Recipe, torch.device]:
+def make_necks(loaded: list[Loaded], recipe: Recipe) -> tuple[list[nn.Module], int]:
+    """A neck for each member, and the length of what each gives."""
+    made = [METHODS[recipe.method].neck(one.backbone.width, recipe) for one in loaded]
+    return [neck for neck, _ in made], made[0][1]
+
+
+def resolve_members(recipe: Recipe, ckpts: list[str]) -> Recipe:
+    """The recipe with a member for every checkpoint.
+
+    Raises:
+        OdcftError: several checkpoints for a method that takes one, or another number than the recipe lists.
+    """
+    recipe = recipe.model_copy(deep=True)
+    members = recipe.codc.members
+    if recipe.method != "codc":
+        if len(ckpts) > 1:
+            raise OdcftError(
+                f"{recipe.method} takes one checkpoint and then the images; {len(ckpts)} checkpoints were given "
+                f"({', '.join(ckpts)}). Several are for --method codc."
+            )
+        members = "auto"
+    if members != "auto" and len(members) != len(ckpts):
+        raise OdcftError(
+            f"The recipe lists {len(members)} members under codc.members, and {len(ckpts)} "
+            f"checkpoint{'s were' if len(ckpts) > 1 else ' was'} given. Give one for each (the same may come twice, "
+            "scratch:NAME starts from random weights), or --set codc.members=auto."
+        )
+    if len(ckpts) > len(folders.BACKBONES):
+        raise OdcftError(f"{len(ckpts)} members are more than the {len(folders.BACKBONES)} that codc takes.")
+    recipe.codc.members = [MemberRecipe() for _ in ckpts] if members == "auto" else members
+    return recipe
+
+
+def resolve(recipe: Recipe, loaded: list[Loaded], images: Images) -> tuple[Recipe, torch.device]:
     """Replace every `auto` but the number of clusters, and choose the device."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", dist.local_rank()) if gpu else torch.device("cpu")
     recipe = recipe.model_copy(deep=True)
-    backbone = loaded.backbone
+    backbones = [one.backbone for one in loaded]
     if min(recipe.optim.batch_size, len(images)) < 2 * dist.world_size():
         raise OdcftError(
             f"A batch of {min(recipe.optim.batch_size, len(images))} for {dist.world_size()} processes is less than 2 "
             "images each. Raise optim.batch_size, or use fewer processes."
         )
     if recipe.data.size == "auto":
-        recipe.data.size = automatic_size(backbone.size, backbone.fixed_size, usual_side(images))
-    elif backbone.fixed_size and recipe.data.size != backbone.size:
-        raise OdcftError(
-            f"{backbone.arch} takes images of {backbone.size} pixels only. "
-            f"Pass --set data.size={backbone.size}, or auto."
-        )
+        side = usual_side(images)
+        sizes = {b.size for b in backbones if b.fixed_size} or {automatic_size(b.size, False, side) for b in backbones}
+        recipe.data.size = min(sizes)
+    for backbone in backbones:
+        if backbone.fixed_size and recipe.data.size != backbone.size:
+            raise OdcftError(
+                f"{backbone.arch} takes images of {backbone.size} pixels only, not {recipe.data.size}. "
+                f"Pass --set data.size={backbone.size}, or auto; members of codc all see the same images."
+            )
     if recipe.data.workers == "auto":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
@@ -155,6 +202,8 @@ def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = Non
     memory = recipe.memory
     if count < 4:
         raise OdcftError(f"{count} images are too few to cluster; give at least 4, better thousands.")
+    if recipe.method == "dc":  # clusters are small or not as K-Means finds them; only none is left empty
+        memory.min_cluster = 0
     if count < 2 * (memory.min_cluster + 1):
         lowered = count // 4 - 1
         if progress:
@@ -190,10 +239,13 @@ def set_precision(recipe: Recipe) -> None:
     torch.set_float32_matmul_precision("high" if recipe.optim.tf32 else "highest")
 
 
-def _describe(loaded: Loaded, images: Images, recipe: Recipe, progress: Progress) -> None:
-    found = loaded.match
-    cover = f"{len(found.tensors)}/{found.expected} tensors under {found.where}" if found else loaded.source
-    progress.say(f"Checkpoint  {loaded.backbone.arch}, {cover}")
+def _describe(loaded: list[Loaded], images: Images, recipe: Recipe, progress: Progress) -> None:
+    for one in loaded:
+        found = one.match
+        cover = f"{len(found.tensors)}/{found.expected} tensors under {found.where}" if found else one.source
+        progress.say(f"Checkpoint  {one.backbone.arch}, {cover}")
+    if recipe.method == "codc" and len(loaded) == 1 and recipe.codc.members == [MemberRecipe()]:
+        progress.say("Note        One plain member has no one to collaborate with: this is ODC.")
     progress.say(f"Images      {len(images):,} in {images.source}")
     optim = recipe.optim
     progress.say(
@@ -235,7 +287,7 @@ def init_memory(
     progress = progress or Progress()
     folders.refuse_full(out, folders.MEMORY_FILES, overwrite)
     with folders.locked(out, progress.say), explained(recipe):
-        start = begin(ckpt, data, recipe, progress, arch)
+        start = begin([ckpt], data, recipe, progress, arch)
         memory, count = start.state.memory, len(start.images)
         tensors = {
             "features": dist.in_dataset_order(memory.features_SD, count),
@@ -244,11 +296,11 @@ def init_memory(
         }
         if dist.rank() == 0:
             folders.clear(out, folders.MEMORY_FILES)
-            neck = start.neck.state_dict()
+            neck = start.necks[0].state_dict()
             save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, out / "memory.safetensors")
             save_file({name: t.cpu().contiguous() for name, t in neck.items()}, out / "neck.safetensors")
             folders.write_image_lists(start.images, start.unreadable, out)
-            about = folders.about(ckpt, start.loaded.backbone.arch, data, start.images)
+            about = folders.about([ckpt], [start.loaded[0].backbone.arch], data, start.images)
             about |= {"seed": start.recipe.seed, "recipe": start.recipe.model_dump(mode="json")}
             folders.write_whole(out / "memory.json", json.dumps(about, indent=2))
         dist.barrier()
@@ -264,9 +316,19 @@ def init_memory(
 
 
 def _read_memory(
-    folder: Path, ckpt: str, loaded: Loaded, neck: nn.Module, images: Images, recipe: Recipe, device: torch.device
+    folder: Path,
+    ckpts: list[str],
+    loaded: list[Loaded],
+    necks: list[nn.Module],
+    dim: int,
+    images: Images,
+    recipe: Recipe,
+    device: torch.device,
 ) -> Start:
     """The start that `init-memory` wrote, for the same checkpoint and images."""
+    if len(ckpts) > 1:
+        raise OdcftError(f"{folder} is of one checkpoint; several together make their memory. Leave --memory away.")
+    (ckpt,), (neck,) = ckpts, necks
     try:
         about = json.loads((folder / "memory.json").read_text())
         tensors = load_file(folder / "memory.safetensors")
@@ -289,34 +351,35 @@ def _read_memory(
             f"{folder} was made from {len(names):,} images that are not those of {images.source} now. "
             "Make it again with `odcft init-memory`."
         )
-    clusters, dim = tensors["centroids"].shape
+    clusters, length = tensors["centroids"].shape
     if recipe.memory.clusters not in ("auto", clusters) and recipe.memory.clusters != type(recipe.memory)().clusters:
         raise OdcftError(
             f"{folder} has {clusters:,} clusters, the recipe asks for {recipe.memory.clusters:,}. "
             "Leave --clusters away, or make the memory again."
         )
-    if dim != recipe.neck.dim:
+    made_for = about["recipe"]["method"]
+    if (made_for == "dc") != (recipe.method == "dc") or (recipe.method != "dc" and length != dim):
         raise OdcftError(
-            f"{folder} has features of {dim} numbers, the recipe's neck.dim is {recipe.neck.dim}. "
-            "Make the memory again with this recipe."
+            f"{folder} was made for {made_for} with features of {length} numbers, not for {recipe.method} with {dim}. "
+            "Make the memory again with this recipe and method."
         )
     recipe.memory.clusters = clusters
     recipe = resolve_clusters(recipe, len(images))
     neck.load_state_dict(neck_tensors)
     neck.to(device)
-    loaded.backbone.to(device)
+    loaded[0].backbone.to(device)
     owned = torch.tensor(dist.owned(len(images)))
     state = METHODS[recipe.method].start(
-        tensors["features"][owned].to(device), tensors["labels"][owned].to(device), clusters, recipe.memory, recipe.seed
+        tensors["features"][owned].to(device), tensors["labels"][owned].to(device), recipe
     )
-    return Start(loaded, neck, images, recipe, state, device, unreadable)
+    return Start(loaded, necks, dim, images, recipe, state, device, unreadable)
 
 
 # ---------------------------------------------------------------- finetune
 
 
 def fine_tune(
-    ckpt: str,
+    ckpt: str | list[str],
     data: str,
     out: Path,
     recipe: Recipe,
@@ -330,7 +393,7 @@ def fine_tune(
     """Fine-tune a checkpoint on unlabelled images, and write a RUN with the backbone.
 
     Args:
-        ckpt: what `load_backbone` takes.
+        ckpt: what `load_backbone` takes; for `codc` a list, of a checkpoint for each member.
         data: what `find_images` takes; labels are never read.
         out: the RUN to write.
         recipe: its `auto` fields are resolved here. A resumed run keeps its own, and refuses another.
@@ -349,6 +412,7 @@ def fine_tune(
         Stopped: where a program has `stopping.listen`ed, and was asked to stop; the state is saved.
     """
     progress = progress or Progress()
+    ckpts = [ckpt] if isinstance(ckpt, str) else ckpt
     if epochs is not None:
         recipe = recipe.model_copy(deep=True)
         recipe.optim.epochs = epochs
@@ -360,9 +424,10 @@ def fine_tune(
             if begun:
                 progress.say(f"Note        {out} has no state to resume from yet: it begins.")
             if resume and not begun:
-                start, saved = _resume_point(ckpt, data, out, recipe, epochs, progress, arch)
-                return _train(start, saved, ckpt, data, out, progress)
-            return _train(_new_run(ckpt, data, out, recipe, progress, arch, memory), None, ckpt, data, out, progress)
+                start, saved = _resume_point(ckpts, data, out, recipe, epochs, progress, arch)
+                return _train(start, saved, ckpts, data, out, progress)
+            start = _new_run(ckpts, data, out, recipe, progress, arch, memory)
+            return _train(start, None, ckpts, data, out, progress)
     except Stopped as stopped:
         if not stopped.args:
             stopped.args = ("The last state is kept." if snapshot.exists(out) else "There was nothing to save yet.",)
@@ -370,13 +435,19 @@ def fine_tune(
 
 
 def _new_run(
-    ckpt: str, data: str, out: Path, recipe: Recipe, progress: Progress, arch: str | None, memory: Path | None
+    ckpts: list[str],
+    data: str,
+    out: Path,
+    recipe: Recipe,
+    progress: Progress,
+    arch: str | None,
+    memory: Path | None,
 ) -> Start:
     """The start of a RUN, and what is written of it before its first state."""
-    start = begin(ckpt, data, recipe, progress, arch, memory)
+    start = begin(ckpts, data, recipe, progress, arch, memory)
     if dist.rank() == 0:
         folders.clear(out, folders.RUN_FILES)
-        about = folders.about(ckpt, start.loaded.backbone.arch, data, start.images)
+        about = folders.about(ckpts, [one.backbone.arch for one in start.loaded], data, start.images)
         about |= {"asked": recipe.model_dump(mode="json"), "sample": folders.sample(start.images)}
         folders.write_whole(out / "run.json", json.dumps(about, indent=2))
         folders.write_image_lists(start.images, start.unreadable, out)
@@ -385,7 +456,13 @@ def _new_run(
 
 
 def _resume_point(
-    ckpt: str, data: str, out: Path, recipe: Recipe, epochs: int | None, progress: Progress, arch: str | None
+    ckpts: list[str],
+    data: str,
+    out: Path,
+    recipe: Recipe,
+    epochs: int | None,
+    progress: Progress,
+    arch: str | None,
 ) -> tuple[Start, snapshot.State]:
     """Where a RUN that was interrupted goes on: its own recipe, images and checkpoint, and its newest state.
 
@@ -395,31 +472,25 @@ def _resume_point(
     saved = snapshot.load(snapshot.newest(out, progress.say))
     about = json.loads((out / "run.json").read_text())
     recipe = resumed_recipe(recipe, epochs, out, about, saved.about)
-    loaded = load_backbone(ckpt, arch)
-    refuse_other_checkpoint(ckpt, out, about)
+    refuse_other_checkpoint(ckpts, out, about)
+    loaded = [load_backbone(ckpt, arch) for ckpt in ckpts]
     images = same_images(data, out, about)
     recipe, device = resolve(recipe, loaded, images)
     set_precision(recipe)
-    neck = make_neck(loaded.backbone.width, recipe.neck)
-    K, D = _number(recipe.memory.clusters), recipe.neck.dim
+    necks, dim = make_necks(loaded, recipe)
     rows = len(dist.owned(len(images)))
-    state = METHODS[recipe.method].start(
-        torch.zeros(rows, D, device=device),
-        torch.zeros(rows, dtype=torch.int32, device=device),
-        K,
-        recipe.memory,
-        recipe.seed,
-    )
+    nothing_SD = torch.zeros(rows, len(necks) * dim, device=device)
+    state = METHODS[recipe.method].start(nothing_SD, torch.zeros(rows, dtype=torch.int32, device=device), recipe)
     unreadable = dict.fromkeys(read_quarantine(out), "")
     progress.say(f"Resuming    {out} after {saved.about['step']:,} steps")
     changed = [f"{name} {then} then, {now} now" for name, then, now in _other_versions(saved.about["versions"])]
     if changed:
         progress.say(f"Note        {'; '.join(changed)}: it goes on, but perhaps not to the same bits.")
-    return Start(loaded, neck, images, recipe, state, device, unreadable), saved
+    return Start(loaded, necks, dim, images, recipe, state, device, unreadable), saved
 
 
 def _train(
-    start: Start, saved: snapshot.State | None, ckpt: str, data: str, out: Path, progress: Progress
+    start: Start, saved: snapshot.State | None, ckpts: list[str], data: str, out: Path, progress: Progress
 ) -> dict[str, Any]:
     """The loop, from the start or from where it was saved, and what it leaves behind."""
     began = time.monotonic()
@@ -428,14 +499,21 @@ def _train(
     recipe, device, state, images = start.recipe, start.device, start.state, start.images
     K, optim = _number(recipe.memory.clusters), recipe.optim
     torch.manual_seed(step_seed(recipe.seed, 1))
-    network = Model(start.loaded.backbone, start.neck, recipe.neck.dim, K).to(device)
+    assert isinstance(recipe.codc.members, list)
+    parts = zip(start.loaded, start.necks, recipe.codc.members, strict=True)
+    network = Members([Model(one.backbone, neck, start.dim, K, member) for one, neck, member in parts]).to(device)
     if optim.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = dist.parallel(network, device)
-    optimizer = make_optimizer(network, optim)
+    optimizer = make_optimizer(
+        [p for member in network for p in member.body()], [p for member in network for p in member.heads()], optim
+    )
     method = METHODS[recipe.method]
     crops = Crops(images, _number(recipe.data.size), recipe.data.crop_fraction, recipe.augment, recipe.seed)
-    order = TrainingOrder(len(images), optim.batch_size // dist.world_size(), optim.epochs, recipe.seed)
+    order = TrainingOrder(
+        *(len(images), optim.batch_size // dist.world_size(), optim.epochs, recipe.seed),
+        draw=lambda generator: method.draw(state, generator),
+    )
     if saved is not None and _finished(out) == order.steps:
         progress.say(f"Finished    {out} has all of its {order.steps:,} steps; nothing is left to do.")
         return _result(start, out, order.steps, time.monotonic() - began)
@@ -477,6 +555,28 @@ def _train(
             )
         return not failed
 
+    def save_and_stop(done: int) -> NoReturn:
+        saved_at = done if save(done) else saved_step
+        metrics.close()
+        raise Stopped(f"Saved after {saved_at:,} of {order.steps:,} steps.")
+
+    def embed() -> Tensor:
+        """Backbone features (S, F) of this rank's images as they are, in evaluation mode."""
+        (only,) = network
+        plain = Crops(images, _number(recipe.data.size), recipe.data.crop_fraction, None, recipe.seed)
+        batch, workers = max(1, optim.batch_size // dist.world_size()), _number(recipe.data.workers)
+        network.eval()
+        with torch.autocast(device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
+            features_SF, _ = extract(
+                *(only.backbone, plain, batch, workers, device, Progress(quiet=True)), stop=stopping.asked
+            )
+        network.train()
+        stop = torch.tensor(float(bool(stopping.asked())), device=device)
+        dist.all_sum_(stop)
+        if stop:
+            save_and_stop(step)
+        return features_SF
+
     if saved is None and not save(0):  # from the first step on there is a way back
         raise OdcftError(f"{out} cannot hold a state to resume from. Make room, or choose another --out.")
     saved_step = order.first_step
@@ -486,6 +586,12 @@ def _train(
         batches = iter(loader(crops, order, _number(recipe.data.workers), device))
         for step in range(order.first_step, order.steps):
             window.waiting()
+            epoch, begun = divmod(step, order.steps_per_epoch)
+            if begun == 0 and method.begin_epoch(state, epoch, embed):  # dc: labels are new
+                for member in network:
+                    member.new_head(optimizer, step_seed(recipe.seed, 1, step))
+                order.first_step = step
+                batches = iter(loader(crops, order, _number(recipe.data.workers), device))
             batch = next(batches)
             window.working()
             if batch.unreadable:
@@ -505,13 +611,14 @@ def _train(
             image_B = augment_batch(pixels, recipe.augment, torch.Generator().manual_seed(seed))
             if optim.channels_last:
                 image_B = image_B.contiguous(memory_format=torch.channels_last)
+            made = codc.copies(image_B, recipe.codc, seed)  # none, but for members of codc that learn from such
             buffers = [buffer.clone() for buffer in network.buffers()] if optim.skip_non_finite else []
 
             # 1. forward, 2. read the labels and train (eq. 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
-                features_BD, logits_BK = model(image_B)
+                outputs = model(image_B, made.turned, made.mixed)
             label_B, weight_K = method.targets(state, row_B)
-            loss = F.cross_entropy(logits_BK.float(), label_B, weight_K)
+            loss, shown = codc.losses(outputs, recipe.codc, label_B, weight_K, made)
             optimizer.zero_grad()
             loss.backward()
             if optim.skip_non_finite and not finite_gradients(network):  # here the host waits for the device
@@ -521,13 +628,14 @@ def _train(
                 progress.say(f"Warning     Step {step}: a gradient is not finite; the step is skipped.")
                 for buffer, before in zip(network.buffers(), buffers, strict=True):
                     buffer.copy_(before)
-                loss = torch.zeros_like(loss)
+                loss = torch.zeros_like(loss)  # of a step that was not taken
             else:
                 skipped = 0
                 optimizer.step()
                 # 3. the samples memory (eq. 2, 3), 4. the centroids memory
-                stats = method.update(state, row_B, features_BD.detach().float(), step)
-                window.add(loss.detach(), stats["change_ratio"], len(batch.index_B) * dist.world_size())
+                features_BD = codc.side_by_side([output.features_BD.detach().float() for output in outputs])
+                stats = method.update(state, row_B, features_BD, step)
+                window.add(shown.detach(), stats["change_ratio"], len(batch.index_B) * dist.world_size())
 
             epoch_ends = (step + 1) % order.steps_per_epoch == 0
             broken, stop, due = _agreed(late, loss.detach(), bool(stopping.asked()), pace.due(epoch_ends))
@@ -543,7 +651,7 @@ def _train(
                 if not math.isfinite(figures["loss"]):
                     raise _not_finite(step, optimizer, out)
                 figures["lr"] = optimizer.param_groups[0]["lr"]
-                if epoch_ends:
+                if epoch_ends and not torch.equal(labels_before_S, state.memory.labels_S):
                     figures["nmi_previous"] = nmi(labels_before_S, state.memory.labels_S)
                     labels_before_S = state.memory.labels_S.clone()
                 troubles = warnings([*metrics.lines(), figures], K)
@@ -554,21 +662,22 @@ def _train(
                 metrics.write(step, figures)
                 note = f"epoch {math.ceil(figures['epoch'])}/{optim.epochs} · {summary(figures)}"
             advance(len(batch.index_B) * dist.world_size(), note)
-            if (due or stop) and save(step + 1):
-                saved_step = step + 1
             if stop:
-                metrics.close()
-                raise Stopped(f"Saved after {saved_step:,} of {order.steps:,} steps.")
+                save_and_stop(step + 1)
+            if due and save(step + 1):
+                saved_step = step + 1
     if saved_step < order.steps:
         save(order.steps)
 
     if dist.rank() == 0:
-        write_timm(network.backbone, out / "backbone", {"checkpoint": ckpt, "clusters": K, "epochs": optim.epochs})
+        for member, ckpt, name in zip(network, ckpts, folders.BACKBONES, strict=False):
+            write_timm(member.backbone, out / name, {"checkpoint": ckpt, "clusters": K, "epochs": optim.epochs})
     write_clusters(state, images, out / "clusters.parquet")
     metrics.close()
     if dist.rank() == 0:
-        for file in (out / "backbone").iterdir():
-            folders.sync(file)
+        for name in folders.BACKBONES[: len(ckpts)]:
+            for file in (out / name).iterdir():
+                folders.sync(file)
         about = {**json.loads((out / "run.json").read_text()), "finished": order.steps}
         folders.write_whole(out / "run.json", json.dumps(about, indent=2))
     dist.barrier()
@@ -583,10 +692,11 @@ def _finished(out: Path) -> int | None:
 
 def _result(start: Start, out: Path, steps: int, seconds: float) -> dict[str, Any]:
     """What `fine_tune` returns."""
-    last = (read_lines(out / "metrics.jsonl") or [{}])[-1]
+    last, members = (read_lines(out / "metrics.jsonl") or [{}])[-1], len(start.loaded)
     return {
         "out": str(out),
         "backbone": str(out / "backbone"),
+        **({"backbones": [str(out / name) for name in folders.BACKBONES[:members]]} if members > 1 else {}),
         "images": len(start.images),
         "unreadable": len(start.unreadable),
         "clusters": start.recipe.memory.clusters,

@@ -13,7 +13,7 @@ from odcft.kmeans import kmeans
 from odcft.launch import relaunch
 from odcft.memory import VARIANTS, new_memory, set_centroids
 from odcft.methods import odc
-from odcft.recipe import MemoryRecipe
+from odcft.recipe import MemoryRecipe, Recipe
 from odcft.small_clusters import handle_small_clusters
 
 N, K, D = 403, 9, 8  # not a multiple of two
@@ -49,8 +49,8 @@ def clustering():
 
 def steps():
     features_ND, labels_N = features_and_labels()
-    recipe = MemoryRecipe(min_cluster=20, centroid_interval=3, dtype="float32")
-    state = odc.start(mine(features_ND), mine(labels_N), K, recipe, seed=0)
+    recipe = Recipe(memory=MemoryRecipe(clusters=K, min_cluster=20, centroid_interval=3, dtype="float32"))
+    state = odc.start(mine(features_ND), mine(labels_N), recipe)
     draw = torch.Generator().manual_seed(5)
     for step in range(40):
         index_B = torch.randint(N, (32,), generator=draw)

@@ -51,6 +51,39 @@ def test_no_cluster_is_empty(seed):
     assert torch.bincount(labels, minlength=12).min() > 0
 
 
+def lloyd(features, k, seed, iterations):
+    """Nothing but the definition; empty clusters take the rows that lie farthest from their centroids."""
+    features = features.double()
+    centroids = features[torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:k]]
+    for _ in range(iterations):
+        distances, labels = torch.cdist(features, centroids).min(1)
+        empty = torch.bincount(labels, minlength=k) == 0
+        centroids = torch.stack([features[labels == c].mean(0) for c in range(k)])
+        centroids[empty] = features[distances.topk(int(empty.sum())).indices]
+    return centroids.float()
+
+
+@pytest.mark.parametrize("coarse", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("offset", [0.0, 5.0])
+def test_what_is_left_out_changes_nothing(coarse, spread, offset, monkeypatch):
+    """Bounds, coarse scores and the few fastest centroids come to what comparing everything comes to."""
+    monkeypatch.setattr("odcft.kmeans._coarse_dtype", lambda device: coarse)
+    monkeypatch.setattr("odcft.kmeans.FASTEST", 8)
+    draw = torch.Generator().manual_seed(0)
+    centres = torch.randn(70, 24, generator=draw)
+    features = centres.repeat(40, 1) + spread * torch.randn(2800, 24, generator=draw) + offset
+    for iterations in (1, 3, 12):
+        assert torch.allclose(kmeans(features, 70, 1, iterations), lloyd(features, 70, 1, iterations), atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 2, 100])
+def test_any_number_of_clusters(k):
+    features = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    labels = assign(features, kmeans(features, k, 0))[0]
+    assert torch.bincount(labels, minlength=k).min() > 0
+
+
 def test_features_are_not_changed():
     features = bunches()
     before = features.clone()

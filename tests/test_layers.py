@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "odcft"
 LAYERS = [
-    {"errors", "_torchvision", "recipe", "dist", "launch", "late", "stopping"},
+    {"errors", "_torchvision", "recipe", "dist", "launch", "late", "stopping", "color"},
     {
         "memory",
         "checkpoint",
@@ -21,9 +21,9 @@ LAYERS = [
         "health",
         "advice",
     },
-    {"methods", "folders", "export", "pretext"},
+    {"methods", "folders", "export"},
     {"snapshot", "resume"},
-    {"train", "evaluate"},
+    {"train", "evaluate", "pretext"},
     {"demo", "cli", "__main__", "__init__"},
 ]
 

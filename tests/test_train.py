@@ -54,9 +54,9 @@ def test_a_run_leaves_what_the_interface_says(tmp_path, checkpoint, images):
     assert "auto" not in (run / "recipe.yaml").read_text()
     written = lines(run)
     assert [line["step"] for line in written] == list(range(6))
-    assert set(written[-1]) == {
+    assert set(written[-1]) - {"warnings"} == {
         *("epoch", "step", "loss", "loss_over_ln_k", "change_ratio", "lr", "images_per_second", "data_wait"),
-        *("empty", "smallest", "largest", "nmi_previous"),
+        *("empty", "smallest", "largest", "nmi_previous", "largest_share", "entropy", "centroid_spread"),
     }
     assert written[-1]["epoch"] == 2
 
@@ -117,9 +117,11 @@ def test_memory_of_another_checkpoint_is_refused(tmp_path, checkpoint, images, m
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 
-def test_resumed_run_equals_uninterrupted_run(tmp_path, checkpoint, images):
-    fine_tune(checkpoint, images, tmp_path / "whole", quick("optim.schedule=step", "optim.final_epochs=0"))
-    one = quick("optim.schedule=step", "optim.final_epochs=0", "optim.epochs=1")
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_resumed_run_equals_uninterrupted_run(tmp_path, checkpoint, images, optimizer):
+    same = ("optim.schedule=step", "optim.final_epochs=0", f"optim.optimizer={optimizer}", "optim.lr=0.001")
+    fine_tune(checkpoint, images, tmp_path / "whole", quick(*same))
+    one = quick(*same, "optim.epochs=1")
     fine_tune(checkpoint, images, tmp_path / "parts", one)
     fine_tune(checkpoint, images, tmp_path / "parts", one, resume=True, epochs=2)
     first, second = backbone(tmp_path / "whole"), backbone(tmp_path / "parts")
@@ -190,9 +192,10 @@ FIELDS = {
     "memory.centroid_interval": 1, "memory.min_cluster": 0, "memory.variant": "official", "memory.reweight": False,
     "memory.dtype": "float16", "kmeans.iterations": 1, "optim.epochs": 3, "optim.batch_size": 6, "optim.lr": 0.01,
     "optim.schedule": "step", "optim.warmup_epochs": 1.0, "optim.momentum": 0.0, "optim.head_momentum": 0.0,
-    "optim.head_lr": 10.0, "optim.weight_decay": 0.1, "optim.precision": "bfloat16",
+    "method": "dc", "optim.optimizer": "adamw", "optim.head_lr": 10.0, "optim.weight_decay": 0.1,
+    "optim.precision": "bfloat16",
 }  # fmt: skip
-# Speed and speech only, or of another schedule: they must not change the backbone. `method` has one value so far.
+# Speed and speech only: they must not change the backbone.
 SPEECH = {
     "data.workers",
     "optim.channels_last",
@@ -203,15 +206,17 @@ SPEECH = {
     "log.snapshot_share",
     "optim.skip_non_finite",
     "kmeans.engine",
-    "method",
 }
+# Of one schedule, or of one method, and what it takes to see them.
 STEP = {"optim.final_epochs": 1, "optim.final_factor": 0.5}
+DC = {"dc.interval": 2, "dc.pca": 3, "dc.balance": "reweighting"}
+CODC = {"codc.members": [{"cluster": 1, "rotation": 1}], "codc.alpha": 0.2}
 
 
 def test_every_field_is_in_one_of_the_lists():
     from odcft.recipe import _all_paths
 
-    assert set(_all_paths()) == set(FIELDS) | SPEECH | set(STEP)
+    assert set(_all_paths()) == set(FIELDS) | SPEECH | set(STEP) | set(DC) | set(CODC)
 
 
 @pytest.fixture(scope="module")
@@ -248,12 +253,17 @@ def final_state(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("field", [*FIELDS, *STEP])
+@pytest.mark.parametrize("field", [*FIELDS, *STEP, *DC, *CODC])
 def test_every_knob_turns_something(final_state, field):
-    base = ("optim.schedule=step", "optim.final_epochs=2") if field in STEP else ()
+    base = ("optim.schedule=step", "optim.final_epochs=2") if field in STEP else ("method=dc",) if field in DC else ()
+    if field in CODC:
+        base = ("method=codc", "codc.members=[{mixup: 1}]")
     if field == "kmeans.iterations":  # few clusters of few images are done after one
         base = ("memory.clusters=16", "memory.min_cluster=0")
-    before, after = final_state(*base), final_state(*base, f"{field}={json.dumps({**FIELDS, **STEP}[field])}")
+    before, after = (
+        final_state(*base),
+        final_state(*base, f"{field}={json.dumps({**FIELDS, **STEP, **DC, **CODC}[field])}"),
+    )
     assert set(before) != set(after) or any(
         before[name].shape != after[name].shape or not torch.equal(before[name].float(), after[name].float())
         for name in before

@@ -109,23 +109,50 @@ def evaluate(
         progress: where to speak.
 
     Returns:
-        `evaluate_arrays`'s dict; for a RUN also `before`, the same of its checkpoint, and `change`.
+        `evaluate_arrays`'s dict; for a RUN also `before`, the same of its checkpoint, and `change`. For a RUN of
+        several members this is of all of them side by side, and `members` has the same of each.
     """
     from odcft.evaluate.labels import labelled
 
     labels = labelled(data, test)
-    after_split = _features(ckpt, labels, arch, size, progress)
-    after = evaluate_arrays(after_split, protocols)
-    origin = _origin(ckpt)
-    if origin is None:
-        return {**after, "classes": labels.classes}
-    before = evaluate_arrays(_features(origin, labels, None, size or _run_size(ckpt), progress), protocols)
-    return {
-        **after,
-        "before": before,
-        "change": _changes(before, after, after_split.test_targets),
-        "classes": labels.classes,
-    }
+    sources, origins = _sources(ckpt), _origins(ckpt)
+    after_splits = [_features(source, labels, arch, size or _run_size(ckpt), progress) for source in sources]
+    before_splits = [_features(origin, labels, None, size or _run_size(ckpt), progress) for origin in origins]
+
+    def compared(after_split: Split, before_split: Split | None) -> dict[str, Any]:
+        after = evaluate_arrays(after_split, protocols)
+        if before_split is None:
+            return after
+        before = evaluate_arrays(before_split, protocols)
+        return {**after, "before": before, "change": _changes(before, after, after_split.test_targets)}
+
+    results = compared(_side_by_side(after_splits), _side_by_side(before_splits) if before_splits else None)
+    if len(sources) > 1:
+        results["members"] = [
+            {"source": source, **compared(split, before_splits[m] if before_splits else None)}
+            for m, (source, split) in enumerate(zip(sources, after_splits, strict=True))
+        ]
+    return {**results, "classes": labels.classes}
+
+
+def _side_by_side(splits: list[Split]) -> Split:
+    """The features of several backbones as one, each at unit length; those of a single one as they are."""
+    if len(splits) == 1:
+        return splits[0]
+
+    def joined(name: str) -> np.ndarray:
+        parts = [getattr(split, name) for split in splits]
+        return np.concatenate([part / (np.linalg.norm(part, axis=1, keepdims=True) + 1e-5) for part in parts], axis=1)
+
+    return Split(joined("train_features"), splits[0].train_targets, joined("test_features"), splits[0].test_targets)
+
+
+def _sources(ckpt: str) -> list[str]:
+    """The backbones of a RUN of several members, in their order; anything else is one by itself."""
+    from odcft.folders import BACKBONES
+
+    members = [str(Path(ckpt) / name) for name in BACKBONES if (Path(ckpt) / name).is_dir()]
+    return members if len(members) > 1 else [ckpt]
 
 
 def _features(ckpt: str, labels: Any, arch: str | None, size: int | None, progress: Any) -> Split:
@@ -139,7 +166,7 @@ def _features(ckpt: str, labels: Any, arch: str | None, size: int | None, progre
 
     backbone = load_backbone(ckpt, arch).backbone
     side = usual_side(labels.images)
-    size = size or _run_size(ckpt) or automatic_size(backbone.size, backbone.fixed_size, side)
+    size = size or automatic_size(backbone.size, backbone.fixed_size, side)
     if backbone.fixed_size and size != backbone.size:
         raise OdcftError(f"{backbone.arch} takes images of {backbone.size} pixels only, not {size}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -151,15 +178,18 @@ def _features(ckpt: str, labels: Any, arch: str | None, size: int | None, progre
     return Split(rows[train], labels.targets[train], rows[test], labels.targets[test])
 
 
-def _origin(ckpt: str) -> str | None:
-    """The checkpoint a RUN was started from, where it is still the same."""
+def _origins(ckpt: str) -> list[str]:
+    """The checkpoints a RUN was started from, where they are still the same; else none."""
     from odcft.folders import sha256
 
     try:
         about = json.loads((Path(ckpt) / "run.json").read_text())
-        return about["checkpoint"] if sha256(about["checkpoint"]) == about["sha256"] else None
+        several = isinstance(about["checkpoint"], list)
+        ckpts = about["checkpoint"] if several else [about["checkpoint"]]
+        sums = about["sha256"] if several else [about["sha256"]]
+        return ckpts if [sha256(one) for one in ckpts] == sums else []
     except (OSError, ValueError, KeyError):
-        return None
+        return []
 
 
 def _run_size(ckpt: str) -> int | None:
@@ -208,8 +238,10 @@ def _one_class(targets_NC: np.ndarray) -> np.ndarray:
     return (targets_NC == 1).argmax(1)
 
 
-def public(results: dict[str, Any]) -> dict[str, Any]:
+def public(results: Any) -> Any:
     """The results without the arrays that only the interval needs: what `--json` prints."""
+    if isinstance(results, list):
+        return [public(value) for value in results]
     if not isinstance(results, dict):
         return results
     return {name: public(value) for name, value in results.items() if name not in ("scores", "predicted")}

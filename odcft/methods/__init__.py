@@ -1,5 +1,11 @@
-"""The fine-tuning methods by name: each a module with `start`, `targets`, `update`, `stored` and `restore`."""
+"""The fine-tuning methods by name: each a module with the same functions, in the order of a run.
 
-from odcft.methods import odc
+`neck`, `compact` and `start` before it; `begin_epoch` and `draw` at the start of an epoch; `targets` and `update` in
+every step; `stored` and `restore` for snapshots.
+"""
 
-METHODS = {"odc": odc}
+from types import ModuleType
+
+from odcft.methods import codc, dc, odc
+
+METHODS: dict[str, ModuleType] = {"odc": odc, "dc": dc, "codc": codc}

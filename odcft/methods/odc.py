@@ -3,15 +3,18 @@
 Shapes as in memory.py: N images, S of them on this rank, B batch, K clusters, D embedding.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from odcft import dist, memory
 from odcft.data import step_seed
 from odcft.memory import VARIANTS, Memory, Rules
-from odcft.recipe import MemoryRecipe
+from odcft.model import make_neck
+from odcft.recipe import Recipe
 from odcft.small_clusters import SmallClusterWatch, handle_small_clusters
 
 
@@ -29,28 +32,38 @@ class State:
     watch: SmallClusterWatch = field(default_factory=SmallClusterWatch)
 
 
-def start(features_SD: Tensor, labels_S: Tensor, clusters: int, recipe: MemoryRecipe, seed: int) -> State:
+def neck(width: int, recipe: Recipe) -> tuple[nn.Module, int]:
+    """{fc-bn-relu-dropout-fc-relu}, and the length D of what it gives."""
+    return make_neck(width, recipe.neck), recipe.neck.dim
+
+
+def compact(features_SD: Tensor, recipe: Recipe) -> Tensor:
+    """What K-Means sees: features of unit length, (S, D); in place, for there may be no room for two."""
+    return F.normalize(features_SD, dim=1, eps=1e-10, out=features_SD)
+
+
+def start(features_SD: Tensor, labels_S: Tensor, recipe: Recipe) -> State:
     """Both memories, from the features of this rank's images and their K-Means labels.
 
     Args:
         features_SD: (S, D) float; the memory takes it over.
-        labels_S: (S,) integers in 0..clusters-1.
-        clusters: K.
-        recipe: `min_cluster` and `dtype` are resolved numbers and names by now.
-        seed: of the random halves.
+        labels_S: (S,) integers in 0..K-1.
+        recipe: resolved; the seed is that of the random halves.
 
     Returns:
         The state; its centroids are the means of the normalised features.
     """
-    dtype = {"float16": torch.float16, "float32": torch.float32}[recipe.dtype]
+    ours = recipe.memory
+    assert isinstance(ours.clusters, int)
+    dtype = {"float16": torch.float16, "float32": torch.float32}[ours.dtype]
     state = State(
-        memory.new_memory(features_SD, labels_S, clusters, dtype),
-        VARIANTS[recipe.variant],
-        recipe.momentum,
-        recipe.centroid_interval,
-        recipe.min_cluster,
-        recipe.reweight,
-        seed,
+        memory.new_memory(features_SD, labels_S, ours.clusters, dtype),
+        VARIANTS[ours.variant],
+        ours.momentum,
+        ours.centroid_interval,
+        ours.min_cluster,
+        ours.reweight,
+        recipe.seed,
     )
     state.memory.sizes_K = dist.all_sum(state.memory.counts_K)
     refresh_centroids(state)
@@ -80,17 +93,31 @@ def restore(state: State, rows: dict[str, Tensor], same: dict[str, Tensor]) -> N
         rows: this rank's.
         same: the same on every rank.
     """
-    old = state.memory
-    device, dtype = old.features_SD.device, old.features_SD.dtype
-    centroids_KD = same["centroids"].to(device)
-    state.memory = memory.new_memory(
-        rows["features"].to(device), rows["labels"].to(device), len(centroids_KD), dtype, normalise=False
-    )
-    state.memory.sizes_K = dist.all_sum(state.memory.counts_K)
-    state.memory.centroids_KD = centroids_KD
-    state.memory.half_squares_K = memory.half_squares(centroids_KD)
-    if "small_pending" in same and device.type != "cpu":
+    state.memory = restored(state.memory, rows, same)
+    if "small_pending" in same and state.memory.labels_S.device.type != "cpu":
         state.watch.late.put_back(same["small_pending"])
+
+
+def restored(old: Memory, rows: dict[str, Tensor], same: dict[str, Tensor]) -> Memory:
+    """The memory that was `stored`, with dtype and device of `old`."""
+    device, dtype = old.features_SD.device, old.features_SD.dtype
+    features_SD, labels_S = rows["features"].to(device), rows["labels"].to(device)
+    centroids_KD = same["centroids"].to(device)
+    new = memory.new_memory(features_SD, labels_S, len(centroids_KD), dtype, normalise=False)
+    new.sizes_K = dist.all_sum(new.counts_K)
+    new.centroids_KD = centroids_KD
+    new.half_squares_K = memory.half_squares(centroids_KD)
+    return new
+
+
+def begin_epoch(state: State, epoch: int, embed: Callable[[], Tensor]) -> bool:
+    """Labels evolve steadily: no epoch begins anew."""
+    return False
+
+
+def draw(state: State, generator: torch.Generator) -> Tensor:
+    """The order of an epoch: (S,) int64 rows of this rank, each image once."""
+    return torch.randperm(len(state.memory.labels_S), generator=generator)
 
 
 def targets(state: State, row_B: Tensor) -> tuple[Tensor, Tensor]:

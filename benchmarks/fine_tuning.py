@@ -1,0 +1,209 @@
+"""The paper's Table 4 on given data: the checkpoints, and what DC, ODC and collaborative ODC make of them.
+
+    python benchmarks/fine_tuning.py CKPT [CKPT…] DATA --test DATA --out DIR [--methods odc,dc] [--seeds 0,1]
+        [--recipe small] [--epochs 12] [--set FIELD=VALUE]… [--dc-set FIELD=VALUE]… [--codc] [--json]
+
+Every run is `odcft finetune` on DATA in a process of its own, and is judged by `odcft evaluate` on --test, half of it
+held out: SVM mAP and kNN. All methods have the same recipe and epochs; --dc-set is for what DC needs otherwise. --codc
+adds a run of all checkpoints together, a member each.
+
+DIR keeps the runs, a JSON of each (results/), table.json, and two pictures: loss_curves.png (fig. 1b) and
+label_changes.png (fig. 5). A run that is finished is not done again, one that was interrupted is gone on with: start
+the same command again. The first seed of every cell comes first, and the table is written after every run.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+FIGURES = ("svm", "knn")
+TIMES = ("seconds", "cpu_seconds")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", metavar="CKPT… DATA", help="checkpoints, then unlabelled images")
+    parser.add_argument("--test", required=True, help="labelled images, a folder a class")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--methods", default="odc,dc")
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--recipe", default="small")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--dc-set", dest="dc", action="append", default=[], metavar="FIELD=VALUE", help="for DC only")
+    parser.add_argument("--codc", action="store_true", help="all checkpoints together, too")
+    parser.add_argument("--json", action="store_true", help="the table as JSON on stdout")
+    args = parser.parse_args()
+    *ckpts, data = args.inputs
+    if not ckpts:
+        parser.error("give a checkpoint or several, and then the images")
+    (args.out / "results").mkdir(parents=True, exist_ok=True)
+
+    names = [Path(ckpt).name.split(".")[0] for ckpt in ckpts]
+    for name, ckpt in zip(names, ckpts, strict=True):
+        keep(args.out, f"{name}-original", lambda ckpt=ckpt: judged(ckpt, args.test))
+    for seed in args.seeds.split(","):
+        for name, ckpt in zip(names, ckpts, strict=True):
+            for method in args.methods.split(","):
+                run = f"{name}-{method}-{seed}"
+                keep(args.out, run, lambda r=run, c=ckpt, m=method, s=seed: fine_tuned(args, r, [c], data, m, s))
+    if args.codc:
+        for seed in args.seeds.split(","):
+            run = f"all-codc-{seed}"
+            keep(args.out, run, lambda r=run, s=seed: fine_tuned(args, r, ckpts, data, "codc", s))
+    results = read(args.out)
+    if args.json:
+        print(json.dumps(table(results)))
+    else:
+        print(as_text(table(results)))
+
+
+def keep(out: Path, name: str, work: Any) -> None:
+    """Do a piece of work unless its result is there, and write table and pictures of what there is."""
+    path = out / "results" / f"{name}.json"
+    if not path.exists():
+        path.write_text(json.dumps(work(), indent=1))
+        results = read(out)
+        (out / "table.json").write_text(json.dumps(table(results), indent=1))
+        print(as_text(table(results)), file=sys.stderr)
+        draw(out, results)
+
+
+def read(out: Path) -> dict[str, dict[str, Any]]:
+    """All results there are, by name: CHECKPOINT-original, CHECKPOINT-METHOD-SEED."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((out / "results").glob("*.json"))}
+
+
+def odcft(*words: Any) -> dict[str, Any]:
+    """A command's JSON; its own words go to stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "odcft", *map(str, words), "--json"], stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        sys.exit(done.returncode)
+    return json.loads(done.stdout)
+
+
+def judged(backbone: str | Path, test: str) -> dict[str, Any]:
+    """SVM and nearest neighbours of a backbone."""
+    results = odcft("evaluate", backbone, test, "--protocol", "svm,knn")
+    return {"svm": results["svm"]["mAP"], "knn": results["knn"]["top1"]}
+
+
+def fine_tuned(
+    args: argparse.Namespace, name: str, ckpts: list[str], data: str, method: str, seed: str
+) -> dict[str, Any]:
+    """One run and its judgement, with the seconds it took: of the clock, and of the processor."""
+    run = args.out / name
+    overrides = [*args.overrides, *(args.dc if method == "dc" else [])]
+    words = ["--recipe", args.recipe, "--method", method, "--seed", seed]
+    words += ["--epochs", args.epochs] if args.epochs else []
+    words += [word for override in overrides for word in ("--set", override)]
+    words += ["--resume"] if (run / "run.json").exists() else []
+    began, used = time.monotonic(), _cpu_seconds()
+    summary = odcft("finetune", *ckpts, data, "--out", run, *words)
+    times = {"seconds": time.monotonic() - began, "cpu_seconds": _cpu_seconds() - used}
+    backbones = sorted(run.glob("backbone*"))
+    members = [judged(backbone, args.test) for backbone in backbones]
+    together = judged(run, args.test) if len(members) > 1 else members[0]
+    return {
+        **together,
+        **({"members": members} if len(members) > 1 else {}),
+        **times,
+        "resumed": "--resume" in words,
+        "method": method,
+        "seed": int(seed),
+        "overrides": overrides,
+        "summary": summary,
+    }
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that have ended: what a run costs, whoever else is on the machine."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def table(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Mean and spread (highest less lowest) of every cell: {checkpoint: {row: {figure: …}}}.
+
+    A CODC run counts with its members in the checkpoints' columns, in the order they were given, and as a column "all".
+    """
+    cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for name, result in results.items():
+        column, row = (name.removesuffix("-original"), "original") if name.endswith("-original") else ("", "")
+        if not row:
+            column, row, _ = name.rsplit("-", 2)
+        cells.setdefault(column, {}).setdefault(row, []).append(result)
+        for place, member in enumerate(result.get("members", [])):
+            cells.setdefault(f"{column}:{place + 1}", {}).setdefault(row, []).append(member)
+    summed: dict[str, Any] = {}
+    for column, rows in cells.items():
+        for row, runs in rows.items():
+            cell: dict[str, Any] = {"runs": len(runs)}
+            for figure in (*FIGURES, *TIMES):  # an interrupted run's times are those of its last piece only
+                values = [run[figure] for run in runs if figure in FIGURES or (figure in run and not run["resumed"])]
+                if values:
+                    cell[figure] = statistics.mean(values)
+                    cell[f"{figure}_spread"] = max(values) - min(values)
+            summed.setdefault(column, {})[row] = cell
+    return summed
+
+
+def as_text(summed: dict[str, Any]) -> str:
+    """The table for people: mean, half the spread where there are several runs, and gain over the checkpoint."""
+    lines = [f"{'':<22}{'':<10}{'SVM mAP':>14}{'gain':>7}{'kNN':>14}{'gain':>7}{'minutes':>9}{'CPU min':>9}"]
+    for column, rows in summed.items():
+        for row in sorted(rows, key=lambda r: ["original", "dc", "odc", "codc"].index(r)):
+            cell, text = rows[row], f"{column:<22}{row:<10}"
+            for figure in FIGURES:
+                spread = f" ±{cell[f'{figure}_spread'] / 2:.1f}" if cell["runs"] > 1 else ""
+                text += f"{f'{cell[figure]:.1f}{spread}':>14}"
+                before = rows.get("original", {}).get(figure)
+                text += f"{cell[figure] - before:>+7.1f}" if before is not None and row != "original" else f"{'':>7}"
+            for figure in TIMES:
+                text += f"{cell[figure] / 60:>9.1f}" if figure in cell else ""
+            lines.append(text)
+    return "\n".join(lines)
+
+
+def draw(out: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Fig. 1b (loss of DC and ODC) and fig. 5 (share of labels that change), from the metrics of the runs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = {name: result for name, result in results.items() if "method" in result}
+    for file, figure, label, methods in (
+        ("loss_curves.png", "loss_over_ln_k", "loss, of ln K", ("odc", "dc")),
+        ("label_changes.png", "change_ratio", "labels that change", ("odc", "codc")),
+    ):
+        columns = sorted({name.rsplit("-", 2)[0] for name, run in runs.items() if run["method"] in methods})
+        if not columns:
+            continue
+        picture, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns), 3), sharey=True, squeeze=False)
+        for axis, column in zip(axes[0], columns, strict=True):
+            for name, run in runs.items():
+                if name.rsplit("-", 2)[0] == column and run["method"] in methods:
+                    lines = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+                    colour = {"odc": "tab:blue", "dc": "tab:orange", "codc": "tab:green"}[run["method"]]
+                    title = run["method"].upper() if run["seed"] == 0 else None
+                    epochs = [line["epoch"] for line in lines]
+                    axis.plot(epochs, [line[figure] for line in lines], color=colour, label=title, linewidth=1)
+            axis.set(title=column, xlabel="epoch", ylim=(0, None))
+            axis.legend()
+        axes[0][0].set_ylabel(label)
+        picture.tight_layout()
+        picture.savefig(out / file, dpi=150)
+        plt.close(picture)
+
+
+if __name__ == "__main__":
+    main()

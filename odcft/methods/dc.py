@@ -1,0 +1,183 @@
+"""DeepCluster (Caron et al., ECCV 2018; here as Zhan et al., sec. 3.1, compare with it): labels from K-Means over the
+whole set, again at the start of every epoch, a classifier that starts anew each time, labels that stand still between.
+
+Shapes: N images, S of them on this rank, B batch, K clusters, F backbone, D what is left of it for K-Means.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from odcft import dist, memory
+from odcft.data import step_seed
+from odcft.kmeans import assign, kmeans
+from odcft.memory import VARIANTS, Memory
+from odcft.methods import odc
+from odcft.recipe import Recipe
+from odcft.small_clusters import handle_small_clusters
+
+ROWS = 16384  # at a time
+
+
+@dataclass
+class State:
+    """What DC carries from step to step: features, labels and centroids of the last K-Means."""
+
+    memory: Memory
+    recipe: Recipe
+
+
+def neck(width: int, recipe: Recipe) -> tuple[nn.Module, int]:
+    """None: the classifier stands on the backbone's features. Returns the module and the length of what it gives."""
+    return nn.Identity(), width
+
+
+def compact(features_SF: Tensor, recipe: Recipe) -> Tensor:
+    """What K-Means sees: PCA, whitening, unit length.
+
+    Args:
+        features_SF: (S, F) float, this rank's.
+        recipe: `dc.pca` components are kept, fewer where there are not as many.
+
+    Returns:
+        (S, D) float32.
+    """
+    return F.normalize(whiten(features_SF, recipe.dc.pca), dim=1, eps=1e-10)
+
+
+def whiten(features_SF: Tensor, components: int) -> Tensor:
+    """Coordinates along the main directions of all ranks' features, each with variance 1.
+
+    Sums are taken in pieces and in float64; nothing else as large as the features is made.
+
+    Args:
+        features_SF: (S, F) float, this rank's.
+        components: D at most; no more than F, or than images less one.
+
+    Returns:
+        (S, D) float32.
+    """
+    S, width = features_SF.shape
+    device = features_SF.device
+    sums_F1 = torch.zeros(width + 1, dtype=torch.float64, device=device)
+    for piece_SF in features_SF.split(ROWS):
+        sums_F1[:-1] += piece_SF.double().sum(0)
+    sums_F1[-1] = S
+    dist.all_sum_(sums_F1)
+    count, mean_F = int(sums_F1[-1]), (sums_F1[:-1] / sums_F1[-1]).float()
+
+    covariance_FF = torch.zeros(width, width, dtype=torch.float64, device=device)
+    for piece_SF in features_SF.split(ROWS):
+        centred_SF = piece_SF.float() - mean_F
+        covariance_FF += (centred_SF.T @ centred_SF).double()
+    dist.all_sum_(covariance_FF)
+    variance_F, direction_FF = torch.linalg.eigh(covariance_FF / count)  # smallest first
+    D = max(1, min(components, width, count - 1))
+    # Directions without variance would only blow up rounding: they are left at almost nothing.
+    scale_D = variance_F[-D:].clamp(min=1e-6 * float(variance_F[-1]) + 1e-12).rsqrt()
+    turn_FD = (direction_FF[:, -D:] * scale_D).float()
+    dist.broadcast_(turn_FD)  # the sign of a direction is the library's choice
+    return torch.cat([(piece_SF.float() - mean_F) @ turn_FD for piece_SF in features_SF.split(ROWS)])
+
+
+def start(features_SD: Tensor, labels_S: Tensor, recipe: Recipe) -> State:
+    """The state after a K-Means. A cluster that is empty takes half of the largest.
+
+    Args:
+        features_SD: (S, D) float, compact; the state takes them over.
+        labels_S: (S,) integers in 0..K-1.
+        recipe: resolved.
+    """
+    dtype = {"float16": torch.float16, "float32": torch.float32}[recipe.memory.dtype]
+    K = recipe.memory.clusters
+    assert isinstance(K, int)
+    state = State(memory.new_memory(features_SD, labels_S, K, dtype), recipe)
+    state.memory.sizes_K = dist.all_sum(state.memory.counts_K)
+    memory.set_centroids(state.memory, dist.all_sum(state.memory.sums_KD))
+    generator = torch.Generator().manual_seed(step_seed(recipe.seed, 7))
+    handle_small_clusters(state.memory, 0, VARIANTS["paper"], generator)
+    return state
+
+
+def stored(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a snapshot keeps: rows of this rank's images, and what is the same on every rank."""
+    kept = state.memory
+    return {"features": kept.features_SD, "labels": kept.labels_S}, {"centroids": kept.centroids_KD}
+
+
+def restore(state: State, rows: dict[str, Tensor], same: dict[str, Tensor]) -> None:
+    """Put back what was `stored`, in place."""
+    state.memory = odc.restored(state.memory, rows, same)
+
+
+def begin_epoch(state: State, epoch: int, embed: Callable[[], Tensor]) -> bool:
+    """Cluster anew, every `dc.interval` epochs; the first time was before training.
+
+    Args:
+        state: changed in place.
+        epoch: counted from 0.
+        embed: gives the backbone features (S, F) of this rank's images, without augmentation, in evaluation mode.
+
+    Returns:
+        Whether labels are new, and mean nothing to the old classifier.
+    """
+    recipe = state.recipe
+    if epoch == 0 or epoch % recipe.dc.interval:
+        return False
+    features_SD = compact(embed(), recipe)
+    K = recipe.memory.clusters
+    assert isinstance(K, int)
+    seed = step_seed(recipe.seed, 6, epoch)
+    centroids_KD = kmeans(features_SD, K, seed, recipe.kmeans.iterations, recipe.kmeans.engine)
+    state.memory = start(features_SD, assign(features_SD, centroids_KD)[0], recipe).memory
+    return True
+
+
+def draw(state: State, generator: torch.Generator) -> Tensor:
+    """The order of an epoch: uniform over clusters, or each image once where the loss is re-weighted instead.
+
+    Clusters come equally often, to within one image on a rank; in a large one not every image has its turn, in a small
+    one some have several.
+
+    Args:
+        state: only read.
+        generator: on the CPU.
+
+    Returns:
+        (S,) int64 rows of this rank.
+    """
+    S = len(state.memory.labels_S)
+    shuffled_S = torch.randperm(S, generator=generator)
+    if state.recipe.dc.balance == "reweighting" or S == 0:
+        return shuffled_S
+    labels_S = state.memory.labels_S.cpu().long()
+    by_cluster_S = shuffled_S[labels_S[shuffled_S].argsort(stable=True)]
+    share_S = 1 / state.memory.sizes_K.cpu().double()[labels_S[by_cluster_S]]
+    # S points at equal distances along the clusters laid end to end, each as long as its share of this rank.
+    points_S = (torch.arange(S) + torch.rand((), generator=generator)) / S * share_S.sum()
+    drawn_S = by_cluster_S[torch.searchsorted(share_S.cumsum(0), points_S).clamp(max=S - 1)]
+    return drawn_S[torch.randperm(S, generator=generator)]
+
+
+def targets(state: State, row_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The batch's labels, and the weights of all clusters.
+
+    Args:
+        state: only read.
+        row_B: (B,) int64, rows of this rank.
+
+    Returns:
+        (B,) int64 labels and (K,) float32 weights: 1 / sqrt(N_c) (sec. 3.2), or all the same where clusters are drawn
+        uniformly.
+    """
+    weight_K = memory.loss_weights(state.memory.sizes_K, VARIANTS["paper"])
+    label_B = state.memory.labels_S.index_select(0, row_B).long()
+    return label_B, weight_K if state.recipe.dc.balance == "reweighting" else torch.ones_like(weight_K)
+
+
+def update(state: State, row_B: Tensor, features_BD: Tensor, step: int) -> dict[str, Tensor]:
+    """Nothing moves within an epoch."""
+    return {"change_ratio": torch.zeros((), device=row_B.device)}

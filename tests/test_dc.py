@@ -1,0 +1,153 @@
+"""DeepCluster: K-Means at the start of every epoch, a classifier that starts anew, clusters drawn uniformly."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from odcft.errors import OdcftError
+from odcft.methods import dc
+from odcft.recipe import MemoryRecipe, Recipe, load_recipe
+from odcft.train import fine_tune, init_memory
+
+QUICK = ["method=dc", "optim.batch_size=4", "log.interval=1", "log.tensorboard=false", "dc.pca=4"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path, make_checkpoint):
+    return str(make_checkpoint(tmp_path / "start.pth.tar"))
+
+
+@pytest.fixture
+def images(tmp_path, make_images):
+    return str(make_images(tmp_path / "images"))
+
+
+def quick(*overrides):
+    return load_recipe("small", [*QUICK, "optim.epochs=2", "memory.clusters=3", *overrides])
+
+
+def backbone(run):
+    return load_file(run / "backbone" / "model.safetensors")
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def state_of(labels, clusters, balance="sampling"):
+    recipe = Recipe(method="dc", memory=MemoryRecipe(clusters=clusters, dtype="float32"))
+    recipe.dc.balance = balance
+    draw = torch.Generator().manual_seed(0)
+    return dc.start(torch.randn(len(labels), 8, generator=draw), torch.tensor(labels), recipe)
+
+
+def test_whitened_features_have_variance_one_and_no_correlation():
+    draw = torch.Generator().manual_seed(0)
+    features_SF = torch.randn(500, 6, generator=draw) @ torch.randn(6, 12, generator=draw) + 3
+    white_SD = dc.whiten(features_SF, 4)
+    assert white_SD.shape == (500, 4)
+    assert torch.allclose(white_SD.mean(0), torch.zeros(4), atol=1e-4)
+    assert torch.allclose(white_SD.T @ white_SD / 500, torch.eye(4), atol=1e-3)
+
+
+def test_fewer_images_than_components_give_fewer_components():
+    features_SD = dc.compact(torch.randn(5, 12), Recipe(method="dc"))
+    assert features_SD.shape == (5, 4)
+    assert torch.allclose(features_SD.norm(dim=1), torch.ones(5))
+
+
+def test_every_cluster_is_drawn_equally_often():
+    labels = [0] * 90 + [1] * 9 + [2] * 1
+    state = state_of(labels, 3)
+    drawn = torch.tensor(labels)[dc.draw(state, torch.Generator().manual_seed(1))]
+    counts = torch.bincount(drawn, minlength=3)
+    assert counts.sum() == 100
+    assert counts.max() - counts.min() <= 2
+
+
+def test_reweighting_draws_each_image_once_and_weighs_small_clusters_more():
+    state = state_of([0] * 8 + [1] * 2, 2, "reweighting")
+    assert sorted(dc.draw(state, torch.Generator()).tolist()) == list(range(10))
+    weight_K = dc.targets(state, torch.arange(2))[1]
+    assert torch.allclose(weight_K[1] / weight_K[0], torch.tensor(2.0))
+    assert dc.targets(state_of([0] * 8 + [1] * 2, 2), torch.arange(2))[1].unique().tolist() == [1.0]
+
+
+def test_an_empty_cluster_takes_half_of_the_largest():
+    state = state_of([0] * 10 + [1] * 3, 4)
+    assert (state.memory.sizes_K > 0).all()
+    assert state.memory.sizes_K[1] == 3
+    assert state.memory.sizes_K.sum() == 13
+
+
+def test_labels_stand_still_within_an_epoch_and_change_between(tmp_path, checkpoint, images):
+    summary = fine_tune(checkpoint, images, tmp_path / "run", quick("optim.epochs=3"))
+    written = lines(tmp_path / "run")
+    assert summary["steps"] == len(written) == 9
+    assert all(line["change_ratio"] == 0 and line["empty"] == 0 for line in written)
+    assert "nmi_previous" not in written[2]  # the first clustering has none before it
+    assert any("nmi_previous" in written[step] for step in (5, 8))
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").method == "dc"
+
+
+def test_the_classifier_starts_anew_with_the_labels(tmp_path, checkpoint, images, monkeypatch):
+    from odcft.model import Model
+
+    heads = []
+    whole = Model.new_head
+
+    def new_head(self, optimizer, seed):
+        heads.append(self.head.weight.detach().clone())
+        whole(self, optimizer, seed)
+        assert not any(p in optimizer.state for p in self.head.parameters())
+        assert not torch.equal(self.head.weight, heads[-1])
+
+    monkeypatch.setattr(Model, "new_head", new_head)
+    fine_tune(checkpoint, images, tmp_path / "run", quick("optim.epochs=4"))
+    assert len(heads) == 3
+    fine_tune(checkpoint, images, tmp_path / "every_second", quick("optim.epochs=4", "dc.interval=2"))
+    assert len(heads) == 4
+
+
+def test_resumed_run_equals_uninterrupted_run(tmp_path, checkpoint, images):
+    same = ("optim.schedule=step", "optim.final_epochs=0")
+    fine_tune(checkpoint, images, tmp_path / "whole", quick(*same))
+    fine_tune(checkpoint, images, tmp_path / "parts", quick(*same, "optim.epochs=1"))
+    fine_tune(checkpoint, images, tmp_path / "parts", quick(*same), resume=True, epochs=2)
+    first, second = backbone(tmp_path / "whole"), backbone(tmp_path / "parts")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_memory_of_one_method_is_not_for_the_other(tmp_path, checkpoint, images):
+    init_memory(checkpoint, images, tmp_path / "memory", quick())
+    fine_tune(checkpoint, images, tmp_path / "dc", quick(), memory=tmp_path / "memory")
+    fine_tune(checkpoint, images, tmp_path / "none", quick())
+    first, second = backbone(tmp_path / "dc"), backbone(tmp_path / "none")
+    assert all(torch.allclose(first[name].float(), second[name].float(), atol=1e-4) for name in first)
+    with pytest.raises(OdcftError, match="was made for dc"):
+        fine_tune(checkpoint, images, tmp_path / "odc", quick("method=odc"), memory=tmp_path / "memory")
+
+
+def test_clusters_of_few_images_are_allowed(tmp_path, checkpoint, images):
+    assert fine_tune(checkpoint, images, tmp_path / "run", quick("memory.clusters=6"))["clusters"] == 6
+    with pytest.raises(OdcftError, match="13 clusters for 12 images cannot work"):
+        fine_tune(checkpoint, images, tmp_path / "x", quick("memory.clusters=13"))
+
+
+def test_two_processes_cluster_together(tmp_path, checkpoint, images):
+    command = [sys.executable, "-m", "odcft", "finetune", checkpoint, images, "--recipe", "small", "--json"]
+    settings = [word for pair in quick_flags() for word in ("--set", pair)]
+    result = subprocess.run(
+        [*command, *settings, "--out", str(tmp_path / "run"), "--devices", "2"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["steps"] == 6
+    assert all(line["empty"] == 0 for line in lines(tmp_path / "run"))
+
+
+def quick_flags():
+    return [*QUICK, "optim.epochs=2", "memory.clusters=3"]
