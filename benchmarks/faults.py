@@ -117,10 +117,10 @@ def many(count: int, one: Any) -> dict[str, Any]:
 
 
 def make_inputs(folder: Path) -> None:
-    """64 small images of two kinds and the checkpoint of a tiny network."""
+    """40 small images of two kinds and the checkpoint of a tiny network."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(0)
-    for i in range(64):
+    for i in range(40):
         tiles = draw.integers(0, 255, (4, 4, 3)) if i % 2 else draw.integers(0, 255, (1, 4, 3)).repeat(4, 0)
         path = folder / "images" / f"{i:03d}.png"
         path.parent.mkdir(exist_ok=True)
