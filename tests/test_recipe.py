@@ -51,6 +51,11 @@ def test_default_recipe_writes_out_every_field():
         ("memory.clusters=many", "memory.clusters='many' will not do"),
         ("augment.crop_scale=[1.0, 0.2]", "a range is [low, high]"),
         ("memory=3", "this is a group of fields"),
+        (
+            "codc.members=[{clutser: 1}]",
+            "codc.members[0].clutser: no such field. Did you mean codc.members[0].cluster?",
+        ),
+        ("codc.members=3", "codc.members=3 will not do"),
         ("seed.x=3", "seed has no parts"),
     ],
 )
