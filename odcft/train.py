@@ -35,7 +35,7 @@ from odcft.optim import lr_at, make_optimizer, set_lr
 from odcft.optim import restore as restore_optimizer
 from odcft.optim import stored as stored_optimizer
 from odcft.recipe import MemberRecipe, Recipe, dump
-from odcft.resume import read_quarantine, refuse_other_checkpoint, resumed_recipe, same_images
+from odcft.resume import read_about, read_quarantine, refuse_other_checkpoint, resumed_recipe, same_images
 from odcft.stopping import Stopped
 
 
@@ -409,7 +409,7 @@ def fine_tune(
 
     Raises:
         OdcftError: for anything the user can mend, and for a loss that is not finite (the last good state is kept).
-        Stopped: where a program has `stopping.listen`ed, and was asked to stop; the state is saved.
+        Stopped: within `stopping.listening()`, asked to stop by a signal; the state is saved.
     """
     progress = progress or Progress()
     ckpts = [ckpt] if isinstance(ckpt, str) else ckpt
@@ -449,6 +449,7 @@ def _new_run(
         folders.clear(out, folders.RUN_FILES)
         about = folders.about(ckpts, [one.backbone.arch for one in start.loaded], data, start.images)
         about |= {"asked": recipe.model_dump(mode="json"), "sample": folders.sample(start.images)}
+        about |= {"arch_given": arch}
         folders.write_whole(out / "run.json", json.dumps(about, indent=2))
         folders.write_image_lists(start.images, start.unreadable, out)
     dist.barrier()
@@ -470,7 +471,8 @@ def _resume_point(
         OdcftError: no intact state; another recipe, checkpoint or data than the run was started with.
     """
     saved = snapshot.load(snapshot.newest(out, progress.say))
-    about = json.loads((out / "run.json").read_text())
+    about = read_about(out)
+    arch = arch or about.get("arch_given")
     recipe = resumed_recipe(recipe, epochs, out, about, saved.about)
     refuse_other_checkpoint(ckpts, out, about)
     loaded = [load_backbone(ckpt, arch) for ckpt in ckpts]
@@ -655,8 +657,9 @@ def _train(
                     figures["nmi_previous"] = nmi(labels_before_S, state.memory.labels_S)
                     labels_before_S = state.memory.labels_S.clone()
                 troubles = warnings([*metrics.lines(), figures], K)
-                for trouble in troubles.keys() - metrics.last().get("warnings", []):
-                    progress.say(f"Warning     Step {step}: {troubles[trouble]}")
+                for trouble, what in troubles.items():
+                    if trouble not in metrics.last().get("warnings", []):
+                        progress.say(f"Warning     Step {step}: {what}")
                 if troubles:
                     figures["warnings"] = sorted(troubles)
                 metrics.write(step, figures)

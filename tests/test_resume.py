@@ -74,12 +74,13 @@ def go(inputs, tmp_path):
 @pytest.fixture
 def listening():
     """The signals are heeded, as on the command line."""
-    before = {name: signal.getsignal(getattr(signal, name)) for name in stopping.SIGNALS}
-    stopping.listen()
-    yield
-    for name, handler in before.items():
-        signal.signal(getattr(signal, name), handler)
-    stopping.listen.__globals__["_asked"] = ""
+    with stopping.listening():
+        yield
+
+
+def forget():
+    """As in a new process."""
+    stopping.listening.__globals__["_asked"] = ""
 
 
 def at_step(monkeypatch, wanted, do):
@@ -119,7 +120,7 @@ def test_run_that_was_stopped_anywhere_ends_with_the_same_bits(inputs, go, tmp_p
         with pytest.raises(Stopped, match=f"Saved after {step + 1} of 6 steps"):
             go(resume=number > 0)
         assert not (tmp_path / "run" / "backbone").exists()
-        stopping.listen()
+        forget()
         monkeypatch.undo()
         at_step(monkeypatch, steps[number + 1 :], ask_to_stop)
     go(resume=True)
@@ -137,7 +138,7 @@ def test_run_that_is_asked_before_its_first_step_begins_again(inputs, go, tmp_pa
         go()
     assert not (tmp_path / "run").exists()
     monkeypatch.undo()
-    stopping.listen()
+    forget()
     go(resume=True)
     assert "has no state to resume from yet" in "".join(go.said)
     assert outcome(tmp_path / "run") == outcome(inputs / "whole")
@@ -226,7 +227,7 @@ def test_finished_run_is_left_alone(go, tmp_path):
 
 def test_second_ctrl_c_ends_at_once_and_two_in_a_moment_are_one():
     code = (
-        "import time; from odcft import stopping; stopping.listen()\n"
+        "import time; from odcft import stopping; listening = stopping.listening(); listening.__enter__()\n"
         "with stopping.deferred():\n"
         "    print('ready', flush=True)\n"
         "    time.sleep(2); print('still here', flush=True); time.sleep(60)"
@@ -253,7 +254,7 @@ def stopped_run(go, tmp_path, monkeypatch, listening):
     with pytest.raises(Stopped):
         go()
     monkeypatch.undo()
-    stopping.listen()
+    forget()
     return tmp_path / "run"
 
 
