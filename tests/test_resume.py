@@ -80,7 +80,7 @@ def listening():
 
 def forget():
     """As in a new process."""
-    stopping.listening.__globals__["_asked"] = ""
+    stopping._asked = ""
 
 
 def at_step(monkeypatch, wanted, do):
