@@ -8,8 +8,8 @@ Every count may be 0. --disk mounts a tmpfs in a namespace of its own; that need
 docs/reliability.md has the figures.
 
 A training takes a few seconds and saves its state as often as it can (log.snapshot_share=1), so that a good part of the
-moments falls into saving. Processes are forks of this one, to spare the imports; every fifth run of two ranks is started
-by `--devices 2` instead.
+moments falls into saving. Processes are forks of this one, to spare the imports; every fifth run of two ranks is
+started by `--devices 2` instead.
 """
 
 import argparse
