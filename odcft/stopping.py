@@ -22,7 +22,8 @@ _process = 0  # that listens: data workers inherit the handlers and must not hee
 _asked = ""  # the first signal
 _asked_at = 0.0
 _deferred = False
-_launcher = int(os.environ.get(LAUNCHER, 0))
+# torchrun heeds no SIGUSR1 and dies of it; its processes go on as orphans.
+_launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else int(os.environ.get(LAUNCHER, 0))
 
 
 class Stopped(BaseException):
