@@ -507,6 +507,7 @@ def _train(
     if optim.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = dist.parallel(network, device)
+    _rehearse(model, recipe, K, device)
     optimizer = make_optimizer(
         [p for member in network for p in member.body()], [p for member in network for p in member.heads()], optim
     )
@@ -709,6 +710,26 @@ def _result(start: Start, out: Path, steps: int, seconds: float) -> dict[str, An
         "change_ratio": last.get("change_ratio"),
         "seconds": round(seconds, 1),
     }
+
+
+def _rehearse(model: nn.Module, recipe: Recipe, K: int, device: torch.device) -> None:
+    """With several ranks, a backward pass that nothing comes of.
+
+    The first one decides how torch sorts the gradients into the buckets that travel, and so in which order three ranks
+    and more add them up. A run that goes on has to have had it as one that began.
+    """
+    if dist.world_size() == 1:
+        return
+    size = _number(recipe.data.size)
+    images = torch.zeros(2, 3, size, size, device=device)
+    made = codc.copies(images, recipe.codc, 0)
+    model.eval()  # leaves the running statistics alone
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.optim.precision == "bfloat16"):
+        outputs = model(images, made.turned, made.mixed)
+    label_B, weight_K = torch.zeros(2, dtype=torch.int64, device=device), torch.ones(K, device=device)
+    codc.losses(outputs, recipe.codc, label_B, weight_K, made)[0].backward()
+    model.zero_grad()
+    model.train()
 
 
 def _agreed(late: LateReader, loss: Tensor, stop: bool, due: bool) -> tuple[bool, bool, bool]:
