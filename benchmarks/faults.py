@@ -72,8 +72,8 @@ def main() -> None:
         results[name] = values
         print(f"{name}: {json.dumps(values)}", file=sys.stderr, flush=True)
 
-    whole, seconds = reference(folder, "whole")
-    comparison_can_fail(folder, whole)
+    whole, _ = reference(folder, "whole")
+    seconds = comparison_can_fail(folder, whole)
     told("reference", {"seconds": round(seconds, 2), "states_in_a_run": count_states(folder)})
     if args.sigkill:
         told("sigkill", many(args.sigkill, lambda i: killed(folder, whole, seconds, draw, i)))
@@ -117,10 +117,10 @@ def many(count: int, one: Any) -> dict[str, Any]:
 
 
 def make_inputs(folder: Path) -> None:
-    """64 small images of two kinds and the checkpoint of a tiny network."""
+    """40 small images of two kinds and the checkpoint of a tiny network."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(0)
-    for i in range(64):
+    for i in range(40):
         tiles = draw.integers(0, 255, (4, 4, 3)) if i % 2 else draw.integers(0, 255, (1, 4, 3)).repeat(4, 0)
         path = folder / "images" / f"{i:03d}.png"
         path.parent.mkdir(exist_ok=True)
@@ -141,6 +141,7 @@ def start(arguments: list[str], log: Path) -> int:
     code = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
@@ -164,6 +165,18 @@ def end_of(number: int, within: float) -> int | None:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
     return None
+
+
+def end_while_saving(number: int, run: Path, draw: random.Random) -> int | None:
+    """Wait until some state is being written; the exit code, if the process ended before."""
+    states, seen, now = draw.randint(1, 6), 0, False
+    while seen < states:
+        done, status = os.waitpid(number, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        before, now = now, any((run / "checkpoints").glob(".*.unfinished"))
+        seen += now and not before
+    return end_of(number, draw.uniform(0, 0.02))
 
 
 def finish(number: int, log: Path) -> int:
@@ -231,13 +244,13 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return different
 
 
-def comparison_can_fail(folder: Path, whole: dict[str, Any]) -> None:
-    """Another seed must be noticed in every part; and so must one bit, and one line."""
+def comparison_can_fail(folder: Path, whole: dict[str, Any]) -> float:
+    """Another seed must be noticed in every part; so must one bit, and one line. Returns how long a run takes."""
     log = folder / "other.log"
     finish(start(command(folder, folder / "other", *TRAINING, "--seed", "1"), log), log)
     noticed = differences(whole, outcome(folder / "other"))
     assert {"backbone", "state", "memory", "metrics", "clusters"} <= set(noticed), noticed
-    again, _ = reference(folder, "again")
+    again, seconds = reference(folder, "again")
     assert not differences(whole, again), "two runs that nothing happens to differ: nothing can be compared"
     for part in ("backbone", "memory"):
         tensor = next(t for t in again[part].values() if t.numel() > 1)
@@ -248,23 +261,29 @@ def comparison_can_fail(folder: Path, whole: dict[str, Any]) -> None:
     assert differences(whole, again) == ["metrics"]
     again["metrics"][3:3] = [line, line]
     assert differences(whole, again) == ["metrics"]
+    return seconds
 
 
 # ---------------------------------------------------------------- what happens to it
 
 
 def killed(folder: Path, whole: dict[str, Any], seconds: float, draw: random.Random, i: int) -> dict[str, Any]:
-    """SIGKILL at a random moment, and at others while it goes on, with a chance of 1/3 each; then it may finish."""
+    """SIGKILL at a random moment, and at others while it goes on, with a chance of 1/3 each; then it may finish.
+
+    In every second run the first moment is one of saving: soon after some state was begun.
+    """
     run, log = folder / f"killed-{i}", folder / f"killed-{i}.log"
     figures = {"kills": 0, "while_saving": 0, "before_first_state": 0, "after_last_step": 0}
     arguments = command(folder, run, *TRAINING)
     while True:
         number = start(arguments, log)
         leave_alone = figures["kills"] and draw.random() > 1 / 3
-        code = end_of(number, LIMIT if leave_alone else draw.uniform(0, seconds))
-        if code is None and leave_alone:
-            os.kill(number, signal.SIGABRT)
-            return {**figures, "differences": [f"hangs: {log.read_text()[-2000:]}"]}
+        if leave_alone:
+            code: int | None = finish(number, log)
+        elif i % 2 and not figures["kills"]:
+            code = end_while_saving(number, run, draw)
+        else:
+            code = end_of(number, draw.uniform(0, seconds))
         if code is None:
             os.kill(number, signal.SIGKILL)
             os.waitpid(number, 0)

@@ -1,6 +1,6 @@
 """The paper's Table 4 on given data: the checkpoints, and what DC, ODC and collaborative ODC make of them.
 
-    python benchmarks/fine_tuning.py CKPT [CKPT…] DATA --test DATA --out DIR [--methods odc,dc] [--seeds 0,1]
+    python benchmarks/fine_tuning.py CKPT [CKPT…] DATA --test DATA [--out DIR] [--methods odc,dc] [--seeds 0,1]
         [--recipe small] [--epochs 12] [--set FIELD=VALUE]… [--dc-set FIELD=VALUE]… [--codc CKPT,CKPT]… [--json]
 
 Every run is `odcft finetune` on DATA in a process of its own, and is judged by `odcft evaluate` on --test, half of it
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="CKPT… DATA", help="checkpoints, then unlabelled images")
     parser.add_argument("--test", required=True, help="labelled images, a folder a class")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("fine_tuning"), help="where all is kept; ./fine_tuning")
     parser.add_argument("--methods", default="odc,dc")
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--recipe", default="small")
@@ -46,7 +46,9 @@ def main() -> None:
     *ckpts, data = args.inputs
     if not ckpts:
         parser.error("give a checkpoint or several, and then the images")
-    (args.out / "results").mkdir(parents=True, exist_ok=True)
+    if len({named(ckpt) for ckpt in ckpts}) < len(ckpts):
+        parser.error("two checkpoints have the same file name up to the first dot: rename or link one")
+    refuse_other_settings(parser, args)
 
     seeds, methods = args.seeds.split(","), args.methods.split(",")
     for ckpt in ckpts:
@@ -73,6 +75,17 @@ def main() -> None:
         print(json.dumps(table(results)))
     else:
         print(as_text(table(results)))
+
+
+def refuse_other_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Results of other settings must not end in one table; more checkpoints, seeds and methods may."""
+    settings = {name: getattr(args, name) for name in ("test", "recipe", "epochs", "overrides", "dc")}
+    settings["data"] = args.inputs[-1]
+    (args.out / "results").mkdir(parents=True, exist_ok=True)
+    path = args.out / "settings.json"
+    if path.exists() and json.loads(path.read_text()) != settings:
+        parser.error(f"{path} is of other settings: choose another --out")
+    path.write_text(json.dumps(settings))
 
 
 def named(ckpt: str) -> str:

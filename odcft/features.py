@@ -20,6 +20,7 @@ def extract(
     progress: Progress,
     title: str = "Features",
     dtype: torch.dtype = torch.float32,
+    stop: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, dict[int, str]]:
     """Features of the images this rank owns, in row order, without augmentation.
 
@@ -32,6 +33,7 @@ def extract(
         progress: shows how far it is.
         title: the name of this phase.
         dtype: of the result.
+        stop: asked before every batch; the rest is left out once it says so.
 
     Returns:
         (S, D) on the device, rows of unreadable images zero; and those images: number to reason, of this rank.
@@ -42,6 +44,8 @@ def extract(
     features_SD: Tensor | None = None
     with progress.phase(title, len(owned)) as advance:
         for part in loader(crops, in_order(owned, batch), workers, device):
+            if stop():
+                break
             unreadable.update(part.unreadable)
             if len(part.index_B):
                 images = to_float(part.pixels, device)

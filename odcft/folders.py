@@ -23,7 +23,7 @@ RUN_FILES = (
     *("recipe.yaml", "run.json", "metrics.jsonl", "checkpoints", *BACKBONES, "clusters.parquet", "tensorboard"),
     *("report.html", "images.csv", "quarantine.csv"),
 )
-BEGUN = {"recipe.yaml", "run.json", "images.csv", "quarantine.csv", "checkpoints"}  # a RUN before its first state
+BEGUN = {"recipe.yaml", "run.json", "images.csv", "quarantine.csv", "checkpoints", "metrics.jsonl", "tensorboard"}
 LOCK = "lock"
 
 
@@ -134,8 +134,10 @@ def _holder(path: Path) -> str:
 
 
 def only_begun(out: Path) -> bool:
-    """Whether a RUN folder holds nothing yet that would be lost by beginning again."""
-    return contents(out) <= BEGUN and not any((out / "checkpoints").glob("*step-*"))
+    """Whether a RUN folder holds nothing yet that would be lost by beginning again: no state, no step."""
+    metrics = out / "metrics.jsonl"
+    stepped = any((out / "checkpoints").glob("*step-?????????")) or (metrics.exists() and metrics.stat().st_size > 0)
+    return contents(out) <= BEGUN and not stepped
 
 
 def about(ckpts: list[str], archs: list[str], data: str, images: Images) -> dict[str, Any]:

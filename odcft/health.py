@@ -129,6 +129,8 @@ def warnings(lines: list[dict[str, Any]], K: int) -> dict[str, str]:
         found["chance"] = (
             f"the loss has stayed at ln K for {CHANCE_EPOCHS:.0f} epochs: the labels carry no signal. Try {gentler}."
         )
+    if now["epoch"] < 1:  # as K-Means and an untrained neck left them
+        return found
     effective = K ** now["entropy"]
     if effective < EFFECTIVE * K or now["largest_share"] > max(SHARE, TIMES_EVEN / K):
         found["uneven"] = (

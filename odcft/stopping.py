@@ -37,7 +37,7 @@ def listen() -> None:
         return
     for name in SIGNALS:
         number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup: SIGHUP
             signal.signal(number, _on_signal)
 
 

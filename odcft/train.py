@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -555,6 +555,11 @@ def _train(
             )
         return not failed
 
+    def save_and_stop(done: int) -> NoReturn:
+        saved_at = done if save(done) else saved_step
+        metrics.close()
+        raise Stopped(f"Saved after {saved_at:,} of {order.steps:,} steps.")
+
     def embed() -> Tensor:
         """Backbone features (S, F) of this rank's images as they are, in evaluation mode."""
         (only,) = network
@@ -562,8 +567,14 @@ def _train(
         batch, workers = max(1, optim.batch_size // dist.world_size()), _number(recipe.data.workers)
         network.eval()
         with torch.autocast(device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
-            features_SF, _ = extract(only.backbone, plain, batch, workers, device, Progress(quiet=True))
+            features_SF, _ = extract(
+                *(only.backbone, plain, batch, workers, device, Progress(quiet=True)), stop=stopping.asked
+            )
         network.train()
+        stop = torch.tensor(float(bool(stopping.asked())), device=device)
+        dist.all_sum_(stop)
+        if stop:
+            save_and_stop(step)
         return features_SF
 
     if saved is None and not save(0):  # from the first step on there is a way back
@@ -574,13 +585,13 @@ def _train(
     with stopping.deferred(), progress.phase("Fine-tuning", len(order) * order.batch * dist.world_size()) as advance:
         batches = iter(loader(crops, order, _number(recipe.data.workers), device))
         for step in range(order.first_step, order.steps):
-            window.waiting()
             epoch, begun = divmod(step, order.steps_per_epoch)
             if begun == 0 and method.begin_epoch(state, epoch, embed):  # dc: labels are new
                 for member in network:
                     member.new_head(optimizer, step_seed(recipe.seed, 1, step))
                 order.first_step = step
                 batches = iter(loader(crops, order, _number(recipe.data.workers), device))
+            window.waiting()
             batch = next(batches)
             window.working()
             if batch.unreadable:
@@ -651,11 +662,10 @@ def _train(
                 metrics.write(step, figures)
                 note = f"epoch {math.ceil(figures['epoch'])}/{optim.epochs} · {summary(figures)}"
             advance(len(batch.index_B) * dist.world_size(), note)
-            if (due or stop) and save(step + 1):
-                saved_step = step + 1
             if stop:
-                metrics.close()
-                raise Stopped(f"Saved after {saved_step:,} of {order.steps:,} steps.")
+                save_and_stop(step + 1)
+            if due and save(step + 1):
+                saved_step = step + 1
     if saved_step < order.steps:
         save(order.steps)
 
@@ -682,12 +692,11 @@ def _finished(out: Path) -> int | None:
 
 def _result(start: Start, out: Path, steps: int, seconds: float) -> dict[str, Any]:
     """What `fine_tune` returns."""
-    last = (read_lines(out / "metrics.jsonl") or [{}])[-1]
-    backbones = [str(out / name) for name in folders.BACKBONES[: len(start.loaded)]]
+    last, members = (read_lines(out / "metrics.jsonl") or [{}])[-1], len(start.loaded)
     return {
         "out": str(out),
         "backbone": str(out / "backbone"),
-        **({"backbones": backbones} if len(backbones) > 1 else {}),
+        **({"backbones": [str(out / name) for name in folders.BACKBONES[:members]]} if members > 1 else {}),
         "images": len(start.images),
         "unreadable": len(start.unreadable),
         "clusters": start.recipe.memory.clusters,
