@@ -68,9 +68,10 @@ def read(path: Path) -> Contents:
 
     container = _container(path, start)
     replaced: list[str] = []
+    config: dict[str, Any] = {}
     try:
         if container == "safetensors":
-            tree = _load_safetensors(path)
+            tree, config = _load_safetensors(path)
         elif container == "torch tar":
             tree = load_tar(path, replaced)
         elif container == "pickle":
@@ -87,9 +88,8 @@ def read(path: Path) -> Contents:
     state_dicts = dict(_state_dicts(tree, ""))
     if not state_dicts:
         raise OdcftError(f"{path} holds no tensors with names, so there is no backbone in it.")
-    return Contents(
-        path, container, state_dicts, list(_names(tree)), list(_hints(tree)), _our_input(tree), sorted(set(replaced))
-    )
+    config = config or _our_input(tree)
+    return Contents(path, container, state_dicts, list(_names(tree)), list(_hints(tree)), config, sorted(set(replaced)))
 
 
 def _our_input(tree: Any) -> dict[str, Any]:
@@ -150,12 +150,19 @@ def _refuse_inflated(path: Path) -> None:
         )
 
 
-def _load_safetensors(path: Path) -> Any:
-    from safetensors import SafetensorError
+def _load_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The tensors, and what `odcft export` wrote beside them, in the words of a timm folder."""
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            words = file.metadata() or {}
+        config = {}
+        if {"architecture", "arch_args", "input"} <= set(words):
+            config = {"architecture": words["architecture"], "model_args": json.loads(words["arch_args"])}
+            config["odcft"] = {"input": json.loads(words["input"])}
+        return load_file(path), config
     except SafetensorError as error:
         raise OdcftError(f"{path} is a damaged safetensors file ({error}). Copy or download it again.") from None
 
@@ -177,6 +184,7 @@ def _load_torch(path: Path, replaced: list[str]) -> Any:
             if blocked:
                 raise Refused(blocked.group(1)) from None
             name = wanted.group(1) if wanted else ""
+            name = f"builtins.{name}" if name and "." not in name else name
             if name and name not in stand_ins and len(stand_ins) < 200:
                 stand_ins[name] = stand_in(name)
                 continue

@@ -1,7 +1,7 @@
 """Which network a checkpoint is of, who wrote it, and what it was shown.
 
-Architectures are told by the names and shapes of tensors. For each of timm's networks `timm_index.json` keeps four
-hashes of tensors that few other networks have (tools/index_timm.py makes it); those whose four are all in the file are
+Architectures are told by the names and shapes of tensors. For each of timm's networks `timm_index.json` keeps hashes of
+a few tensors that few other networks have (tools/index_timm.py makes it); a network whose are all in the file is
 compared in full.
 """
 
@@ -30,6 +30,8 @@ COMMON = (
     *("efficientnet_b0", "mobilenetv3_large_100", "regnety_016", "densenet121", "vgg16_bn", "vgg16"),
 )
 
+FEWEST = 10  # tensors of any backbone
+
 Kwargs = dict[str, Any]
 
 
@@ -51,7 +53,8 @@ def recognise(contents: Contents, arch: str | None = None) -> tuple[str, Kwargs,
     best: tuple[str, Kwargs, Match] | None = None
     for candidate, kwargs in [(arch, {})] if arch else _candidates(contents):
         found = candidate, *_fitted(contents, candidate, kwargs)
-        if best is None or _rank(found[2]) > _rank(best[2]):
+        rank = (*_rank(found[2]), -len(found[1]))
+        if best is None or rank > (*_rank(best[2]), -len(best[1])):
             best = found
         if found[2].share == 1 and candidate not in NETWORKS:
             break
@@ -66,7 +69,7 @@ def recognise(contents: Contents, arch: str | None = None) -> tuple[str, Kwargs,
 
 
 def _rank(found: Match) -> tuple[bool, int, float]:
-    """A network that is there in full and large is a better answer than one of which there is a part."""
+    """A network that is there in full is a better answer than one of which there is a part; then the larger one."""
     return found.share == 1, len(found.tensors) if found.share > 0.9 else 0, found.share
 
 
@@ -87,7 +90,7 @@ def _candidates(contents: Contents) -> Iterator[tuple[str, Kwargs]]:
         if name not in seen:
             seen.add(name)
             yield name, {}
-    if not by_tensors and not plain:
+    if not by_tensors and not plain and sum(map(len, contents.state_dicts.values())) >= FEWEST:
         for name in (*told, *COMMON):
             if name not in seen:
                 seen.add(name)
@@ -97,7 +100,7 @@ def _candidates(contents: Contents) -> Iterator[tuple[str, Kwargs]]:
 def _may_be(contents: Contents, name: str) -> bool:
     """Whether the first and the last weights of one of our own networks are in the file."""
     weights = [key for key, own in _own_shapes(name).items() if own.ndim > 1]
-    there = _named_shapes(contents, lambda tensor: tuple(tensor.shape))
+    there = _named_shapes(contents)
     return all((key, tuple(_own_shapes(name)[key].shape)) in there for key in (weights[1], weights[-1]))
 
 
@@ -106,10 +109,10 @@ def _own_shapes(name: str) -> dict[str, Tensor]:
     return shapes(name)
 
 
-def _named_shapes(contents: Contents, shape_of: Any) -> set[tuple[str, Any]]:
+def _named_shapes(contents: Contents) -> set[tuple[str, tuple[int, ...]]]:
     """All ends of all names in a file, with their tensors' shapes."""
     return {
-        (end, shape_of(tensors[key]))
+        (end, tuple(tensors[key].shape))
         for tensors in contents.state_dicts.values()
         for names in views(tensors)
         for name, key in names.items()
@@ -129,16 +132,24 @@ def fingerprint(name: str, shape: Iterable[int]) -> int:
     return zlib.crc32(f"{name}:{'x'.join(map(str, shape))}".encode())
 
 
+def any_channels(shape: Iterable[int]) -> tuple[int, ...]:
+    """The shape of a first convolution without its input channels."""
+    wide, _, *kernel = shape
+    return (wide, *kernel)
+
+
 @cache
 def _index() -> dict[str, list[int]]:
-    """timm name: how many tensors it has, and the fingerprints of four."""
+    """timm name: how many tensors it has, and the fingerprints of its first convolution and of four more."""
     index: dict[str, list[int]] = json.loads((Path(__file__).parent / "timm_index.json").read_text())
     return index
 
 
 def _by_tensors(contents: Contents) -> Iterator[str]:
-    """timm's networks whose four telling tensors are in the file, those with most tensors first."""
-    there = {fingerprint(end, shape) for end, shape in _named_shapes(contents, lambda tensor: tuple(tensor.shape))}
+    """timm's networks whose telling tensors are in the file, those with most tensors first."""
+    shapes_there = _named_shapes(contents)
+    there = {fingerprint(end, shape) for end, shape in shapes_there}
+    there |= {fingerprint(end, any_channels(shape)) for end, shape in shapes_there if len(shape) == 4 and shape[1] < 8}
     known = [name for name, (_, *prints) in _index().items() if all(one in there for one in prints)]
     common = {name: place for place, name in enumerate(COMMON)}
     yield from sorted(known, key=lambda name: (-_index()[name][0], common.get(name, 99), len(name), name))
@@ -195,8 +206,7 @@ def family(contents: Contents, arch: str, found: Match) -> str:
         "timm": "architecture" in contents.config or "state_dict_ema" in names,
         "fair_caffe2": contents.container == "pickle" and "blobs" in names,
         "colorization_zhang": arch in ("colorization_eccv16", "colorization_siggraph17"),
-        "vissl": bool({"classy_state_dict", "model_state_dict"} & names)
-        and "_feature_blocks." in " ".join(keys[:9999]),
+        "vissl": bool({"classy_state_dict", "model_state_dict"} & names) and has("_feature_blocks."),
         "rotnet_gidaris": has("_feature_blocks."),
         "deepcluster": has("top_layer.", "features.module."),
         "lightly_ssl": "pytorch-lightning_version" in names and "backbone." in where,

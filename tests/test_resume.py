@@ -225,7 +225,7 @@ def test_second_ctrl_c_ends_at_once_and_two_in_a_moment_are_one():
         time.sleep(pause)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=10)
     assert process.returncode == 1
     assert "stopping after this step" in err
     assert "ended at once" in err
