@@ -1,11 +1,12 @@
 """The paper's Table 4 on given data: the checkpoints, and what DC, ODC and collaborative ODC make of them.
 
-    python benchmarks/fine_tuning.py CKPT [CKPT…] DATA --test DATA --out DIR [--methods odc,dc] [--seeds 0,1]
-        [--recipe small] [--epochs 12] [--set FIELD=VALUE]… [--dc-set FIELD=VALUE]… [--codc] [--json]
+    python benchmarks/fine_tuning.py CKPT [CKPT…] DATA --test DATA [--out DIR] [--methods odc,dc] [--seeds 0,1]
+        [--recipe small] [--epochs 12] [--set FIELD=VALUE]… [--dc-set FIELD=VALUE]… [--codc CKPT,CKPT]… [--json]
 
 Every run is `odcft finetune` on DATA in a process of its own, and is judged by `odcft evaluate` on --test, half of it
 held out: SVM mAP and kNN. All methods have the same recipe and epochs; --dc-set is for what DC needs otherwise. --codc
-adds a run of all checkpoints together, a member each.
+adds a run of several checkpoints together, a member each; as a column of their names it stands for their features side
+by side, and the checkpoints and the separate ODC runs, side by side, stand above it.
 
 DIR keeps the runs, a JSON of each (results/), table.json, and two pictures: loss_curves.png (fig. 1b) and
 label_changes.png (fig. 5). A run that is finished is not done again, one that was interrupted is gone on with: start
@@ -14,11 +15,13 @@ the same command again. The first seed of every cell comes first, and the table 
 
 import argparse
 import json
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,38 +33,64 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="CKPT… DATA", help="checkpoints, then unlabelled images")
     parser.add_argument("--test", required=True, help="labelled images, a folder a class")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("fine_tuning"), help="where all is kept; ./fine_tuning")
     parser.add_argument("--methods", default="odc,dc")
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--recipe", default="small")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--dc-set", dest="dc", action="append", default=[], metavar="FIELD=VALUE", help="for DC only")
-    parser.add_argument("--codc", action="store_true", help="all checkpoints together, too")
+    parser.add_argument("--codc", action="append", default=[], metavar="CKPT,CKPT", help="several together, too")
     parser.add_argument("--json", action="store_true", help="the table as JSON on stdout")
     args = parser.parse_args()
     *ckpts, data = args.inputs
     if not ckpts:
         parser.error("give a checkpoint or several, and then the images")
-    (args.out / "results").mkdir(parents=True, exist_ok=True)
+    if len({named(ckpt) for ckpt in ckpts}) < len(ckpts):
+        parser.error("two checkpoints have the same file name up to the first dot: rename or link one")
+    refuse_other_settings(parser, args)
 
-    names = [Path(ckpt).name.split(".")[0] for ckpt in ckpts]
-    for name, ckpt in zip(names, ckpts, strict=True):
-        keep(args.out, f"{name}-original", lambda ckpt=ckpt: judged(ckpt, args.test))
-    for seed in args.seeds.split(","):
-        for name, ckpt in zip(names, ckpts, strict=True):
-            for method in args.methods.split(","):
-                run = f"{name}-{method}-{seed}"
-                keep(args.out, run, lambda r=run, c=ckpt, m=method, s=seed: fine_tuned(args, r, [c], data, m, s))
-    if args.codc:
-        for seed in args.seeds.split(","):
-            run = f"all-codc-{seed}"
-            keep(args.out, run, lambda r=run, s=seed: fine_tuned(args, r, ckpts, data, "codc", s))
+    seeds, methods = args.seeds.split(","), args.methods.split(",")
+    for ckpt in ckpts:
+        keep(args.out, f"{named(ckpt)}-original", partial(judged, ckpt, args.test))
+    for seed in seeds:
+        for ckpt in ckpts:
+            for method in methods:
+                run = f"{named(ckpt)}-{method}-{seed}"
+                keep(args.out, run, partial(fine_tuned, args, run, [ckpt], data, method, seed))
+    for members in (together.split(",") for together in args.codc):
+        name = "+".join(map(named, members))
+        keep(args.out, f"{name}-original", partial(judged, members, args.test))
+        for seed in seeds:
+            keep(
+                args.out,
+                f"{name}-codc-{seed}",
+                partial(fine_tuned, args, f"{name}-codc-{seed}", members, data, "codc", seed),
+            )
+            apart = [args.out / f"{named(ckpt)}-odc-{seed}" / "backbone" for ckpt in members]
+            if all(backbone.exists() for backbone in apart):
+                keep(args.out, f"{name}-odc-{seed}", partial(judged, [str(backbone) for backbone in apart], args.test))
     results = read(args.out)
     if args.json:
         print(json.dumps(table(results)))
     else:
         print(as_text(table(results)))
+
+
+def refuse_other_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Results of other settings must not end in one table; more checkpoints, seeds and methods may."""
+    settings = {name: getattr(args, name) for name in ("test", "recipe", "epochs", "overrides", "dc")}
+    settings["data"] = args.inputs[-1]
+    (args.out / "results").mkdir(parents=True, exist_ok=True)
+    path = args.out / "settings.json"
+    if path.exists() and json.loads(path.read_text()) != settings:
+        parser.error(f"{path} is of other settings: choose another --out")
+    path.write_text(json.dumps(settings))
+
+
+def named(ckpt: str) -> str:
+    """A checkpoint's column: its file's name up to the first dot."""
+    return Path(ckpt).name.split(".")[0]
 
 
 def keep(out: Path, name: str, work: Any) -> None:
@@ -80,20 +109,13 @@ def read(out: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted((out / "results").glob("*.json"))}
 
 
-def odcft(*words: Any) -> dict[str, Any]:
-    """A command's JSON; its own words go to stderr."""
-    done = subprocess.run(
-        [sys.executable, "-m", "odcft", *map(str, words), "--json"], stdout=subprocess.PIPE, text=True
-    )
-    if done.returncode:
-        sys.exit(done.returncode)
-    return json.loads(done.stdout)
+def judged(backbone: str | list[str], test: str) -> dict[str, Any]:
+    """SVM and nearest neighbours of a backbone, or of several side by side and each alone."""
+    from odcft.evaluate import evaluate
 
-
-def judged(backbone: str | Path, test: str) -> dict[str, Any]:
-    """SVM and nearest neighbours of a backbone."""
-    results = odcft("evaluate", backbone, test, "--protocol", "svm,knn")
-    return {"svm": results["svm"]["mAP"], "knn": results["knn"]["top1"]}
+    results = evaluate(backbone, test, None, ["svm", "knn"])
+    figures = [{"svm": one["svm"]["mAP"], "knn": one["knn"]["top1"]} for one in (results, *results.get("members", []))]
+    return {**figures[0], **({"members": figures[1:]} if len(figures) > 1 else {})}
 
 
 def fine_tuned(
@@ -107,20 +129,20 @@ def fine_tuned(
     words += [word for override in overrides for word in ("--set", override)]
     words += ["--resume"] if (run / "run.json").exists() else []
     began, used = time.monotonic(), _cpu_seconds()
-    summary = odcft("finetune", *ckpts, data, "--out", run, *words)
+    command = [sys.executable, "-m", "odcft", "finetune", *ckpts, data, "--out", run, *words, "--json"]
+    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
     times = {"seconds": time.monotonic() - began, "cpu_seconds": _cpu_seconds() - used}
-    backbones = sorted(run.glob("backbone*"))
-    members = [judged(backbone, args.test) for backbone in backbones]
-    together = judged(run, args.test) if len(members) > 1 else members[0]
+    backbones = sorted(str(backbone) for backbone in run.glob("backbone*"))
     return {
-        **together,
-        **({"members": members} if len(members) > 1 else {}),
+        **judged(backbones if len(backbones) > 1 else backbones[0], args.test),
         **times,
         "resumed": "--resume" in words,
         "method": method,
         "seed": int(seed),
         "overrides": overrides,
-        "summary": summary,
+        "summary": json.loads(done.stdout),
     }
 
 
@@ -133,16 +155,15 @@ def _cpu_seconds() -> float:
 def table(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Mean and spread (highest less lowest) of every cell: {checkpoint: {row: {figure: …}}}.
 
-    A CODC run counts with its members in the checkpoints' columns, in the order they were given, and as a column "all".
+    The members of a CODC run count in their checkpoints' columns.
     """
     cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for name, result in results.items():
-        column, row = (name.removesuffix("-original"), "original") if name.endswith("-original") else ("", "")
-        if not row:
-            column, row, _ = name.rsplit("-", 2)
+        column, row, *_ = re.split(r"-(?=original$|(?:dc|odc|codc)-\d+$)|-(?=\d+$)", name)
         cells.setdefault(column, {}).setdefault(row, []).append(result)
-        for place, member in enumerate(result.get("members", [])):
-            cells.setdefault(f"{column}:{place + 1}", {}).setdefault(row, []).append(member)
+        if row == "codc":
+            for place, member in zip(column.split("+"), result["members"], strict=True):
+                cells.setdefault(place, {}).setdefault(row, []).append(member)
     summed: dict[str, Any] = {}
     for column, rows in cells.items():
         for row, runs in rows.items():
@@ -158,10 +179,10 @@ def table(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def as_text(summed: dict[str, Any]) -> str:
     """The table for people: mean, half the spread where there are several runs, and gain over the checkpoint."""
-    lines = [f"{'':<22}{'':<10}{'SVM mAP':>14}{'gain':>7}{'kNN':>14}{'gain':>7}{'minutes':>9}{'CPU min':>9}"]
+    lines = [f"{'':<36}{'':<10}{'SVM mAP':>14}{'gain':>7}{'kNN':>14}{'gain':>7}{'minutes':>9}{'CPU min':>9}"]
     for column, rows in summed.items():
         for row in sorted(rows, key=lambda r: ["original", "dc", "odc", "codc"].index(r)):
-            cell, text = rows[row], f"{column:<22}{row:<10}"
+            cell, text = rows[row], f"{column:<36}{row:<10}"
             for figure in FIGURES:
                 spread = f" ±{cell[f'{figure}_spread'] / 2:.1f}" if cell["runs"] > 1 else ""
                 text += f"{f'{cell[figure]:.1f}{spread}':>14}"
@@ -180,7 +201,7 @@ def draw(out: Path, results: dict[str, dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = {name: result for name, result in results.items() if "method" in result}
+    runs = {name: result for name, result in results.items() if "summary" in result}
     for file, figure, label, methods in (
         ("loss_curves.png", "loss_over_ln_k", "loss, of ln K", ("odc", "dc")),
         ("label_changes.png", "change_ratio", "labels that change", ("odc", "codc")),

@@ -174,7 +174,7 @@ def finetune(
         stopped.args = (f"{stopped} Go on with: {_resuming(sys.argv)}",)
         raise
     lines = [
-        f"Done in {duration(values['seconds'])}. Backbone: {values['backbone']}",
+        f"Done in {duration(values['seconds'])}. Backbone: {', '.join(values.get('backbones', [values['backbone']]))}",
         f'  import timm; net = timm.create_model("local-dir:{values["backbone"]}", pretrained=True, num_classes=0)',
         f"Did it get better?    odcft evaluate {out} LABELLED_IMAGES/ --protocol svm,knn",
     ]
@@ -199,7 +199,11 @@ def export(
     from odcft.export import export as run
 
     run(source, out, format, arch, overwrite)
-    _tell({"out": str(out), "format": format}, as_json, [f"Wrote {out} ({format}), read back and compared."])
+    lines = [f"Wrote {out} ({format}), read back and compared."]
+    lines += [
+        f"It is the first of several members; another is {other}." for other in sorted(Path(source).glob("backbone_*"))
+    ]
+    _tell({"out": str(out), "format": format}, as_json, lines)
 
 
 @app.command()

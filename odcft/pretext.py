@@ -65,6 +65,16 @@ class Jigsaw(nn.Module):
         super().__init__()
         self.backbone, self.augment = backbone, recipe.augment
         self.side = 3 if size >= 96 else 2
+        patch = size // self.side * 7 // 8
+        try:
+            self.backbone.eval()  # asked once whether it can
+            with torch.no_grad():
+                backbone.net(torch.zeros(1, 3, patch, patch))
+        except (RuntimeError, AssertionError):
+            raise OdcftError(
+                f"{backbone.arch} cannot look at patches of {patch} pixels, which jigsaw cuts from images of {size}. "
+                "Take rotation, a larger --set data.size, or another --arch."
+            ) from None
         self.order_CP: Tensor
         self.register_buffer("order_CP", orders(self.side**2, 100 if self.side == 3 else 24), persistent=False)
         self.head = nn.ModuleDict(
@@ -95,7 +105,7 @@ class Jigsaw(nn.Module):
 def cut(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
     """A patch from each cell of a side x side grid, at a random place in the cell: (B, C, H, H) to (B * P, C, h, h).
 
-    Patches have 7/8 of the cell's side (Noroozi and Favaro: 64 of 75 pixels): no gap, or up to a quarter of the cell.
+    Patches have 7 / 8 of the cell's side (Noroozi and Favaro: 64 of 75 pixels): no gap, or up to a quarter of the cell.
     """
     B, C, H, _ = images.shape
     cell = H // side
@@ -142,8 +152,9 @@ class Colorization(nn.Module):
     def __init__(self, backbone: Backbone, images: Images, size: int, recipe: Recipe) -> None:
         super().__init__()
         self.backbone = backbone
+        self.backbone.eval()  # looked at once, for its shape
         with torch.no_grad():
-            maps = self._maps(torch.rand(2, 3, size, size))
+            maps = self._maps(torch.zeros(1, 3, size, size))
         if maps.ndim != 4 or maps.shape[1] != backbone.net.num_features:
             raise OdcftError(
                 f"colorization needs feature maps (B, F, h, w), and {backbone.arch} gives {tuple(maps.shape)}. "
@@ -224,8 +235,8 @@ def train_pretext(
         progress: where to speak.
 
     Returns:
-        out, task, arch, images, epochs, loss, accuracy (0..1, over the last epoch, on augmented training images),
-        chance (of an answer), seconds.
+        out, task, arch, images, unreadable, epochs, loss, accuracy (0..1, over the last epoch, on augmented training
+        images), chance (of an answer), seconds.
 
     Raises:
         OdcftError: for anything the user can mend.
@@ -257,7 +268,7 @@ def _train(
             f"{out} exists. Pass --resume to go on with it, --overwrite to replace it, or choose another --out."
         )
     images = find_images(data)
-    state = _read_state(out, task, arch) if resume else None
+    state = _read_state(out, task, arch) if resume else {}
     torch.manual_seed(step_seed(recipe.seed, 3))
     backbone = new_backbone(arch, task)
     recipe, device = resolve(recipe, [Loaded(backbone, f"scratch:{arch}", None)], images)
@@ -265,6 +276,8 @@ def _train(
     optim, size = recipe.optim, recipe.data.size
     assert isinstance(size, int)
     assert isinstance(recipe.data.workers, int)
+    if state and state["size"] != size:
+        raise OdcftError(f"{out} was trained at {state['size']} pixels, not at {size}. Choose another --out.")
     network: Task = TASKS[task](backbone, images, size, recipe)
     network.to(device)
     if optim.channels_last:
@@ -278,7 +291,7 @@ def _train(
         f"Plan        {task} · {arch} from random weights · {optim.epochs} epochs · batch {optim.batch_size} · "
         f"{size} px · {optim.precision}"
     )
-    if state is not None:
+    if state:
         network.backbone.net.load_state_dict(_under("backbone.", state["state_dict"]))
         network.head.load_state_dict(_under("head.", state["state_dict"]))
         optimizer.load_state_dict(state["optimizer"])
@@ -290,11 +303,15 @@ def _train(
     crops = Crops(images, size, 1.0, recipe.augment, recipe.seed)
     sums_3 = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, puzzles since the epoch began
     figures: dict[str, float] = {}
+    unreadable: dict[int, str] = {}
     network.train()
     with explained(recipe), progress.phase(task.capitalize(), len(order) * order.batch * dist.world_size()) as advance:
         batches = iter(loader(crops, order, recipe.data.workers, device))
         for step in range(order.first_step, order.steps):
             batch = next(batches)
+            for i in batch.unreadable.keys() - unreadable.keys():
+                progress.say(f"Warning     {images.names[i]} is skipped: it cannot be read ({batch.unreadable[i]}).")
+            unreadable |= batch.unreadable
             if len(batch.index_B) < 2:
                 raise OdcftError(f"Step {step}: hardly any image of {images.source} can be read.")
             set_lr(optimizer, lr_at(step, order.steps_per_epoch, optim))
@@ -331,6 +348,7 @@ def _train(
         "task": task,
         "arch": arch,
         "images": len(images),
+        "unreadable": len(dist.gather_dict(unreadable)),
         "epochs": optim.epochs,
         **figures,
         "chance": 1 / logits_MC.shape[1],

@@ -9,7 +9,7 @@ import contextlib
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -290,6 +290,20 @@ def _refuse_unknown(fields: dict[str, Any], model: Any, prefix: str) -> None:
                     f"{path}={value!r}: this is a group of fields, for example {path}.{next(iter(inner.model_fields))}."
                 )
             _refuse_unknown(value or {}, inner, path)
+        entry = _model_within(inner)
+        for number, fields_of_one in enumerate(value if entry and isinstance(value, list) else []):
+            if isinstance(fields_of_one, dict):
+                _refuse_unknown(fields_of_one, entry, f"{path}[{number}]")
+
+
+def _model_within(annotation: Any) -> Any:
+    """The group of fields that a list is made of, where an annotation allows such a list."""
+    for part in get_args(annotation):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            return part
+        if within := _model_within(part):
+            return within
+    return None
 
 
 def _all_paths() -> list[str]:

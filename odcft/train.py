@@ -586,13 +586,13 @@ def _train(
     with stopping.deferred(), progress.phase("Fine-tuning", len(order) * order.batch * dist.world_size()) as advance:
         batches = iter(loader(crops, order, _number(recipe.data.workers), device))
         for step in range(order.first_step, order.steps):
-            window.waiting()
             epoch, begun = divmod(step, order.steps_per_epoch)
             if begun == 0 and method.begin_epoch(state, epoch, embed):  # dc: labels are new
                 for member in network:
                     member.new_head(optimizer, step_seed(recipe.seed, 1, step))
                 order.first_step = step
                 batches = iter(loader(crops, order, _number(recipe.data.workers), device))
+            window.waiting()
             batch = next(batches)
             window.working()
             if batch.unreadable:

@@ -37,11 +37,10 @@ def state(run):
     return load_file(sorted((run / "checkpoints").iterdir())[-1] / "same.safetensors")
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_one_member_is_odc_bit_for_bit(tmp_path, checkpoints, images, dropout):
+def test_one_member_is_odc_bit_for_bit(tmp_path, checkpoints, images):
     runs = []
     for method in ("odc", "codc"):
-        fine_tune(checkpoints[:1], images, tmp_path / method, quick(f"method={method}", f"neck.dropout={dropout}"))
+        fine_tune(checkpoints[:1], images, tmp_path / method, quick(f"method={method}", "neck.dropout=0.5"))
         runs.append(state(tmp_path / method))
     assert set(runs[0]) == set(runs[1])
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])

@@ -7,11 +7,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from odcft.augment import augment_batch
+from odcft.augment import augment_batch, turned
 from odcft.late import LateReader
 from odcft.memory import VARIANTS, Memory
-from odcft.methods import odc
-from odcft.recipe import AugmentRecipe
+from odcft.methods import dc, odc
+from odcft.methods.codc import Copies, losses, side_by_side
+from odcft.model import Output
+from odcft.recipe import AugmentRecipe, CODCRecipe, MemberRecipe, MemoryRecipe, Recipe
 
 CUDA = torch.device("cuda", 0)
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal")
@@ -107,3 +109,33 @@ def test_augmentation_follows_the_images(monkeypatch):
     augment_batch(torch.rand(8, 3, 16, 16), AugmentRecipe(), torch.Generator())
     assert moved
     assert all(count <= 8 * 6 and without_waiting for count, without_waiting in moved)
+
+
+def test_members_copies_and_losses_stay_on_the_device_and_never_wait(fake_gpu):
+    recipe = CODCRecipe(members=[MemberRecipe(), MemberRecipe(rotation=1, mixup=1)])
+    images, row_B = torch.empty(8, 3, 32, 32, device=CUDA), torch.empty(8, dtype=torch.int64, device=CUDA)
+    state = fake_state("paper", torch.float16)
+    with NoWaiting():
+        turn_B = torch.empty(8, dtype=torch.int64).to(CUDA)
+        copy = turned(images, turn_B)
+        outputs = [
+            Output(*(torch.empty(8, n, device=CUDA) for n in (8, 20))),
+            Output(*(torch.empty(8, n, device=CUDA) for n in (8, 20, 4, 20))),
+        ]
+        label_B, weight_K = odc.targets(state, row_B)
+        made = Copies(copy, turn_B, copy, row_B, 0.3)
+        total, shown = losses(outputs, recipe, label_B, weight_K, made)
+        odc.update(state, row_B, side_by_side([output.features_BD for output in outputs]), 0)
+    assert total.device == shown.device == CUDA
+
+
+def test_dc_step_stays_on_the_device_and_never_waits(fake_gpu):
+    recipe = Recipe(method="dc", memory=MemoryRecipe(clusters=20))
+    state, row_B = (
+        dc.State(fake_state("paper", torch.float16).memory, recipe),
+        torch.empty(8, dtype=torch.int64).to(CUDA),
+    )
+    with NoWaiting():
+        label_B, weight_K = dc.targets(state, row_B)
+        stats = dc.update(state, row_B, torch.empty(8, 16, device=CUDA), 0)
+    assert label_B.device == weight_K.device == stats["change_ratio"].device == CUDA

@@ -113,6 +113,16 @@ def test_a_task_is_learnt_and_its_checkpoint_is_recognised(tmp_path, rows_of_str
     assert loaded.backbone.eval()(torch.rand(2, 3, 32, 32)).shape == (2, loaded.backbone.width)
 
 
+def test_unreadable_image_is_named_and_skipped(odcft_command, tmp_path, make_images):
+    images = make_images(tmp_path / "images", 8)
+    (images / "a" / "broken.png").write_bytes(b"no image")
+    flags = ["--arch", "test_resnet", "--epochs", 2, "--out", tmp_path / "r.pth", "--json"]
+    code, out, err = odcft_command("pretext", "rotation", images, *flags)
+    assert code == 0
+    assert json.loads(out)["unreadable"] == 1
+    assert err.count("a/broken.png is skipped") == 1
+
+
 def test_a_lightness_network_is_fine_tuned_on_colour_images_and_stays_one(tmp_path, rows_of_stripes):
     import timm
 
@@ -165,6 +175,8 @@ def test_the_command(odcft_command, tmp_path, make_images):
         ("enough epochs", "has had its 1 epochs"),
         ("one image", "is less than 2"),
         ("no feature maps", "colorization needs feature maps"),
+        ("no patches", "test_vit cannot look at patches of 46 pixels"),
+        ("other size", "was trained at 32 pixels, not at 64"),
         ("only broken images", "can be read"),
         ("folder that cannot be", "cannot be written"),
     ],
@@ -192,13 +204,14 @@ def test_mistakes_end_in_one_sentence(odcft_command, tmp_path, make_images, case
     elif case == "not ours":
         torch.save({"state_dict": {}}, out)
         extra = ["--resume"]
-    elif case in ("other task", "enough epochs"):
+    elif case in ("other task", "enough epochs", "other size"):
         assert odcft_command("pretext", "rotation", images, "--arch", arch, "--epochs", 1, "--out", out)[0] == 0
         task, extra = "jigsaw" if case == "other task" else task, ["--resume"]
+        extra += ["--set", "data.size=64"] if case == "other size" else []
     elif case == "one image":
         images = make_images(tmp_path / "one", 1)
-    elif case == "no feature maps":
-        task, arch = "colorization", "test_vit"
+    elif case in ("no feature maps", "no patches"):
+        task, arch = "colorization" if case == "no feature maps" else "jigsaw", "test_vit"
     elif case == "only broken images":
         images = tmp_path / "broken"
         images.mkdir()

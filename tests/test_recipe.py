@@ -18,6 +18,17 @@ def test_shipped_recipes_load_and_say_what_they_are(name):
     assert shipped()[name].startswith("# ")
 
 
+def test_the_promised_recipes_are_shipped():
+    promised = {"odc_r50_finetune", "odc_r50_scratch", "odc_alexnet", "dc_r50_finetune", "codc_r50", "odc_vit", "small"}
+    assert promised <= set(shipped())
+    methods = {name: load_recipe(name).method for name in promised}
+    assert methods.pop("dc_r50_finetune") == "dc"
+    assert methods.pop("codc_r50") == "codc"
+    assert set(methods.values()) == {"odc"}
+    assert load_recipe("odc_r50_scratch").optim.epochs == 440
+    assert load_recipe("odc_vit").optim.optimizer == "adamw"
+
+
 def test_yaml_and_object_say_the_same():
     recipe = load_recipe("small")
     assert make_recipe(yaml.safe_load(dump(recipe))) == recipe
@@ -40,6 +51,11 @@ def test_default_recipe_writes_out_every_field():
         ("memory.clusters=many", "memory.clusters='many' will not do"),
         ("augment.crop_scale=[1.0, 0.2]", "a range is [low, high]"),
         ("memory=3", "this is a group of fields"),
+        (
+            "codc.members=[{clutser: 1}]",
+            "codc.members[0].clutser: no such field. Did you mean codc.members[0].cluster?",
+        ),
+        ("codc.members=3", "codc.members=3 will not do"),
         ("seed.x=3", "seed has no parts"),
     ],
 )

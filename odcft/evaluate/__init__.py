@@ -88,7 +88,7 @@ def evaluate_file(path: Path, protocols: list[str]) -> dict[str, Any]:
 
 
 def evaluate(
-    ckpt: str,
+    ckpt: str | list[str],
     data: str,
     test: str | None,
     protocols: list[str],
@@ -100,7 +100,7 @@ def evaluate(
 
     Args:
         ckpt: what `load_backbone` takes. A RUN is evaluated beside the checkpoint it came from, where that is still
-            there.
+            there. Several are evaluated side by side, and each alone.
         data: labelled images: sub-folders are classes, or a list with labels.
         test: others to test on; without, a stratified half of `data` is held out.
         protocols: of PROTOCOLS.
@@ -115,9 +115,12 @@ def evaluate(
     from odcft.evaluate.labels import labelled
 
     labels = labelled(data, test)
-    sources, origins = _sources(ckpt), _origins(ckpt)
-    after_splits = [_features(source, labels, arch, size or _run_size(ckpt), progress) for source in sources]
-    before_splits = [_features(origin, labels, None, size or _run_size(ckpt), progress) for origin in origins]
+    if isinstance(ckpt, list):
+        sources, origins = ckpt, []
+    else:
+        sources, origins, size = _sources(ckpt), _origins(ckpt), size or _run_size(ckpt)
+    after_splits = [_features(source, labels, arch, size, progress) for source in sources]
+    before_splits = [_features(origin, labels, None, size, progress) for origin in origins]
 
     def compared(after_split: Split, before_split: Split | None) -> dict[str, Any]:
         after = evaluate_arrays(after_split, protocols)
