@@ -19,7 +19,7 @@ lint: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,faiss]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,faiss,onnx]"
 	$(BIN)/python tools/torchvision_on_cpu.py
 	touch $@
 

@@ -1,11 +1,15 @@
-"""Other people's checkpoints: read any file without running it, find its state dicts, match one to a network.
+"""Other people's checkpoints: read any file without running it, and find the state dicts in it.
 
-Reading never executes code from a file. PyTorch's own restricted loader (`weights_only`) does the work; classes it does
-not know (an argparse.Namespace, a config object) are replaced by inert stand-ins, so that the tensors beside them load.
+Reading never executes code from a file. PyTorch's own restricted loader (`weights_only`) does the work for its own
+containers, `restricted.py` for those that it refuses or does not know: tar archives of torch before 0.1.10, and plain
+pickles (Caffe2). Classes that neither knows (an argparse.Namespace, a config object) are replaced by inert stand-ins,
+so that the tensors beside them load.
 """
 
 import json
 import re
+import tarfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,28 +19,10 @@ import torch
 from torch import Tensor
 
 from odcft.errors import OdcftError
+from odcft.restricted import Refused, StandIn, load_pickle, load_tar, numpy_globals, stand_in
 
-# Where several state dicts hold the same backbone, the one whose path names the better copy wins: the exponential
-# average over the live weights, the teacher over the student, the query over the key encoder.
-_PREFERRED = ("ema", "teacher", "target_encoder", "encoder_q", "base_encoder", "backbone", "model", "state_dict")
-_SECOND_BEST = ("student", "encoder_k", "momentum", "optimizer")
-
-
-@dataclass
-class Match:
-    """How a checkpoint covers a network."""
-
-    tensors: dict[str, Tensor]  # by the network's names
-    where: str  # path of the state dict in the file, and the prefix of its keys
-    expected: int  # tensors the network has
-    missing: list[str]  # names of the network the file does not have
-    dropped: list[str]  # keys of the same state dict that are no part of the network: heads, copies
-    unexpected: list[str]  # keys under the prefix that look like the network's, but have another shape
-
-    @property
-    def share(self) -> float:
-        """Of the network's tensors, how many were found: 0..1."""
-        return len(self.tensors) / max(1, self.expected)
+_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # torch.serialization.MAGIC_NUMBER, as it is pickled
+DEPTH = 12  # of nested dicts and lists that are looked into
 
 
 @dataclass
@@ -44,13 +30,17 @@ class Contents:
     """What a checkpoint file holds."""
 
     path: Path
+    container: str  # "torch", "torch tar", "pickle", "safetensors"
     state_dicts: dict[str, dict[str, Tensor]]  # by their path in the file, "" for the file itself
+    names: list[str] = field(default_factory=list)  # all keys on the way to them
     hints: list[str] = field(default_factory=list)  # strings that may name an architecture
     config: dict[str, Any] = field(default_factory=dict)  # of a timm folder, or what `odcft pretext` says of its input
+    replaced: list[str] = field(default_factory=list)  # classes in it that were not loaded
 
 
 def read(path: Path) -> Contents:
-    """Read a checkpoint: a file of torch or safetensors, or a timm folder (config.json + model.safetensors).
+    """Read a checkpoint, whatever its name ends with: torch's files of any age, pickles of numpy arrays (Caffe2),
+    safetensors, or a timm folder (config.json + model.safetensors).
 
     Raises:
         OdcftError: no such file, not a checkpoint (and what it is instead), or no tensors in it.
@@ -73,35 +63,46 @@ def read(path: Path) -> Contents:
             f"{path} is an HTML page, not a checkpoint "
             f"(it starts with {start.lstrip()[:15].decode(errors='replace')!r}). Was the download refused?"
         )
+    if start.startswith(b"version https://git-lfs"):
+        raise OdcftError(f"{path} is a pointer of Git LFS, not the file itself. Fetch it with `git lfs pull`.")
 
-    if _is_safetensors(start):
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tree: Any = load_file(path)
-        except SafetensorError as error:
-            raise OdcftError(f"{path} is a damaged safetensors file ({error}). Copy or download it again.") from None
-    else:
-        tree = _load_torch(path)
+    container = _container(path, start)
+    replaced: list[str] = []
+    config: dict[str, Any] = {}
+    try:
+        if container == "safetensors":
+            tree, config = _load_safetensors(path)
+        elif container == "torch tar":
+            tree = load_tar(path, replaced)
+        elif container == "pickle":
+            tree = load_pickle(path, replaced)
+        else:
+            tree = _load_torch(path, replaced)
+    except Refused as refused:
+        raise OdcftError(
+            f"{path} asks to run code when it is opened ({refused}); odcft does not. "
+            "Ask whoever made it for a plain state dict."
+        ) from None
+    except MemoryError:
+        raise OdcftError(f"{path} asks for more memory than there is. Is it damaged?") from None
     state_dicts = dict(_state_dicts(tree, ""))
     if not state_dicts:
         raise OdcftError(f"{path} holds no tensors with names, so there is no backbone in it.")
-    return Contents(path, state_dicts, list(_hints(tree)), _our_input(tree))
+    config = config or _our_input(tree)
+    return Contents(path, container, state_dicts, list(_names(tree)), list(_hints(tree)), config, sorted(set(replaced)))
 
 
 def _our_input(tree: Any) -> dict[str, Any]:
     """What `odcft pretext` wrote of the network's input, in the words of a timm folder."""
     if not (isinstance(tree, dict) and isinstance(tree.get("input"), str) and {"size", "mean", "std"} <= set(tree)):
         return {}
-    mean, size = tree["mean"], tree["size"]
-    about = {"input_size": [len(mean), size, size], "mean": mean, "std": tree["std"]}
-    return {"pretrained_cfg": about, "odcft": {"input": tree["input"]}}
+    return {"odcft": {"input": {k: tree[k] for k in ("size", "mean", "std")} | {"color": tree["input"]}}}
 
 
 def _read_folder(folder: Path) -> Contents:
     config_file = folder / "config.json"
-    weights = next((folder / n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).exists()), None)
+    names = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin", "model.bin")
+    weights = next((folder / name for name in names if (folder / name).exists()), None)
     if weights is None or not config_file.exists():
         raise OdcftError(
             f"{folder} is a folder without config.json and model.safetensors, "
@@ -113,41 +114,82 @@ def _read_folder(folder: Path) -> Contents:
     except (ValueError, KeyError, TypeError):
         raise OdcftError(f"{config_file} does not name an `architecture`, as timm's config.json does.") from None
     contents = read(weights)
-    return Contents(folder, contents.state_dicts, [architecture], config)
+    contents.path, contents.hints, contents.config = folder, [architecture], config
+    return contents
 
 
-def _is_safetensors(start: bytes) -> bool:
-    return len(start) > 9 and int.from_bytes(start[:8], "little") < 1 << 32 and start[8:9] == b"{"
+def _container(path: Path, start: bytes) -> str:
+    if len(start) > 9 and int.from_bytes(start[:8], "little") < 1 << 32 and start[8:9] == b"{":
+        return "safetensors"
+    if start.startswith(b"PK\x03\x04"):
+        _refuse_inflated(path)
+        return "torch"
+    if tarfile.is_tarfile(path):
+        return "torch tar"
+    # torch's files before 1.6 begin with a pickled magic number; any other pickle is somebody's own.
+    if (
+        start[:1] == b"\x80"
+        and start[1:2] in b"\x02\x03\x04\x05"
+        and b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19" not in start[:20]
+    ):
+        return "pickle"
+    return "torch"
 
 
-class _StandIn:
-    """Takes the place of a class that the file asks for and we will not import. It holds what it is given."""
+def _refuse_inflated(path: Path) -> None:
+    """torch stores tensors as they are; an archive that swells when opened is none of its own."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inflated = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return  # cut or damaged: said by the loader
+    if inflated > 2 * path.stat().st_size + (1 << 20):
+        raise OdcftError(
+            f"{path} is a zip archive that swells to {inflated:,} bytes, which no checkpoint of PyTorch does. "
+            "Is it the right file?"
+        )
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
 
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
+def _load_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The tensors, and what `odcft export` wrote beside them, in the words of a timm folder."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    try:
+        with safe_open(path, "pt") as file:
+            words = file.metadata() or {}
+        config = {}
+        if {"architecture", "arch_args", "input"} <= set(words):
+            config = {"architecture": words["architecture"], "model_args": json.loads(words["arch_args"])}
+            config["odcft"] = {"input": json.loads(words["input"])}
+        return load_file(path), config
+    except SafetensorError as error:
+        raise OdcftError(f"{path} is a damaged safetensors file ({error}). Copy or download it again.") from None
 
 
-def _load_torch(path: Path) -> Any:
+def _load_torch(path: Path, replaced: list[str]) -> Any:
     stand_ins: dict[str, type] = {}
     while True:
         try:
-            with torch.serialization.safe_globals([(cls, name) for name, cls in stand_ins.items()]):  # type: ignore[list-item]
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            known = [*numpy_globals(), *((cls, name) for name, cls in stand_ins.items())]
+            with torch.serialization.safe_globals(known):  # type: ignore[arg-type]
+                tree = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            replaced += stand_ins
+            return tree
+        except (Refused, MemoryError):
+            raise
         except Exception as error:  # torch raises many kinds for a file that is no checkpoint
             wanted = re.search(r"(?:GLOBAL|class|global) ([\w.]+) was not an allowed global", str(error))
+            blocked = re.search(r"([\w.]+) whose module [\w.]+ is blocked", str(error))
+            if blocked:
+                raise Refused(blocked.group(1)) from None
             name = wanted.group(1) if wanted else ""
-            if name and name not in stand_ins and len(stand_ins) < 100:
-                stand_ins[name] = type(name.rsplit(".", 1)[-1], (_StandIn,), {})
+            name = f"builtins.{name}" if name and "." not in name else name
+            if name and name not in stand_ins and len(stand_ins) < 200:
+                stand_ins[name] = stand_in(name)
                 continue
-            if "blocked" in str(error) or name:
-                raise OdcftError(
-                    f"{path} asks to run code when it is opened; odcft does not. "
-                    "Ask whoever made it for a plain state dict."
-                ) from None
+            if name:
+                raise Refused(name) from None
             raise OdcftError(
                 f"{path} is not a checkpoint that PyTorch or safetensors can read. Is it complete, and the right file?"
             ) from None
@@ -158,81 +200,56 @@ def _is_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def _state_dicts(tree: Any, path: str, depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    if isinstance(tree, _StandIn):
+def _inner(tree: Any) -> Any:
+    """What an object holds: a pickled network's parameters under their names, the fields of a stand-in, or itself."""
+    if isinstance(tree, StandIn):
         tree = vars(tree)
-    if not isinstance(tree, Mapping) or depth > 8:
+        if "_parameters" in tree and "_modules" in tree:
+            return _module_tensors(tree)
+    return tree
+
+
+def _module_tensors(module: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
+    """The state dict of a network that was pickled whole."""
+    tensors: dict[str, Any] = {}
+    for group in ("_parameters", "_buffers"):
+        tensors |= {k: v for k, v in dict(module.get(group) or {}).items() if isinstance(v, Tensor)}
+    for name, inner in dict(module.get("_modules") or {}).items():
+        if isinstance(inner, StandIn) and depth < 4 * DEPTH:
+            tensors |= {f"{name}.{key}": value for key, value in _module_tensors(vars(inner), depth + 1).items()}
+    return tensors
+
+
+def _state_dicts(tree: Any, path: str, depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    tree = _inner(tree)
+    if isinstance(tree, list | tuple):
+        tree = {str(place): value for place, value in enumerate(tree)} if len(tree) < 100 else {}
+    if not isinstance(tree, Mapping) or depth > DEPTH:
         return
     tensors = {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if tensors:
         yield path, tensors
     for key, value in tree.items():
-        if isinstance(key, str):
+        if isinstance(key, str) and not isinstance(value, Tensor):
             yield from _state_dicts(value, f"{path}/{key}".lstrip("/"), depth + 1)
+
+
+def _names(tree: Any, depth: int = 0) -> Iterator[str]:
+    """Keys of the dicts around the state dicts."""
+    tree = _inner(tree)
+    if isinstance(tree, Mapping) and depth < 4:
+        for key, value in tree.items():
+            if isinstance(key, str) and not (isinstance(value, Tensor) and depth):
+                yield key
+            yield from _names(value, depth + 1)
 
 
 def _hints(tree: Any, depth: int = 0) -> Iterator[str]:
     """Values of fields that name an architecture, wherever they are."""
-    if isinstance(tree, _StandIn):
-        tree = vars(tree)
-    if isinstance(tree, Mapping) and depth < 4:
+    tree = _inner(tree)
+    if isinstance(tree, Mapping) and depth < 5:
         for key, value in tree.items():
-            if key in ("arch", "architecture", "model", "model_name", "backbone") and isinstance(value, str):
+            if key in ("arch", "architecture", "model", "model_name", "backbone", "network") and isinstance(value, str):
                 yield value
-            elif isinstance(value, Mapping | _StandIn):
+            elif isinstance(value, Mapping | StandIn):
                 yield from _hints(value, depth + 1)
-
-
-def match(contents: Contents, network: Mapping[str, Tensor]) -> Match:
-    """The part of a checkpoint that fits a network best, by names and shapes, under any prefix.
-
-    Args:
-        contents: of the file.
-        network: the network's state dict; only names and shapes are looked at.
-
-    Returns:
-        The match, possibly of nothing.
-    """
-    best: Match | None = None
-    best_rank = (-1, -1)
-    for path, tensors in contents.state_dicts.items():
-        prefixes: dict[str, int] = {}
-        for key, tensor in tensors.items():
-            for prefix in _prefixes(key):
-                own = network.get(key[len(prefix) :])
-                if own is not None and own.shape == tensor.shape:
-                    prefixes[prefix] = prefixes.get(prefix, 0) + 1
-        for prefix, count in prefixes.items():
-            rank = (count, _preference(f"{path}/{prefix}"))
-            if rank > best_rank:
-                best_rank, best = rank, _match_under(path, prefix, tensors, network)
-    return best or Match({}, "", len(network), list(network), [], [])
-
-
-def _match_under(path: str, prefix: str, tensors: dict[str, Tensor], network: Mapping[str, Tensor]) -> Match:
-    under = {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    found = {name: under[name] for name, own in network.items() if name in under and under[name].shape == own.shape}
-    # Checkpoints older than torch 0.4.1 have no batch counters, and nothing needs them.
-    counters = any(name.endswith("num_batches_tracked") for name in under)
-    expected = [name for name in network if counters or not name.endswith("num_batches_tracked")]
-    return Match(
-        tensors=found,
-        where="/".join(part for part in (path, prefix) if part) or "the file itself",
-        expected=len(expected),
-        missing=[name for name in expected if name not in found],
-        dropped=[key for key in tensors if not (key.startswith(prefix) and key[len(prefix) :] in network)],
-        unexpected=[prefix + name for name in under if name in network and name not in found],
-    )
-
-
-def _prefixes(key: str) -> Iterator[str]:
-    yield ""
-    for place, letter in enumerate(key):
-        if letter == ".":
-            yield key[: place + 1]
-
-
-def _preference(where: str) -> int:
-    if any(word in where for word in _SECOND_BEST):
-        return -1
-    return max((len(_PREFERRED) - i for i, word in enumerate(_PREFERRED) if word in where), default=0)

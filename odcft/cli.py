@@ -26,7 +26,16 @@ Ckpt = Annotated[
     str, typer.Argument(metavar="CKPT", help="Checkpoint file, timm folder, RUN, or timm:NAME, scratch:NAME.")
 ]
 Data = Annotated[str, typer.Argument(metavar="DATA", help="Folder of images, or a list file (.txt, .csv, .tsv).")]
-Arch = Annotated[str | None, typer.Option(help="The timm architecture, where the checkpoint does not tell.")]
+Arch = Annotated[str | None, typer.Option(help="The architecture, where the checkpoint does not tell.")]
+Input = Annotated[
+    str | None,
+    typer.Option(
+        "--input", metavar="COLOR", help="What the network is shown: rgb, bgr, gray, lab_l or sobel; found by itself."
+    ),
+]
+Partial = Annotated[
+    bool, typer.Option("--allow-partial", help="Accept less than 90 % of the backbone; the rest starts random.")
+]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A shipped recipe (`odcft recipes`) or a YAML file.")]
 Set = Annotated[
     list[str] | None,
@@ -41,10 +50,18 @@ Devices = Annotated[int, typer.Option(min=1, help="Processes on this machine: GP
 DEFAULT_RECIPE = "odc_r50_finetune"
 
 
-def _recipe(name: str, overrides: list[str] | None, clusters: str | None, seed: int | None) -> Any:
+def _recipe(
+    name: str,
+    overrides: list[str] | None,
+    clusters: str | None,
+    seed: int | None,
+    input: str | None = None,
+    allow_partial: bool = False,
+) -> Any:
     from odcft.recipe import load_recipe
 
-    given = {"memory.clusters": clusters, "seed": seed}
+    given = {"memory.clusters": clusters, "seed": seed, "backbone.input": input}
+    given["backbone.allow_partial"] = "true" if allow_partial else None
     return load_recipe(name, [*(overrides or []), *(f"{k}={v}" for k, v in given.items() if v is not None)])
 
 
@@ -93,11 +110,13 @@ def demo(
 
 
 @app.command()
-def inspect(ckpt: Ckpt, arch: Arch = None, as_json: Json = False) -> None:
-    """What a checkpoint is: architecture, input, and how much of the backbone is matched."""
+def inspect(
+    ckpt: Ckpt, arch: Arch = None, input: Input = None, allow_partial: Partial = False, as_json: Json = False
+) -> None:
+    """What a checkpoint is: family, architecture, input, and how much of the backbone is matched."""
     from odcft.backbone import describe, load_backbone
 
-    loaded = load_backbone(ckpt, arch)
+    loaded = load_backbone(ckpt, arch, input, allow_partial)
     values, lines = describe(loaded)
     _tell(values, as_json, lines)
 
@@ -112,12 +131,14 @@ def init_memory(
     overrides: Set = None,
     seed: Seed = None,
     arch: Arch = None,
+    input: Input = None,
+    allow_partial: Partial = False,
     devices: Devices = 1,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Features of all images, K-Means, and both memories on disk."""
-    resolved = _recipe(recipe, overrides, clusters, seed)
+    resolved = _recipe(recipe, overrides, clusters, seed, input, allow_partial)
     _join(devices)
     from odcft.train import init_memory as run
 
@@ -154,6 +175,8 @@ def finetune(
     overwrite: Overwrite = False,
     seed: Seed = None,
     arch: Arch = None,
+    input: Input = None,
+    allow_partial: Partial = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a checkpoint on unlabelled images: the main job."""
@@ -163,7 +186,7 @@ def finetune(
     overrides = [*(overrides or []), *([f"method={method}"] if method else [])]
     if recipe is None:
         recipe = str(out / "recipe.yaml") if resume and (out / "recipe.yaml").exists() else DEFAULT_RECIPE
-    resolved = _recipe(recipe, overrides, clusters, seed)
+    resolved = _recipe(recipe, overrides, clusters, seed, input, allow_partial)
     _join(devices)
     from odcft.log import duration
     from odcft.train import fine_tune
@@ -192,13 +215,15 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder (timm) or file (other formats).")],
     format: Annotated[str, typer.Option(help="timm, torchvision, safetensors or onnx.")] = "timm",
     arch: Arch = None,
+    input: Input = None,
+    allow_partial: Partial = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """The backbone without neck and head, also straight from somebody else's checkpoint."""
     from odcft.export import export as run
 
-    run(source, out, format, arch, overwrite)
+    run(source, out, format, arch, overwrite, input, allow_partial)
     lines = [f"Wrote {out} ({format}), read back and compared."]
     lines += [
         f"It is the first of several members; another is {other}." for other in sorted(Path(source).glob("backbone_*"))
@@ -223,6 +248,8 @@ def evaluate(
     ] = None,
     size: Annotated[int | None, typer.Option(min=8, help="Pixels; by default the RUN's or the network's own.")] = None,
     arch: Arch = None,
+    input: Input = None,
+    allow_partial: Partial = False,
     as_json: Json = False,
 ) -> None:
     """How good a backbone's features are: VOC07 SVM mAP, nearest neighbours."""
@@ -236,7 +263,7 @@ def evaluate(
             "evaluate takes a checkpoint and labelled images (odcft evaluate CKPT DATA), or --features FILE.npz."
         )
     else:
-        results = evaluation.evaluate(ckpt, data, test, protocols, arch, size)
+        results = evaluation.evaluate(ckpt, data, test, protocols, arch, size, input, allow_partial)
     lines = evaluation_lines(evaluation.table(results))
     for member in results.get("members", []):
         lines += [f"{member['source']} alone:", *evaluation_lines(evaluation.table(member))]

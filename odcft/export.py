@@ -10,15 +10,24 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from odcft.backbone import CHANNELS, Backbone, load_backbone
+from odcft.backbone import Backbone, load_backbone
+from odcft.card import about_run, card
 from odcft.errors import OdcftError
+from odcft.networks import timm_builds
 
 FORMATS = ("timm", "torchvision", "safetensors", "onnx")
 
 
 def export(
-    source: str | Path, out: Path, format: str = "timm", arch: str | None = None, overwrite: bool = False
+    source: str | Path,
+    out: Path,
+    format: str = "timm",
+    arch: str | None = None,
+    overwrite: bool = False,
+    input: str | None = None,
+    allow_partial: bool = False,
 ) -> Path:
     """Write the backbone of a RUN or of anybody's checkpoint.
 
@@ -26,8 +35,10 @@ def export(
         source: what `load_backbone` takes.
         out: `timm`: a folder; `torchvision`, `safetensors`, `onnx`: a file.
         format: one of FORMATS.
-        arch: a timm name, where the checkpoint's own is not to be followed.
+        arch: a name, where the checkpoint's own is not to be followed.
         overwrite: replace what is there.
+        input: the colours it is shown, where the checkpoint's own are not to be followed.
+        allow_partial: accept a checkpoint that covers less than 90 % of the backbone.
 
     Returns:
         `out`.
@@ -39,71 +50,85 @@ def export(
         raise OdcftError(f"--format {format}: no such format. Choose from {', '.join(FORMATS)}.")
     if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OdcftError(f"{out} exists. Choose another place, or pass --overwrite.")
-    backbone = load_backbone(source, arch).backbone
+    if out.exists() and out.is_dir() != (format == "timm"):
+        raise OdcftError(f"{out} is a {'folder' if out.is_dir() else 'file'}; --format {format} writes another kind.")
+    backbone = load_backbone(source, arch, input, allow_partial).backbone
     try:
-        _write(backbone, out, format)
+        _write(backbone, out, format, {"checkpoint": str(source), **about_run(Path(source))})
     except OSError as error:
         raise OdcftError(f"{out} cannot be written: {error.strerror or error}. Choose another place.") from None
     return out
 
 
-def _write(backbone: Backbone, out: Path, format: str) -> None:
+def _write(backbone: Backbone, out: Path, format: str, about: dict[str, Any]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     if format == "timm":
-        write_timm(backbone, out)
-    elif format == "onnx":
-        _write_onnx(backbone, out)
-    else:
-        if format == "torchvision":
-            _require_torchvision_names(backbone)
-        tensors = {name: tensor.contiguous() for name, tensor in backbone.net.state_dict().items()}
-        if format == "safetensors":
-            save_file(tensors, out, metadata={"format": "pt", "architecture": backbone.arch})
-            written = load_file(out)
+        write_timm(backbone, out, about)
+        return
+    if format == "torchvision":
+        _require_torchvision_names(backbone)
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    try:
+        if format == "onnx":
+            _write_onnx(backbone, unfinished)
         else:
-            torch.save(tensors, out)
-            written = torch.load(out, weights_only=True)
-        for name, tensor in tensors.items():
-            assert torch.equal(written[name], tensor), f"{out}: {name} did not survive being written"
+            _write_tensors(backbone, unfinished, format)
+        unfinished.replace(out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _write_tensors(backbone: Backbone, out: Path, format: str) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in backbone.net.state_dict().items()}
+    if format == "safetensors":
+        words = {"arch_args": json.dumps(backbone.kwargs), "input": json.dumps(backbone.input.dump())}
+        save_file(tensors, out, metadata={"format": "pt", "architecture": backbone.arch, **words})
+        written = load_file(out)
+    else:
+        torch.save(tensors, out)
+        written = torch.load(out, weights_only=True)
+    for name, tensor in tensors.items():
+        assert torch.equal(written[name], tensor), f"{out}: {name} did not survive being written"
 
 
 def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = None) -> None:
-    """A folder that `timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)` loads.
+    """A folder that `timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)` loads, with a model card.
+
+    A network that timm does not have is written the same way, for `odcft.load_backbone` to load; timm says that it
+    does not know it.
 
     Args:
         backbone: any; its weights are copied to the CPU.
-        folder: made, or its config.json and model.safetensors replaced.
-        about: said of it in config.json, under "odcft".
+        folder: made, or its files replaced.
+        about: said of it in config.json, under "odcft", and in the card.
     """
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    config = {
+    input, cfg = backbone.input, getattr(backbone.net, "pretrained_cfg", {})
+    kept = ("pool_size", "interpolation", "crop_mode", "classifier", "fixed_input_size", "crop_pct", "first_conv")
+    config: dict[str, Any] = {
         "architecture": backbone.arch.split(".")[0],
         "num_classes": 0,
         "num_features": backbone.width,
-        "global_pool": getattr(backbone.net, "global_pool_type", None) or "avg",
         "pretrained_cfg": {
-            **{
-                k: v
-                for k, v in backbone.net.pretrained_cfg.items()
-                if k in ("pool_size", "interpolation", "crop_mode", "first_conv", "classifier", "fixed_input_size")
-            },
-            "input_size": [CHANNELS[backbone.input], backbone.size, backbone.size],
-            "mean": list(backbone.mean),
-            "std": list(backbone.std),
-            "crop_pct": backbone.net.pretrained_cfg.get("crop_pct", 0.875),
+            **{key: cfg[key] for key in kept if key in cfg},
+            "input_size": [input.channels, backbone.size, backbone.size],
+            "mean": list(input.mean),
+            "std": list(input.std),
             "num_classes": 0,
         },
-        "odcft": {**(about or {}), "input": backbone.input},
+        "odcft": {**(about or {}), "input": input.dump()},
     }
-    if backbone.input != "rgb":
-        config["model_args"] = {"in_chans": CHANNELS[backbone.input]}
-    config.pop("global_pool")
+    if input.channels != 3:
+        config["pretrained_cfg"]["first_conv"] = None  # or timm would adapt a first convolution that fits already
+    if backbone.kwargs:
+        config["model_args"] = backbone.kwargs
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.net.state_dict().items()}
     save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
     (unfinished / "config.json").write_text(json.dumps(config, indent=2))
     _compare(backbone, unfinished)
+    (unfinished / "README.md").write_text(card(backbone, about or {}), encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     for file in unfinished.iterdir():
         file.replace(folder / file.name)
@@ -111,20 +136,34 @@ def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = 
 
 
 def _compare(backbone: Backbone, folder: Path) -> None:
-    """Load the folder as its users will, and compare features."""
-    import timm
+    """Load the folder as its users will, with timm and with odcft, and compare features."""
+    images = _images(backbone)
+    ours = _features(backbone, images)
+    again = load_backbone(folder).backbone
+    theirs = [again(images)]
+    if timm_builds(backbone.arch, backbone.kwargs):
+        import timm
 
-    net = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
-    side = backbone.size if backbone.fixed_size else min(64, backbone.size)
-    images = torch.rand(2, CHANNELS[backbone.input], side, side, generator=torch.Generator().manual_seed(0))
-    device = next(backbone.net.parameters()).device
-    was_training = backbone.net.training
-    with torch.no_grad():
-        ours, theirs = backbone.net.eval()(images.to(device)).float().cpu(), net(images)
-    backbone.net.train(was_training)
-    assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4), (
-        f"{folder} does not give the features of the network it came from"
-    )
+        net = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+        theirs.append(net(again.adapter(images)))
+    for features in theirs:
+        # Relative to the features' own size, which without normalisation at the end may be anything.
+        assert (features - ours).abs().max() <= 1e-5 * ours.abs().max().clamp(min=1), (
+            f"{folder} does not give the features of the network it came from"
+        )
+
+
+def _images(backbone: Backbone) -> Tensor:
+    side = backbone.size if backbone.fixed_size else min(max(64, backbone.size // 2), backbone.size)
+    return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _features(backbone: Backbone, images: Tensor) -> Tensor:
+    device, was_training = next(backbone.parameters()).device, backbone.training
+    features = backbone.eval()(images.to(device)).float().cpu()
+    backbone.train(was_training)
+    return features
 
 
 def _require_torchvision_names(backbone: Backbone) -> None:
@@ -146,6 +185,41 @@ def _require_torchvision_names(backbone: Backbone) -> None:
 
 
 def _write_onnx(backbone: Backbone, out: Path) -> None:
-    raise OdcftError(
-        "--format onnx is not there yet. Export with --format timm, and use torch.onnx.export on the network."
-    )
+    """The network with its adapter: images (B, 3, size, size), RGB in 0..1, to features (B, F), for any B."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch's exporter needs it, and says so less plainly
+    except ImportError as error:
+        raise OdcftError(f'--format onnx needs {error.name}: pip install "odcft[onnx]".') from None
+    import logging
+    import warnings
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    backbone = backbone.eval().cpu()
+    images = torch.rand(3, 3, backbone.size, backbone.size, generator=torch.Generator().manual_seed(0))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                backbone,
+                (images,),
+                dynamo=True,
+                verbose=False,
+                input_names=["images"],
+                output_names=["features"],
+                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            )
+    except Exception as error:  # the exporter's own kinds, for whatever operator it does not know
+        raise OdcftError(
+            f"{backbone.arch} cannot be written as ONNX ({type(error).__name__}). Export it with --format timm."
+        ) from None
+    assert program is not None
+    program.model.metadata_props.update({"architecture": backbone.arch, "input": json.dumps(backbone.input.dump())})
+    program.save(str(out))
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    for some in (images, images[:1]):
+        theirs = torch.from_numpy(session.run(None, {"images": some.numpy()})[0])
+        ours = _features(backbone, some)
+        assert (theirs - ours).abs().max() <= 1e-4 * ours.abs().max().clamp(min=1), (
+            f"{out} does not give the features of the network it came from"
+        )

@@ -24,6 +24,7 @@ from odcft.color import colours, lab, nearest_colour
 from odcft.data import Crops, Images, TrainingOrder, find_images, in_order, loader, step_seed
 from odcft.errors import OdcftError
 from odcft.features import to_float
+from odcft.inputs import Input
 from odcft.log import Progress
 from odcft.optim import lr_at, make_optimizer, set_lr
 from odcft.recipe import Recipe
@@ -174,7 +175,7 @@ class Colorization(nn.Module):
 
     def _maps(self, images: Tensor) -> Tensor:
         net: Any = self.backbone.net
-        return net.forward_features(self.backbone.normalised(images))
+        return net.forward_features(self.backbone.adapter(images))
 
 
 def rebalancing(images: Images, size: int, colours_Q2: Tensor, most: int = 2000) -> Tensor:
@@ -360,7 +361,7 @@ def new_backbone(arch: str, task: str) -> Backbone:
     """A network with random weights, for three colours, or for lightness alone where colour is the question."""
     refuse_unknown(arch)
     if task == "colorization":
-        return Backbone(arch, {"mean": [50.0], "std": [50.0]}, "lab_l")
+        return Backbone(arch, Input("lab_l", Backbone(arch).size, (50.0,), (50.0,)), in_chans=1)
     return Backbone(arch)
 
 
@@ -375,10 +376,10 @@ def _save(out: Path, task: str, network: Task, optimizer: torch.optim.Optimizer,
             {
                 "task": task,
                 "arch": backbone.arch,
-                "input": backbone.input,
+                "input": backbone.input.color,
                 "size": size,
-                "mean": list(backbone.mean),
-                "std": list(backbone.std),
+                "mean": list(backbone.input.mean),
+                "std": list(backbone.input.std),
                 "epoch": epoch,
                 "state_dict": weights,
                 "optimizer": optimizer.state_dict(),

@@ -55,6 +55,13 @@ class AugmentRecipe(_Group):
     gray: float = Field(0.2, ge=0, le=1)  # probability
 
 
+class BackboneRecipe(_Group):
+    """How the checkpoint is taken, where its own word is not to be followed."""
+
+    input: Literal["rgb", "bgr", "gray", "lab_l", "sobel"] | None = None  # the colours it is shown
+    allow_partial: bool = False  # accept less than 90 % of the backbone; the rest starts random
+
+
 class NeckRecipe(_Group):
     """{fc-bn-relu-dropout-fc-relu} (paper, sec. 3.2)."""
 
@@ -149,6 +156,7 @@ class Recipe(_Group):
     seed: int = Field(0, ge=0)
     data: DataRecipe = Field(default_factory=DataRecipe)
     augment: AugmentRecipe = Field(default_factory=AugmentRecipe)
+    backbone: BackboneRecipe = Field(default_factory=BackboneRecipe)
     neck: NeckRecipe = Field(default_factory=NeckRecipe)
     memory: MemoryRecipe = Field(default_factory=MemoryRecipe)
     dc: DCRecipe = Field(default_factory=DCRecipe)

@@ -67,7 +67,7 @@ def begin(
     """Load the checkpoints, find the images, and build both memories, by K-Means or from an `init-memory` folder."""
     images = find_images(data)
     recipe = resolve_members(recipe, ckpts)
-    loaded = [load_backbone(ckpt, arch) for ckpt in ckpts]
+    loaded = [load_backbone(ckpt, arch, **recipe.backbone.model_dump()) for ckpt in ckpts]
     resolve_clusters(recipe, len(images))  # refuse what cannot work before anything slow is done
     recipe, device = resolve(recipe, loaded, images)
     set_precision(recipe)
@@ -243,7 +243,9 @@ def _describe(loaded: list[Loaded], images: Images, recipe: Recipe, progress: Pr
     for one in loaded:
         found = one.match
         cover = f"{len(found.tensors)}/{found.expected} tensors under {found.where}" if found else one.source
-        progress.say(f"Checkpoint  {one.backbone.arch}, {cover}")
+        progress.say(f"Checkpoint  {one.family} · {one.backbone.arch} · {one.backbone.input.color}, {cover}")
+        for note in one.notes:
+            progress.say(f"Note        {note}")
     if recipe.method == "codc" and len(loaded) == 1 and recipe.codc.members == [MemberRecipe()]:
         progress.say("Note        One plain member has no one to collaborate with: this is ODC.")
     progress.say(f"Images      {len(images):,} in {images.source}")
@@ -475,7 +477,7 @@ def _resume_point(
     arch = arch or about.get("arch_given")
     recipe = resumed_recipe(recipe, epochs, out, about, saved.about)
     refuse_other_checkpoint(ckpts, out, about)
-    loaded = [load_backbone(ckpt, arch) for ckpt in ckpts]
+    loaded = [load_backbone(ckpt, arch, **recipe.backbone.model_dump()) for ckpt in ckpts]
     images = same_images(data, out, about)
     recipe, device = resolve(recipe, loaded, images)
     set_precision(recipe)

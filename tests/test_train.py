@@ -184,7 +184,7 @@ def test_tiny_sets_lower_the_threshold():
 
 
 FIELDS = {
-    "seed": 5, "data.size": 40, "data.crop_fraction": 0.5, "augment.crop_scale": [0.5, 0.6],
+    "seed": 5, "backbone.input": "bgr", "data.size": 40, "data.crop_fraction": 0.5, "augment.crop_scale": [0.5, 0.6],
     "augment.crop_ratio": [1, 1.0001],
     "augment.flip": 1.0, "augment.rotation": 45.0, "augment.brightness": 0.9, "augment.contrast": 0.9,
     "augment.saturation": 0.0, "augment.hue": 0.5, "augment.gray": 1.0, "neck.hidden": 32, "neck.dim": 4,
@@ -198,6 +198,7 @@ FIELDS = {
 # Speed and speech only: they must not change the backbone.
 SPEECH = {
     "data.workers",
+    "backbone.allow_partial",
     "optim.channels_last",
     "optim.tf32",
     "log.interval",

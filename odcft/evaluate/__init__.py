@@ -94,6 +94,8 @@ def evaluate(
     protocols: list[str],
     arch: str | None = None,
     size: int | None = None,
+    input: str | None = None,
+    allow_partial: bool = False,
     progress: Any = None,
 ) -> dict[str, Any]:
     """Every protocol on the features of labelled images.
@@ -106,6 +108,8 @@ def evaluate(
         protocols: of PROTOCOLS.
         arch: a timm name, where the checkpoint's own is not to be followed.
         size: pixels; by default those of the RUN, or of the images where they are smaller than the network's own.
+        input: the colours it is shown, where the checkpoint's own are not to be followed.
+        allow_partial: accept a checkpoint that covers less than 90 % of the backbone.
         progress: where to speak.
 
     Returns:
@@ -118,9 +122,11 @@ def evaluate(
     if isinstance(ckpt, list):
         sources, origins = ckpt, []
     else:
-        sources, origins, size = _sources(ckpt), _origins(ckpt), size or _run_size(ckpt)
-    after_splits = [_features(source, labels, arch, size, progress) for source in sources]
-    before_splits = [_features(origin, labels, None, size, progress) for origin in origins]
+        sources, origins, size = _sources(ckpt), _origins(ckpt), size or _run_recipe(ckpt).get("data", {}).get("size")
+    taken: dict[str, Any] = {"input": input, "allow_partial": allow_partial}
+    after_splits = [_features(source, labels, arch, size, progress, **taken) for source in sources]
+    origin_taken = {**taken, **_run_recipe(str(ckpt)).get("backbone", {})}
+    before_splits = [_features(origin, labels, None, size, progress, **origin_taken) for origin in origins]
 
     def compared(after_split: Split, before_split: Split | None) -> dict[str, Any]:
         after = evaluate_arrays(after_split, protocols)
@@ -158,7 +164,15 @@ def _sources(ckpt: str) -> list[str]:
     return members if len(members) > 1 else [ckpt]
 
 
-def _features(ckpt: str, labels: Any, arch: str | None, size: int | None, progress: Any) -> Split:
+def _features(
+    ckpt: str,
+    labels: Any,
+    arch: str | None,
+    size: int | None,
+    progress: Any,
+    input: str | None = None,
+    allow_partial: bool = False,
+) -> Split:
     """Backbone features of labelled images, as a split; images that cannot be read are left out."""
     import torch
 
@@ -167,7 +181,7 @@ def _features(ckpt: str, labels: Any, arch: str | None, size: int | None, progre
     from odcft.features import extract
     from odcft.log import Progress
 
-    backbone = load_backbone(ckpt, arch).backbone
+    backbone = load_backbone(ckpt, arch, input, allow_partial).backbone
     side = usual_side(labels.images)
     size = size or automatic_size(backbone.size, backbone.fixed_size, side)
     if backbone.fixed_size and size != backbone.size:
@@ -195,14 +209,15 @@ def _origins(ckpt: str) -> list[str]:
         return []
 
 
-def _run_size(ckpt: str) -> int | None:
-    """The image size of a RUN's recipe."""
+def _run_recipe(ckpt: str) -> dict[str, Any]:
+    """The recipe of a RUN; empty for anything else."""
     import yaml
 
     try:
-        return int(yaml.safe_load((Path(ckpt) / "recipe.yaml").read_text())["data"]["size"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        recipe: Any = yaml.safe_load((Path(ckpt) / "recipe.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any], targets_NC: np.ndarray, draws: int = 200) -> dict[str, Any]:

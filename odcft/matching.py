@@ -1,0 +1,217 @@
+"""The part of a checkpoint that fits a network: by names and shapes, under any prefix, through a few renames."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from odcft.checkpoint import Contents
+
+# Where several state dicts hold the same backbone, the one whose path names the better copy wins: the exponential
+# average over the live weights, the teacher over the student, the query over the key encoder.
+_PREFERRED = (
+    *("teacher", "target_encoder", "encoder_q", "online", "base_encoder", "backbone", "encoder", "trunk"),
+    *("model", "state_dict"),
+)
+_SECOND_BEST = ("student", "encoder_k", "momentum", "optimizer", "predictor", "target_net")
+
+_ALEXNET_FEATURES = {0: 1, 4: 2, 8: 3, 11: 4, 14: 5}  # DeepCluster: place of the convolution, its number
+_ALEXNET_BLOCKS = {0: 1, 2: 2, 4: 3, 5: 4, 6: 5}  # RotNet and VISSL
+_BLOBS = {
+    "w": "weight",
+    "b": "bias",
+    "s": "weight",
+    "rm": "running_mean",
+    "riv": "running_var",
+}  # Caffe2; riv: variance
+
+
+def _without_wrappers(key: str) -> str:
+    """`module.` of DataParallel and the like, wherever it stands."""
+    return re.sub(r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module)\.", "", key)
+
+
+def _deepcluster(key: str) -> str:
+    """AlexNet of DeepCluster, whose layers are numbered."""
+    key = _without_wrappers(key)
+    if found := re.fullmatch(r"(.*?)features\.(\d+)\.(\w+)", key):
+        prefix, place, leaf = found[1], int(found[2]), found[3]
+        if place in _ALEXNET_FEATURES:
+            return f"{prefix}conv{_ALEXNET_FEATURES[place]}.{leaf}"
+        if place - 1 in _ALEXNET_FEATURES:
+            return f"{prefix}bn{_ALEXNET_FEATURES[place - 1]}.{leaf}"
+    return re.sub(r"classifier\.(1|4)\.", lambda m: {"1": "fc6.", "4": "fc7."}[m[1]], key)
+
+
+def _blocks(key: str) -> str:
+    """AlexNet of RotNet and of VISSL, whose blocks are numbered: convolution 0, norm 1."""
+    if found := re.fullmatch(r"(.*?)_feature_blocks\.(\d+)\.(\d+)\.(\w+)", _without_wrappers(key)):
+        prefix, block, place, leaf = found[1], int(found[2]), int(found[3]), found[4]
+        if block in _ALEXNET_BLOCKS and place < 2:
+            return f"{prefix}{('conv', 'bn')[place]}{_ALEXNET_BLOCKS[block]}.{leaf}"
+        if block == 8 and place in (1, 2, 4, 5):
+            return f"{prefix}{ {1: 'fc6', 2: 'bn6', 4: 'fc7', 5: 'bn7'}[place] }.{leaf}"
+    return key
+
+
+def _caffe2(key: str) -> str:
+    """Blobs of Caffe2's ResNets and AlexNets; of nine siamese towers the first, whose weights all share."""
+    key = re.sub(r"_s0(?=_|$)", "", key)
+    leaf = r"(w|b|s|rm|riv)"
+    if found := re.fullmatch(rf"res(\d)_(\d+)_branch(1|2[abc])(_bn)?_{leaf}", key):
+        stage, block, branch, norm, kind = found.groups()
+        if branch == "1":
+            layer = "downsample.1" if norm else "downsample.0"
+        else:
+            layer = f"{'bn' if norm else 'conv'}{'abc'.index(branch[1]) + 1}"
+        return f"layer{int(stage) - 1}.{block}.{layer}.{_BLOBS[kind]}"
+    if found := re.fullmatch(rf"(?:res_)?conv(\d)(_bn|norm)_{leaf}", key):
+        return f"bn{found[1]}.{_BLOBS[found[3]]}"
+    if found := re.fullmatch(r"(conv\d|fc\d)_(w|b)", key):
+        return f"{found[1]}.{_BLOBS[found[2]]}"
+    return key
+
+
+def _vgg(key: str) -> str:
+    """Linear layers of VGG, which are convolutions in timm."""
+    key = _without_wrappers(key)
+    return re.sub(r"classifier\.(0|3)\.", lambda m: {"0": "pre_logits.fc1.", "3": "pre_logits.fc2."}[m[1]], key)
+
+
+def _transformers(key: str) -> str:
+    """ResNets as Hugging Face's transformers names them."""
+    key = re.sub(r"embedder\.embedder\.convolution\.", "conv1.", key)
+    key = re.sub(r"embedder\.embedder\.normalization\.", "bn1.", key)
+    key = re.sub(r"encoder\.stages\.(\d)\.layers\.(\d+)\.", lambda m: f"layer{int(m[1]) + 1}.{m[2]}.", key)
+    key = re.sub(r"\.layer\.(\d)\.convolution\.", lambda m: f".conv{int(m[1]) + 1}.", key)
+    key = re.sub(r"\.layer\.(\d)\.normalization\.", lambda m: f".bn{int(m[1]) + 1}.", key)
+    key = re.sub(r"\.shortcut\.convolution\.", ".downsample.0.", key)
+    return re.sub(r"\.shortcut\.normalization\.", ".downsample.1.", key)
+
+
+_RENAMES = (lambda key: key, _without_wrappers, _deepcluster, _blocks, _caffe2, _vgg, _transformers)
+
+
+@dataclass
+class Match:
+    """How a checkpoint covers a network."""
+
+    tensors: dict[str, Tensor]  # by the network's names
+    where: str  # path of the state dict in the file, and the prefix of its keys
+    expected: int  # tensors the network has
+    missing: list[str]  # names of the network the file does not have
+    dropped: list[str]  # keys of the same state dict that are no part of the network: heads, copies
+    unexpected: list[str]  # keys under the prefix that look like the network's, but have another shape
+    misfits: dict[str, Tensor]  # the same by the network's names
+    others: list[str]  # state dicts of the same file that were left out
+
+    @property
+    def share(self) -> float:
+        """Of the network's tensors, how many were found: 0..1."""
+        return len(self.tensors) / max(1, self.expected)
+
+
+def views(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
+    """The ways to read a state dict's keys: name to key, each way that changes something."""
+    seen: list[set[str]] = []
+    for rename in _RENAMES:
+        names: dict[str, str] = {}
+        for key in tensors:
+            names.setdefault(rename(key), key)
+        if set(names) not in seen:
+            seen.append(set(names))
+            yield names
+
+
+def match(contents: Contents, network: Mapping[str, Tensor]) -> Match:
+    """The part of a checkpoint that fits a network best.
+
+    Args:
+        contents: of the file.
+        network: the network's state dict; only names and shapes are looked at.
+
+    Returns:
+        The match, possibly of nothing.
+    """
+    best: tuple[tuple[int, int, int], str, str, dict[str, str]] | None = None
+    for path, tensors in contents.state_dicts.items():
+        for number, names in enumerate(views(tensors)):
+            prefixes: dict[str, int] = {}
+            for name, key in names.items():
+                for prefix in _prefixes(name):
+                    own = network.get(name[len(prefix) :])
+                    if own is not None and fits(tensors[key], own):
+                        prefixes[prefix] = prefixes.get(prefix, 0) + 1
+            for prefix, count in prefixes.items():
+                rank = (count, _preference(f"{path}/{prefix}"), -number)
+                if best is None or rank > best[0]:
+                    best = rank, path, prefix, names
+    if best is None:
+        return Match({}, "", len(network), list(network), [], [], {}, [])
+    return _match_under(contents, *best[1:], network)
+
+
+def _match_under(
+    contents: Contents, path: str, prefix: str, names: dict[str, str], network: Mapping[str, Tensor]
+) -> Match:
+    tensors = contents.state_dicts[path]
+    under = {name[len(prefix) :]: key for name, key in names.items() if name.startswith(prefix)}
+    used = {name: under[name] for name, own in network.items() if name in under and fits(tensors[under[name]], own)}
+    # Checkpoints older than torch 0.4.1 have no batch counters, and nothing needs them.
+    counters = any(name.endswith("num_batches_tracked") for name in under)
+    expected = [name for name in network if counters or not name.endswith("num_batches_tracked")]
+    wrong = {name: key for name, key in under.items() if name in network and name not in used}
+    keys = set(used.values())
+    # The prefix as it stands in the file, not as a rename has left it.
+    example = next(iter(used), None)
+    if example is not None and used[example].endswith(example):
+        prefix = used[example][: -len(example)]
+    return Match(
+        tensors={name: tensors[key].reshape(network[name].shape) for name, key in used.items()},
+        where="/".join(part for part in (path, prefix) if part) or "the file itself",
+        expected=len(expected),
+        missing=[name for name in expected if name not in used],
+        dropped=[key for key in tensors if key not in keys and key not in wrong.values()],
+        unexpected=list(wrong.values()),
+        misfits={name: tensors[key] for name, key in wrong.items()},
+        others=[other for other in contents.state_dicts if other != path],
+    )
+
+
+def fits(tensor: Tensor, own: Tensor) -> bool:
+    """Whether a tensor has the shape of the network's own; a linear layer may stand for a convolution of its size."""
+    if tensor.shape == own.shape:
+        return True
+    linear = tensor.ndim == 2 and own.ndim == 4 and tensor.shape[0] == own.shape[0]
+    return linear and tensor.numel() == own.numel()
+
+
+def _prefixes(key: str) -> Iterator[str]:
+    yield ""
+    for place, letter in enumerate(key):
+        if letter == ".":
+            yield key[: place + 1]
+
+
+def _preference(where: str) -> int:
+    if any(bad in where for bad in _SECOND_BEST):
+        return -1
+    if re.search(r"(^|[/._])ema($|[/._])", where):
+        return len(_PREFERRED) + 1
+    return max((len(_PREFERRED) - rank for rank, good in enumerate(_PREFERRED) if good in where), default=0)
+
+
+def doubtful(tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is odd about which tensors: numbers that are not finite, weights that are all the same number."""
+    found = []
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        low, high = torch.aminmax(tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            found.append(f"{name} is not finite")
+        elif low == high and tensor.ndim > 1 and tensor.shape[-1] * tensor.shape[0] > 1 and not name.endswith("token"):
+            found.append(f"{name} is all {float(low):g}")
+    return found

@@ -1,0 +1,310 @@
+"""Which network a checkpoint is of, who wrote it, and what it was shown.
+
+Architectures are told by the names and shapes of tensors. For each of timm's networks `timm_index.json` keeps hashes of
+a few tensors that few other networks have (tools/index_timm.py makes it); a network whose are all in the file is
+compared in full.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from odcft.checkpoint import Contents
+from odcft.errors import OdcftError
+from odcft.inputs import CHANNELS, IMAGENET, Input, default, load
+from odcft.matching import Match, match, views
+from odcft.networks import NETWORKS, is_network, shapes
+
+# Tried when nothing in the index fits: the file may lack a part, or hold a network of another width.
+COMMON = (
+    *("resnet50", "resnet18", "resnet34", "resnet101", "resnet152", "wide_resnet50_2", "resnext50_32x4d"),
+    *("vit_small_patch16_224", "vit_base_patch16_224", "vit_tiny_patch16_224", "vit_large_patch16_224"),
+    *("vit_small_patch8_224", "vit_base_patch8_224", "vit_base_patch32_224", "vit_small_patch14_dinov2"),
+    *("convnext_tiny", "convnext_small", "convnext_base", "swin_tiny_patch4_window7_224"),
+    *("efficientnet_b0", "mobilenetv3_large_100", "regnety_016", "densenet121", "vgg16_bn", "vgg16"),
+)
+
+FEWEST = 10  # tensors of any backbone
+
+Kwargs = dict[str, Any]
+
+
+def recognise(contents: Contents, arch: str | None = None) -> tuple[str, Kwargs, Match]:
+    """The network that a file's tensors cover best.
+
+    Args:
+        contents: of the file.
+        arch: the user's word for it, which is followed.
+
+    Returns:
+        Its name, what `networks.build` needs besides (in_chans, img_size, num_heads), and the match.
+
+    Raises:
+        OdcftError: `arch` is unknown, or nothing fits.
+    """
+    if arch is not None and not is_network(arch):
+        raise OdcftError(f"--arch {arch}: timm has no such network{nearest_name(arch)}.")
+    best: tuple[str, Kwargs, Match] | None = None
+    for candidate, kwargs in [(arch, {})] if arch else _candidates(contents):
+        found = candidate, *_fitted(contents, candidate, kwargs)
+        rank = (*_rank(found[2]), -len(found[1]))
+        if best is None or rank > (*_rank(best[2]), -len(best[1])):
+            best = found
+        if found[2].share == 1 and candidate not in NETWORKS:
+            break
+    if best is None or not best[2].tensors:
+        raise OdcftError(
+            f"{contents.path} fits no backbone odcft knows. If you know its timm architecture, say --arch NAME."
+        )
+    name, kwargs, found_match = best
+    if arch is None:
+        name, kwargs = _as_trained(contents, name, kwargs, found_match)
+    return name, kwargs, found_match
+
+
+def _rank(found: Match) -> tuple[bool, int, float]:
+    """A network that is there in full is a better answer than one of which there is a part; then the larger one."""
+    return found.share == 1, len(found.tensors) if found.share > 0.9 else 0, found.share
+
+
+def _candidates(contents: Contents) -> Iterator[tuple[str, Kwargs]]:
+    """Names to try, the likeliest first: what the file says, what its tensors say, what is common."""
+    seen: set[str] = set()
+    if "architecture" in contents.config:
+        yield contents.config["architecture"], dict(contents.config.get("model_args") or {})
+        return
+    told = [hint for hint in contents.hints if is_network(hint)]
+    by_tensors = list(_by_tensors(contents))
+    # A file's own word counts where its tensors do not speak against it: DeepCluster's "alexnet" is not torchvision's.
+    agreeing = [hint for hint in told if hint in by_tensors or hint not in _index()]
+    # VISSL's trunks end where the convolutions do, even where fully connected layers are left in the file.
+    trunk = bool({"model_state_dict", "classy_state_dict"} & set(contents.names))
+    plain = [name for name in NETWORKS if _may_be(contents, name) and not (trunk and name.endswith("_fc"))]
+    for name in (*agreeing, *plain, *by_tensors):
+        if name not in seen:
+            seen.add(name)
+            yield name, {}
+    if not by_tensors and not plain and sum(map(len, contents.state_dicts.values())) >= FEWEST:
+        for name in (*told, *COMMON):
+            if name not in seen:
+                seen.add(name)
+                yield name, {}
+
+
+def _may_be(contents: Contents, name: str) -> bool:
+    """Whether the first and the last weights of one of our own networks are in the file."""
+    weights = [key for key, own in _own_shapes(name).items() if own.ndim > 1]
+    there = _named_shapes(contents)
+    return all((key, tuple(_own_shapes(name)[key].shape)) in there for key in (weights[1], weights[-1]))
+
+
+@cache
+def _own_shapes(name: str) -> dict[str, Tensor]:
+    return shapes(name)
+
+
+def _named_shapes(contents: Contents) -> set[tuple[str, tuple[int, ...]]]:
+    """All ends of all names in a file, with their tensors' shapes."""
+    return {
+        (end, tuple(tensors[key].shape))
+        for tensors in contents.state_dicts.values()
+        for names in views(tensors)
+        for name, key in names.items()
+        for end in _ends(name)
+    }
+
+
+def _ends(name: str) -> Iterator[str]:
+    yield name
+    while "." in name:
+        name = name.split(".", 1)[1]
+        yield name
+
+
+def fingerprint(name: str, shape: Iterable[int]) -> int:
+    """Of a tensor in the index."""
+    return zlib.crc32(f"{name}:{'x'.join(map(str, shape))}".encode())
+
+
+def any_channels(shape: Iterable[int]) -> tuple[int, ...]:
+    """The shape of a first convolution without its input channels."""
+    wide, _, *kernel = shape
+    return (wide, *kernel)
+
+
+@cache
+def _index() -> dict[str, list[int]]:
+    """timm name: how many tensors it has, and the fingerprints of its first convolution and of four more."""
+    index: dict[str, list[int]] = json.loads((Path(__file__).parent / "timm_index.json").read_text())
+    return index
+
+
+def _by_tensors(contents: Contents) -> Iterator[str]:
+    """timm's networks whose telling tensors are in the file, those with most tensors first."""
+    shapes_there = _named_shapes(contents)
+    there = {fingerprint(end, shape) for end, shape in shapes_there}
+    there |= {fingerprint(end, any_channels(shape)) for end, shape in shapes_there if len(shape) == 4 and shape[1] < 8}
+    known = [name for name, (_, *prints) in _index().items() if all(one in there for one in prints)]
+    common = {name: place for place, name in enumerate(COMMON)}
+    yield from sorted(known, key=lambda name: (-_index()[name][0], common.get(name, 99), len(name), name))
+
+
+def _fitted(contents: Contents, arch: str, kwargs: Kwargs) -> tuple[Kwargs, Match]:
+    """The network with the file's number of input channels and size of position embedding, and its match."""
+    network = shapes(arch, **kwargs)
+    found = match(contents, network)
+    for name, tensor in found.misfits.items():
+        own = network[name]
+        if tensor.ndim == own.ndim == 4 and tensor.shape[0] == own.shape[0] and tensor.shape[2:] == own.shape[2:]:
+            if tensor.shape[1] < 8 and own.shape[1] < 8:  # the first convolution
+                kwargs = {**kwargs, "in_chans": tensor.shape[1]}
+        elif name.endswith("pos_embed") and tensor.ndim == own.ndim == 3 and tensor.shape[2] == own.shape[2]:
+            patch = network[name.replace("pos_embed", "patch_embed.proj.weight")].shape[-1]
+            extra = own.shape[1] - math.isqrt(own.shape[1]) ** 2  # tokens that are no patches
+            side = math.isqrt(tensor.shape[1] - extra)
+            if side * side + extra == tensor.shape[1]:
+                kwargs = {**kwargs, "img_size": side * patch}
+    if not found.misfits or not kwargs:
+        return kwargs, found
+    try:
+        refound = match(contents, shapes(arch, **kwargs))
+    except Exception:  # timm's networks do not all take these words
+        return {}, found
+    return (kwargs, refound) if len(refound.tensors) > len(found.tensors) else ({}, found)
+
+
+def _as_trained(contents: Contents, arch: str, kwargs: Kwargs, found: Match) -> tuple[str, Kwargs]:
+    """Networks whose tensors have the shapes of another's: told by who wrote them."""
+    if arch.startswith("vit_small") and "base_encoder." in found.where:
+        return arch, {**kwargs, "num_heads": 12}  # MoCo v3; timm's has 6
+    goyal = contents.container == "pickle" or "_feature_blocks." in found.where
+    if arch == "resnet50" and kwargs.get("in_chans") == 1 and goyal:
+        return arch, {**kwargs, "last_stride": 1}
+    return arch, kwargs
+
+
+# ---------------------------------------------------------------- who wrote it
+
+
+def family(contents: Contents, arch: str, found: Match) -> str:
+    """Whose code wrote a file, by what stands around the backbone; "state_dict" where nothing tells."""
+    where, names = found.where, set(contents.names)
+    keys = [key for tensors in contents.state_dicts.values() for key in tensors]
+
+    def has(*starts: str) -> bool:
+        return any(key.startswith(starts) for key in keys)
+
+    vit = arch.startswith("vit_")
+    marks = {
+        "odcft": isinstance(contents.config.get("odcft"), dict),
+        "timm": "architecture" in contents.config or "state_dict_ema" in names,
+        "fair_caffe2": contents.container == "pickle" and "blobs" in names,
+        "colorization_zhang": arch in ("colorization_eccv16", "colorization_siggraph17"),
+        "vissl": bool({"classy_state_dict", "model_state_dict"} & names) and has("_feature_blocks."),
+        "rotnet_gidaris": has("_feature_blocks."),
+        "deepcluster": has("top_layer.", "features.module."),
+        "lightly_ssl": "pytorch-lightning_version" in names and "backbone." in where,
+        "lightning": "pytorch-lightning_version" in names,
+        "openselfsup": "meta" in names or "message_hub" in names,
+        "msn": "target_encoder" in names,
+        "mocov3": "base_encoder." in where,
+        "moco": "encoder_q." in where,
+        "simsiam": has("module.predictor.") and "encoder." in where,
+        "dinov2": vit and has("mask_token") and any(".ls1.gamma" in key for key in keys),
+        "dino": "teacher" in names or (vit and where == "the file itself" and not has("head.", "fc.")),
+        "mae": has("decoder_") or (vit and where == "model" and not has("head.", "fc.")),
+        "timm train": "arch" in names and "state_dict" in names and bool({"optimizer", "args", "epoch"} & names),
+        "torchvision": where == "the file itself" and bool(arch.startswith(("resnet", "alexnet"))),
+    }
+    return next((name for name, true in marks.items() if true), "state_dict")
+
+
+# ---------------------------------------------------------------- what it was shown
+
+
+def input_of(contents: Contents, arch: str, kwargs: Kwargs, found: Match, cfg: Mapping[str, Any]) -> Input:
+    """What the network was shown, as far as the file tells.
+
+    Args:
+        contents: of the file.
+        arch: of the network.
+        kwargs: of the network.
+        found: the match.
+        cfg: timm's word on the network's own weights: input_size, mean, std.
+
+    Returns:
+        The file's own word, or else what the number of channels and the file's writer imply.
+    """
+    told = contents.config.get("odcft", {}).get("input")
+    if isinstance(told, dict):
+        if "channels" in told:
+            return load(told)
+        return Input(told["color"], told["size"], told["mean"], told["std"])
+    if arch in NETWORKS:
+        input = NETWORKS[arch][1]
+        if contents.container == "pickle" and input.color == "rgb":
+            input = Input("bgr", input.size, input.mean[::-1], input.std[::-1])
+        channels = kwargs.get("in_chans", input.channels)
+        return input if channels == input.channels else default("rgb" if channels == 3 else "gray", input.size)
+    size = kwargs.get("img_size") or cfg["input_size"][-1]
+    if "last_stride" in kwargs:
+        return default("lab_l", size)
+    channels = kwargs.get("in_chans", 3)
+    if channels == 2:
+        return default("sobel", size)
+    if channels == 1:
+        return default("gray", size)
+    if channels != 3:
+        raise OdcftError(
+            f"{contents.path}: the first convolution takes {channels} channels, and nothing tells which. "
+            "odcft shows networks images of 1 (gray, lab_l), 2 (sobel) or 3 (rgb, bgr) channels."
+        )
+    if contents.container == "pickle" and "blobs" in contents.names:
+        return default("bgr", size)
+    pretrained = contents.config.get("pretrained_cfg")
+    if pretrained or "architecture" in contents.config:
+        cfg = {**cfg, **(pretrained or {})}
+        return Input("rgb", cfg["input_size"][-1], cfg["mean"], cfg["std"])
+    # timm's own files have timm's classifier; self-supervised code uses ImageNet's mean and deviation everywhere.
+    classifier = cfg.get("classifier") or ""
+    classifiers = classifier if isinstance(classifier, tuple | list) else (classifier,)
+    timms = any(f"{name}.weight" in key for name in classifiers if name for key in found.dropped)
+    mean, std = (cfg["mean"], cfg["std"]) if timms else IMAGENET
+    return Input("rgb", size, mean, std)
+
+
+def overridden(input: Input, color: str, channels: int) -> Input:
+    """The user's word for the colours (`--input`).
+
+    Raises:
+        OdcftError: the network takes another number of channels.
+    """
+    asked = default(color, input.size)
+    if asked.channels != channels:
+        fitting = ", ".join(name for name, count in CHANNELS.items() if count == channels)
+        raise OdcftError(
+            f"--input {color} gives {asked.channels} channels, and this network's first convolution takes {channels}. "
+            + (f"It can be shown {fitting}." if fitting else "")
+        )
+    if asked.color in ("rgb", "bgr") and input.color in ("rgb", "bgr"):
+        turn = asked.color != input.color
+        return Input(
+            color, input.size, input.mean[::-1] if turn else input.mean, input.std[::-1] if turn else input.std
+        )
+    return asked
+
+
+def nearest_name(arch: str) -> str:
+    """ " (did you mean …?)", for a name that no network has."""
+    import difflib
+
+    import timm
+
+    close = difflib.get_close_matches(arch, [*timm.list_models(), *NETWORKS], n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

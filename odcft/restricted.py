@@ -1,0 +1,244 @@
+"""Unpickling that runs nothing: an unpickler which knows the pieces of arrays and tensors, and no other code.
+
+A pickle is a program. It can name any function there is and have it called. Here, names of what arrays and tensors are
+made of stand for the real thing; every other name stands for an empty class of ours, so that calling it makes an empty
+object. A name whose only purpose can be harm (os.system) is refused outright.
+"""
+
+import pickle  # noqa: TID251 - the one place: a restricted unpickler is made of it
+import struct
+import tarfile
+from collections import OrderedDict, defaultdict
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from odcft.errors import OdcftError
+
+# No checkpoint needs these, and code that wants to run does. What is not listed becomes a stand-in, and does not run.
+_DANGEROUS_MODULES = {
+    *("os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "runpy", "importlib", "imp", "pty", "commands"),
+    *("popen2", "ctypes", "webbrowser", "code", "codeop", "pdb", "bdb", "timeit", "platform", "pip", "marshal"),
+    *("cProfile", "profile", "doctest", "pydoc", "linecache", "zipimport"),
+}
+_DANGEROUS_BUILTINS = {
+    *("eval", "exec", "execfile", "compile", "open", "file", "__import__", "input", "raw_input", "breakpoint"),
+    *("apply", "globals", "locals", "setattr", "delattr", "exit", "quit"),
+}
+
+
+class Refused(Exception):
+    """The file names code that only harm has a use for."""
+
+
+class StandIn:
+    """Takes the place of a class that the file asks for and we will not import. It holds what it is given."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        parts = state if isinstance(state, tuple) else (state,)
+        for part in parts:
+            if isinstance(part, dict):
+                self.__dict__.update({key: value for key, value in part.items() if isinstance(key, str)})
+
+    def append(self, item: Any) -> None:
+        """A list's place can be taken too."""
+
+    def extend(self, items: Any) -> None:
+        """A list's place can be taken too."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if isinstance(key, str):
+            self.__dict__[key] = value
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def stand_in(name: str) -> type:
+    """An inert class for a dotted name.
+
+    Raises:
+        Refused: where the name has no use but harm.
+    """
+    refuse_dangerous(name)
+    return type(name.rsplit(".", 1)[-1], (StandIn,), {"__module__": "stand_in", "__doc__": f"Instead of {name}."})
+
+
+def refuse_dangerous(name: str) -> None:
+    """Raise Refused for names such as os.system and builtins.eval."""
+    module, _, rest = name.partition(".")
+    if module in _DANGEROUS_MODULES or (module in ("builtins", "__builtin__") and rest in _DANGEROUS_BUILTINS):
+        raise Refused(name)
+
+
+def numpy_globals() -> list[tuple[Any, str]]:
+    """What numpy's arrays and numbers are unpickled with, as torch's safe_globals takes it, in numpy 1 and 2."""
+    kinds = [type(np.dtype(kind)) for kind in "?bhilqBHILQefdFDSUOMm"]
+    return [
+        (_array, "numpy.core.multiarray._reconstruct"),
+        (_array, "numpy._core.multiarray._reconstruct"),
+        (np.ndarray, "numpy.ndarray"),
+        (np.dtype, "numpy.dtype"),
+        (_scalar, "numpy.core.multiarray.scalar"),
+        (_scalar, "numpy._core.multiarray.scalar"),
+        *((kind, f"numpy.dtypes.{kind.__name__}") for kind in kinds),
+        (_latin1, "_codecs.encode"),
+    ]
+
+
+def _array(kind: type, shape: tuple[int, ...], typecode: Any) -> np.ndarray:
+    return np.ndarray.__new__(np.ndarray, (0,), "b")
+
+
+def _scalar(kind: np.dtype, data: Any = None) -> Any:
+    """A numpy number; objects, which would hold anything, come out as nothing."""
+    if kind.hasobject or data is None:
+        return None
+    return np.frombuffer(data if isinstance(data, bytes) else str(data).encode("latin1"), dtype=kind)[0].item()
+
+
+def _latin1(text: str, encoding: str = "latin1") -> bytes:
+    """How Python 3 writes bytes into old pickles."""
+    return text.encode("latin1" if encoding in ("latin1", "latin-1", "iso-8859-1") else "utf-8", "replace")
+
+
+_KNOWN: dict[str, Any] = {
+    "collections.OrderedDict": OrderedDict,
+    "collections.defaultdict": lambda *args: defaultdict(None),
+    "torch.Size": torch.Size,
+    "torch._utils._rebuild_parameter": lambda data, requires_grad, hooks: data,
+    "torch.nn.parameter.Parameter": lambda data, requires_grad=True: data,
+    "torch.nn.Parameter": lambda data, requires_grad=True: data,
+    **{f"torch.{kind}Storage": f"{kind}Storage" for kind in ("Float", "Double", "Half", "Long", "Int", "Byte", "Char")},
+    **{f"torch.{kind}Storage": f"{kind}Storage" for kind in ("Short", "Bool")},
+    **{f"torch.cuda.{kind}Storage": f"{kind}Storage" for kind in ("Float", "Double", "Half", "Long", "Int", "Byte")},
+    **{name: value for value, name in numpy_globals()},
+    **{
+        f"{module}.{kind}": kind_of
+        for module in ("builtins", "__builtin__")
+        for kind, kind_of in {
+            "set": set,
+            "frozenset": frozenset,
+            "slice": slice,
+            "complex": complex,
+            "bytearray": lambda *args: bytearray(),
+            "object": StandIn,
+            "dict": dict,
+            "list": list,
+            "tuple": tuple,
+            "int": int,
+            "long": int,
+            "float": float,
+            "str": str,
+            "bool": bool,
+        }.items()
+    },
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: BinaryIO, replaced: list[str], tensors: dict[str, Tensor] | None = None) -> None:
+        super().__init__(file, encoding="latin1")
+        self.replaced, self.tensors = replaced, tensors
+
+    def find_class(self, module: str, name: str) -> Any:
+        dotted = f"{module}.{name}"
+        if dotted in _KNOWN:
+            return _KNOWN[dotted]
+        made = stand_in(dotted)
+        self.replaced.append(dotted)
+        return made
+
+    def persistent_load(self, key: Any) -> Any:
+        if self.tensors is None or key not in self.tensors:
+            raise pickle.UnpicklingError("refers to something that is not in the file")
+        return self.tensors[key]
+
+
+def load_pickle(path: Path, replaced: list[str]) -> Any:
+    """A plain pickle of dicts and numpy arrays, as Caffe2 and detectron2 write them; arrays come out as tensors.
+
+    Args:
+        path: of the file.
+        replaced: the names of classes that stand-ins were put for are added here.
+
+    Raises:
+        OdcftError: not a pickle, or a damaged one.
+        Refused: it names code that only harm has a use for.
+    """
+    try:
+        with path.open("rb") as file:
+            return _tensors(_Unpickler(file, replaced).load())
+    except (Refused, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise OdcftError(f"{path} is a damaged pickle ({type(error).__name__}). Copy or download it again.") from None
+
+
+def _tensors(tree: Any, depth: int = 0) -> Any:
+    if isinstance(tree, np.ndarray):
+        return torch.from_numpy(np.array(tree)) if tree.dtype.kind in "fiub" and tree.dtype.isnative else None
+    if isinstance(tree, dict) and depth < 12:
+        return {key: _tensors(value, depth + 1) for key, value in tree.items()}
+    if isinstance(tree, list | tuple) and depth < 12:
+        return [_tensors(value, depth + 1) for value in tree]
+    return tree
+
+
+_ELEMENTS = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+def load_tar(path: Path, replaced: list[str]) -> Any:
+    """A file of torch before 0.1.10: a tar archive of storages, tensors that view them, and the pickle.
+
+    Args and errors as `load_pickle`.
+    """
+    try:
+        with tarfile.open(path, "r:") as archive:
+            parts = {}
+            for name in ("storages", "tensors", "pickle"):
+                member = archive.extractfile(name)
+                assert member is not None
+                parts[name] = BytesIO(member.read())
+        storages: dict[Any, Tensor] = {}
+        file = parts["storages"]
+        for _ in range(_Unpickler(file, replaced).load()):
+            key, _, kind = _Unpickler(file, replaced).load()
+            (count,) = struct.unpack("<q", file.read(8))
+            dtype = _ELEMENTS[kind]
+            data = file.read(count * dtype.itemsize)
+            storages[key] = torch.frombuffer(bytearray(data), dtype=dtype) if count else torch.empty(0, dtype=dtype)
+        for key, root, offset, size in _Unpickler(file, replaced).load():  # views of storages
+            storages[key] = storages[root][offset : offset + size]
+        tensors: dict[str, Tensor] = {}
+        file = parts["tensors"]
+        for _ in range(_Unpickler(file, replaced).load()):
+            key, storage, _ = _Unpickler(file, replaced).load()
+            (dims,) = struct.unpack("<i4x", file.read(8))
+            shape, stride = (struct.unpack(f"<{dims}q", file.read(8 * dims)) for _ in range(2))
+            (start,) = struct.unpack("<q", file.read(8))
+            tensors[str(key)] = storages[storage].as_strided(shape, stride, start)
+        return _Unpickler(parts["pickle"], replaced, tensors).load()
+    except (Refused, MemoryError):
+        raise
+    except Exception as error:  # a damaged archive can raise anything
+        raise OdcftError(
+            f"{path} is a tar archive, but none that PyTorch wrote, or a damaged one ({type(error).__name__})."
+        ) from None
