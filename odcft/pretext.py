@@ -8,6 +8,7 @@ Shapes: B images, M puzzles, C answers, P patches, F features.
 import math
 import os
 import time
+from contextlib import nullcontext
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,12 @@ class Jigsaw(nn.Module):
         mean, spread = patches.mean((2, 3), keepdim=True), patches.std((2, 3), keepdim=True)
         patches = (patches - mean) / (spread + 0.02)  # a patch of sky stays one, its noise is not blown up
         answer_B = torch.randint(len(self.order_CP), (B,), generator=generator).to(images.device, non_blocking=True)
-        features_BPF = self.head["patch"](self.backbone.net(patches)).view(B, P, -1)
+        # On a CPU in float32: where a map is one pixel, torch 2.13's bfloat16 convolutions leave uninitialised memory in
+        # the gradients of filter taps that see only padding.
+        exact = images.device.type == "cpu"
+        with torch.autocast("cpu", enabled=False) if exact else nullcontext():
+            features_MF = self.backbone.net(patches)
+        features_BPF = self.head["patch"](features_MF).view(B, P, -1)
         laid_BPF = features_BPF.gather(1, self.order_CP[answer_B].unsqueeze(2).expand_as(features_BPF))
         return self.head["all"](laid_BPF.flatten(1)), answer_B
 

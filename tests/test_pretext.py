@@ -137,6 +137,15 @@ def test_a_lightness_network_is_fine_tuned_on_colour_images_and_stays_one(tmp_pa
     assert net.conv1[0].weight.shape[1] == 1
 
 
+def test_jigsaw_in_bfloat16_leaves_finite_weights_that_no_patch_has_touched(tmp_path, rows_of_stripes):
+    """One-pixel maps: torch's own bfloat16 gradients of taps that see only padding are whatever was in memory."""
+    out = tmp_path / "j.pth"
+    recipe = load_recipe("pretext", [*QUICK, "optim.epochs=1", "optim.precision=bfloat16"])
+    train_pretext("jigsaw", rows_of_stripes, "resnet18", out, recipe)
+    weights = torch.load(out)["state_dict"]["backbone.layer4.0.conv1.weight"]
+    assert weights.abs().max() < 1
+
+
 def test_resumed_training_equals_uninterrupted(tmp_path, rows_of_stripes):
     same = [*QUICK, "optim.schedule=step", "optim.final_epochs=0", "optim.epochs=2"]
     one = [*same, "optim.epochs=1"]
