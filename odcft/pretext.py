@@ -99,7 +99,7 @@ class Jigsaw(nn.Module):
         mean, spread = patches.mean((2, 3), keepdim=True), patches.std((2, 3), keepdim=True)
         patches = (patches - mean) / (spread + 0.02)  # a patch of sky stays one, its noise is not blown up
         answer_B = torch.randint(len(self.order_CP), (B,), generator=generator).to(images.device, non_blocking=True)
-        # On a CPU in float32: where a map is one pixel, torch 2.13's bfloat16 convolutions leave uninitialised memory in
+        # On a CPU in float32: on maps of one pixel torch 2.13's bfloat16 convolutions leave uninitialised memory in
         # the gradients of filter taps that see only padding.
         exact = images.device.type == "cpu"
         with torch.autocast("cpu", enabled=False) if exact else nullcontext():
