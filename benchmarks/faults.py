@@ -8,8 +8,8 @@ Every count may be 0. --disk mounts a tmpfs in a namespace of its own; that need
 docs/reliability.md has the figures.
 
 A training takes a few seconds and saves its state as often as it can (log.snapshot_share=1), so that a good part of the
-moments falls into saving. Runs of one process are forks of this one, to spare the imports; those of two ranks are
-started by `--devices 2`.
+moments falls into saving. Processes are forks of this one, to spare the imports; every fifth run of two ranks is
+started by `--devices 2` instead.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -86,7 +87,7 @@ def main() -> None:
     elif args.disk:
         told("disk", in_a_namespace(args.disk, args.seed))
     if args.two_ranks:
-        two, seconds = reference(folder, "two", "--devices", "2")
+        two, seconds = reference(folder, "two", ranks=2)
         told("two_ranks", many(args.two_ranks, lambda i: one_of_two_killed(folder, two, seconds, draw, i)))
     if args.cost:
         told("cost", {"states": cost(folder)})
@@ -133,7 +134,7 @@ def command(folder: Path, run: Path, *extra: str) -> list[str]:
     return ["finetune", str(folder / "start.pth"), str(folder / "images"), "--out", str(run), *extra]
 
 
-def start(arguments: list[str], log: Path) -> int:
+def start(arguments: list[str], log: Path, **environment: str) -> int:
     """`odcft` with these arguments, as a fork of this process; its number."""
     number = os.fork()
     if number:
@@ -146,6 +147,7 @@ def start(arguments: list[str], log: Path) -> int:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         sys.argv = ["odcft", *arguments]
+        os.environ.update(environment)
         cli.main()
     except SystemExit as end:
         code = int(end.code or 0)
@@ -154,6 +156,15 @@ def start(arguments: list[str], log: Path) -> int:
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def start_two(arguments: list[str], log: Path) -> list[int]:
+    """The same as two ranks, as a scheduler would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [start(arguments, log, RANK=rank, LOCAL_RANK=rank, **common) for rank in "01"]
 
 
 def end_of(number: int, within: float) -> int | None:
@@ -189,16 +200,11 @@ def finish(number: int, log: Path) -> int:
     return code
 
 
-def reference(folder: Path, name: str, *extra: str) -> tuple[dict[str, Any], float]:
+def reference(folder: Path, name: str, ranks: int = 1) -> tuple[dict[str, Any], float]:
     """What comes of a run that nothing happens to, and how long it takes."""
-    began = time.monotonic()
-    if extra:
-        arguments = [sys.executable, "-m", "odcft", *command(folder, folder / name, *TRAINING, *extra)]
-        with (folder / f"{name}.log").open("w") as log:
-            code = subprocess.run(arguments, stdout=log, stderr=log).returncode
-    else:
-        code = finish(start(command(folder, folder / name, *TRAINING), folder / f"{name}.log"), folder / f"{name}.log")
-    assert code == 0, (folder / f"{name}.log").read_text()
+    began, log, arguments = time.monotonic(), folder / f"{name}.log", command(folder, folder / name, *TRAINING)
+    numbers = start_two(arguments, log) if ranks == 2 else [start(arguments, log)]
+    assert all(finish(number, log) == 0 for number in numbers), log.read_text()
     return outcome(folder / name), time.monotonic() - began
 
 
@@ -422,48 +428,60 @@ def starved(folder: Path, whole: dict[str, Any], i: int) -> dict[str, Any]:
 def one_of_two_killed(
     folder: Path, whole: dict[str, Any], seconds: float, draw: random.Random, i: int
 ) -> dict[str, Any]:
-    """Two ranks by `--devices 2`: rank 0, rank 1, both, or the process that started them is killed."""
+    """Rank 0, rank 1 or both are killed, or the process that started them: all must end, and the run go on."""
     run, log = folder / f"two-{i}", folder / f"two-{i}.log"
-    who = ("rank 0", "rank 1", "both", "launcher")[i % 4]
+    who = ("rank 0", "rank 1", "both", "rank 1", "launcher")[i % 5]
     figures: dict[str, Any] = {"kills": 0, who: 0, "while_saving": 0, "slowest_end_s": 0.0}
-    arguments = command(folder, run, *TRAINING, "--devices", "2")
+    arguments = command(folder, run, *TRAINING)
     while True:
-        with log.open("a") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "odcft", *arguments], stdout=file, stderr=file, start_new_session=True
-            )
-        try:
-            code: int | None = process.wait(draw.uniform(0.3 * seconds, seconds))
-        except subprocess.TimeoutExpired:
-            code = None
-        ranks = children(process.pid)
-        if code is None and (figures["kills"] == 0 or draw.random() < 0.3) and len(ranks) == 2:
+        if who == "launcher":
+            figures["slowest_end_s"] = launcher_killed(arguments, run, log, draw.uniform(0, 0.3 * seconds))
+            codes = [-9]
+        else:
+            numbers = start_two(arguments, log)
+            if i % 2:
+                code = end_while_saving(numbers[0], run, draw)
+            else:
+                code = end_of(numbers[0], draw.uniform(0.2, 1) * seconds)
             began = time.monotonic()
-            for number in {"rank 0": ranks[:1], "rank 1": ranks[1:], "both": ranks, "launcher": [process.pid]}[who]:
+            hit = {"rank 0": numbers[:1], "rank 1": numbers[1:], "both": numbers}[who] if code is None else []
+            for number in hit:
                 os.kill(number, signal.SIGKILL)
-            code = process.wait(LIMIT)
-            while any(alive(number) for number in ranks):
-                if time.monotonic() - began > LIMIT:
-                    return {**figures, "differences": ["a rank is left behind"]}
-                time.sleep(0.01)
-            figures["slowest_end_s"] = max(figures["slowest_end_s"], time.monotonic() - began)
+            codes = [code if code is not None else finish(numbers[0], log), finish(numbers[1], log)]
+            if hit:
+                figures["slowest_end_s"] = max(figures["slowest_end_s"], time.monotonic() - began)
+        if any(codes):
             figures["kills"] += 1
             figures[who] += 1
             figures["while_saving"] += any((run / "checkpoints").glob(".*.unfinished"))
-            if code == 0:
-                return {**figures, "differences": [f"{who} was killed, and the exit code is 0"]}
-            arguments = command(folder, run, *TRAINING, "--devices", "2", "--resume")
-            continue
-        code = process.wait(LIMIT)
-        if code == 0 and figures["kills"]:
             break
-        if code != 0:
-            return {**figures, "differences": [f"exit code {code}: {log.read_text()[-2000:]}"]}
         shutil.rmtree(run)  # too late: again
-        arguments = command(folder, run, *TRAINING, "--devices", "2")
-    result = {**figures, "differences": differences(whole, outcome(run))}
+    wrong = [f"{who} was killed, and a rank ended with 0"] if 0 in codes else []
+    codes = [finish(number, log) for number in start_two(command(folder, run, *TRAINING, "--resume"), log)]
+    if any(codes):
+        return {**figures, "differences": [*wrong, f"exit codes {codes}: {log.read_text()[-2000:]}"]}
+    result = {**figures, "differences": wrong or differences(whole, outcome(run))}
     shutil.rmtree(run)
     return result
+
+
+def launcher_killed(arguments: list[str], run: Path, log: Path, after: float) -> float:
+    """Start two ranks by `--devices 2`, kill the process that started them some time after the first state; seconds
+    until both have ended."""
+    with log.open("a") as file:
+        line = [sys.executable, "-m", "odcft", *arguments, "--devices", "2"]
+        process = subprocess.Popen(line, stdout=file, stderr=file, start_new_session=True)
+    while not snapshot.exists(run):
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.01)
+    time.sleep(after)
+    ranks, began = children(process.pid), time.monotonic()
+    process.kill()
+    process.wait()
+    while any(alive(number) for number in ranks):
+        assert time.monotonic() - began < LIMIT, "a rank is left behind"
+        time.sleep(0.01)
+    return time.monotonic() - began
 
 
 def children(number: int) -> list[int]:

@@ -4,6 +4,8 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
+
 from odcft import dist
 from odcft.errors import OdcftError
 from odcft.recipe import Recipe
@@ -26,6 +28,10 @@ def explained(recipe: Recipe) -> Iterator[None]:
             raise OdcftError(out_of_memory(recipe)) from None
         if "DataLoader worker" in text:
             raise OdcftError(worker_died(text, recipe)) from None
+        raise
+    except SafetensorError as error:
+        if "os error" in str(error):
+            raise OdcftError(f"A file cannot be written: {error}. Make room and go on with --resume.") from None
         raise
     except OSError as error:
         if error.errno in FULL:

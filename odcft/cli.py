@@ -6,6 +6,7 @@ Everything heavy is imported inside the commands, so that --help answers at once
 import os
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -356,15 +357,16 @@ def _options(
 
 def main() -> NoReturn:
     """Run the command line and leave with its exit code: 0 done, 2 the user can fix it, 75 stopped, 1 anything else."""
-    try:
-        stopping.listen()
-        app()
-    except OdcftError as error:
-        print(f"odcft: {error}", file=sys.stderr)
-        sys.exit(2)
-    except stopping.Stopped as stopped:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"odcft: {stopping.asked()}: stopped. {stopped}", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(stopping.EXIT)  # without waiting for data workers that are in the middle of reading
+    with stopping.listening():
+        try:
+            app()
+        except OdcftError as error:
+            print(f"odcft: {error}", file=sys.stderr)
+            sys.exit(2)
+        except stopping.Stopped as stopped:
+            with suppress(OSError):  # the terminal may be gone
+                if os.environ.get("RANK", "0") == "0":
+                    how = str(stopped) or "Nothing was saved. Start it again with the same command."
+                    print(f"odcft: {stopping.asked()}: stopped. {how}", file=sys.stderr, flush=True)
+            os._exit(stopping.EXIT)  # without waiting for data workers that are in the middle of reading
     sys.exit(0)

@@ -153,7 +153,7 @@ def about(ckpts: list[str], archs: list[str], data: str, images: Images) -> dict
 def sample(images: Images, count: int = 64) -> dict[str, str]:
     """Checksums of a few images spread over the set, by which changed contents are noticed: name to SHA-256."""
     names = images.names[:: max(1, len(images) // count)]
-    return {name: digest(images.root / name) for name in names}
+    return {name: digest(images.root / name) for name in names if (images.root / name).is_file()}
 
 
 def write_image_lists(images: Images, unreadable: dict[str, str], out: Path) -> None:
@@ -162,11 +162,13 @@ def write_image_lists(images: Images, unreadable: dict[str, str], out: Path) -> 
         table = csv.writer(file)
         table.writerow(["row", "path"])
         table.writerows(enumerate(images.names))
+    sync(out / "images.csv")
     if unreadable:
         with (out / "quarantine.csv").open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(["path", "reason"])
             table.writerows(unreadable.items())
+        sync(out / "quarantine.csv")
 
 
 def read_column(path: Path, column: str) -> list[str]:

@@ -58,7 +58,11 @@ def relaunch(ranks: int) -> int:
         ended = {rank: code for rank, worker in running.items() if (code := worker.poll()) is not None}
         for rank in ended:
             del running[rank]
+        if stopping.EXIT in ended.values():
+            since = since or time.monotonic()
         failed = {rank: code for rank, code in ended.items() if code not in (0, stopping.EXIT)}
+        if asked and since:  # those that stopped have left the others without company
+            failed = {}
         if failed:
             _end(list(running.values()))
             rank, code = max(failed.items(), key=lambda item: item[1])  # one that says why, before one that was killed
@@ -72,8 +76,6 @@ def relaunch(ranks: int) -> int:
                     file=sys.stderr,
                 )
             return code if code > 0 else 1
-        if stopping.EXIT in ended.values():
-            since = since or time.monotonic()
         if since and time.monotonic() - since > GRACE:
             _end(list(running.values()))
             break

@@ -241,7 +241,7 @@ def train_pretext(
 
     Raises:
         OdcftError: for anything the user can mend.
-        Stopped: where a program has `stopping.listen`ed, and was asked to stop; `out` holds the last finished epoch.
+        Stopped: within `stopping.listening()`, asked to stop by a signal; `out` holds the last finished epoch.
     """
     try:
         return _train(task, data, arch, out, recipe, overwrite, resume, progress or Progress())

@@ -1,5 +1,6 @@
 """Whether a RUN can go on: with the recipe, the checkpoint and the images it was started with, and nothing else."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,22 @@ from odcft.folders import digest, read_column, sha256
 from odcft.recipe import Recipe, make_recipe
 
 FREE = ("data.workers", "log")  # how fast, how often it speaks: may change, for they change no result
+
+
+def read_about(run: Path) -> dict[str, Any]:
+    """run.json: what the RUN was started from.
+
+    Raises:
+        OdcftError: it is not there, or of another version of odcft.
+    """
+    try:
+        about = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        return {name: about[name] for name in ("checkpoint", "sha256", "asked", "sample")} | about
+    except (OSError, ValueError, KeyError) as error:
+        raise OdcftError(
+            f"{run} cannot be resumed: its run.json is missing or not of this version of odcft ({error}). "
+            "Start anew with --overwrite, or with another --out."
+        ) from None
 
 
 def resumed_recipe(

@@ -22,23 +22,32 @@ _process = 0  # that listens: data workers inherit the handlers and must not hee
 _asked = ""  # the first signal
 _asked_at = 0.0
 _deferred = False
-_launcher = int(os.environ.get(LAUNCHER, 0))
+# torchrun heeds no SIGUSR1 and dies of it; its processes go on as orphans.
+_launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else int(os.environ.get(LAUNCHER, 0))
 
 
 class Stopped(BaseException):
-    """The run was asked to stop and did. Not an Exception: nothing that mends errors may swallow it."""
+    """The program was asked to stop and did. Not an Exception: nothing that mends errors may swallow it."""
 
 
-def listen() -> None:
-    """Take notice of the signals from now on. Only the main thread can; elsewhere the program's own handlers stay."""
+@contextmanager
+def listening() -> Iterator[None]:
+    """Within, the signals are heeded. Only the main thread can do that; elsewhere the program's own handlers stay."""
     global _process, _asked, _deferred
     _process, _asked, _deferred = os.getpid(), "", False
-    if threading.current_thread() is not threading.main_thread():
-        return
-    for name in SIGNALS:
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup: SIGHUP
-            signal.signal(number, _on_signal)
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        # What is ignored stays so: SIGHUP under nohup, SIGINT in a shell's background.
+        before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, _on_signal)
+    try:
+        yield
+    finally:
+        _asked = ""
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def asked() -> str:
@@ -81,7 +90,7 @@ def _on_signal(number: int, frame: object) -> None:
         return
     _asked, _asked_at = signal.Signals(number).name, now
     if not _deferred:
-        raise Stopped("Nothing is lost, nothing was saved: start it again with the same command.")
+        raise Stopped
     if os.environ.get("RANK", "0") == "0":
         _say(f"\n{_asked}: stopping after this step …\n")
 

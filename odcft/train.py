@@ -35,7 +35,7 @@ from odcft.optim import lr_at, make_optimizer, set_lr
 from odcft.optim import restore as restore_optimizer
 from odcft.optim import stored as stored_optimizer
 from odcft.recipe import MemberRecipe, Recipe, dump
-from odcft.resume import read_quarantine, refuse_other_checkpoint, resumed_recipe, same_images
+from odcft.resume import read_about, read_quarantine, refuse_other_checkpoint, resumed_recipe, same_images
 from odcft.stopping import Stopped
 
 
@@ -411,7 +411,7 @@ def fine_tune(
 
     Raises:
         OdcftError: for anything the user can mend, and for a loss that is not finite (the last good state is kept).
-        Stopped: where a program has `stopping.listen`ed, and was asked to stop; the state is saved.
+        Stopped: within `stopping.listening()`, asked to stop by a signal; the state is saved.
     """
     progress = progress or Progress()
     ckpts = [ckpt] if isinstance(ckpt, str) else ckpt
@@ -451,6 +451,7 @@ def _new_run(
         folders.clear(out, folders.RUN_FILES)
         about = folders.about(ckpts, [one.backbone.arch for one in start.loaded], data, start.images)
         about |= {"asked": recipe.model_dump(mode="json"), "sample": folders.sample(start.images)}
+        about |= {"arch_given": arch}
         folders.write_whole(out / "run.json", json.dumps(about, indent=2))
         folders.write_image_lists(start.images, start.unreadable, out)
     dist.barrier()
@@ -472,7 +473,8 @@ def _resume_point(
         OdcftError: no intact state; another recipe, checkpoint or data than the run was started with.
     """
     saved = snapshot.load(snapshot.newest(out, progress.say))
-    about = json.loads((out / "run.json").read_text())
+    about = read_about(out)
+    arch = arch or about.get("arch_given")
     recipe = resumed_recipe(recipe, epochs, out, about, saved.about)
     refuse_other_checkpoint(ckpts, out, about)
     loaded = [load_backbone(ckpt, arch, **recipe.backbone.model_dump()) for ckpt in ckpts]
@@ -507,6 +509,7 @@ def _train(
     if optim.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = dist.parallel(network, device)
+    _rehearse(model, recipe, K, device)
     optimizer = make_optimizer(
         [p for member in network for p in member.body()], [p for member in network for p in member.heads()], optim
     )
@@ -657,8 +660,9 @@ def _train(
                     figures["nmi_previous"] = nmi(labels_before_S, state.memory.labels_S)
                     labels_before_S = state.memory.labels_S.clone()
                 troubles = warnings([*metrics.lines(), figures], K)
-                for trouble in troubles.keys() - metrics.last().get("warnings", []):
-                    progress.say(f"Warning     Step {step}: {troubles[trouble]}")
+                for trouble, what in troubles.items():
+                    if trouble not in metrics.last().get("warnings", []):
+                        progress.say(f"Warning     Step {step}: {what}")
                 if troubles:
                     figures["warnings"] = sorted(troubles)
                 metrics.write(step, figures)
@@ -708,6 +712,26 @@ def _result(start: Start, out: Path, steps: int, seconds: float) -> dict[str, An
         "change_ratio": last.get("change_ratio"),
         "seconds": round(seconds, 1),
     }
+
+
+def _rehearse(model: nn.Module, recipe: Recipe, K: int, device: torch.device) -> None:
+    """With several ranks, a backward pass that nothing comes of.
+
+    The first one decides how torch sorts the gradients into the buckets that travel, and so in which order three ranks
+    and more add them up. A run that goes on has to have had it as one that began.
+    """
+    if dist.world_size() == 1:
+        return
+    size = _number(recipe.data.size)
+    images = torch.zeros(2, 3, size, size, device=device)
+    made = codc.copies(images, recipe.codc, 0)
+    model.eval()  # leaves the running statistics alone
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.optim.precision == "bfloat16"):
+        outputs = model(images, made.turned, made.mixed)
+    label_B, weight_K = torch.zeros(2, dtype=torch.int64, device=device), torch.ones(K, device=device)
+    codc.losses(outputs, recipe.codc, label_B, weight_K, made)[0].backward()
+    model.zero_grad()
+    model.train()
 
 
 def _agreed(late: LateReader, loss: Tensor, stop: bool, due: bool) -> tuple[bool, bool, bool]:

@@ -74,12 +74,13 @@ def go(inputs, tmp_path):
 @pytest.fixture
 def listening():
     """The signals are heeded, as on the command line."""
-    before = {name: signal.getsignal(getattr(signal, name)) for name in stopping.SIGNALS}
-    stopping.listen()
-    yield
-    for name, handler in before.items():
-        signal.signal(getattr(signal, name), handler)
-    stopping.listen.__globals__["_asked"] = ""
+    with stopping.listening():
+        yield
+
+
+def forget():
+    """As in a new process."""
+    stopping._asked = ""
 
 
 def at_step(monkeypatch, wanted, do):
@@ -119,7 +120,7 @@ def test_run_that_was_stopped_anywhere_ends_with_the_same_bits(inputs, go, tmp_p
         with pytest.raises(Stopped, match=f"Saved after {step + 1} of 6 steps"):
             go(resume=number > 0)
         assert not (tmp_path / "run" / "backbone").exists()
-        stopping.listen()
+        forget()
         monkeypatch.undo()
         at_step(monkeypatch, steps[number + 1 :], ask_to_stop)
     go(resume=True)
@@ -137,9 +138,24 @@ def test_run_that_is_asked_before_its_first_step_begins_again(inputs, go, tmp_pa
         go()
     assert not (tmp_path / "run").exists()
     monkeypatch.undo()
-    stopping.listen()
+    forget()
     go(resume=True)
     assert "has no state to resume from yet" in "".join(go.said)
+    assert outcome(tmp_path / "run") == outcome(inputs / "whole")
+
+
+def test_run_that_was_killed_while_its_first_state_was_written_begins_again(inputs, go, tmp_path, monkeypatch):
+    def killed(*args):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(snapshot, "write_whole", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        go()
+    assert list((tmp_path / "run" / "checkpoints").glob(".*.unfinished"))
+    monkeypatch.undo()
+    with pytest.raises(OdcftError, match="is not empty"):
+        go()
+    go(resume=True)
     assert outcome(tmp_path / "run") == outcome(inputs / "whole")
 
 
@@ -190,9 +206,7 @@ def test_two_ranks_one_killed_then_asked_to_stop_then_alone(inputs, go, tmp_path
     assert torch.equal(alone[0::2], both[0])
     assert torch.equal(alone[1::2], both[1])
     epochs = int(newest.name[5:]) // 3 + 2
-    summary = go(
-        load_recipe("small", [*QUICK, "optim.epochs=400", "log.snapshot_minutes=0.001"]), resume=True, epochs=epochs
-    )
+    summary = go(quick("optim.epochs=400", "log.snapshot_minutes=0.001"), resume=True, epochs=epochs)
     assert summary["steps"] == 3 * epochs
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == len(set(steps))
@@ -213,7 +227,7 @@ def test_finished_run_is_left_alone(go, tmp_path):
 
 def test_second_ctrl_c_ends_at_once_and_two_in_a_moment_are_one():
     code = (
-        "import time; from odcft import stopping; stopping.listen()\n"
+        "import time; from odcft import stopping; listening = stopping.listening(); listening.__enter__()\n"
         "with stopping.deferred():\n"
         "    print('ready', flush=True)\n"
         "    time.sleep(2); print('still here', flush=True); time.sleep(60)"
@@ -240,7 +254,7 @@ def stopped_run(go, tmp_path, monkeypatch, listening):
     with pytest.raises(Stopped):
         go()
     monkeypatch.undo()
-    stopping.listen()
+    forget()
     return tmp_path / "run"
 
 
@@ -592,9 +606,9 @@ def test_collapsing_run_is_told_and_a_healthy_one_is_left_in_peace(go, tmp_path,
     go(quick(*base, "optim.epochs=4", "memory.min_cluster=-1", "optim.lr=5"), data=images)
     said = "".join(go.said)
     assert "the clusters are as uneven as if there were" in said
-    assert "the centroids are nearly one point" in said
+    assert "the loss is" in said
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {"alike", "uneven"} <= set(last["warnings"])
+    assert "uneven" in last["warnings"]
     go.said.clear()
-    go(quick(*base, "optim.epochs=4", "memory.min_cluster=2", "optim.lr=0.05"), data=images, run=tmp_path / "healthy")
+    go(quick(*base, "memory.min_cluster=2", "optim.lr=0.05"), data=images, run=tmp_path / "healthy")
     assert not [line for line in go.said if "Warning" in line]
