@@ -58,8 +58,7 @@ def contents(out: Path) -> set[str]:
 def clear(out: Path, ours: tuple[str, ...]) -> None:
     """Make the folder, and remove what odcft wrote there before."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in ours:
-        path = out / name
+    for path in [*(out / name for name in ours), *out.glob(".*.unfinished")]:
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -106,7 +106,7 @@ def save(run: Path, state: State) -> str:
     if not failed:
         states = _states(run)
         newest_two = [path for path in states if path <= folder][-KEPT:]
-        found = [damage(path) for path in newest_two]
+        found = [damage(path, from_disk=path == folder) for path in newest_two]
         failed = found[-1]
         if dist.rank() == 0 and not any(found):
             for other in set(states) - set(newest_two):
@@ -146,13 +146,18 @@ def newest(run: Path, say: Callable[[str], None]) -> Path:
     raise OdcftError(f"{run} cannot be resumed: {what}. Start anew with --overwrite, or with another --out.")
 
 
-def damage(folder: Path) -> str:
-    """What is wrong with a state on disk, or "": the same on every rank, each having read its part of the files."""
+def damage(folder: Path, from_disk: bool = True) -> str:
+    """What is wrong with a state on disk, or "": the same on every rank, each having read its part of the files.
+
+    Args:
+        folder: `checkpoints/step-N`.
+        from_disk: do not be content with what memory still holds of the files.
+    """
 
     def check() -> None:
         names = sorted(_about(folder)["files"].items())
         for name, expected in names[dist.rank() :: dist.world_size()]:
-            if digest(folder / name, from_disk=True) != expected:
+            if digest(folder / name, from_disk) != expected:
                 raise OSError(f"{name} is not what was written")
 
     return together(check)

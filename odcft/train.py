@@ -576,9 +576,7 @@ def _train(
                 *(only.backbone, plain, batch, workers, device, Progress(quiet=True)), stop=stopping.asked
             )
         network.train()
-        stop = torch.tensor(float(bool(stopping.asked())), device=device)
-        dist.all_sum_(stop)
-        if stop:
+        if _asked_anywhere(device):
             save_and_stop(step)
         return features_SF
 
@@ -674,6 +672,8 @@ def _train(
                 saved_step = step + 1
     if saved_step < order.steps:
         save(order.steps)
+    if _asked_anywhere(device):
+        raise Stopped("All steps are done and saved; the backbone is still to be written.")
 
     if dist.rank() == 0:
         for member, ckpt, name in zip(network, ckpts, folders.BACKBONES, strict=False):
@@ -752,6 +752,13 @@ def _agreed(late: LateReader, loss: Tensor, stop: bool, due: bool) -> tuple[bool
     answer = late.read(flags)
     broken, stop_any, due_any = answer.tolist() if answer is not None else (0, 0, 0)
     return bool(broken), bool(stop_any), bool(due_any)
+
+
+def _asked_anywhere(device: torch.device) -> bool:
+    """Whether some rank was asked to stop. The host waits for the device."""
+    asked = torch.full((), float(bool(stopping.asked())), device=device)
+    dist.all_sum_(asked)
+    return bool(asked)
 
 
 def _not_finite(step: int, optimizer: torch.optim.Optimizer, out: Path) -> OdcftError:

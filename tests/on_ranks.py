@@ -1,20 +1,24 @@
 """What tests/test_ranks.py runs on one process or two: `python on_ranks.py RANKS CASE OUT`."""
 
+import contextlib
+import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from odcft import dist
+from odcft import dist, stopping, train
 from odcft.errors import OdcftError
 from odcft.kmeans import kmeans
 from odcft.launch import relaunch
 from odcft.memory import VARIANTS, new_memory, set_centroids
 from odcft.methods import odc
-from odcft.recipe import MemoryRecipe, Recipe
+from odcft.recipe import MemoryRecipe, Recipe, load_recipe
 from odcft.small_clusters import handle_small_clusters
+from odcft.train import fine_tune
 
 N, K, D = 403, 9, 8  # not a multiple of two
 
@@ -70,6 +74,50 @@ def error_on_one():
         raise OdcftError("rank 1 has run out of luck.")
     dist.barrier()  # would wait for ever
     return {}
+
+
+def goes_on():
+    """One rank is asked to stop, and another time meets a step that is not finite: all do the same."""
+    folder, first, last = Path(sys.argv[3]).parent, dist.rank() == 0, dist.rank() == dist.world_size() - 1
+    quick = ["optim.batch_size=6", "optim.epochs=3", "neck.hidden=16", "neck.dim=8", "neck.dropout=0.5"]
+    quiet = ["log.tensorboard=false", "log.snapshot_share=1", "log.interval=1"]
+    recipe = load_recipe("small", [*quick, *quiet, "optim.skip_non_finite=1"])
+
+    def go(name, **options):
+        fine_tune(str(folder / "c.pth"), str(folder / "images"), folder / name, recipe, **options)
+        weights = load_file(folder / name / "backbone" / "model.safetensors")
+        metrics = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        return weights, [[line[name] for name in ("step", "loss", "change_ratio")] for line in metrics]
+
+    def asked(step, *args):
+        if step == 2 and last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return lr_at(step, *args)
+
+    def broken(images, *args):
+        calls.append(1)
+        return augment_batch(images, *args) * (float("nan") if len(calls) == 4 and last else 1)
+
+    lr_at, augment_batch, calls = train.lr_at, train.augment_batch, []
+    whole, figures = go("whole")
+    train.lr_at = asked
+    with stopping.listening(), contextlib.suppress(stopping.Stopped):
+        go("parts")
+        raise AssertionError("did not stop")
+    train.lr_at = lr_at
+    parts, figures_of_parts = go("parts", resume=True)
+    train.augment_batch = broken
+    skipped, figures_of_skipped = go("skipped")
+    return (
+        {
+            "parts_equal_whole": torch.tensor(all(torch.equal(parts[name], whole[name]) for name in whole)),
+            "figures_equal": torch.tensor(figures == figures_of_parts),
+            "skipped_is_finite": torch.tensor(all(tensor.isfinite().all() for tensor in skipped.values())),
+            "steps_of_skipped": torch.tensor([step for step, *_ in figures_of_skipped]),
+        }
+        if first
+        else {}
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parent / "on_ranks.py"
 
 def on_ranks(ranks, case, out):
     return subprocess.run(
-        [sys.executable, str(SCRIPT), str(ranks), case, str(out)], capture_output=True, text=True, timeout=120
+        [sys.executable, str(SCRIPT), str(ranks), case, str(out)], capture_output=True, text=True, timeout=300
     )
 
 
@@ -74,3 +74,13 @@ def test_unreadable_image_on_one_of_two_ranks(tmp_path, inputs):
     quick = ["--recipe", "small", "--epochs", 1, "--set", "optim.batch_size=4", "--json", "--devices", 2]
     summary = json.loads(odcft("finetune", *inputs, "--out", tmp_path / "run", *quick).stdout)
     assert (summary["images"], summary["unreadable"]) == (13, 1)
+
+
+def test_three_ranks_stop_skip_and_go_on_together(tmp_path, inputs):
+    result = on_ranks(3, "goes_on", tmp_path / "x.safetensors")
+    assert result.returncode == 0, result.stderr
+    found = load_file(tmp_path / "x.safetensors")
+    assert found["parts_equal_whole"]  # three: two numbers have the same sum in either order
+    assert found["figures_equal"]
+    assert found["skipped_is_finite"]
+    assert found["steps_of_skipped"].tolist() == [0, 1, 2, 4, 5]

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -248,14 +249,20 @@ def test_second_ctrl_c_ends_at_once_and_two_in_a_moment_are_one():
 # ---------------------------------------------------------------- only what was started goes on
 
 
+@pytest.fixture(scope="module")
+def stopped_once(inputs):
+    """A run that was asked to stop in its fourth step."""
+    with pytest.MonkeyPatch.context() as patched, stopping.listening():
+        at_step(patched, (3,), ask_to_stop)
+        with pytest.raises(Stopped):
+            fine_tune(str(inputs / "c.pth"), str(inputs / "images"), inputs / "stopped", quick())
+    return inputs / "stopped"
+
+
 @pytest.fixture
-def stopped_run(go, tmp_path, monkeypatch, listening):
-    at_step(monkeypatch, (3,), ask_to_stop)
-    with pytest.raises(Stopped):
-        go()
-    monkeypatch.undo()
-    forget()
-    return tmp_path / "run"
+def stopped_run(stopped_once, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(stopped_once, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -299,8 +306,6 @@ def test_epochs_prolong_and_workers_and_lines_may_change(stopped_run, go):
     ],
 )
 def test_other_data_or_checkpoint_is_refused(stopped_run, go, inputs, tmp_path, case, message, make_checkpoint):
-    import shutil
-
     data, ckpt = tmp_path / "images", inputs / "c.pth"
     shutil.copytree(inputs / "images", data)
     if case == "missing":
