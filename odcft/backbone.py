@@ -112,11 +112,25 @@ def _load_file(name: str, path: Path, arch: str | None, allow_partial: bool) -> 
             f"At least {COVER:.0%} are needed; if it is another network, say --arch NAME; "
             "to start the rest from random weights, --allow-partial."
         )
+    first = _first_convolution(arch)
+    if first in found.misfits and not allow_partial:
+        raise OdcftError(
+            f"{path} is nearly a {arch}, but its first convolution has the shape {tuple(found.misfits[first].shape)}. "
+            "Is it another network (--arch NAME)? To start that layer from random weights, --allow-partial."
+        )
     backbone = Backbone(arch, random=bool(found.missing), **kwargs)
     cfg = getattr(backbone.net, "pretrained_cfg", {})
     backbone.adapter = Adapter(input_of(contents, arch, kwargs, found, cfg))
     backbone.net.load_state_dict({**backbone.net.state_dict(), **found.tensors})
     return Loaded(backbone.eval(), name, found, family(contents, arch, found), _notes(contents, found))
+
+
+def _first_convolution(arch: str) -> str:
+    import timm
+
+    cfg = None if arch in NETWORKS else timm.get_pretrained_cfg(arch, allow_unregistered=True)
+    first = getattr(cfg, "first_conv", None)
+    return f"{first}.weight" if isinstance(first, str) else "conv1.weight"
 
 
 def _notes(contents: Contents, found: Match) -> list[str]:

@@ -11,6 +11,7 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from odcft.errors import OdcftError
+from odcft.renames import combined
 from odcft.restricted import Refused, StandIn, load_pickle, load_tar, numpy_globals, stand_in
 
 _MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # torch.serialization.MAGIC_NUMBER, as it is pickled
@@ -85,7 +87,7 @@ def read(path: Path) -> Contents:
         ) from None
     except MemoryError:
         raise OdcftError(f"{path} asks for more memory than there is. Is it damaged?") from None
-    state_dicts = dict(_state_dicts(tree, ""))
+    state_dicts = {where: combined(tensors) for where, tensors in _state_dicts(tree, "")}
     if not state_dicts:
         raise OdcftError(f"{path} holds no tensors with names, so there is no backbone in it.")
     config = config or _our_input(tree)
@@ -110,11 +112,17 @@ def _read_folder(folder: Path) -> Contents:
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-        architecture = config["architecture"]
-    except (ValueError, KeyError, TypeError):
-        raise OdcftError(f"{config_file} does not name an `architecture`, as timm's config.json does.") from None
+        assert isinstance(config, dict)
+    except (ValueError, AssertionError):
+        raise OdcftError(f"{config_file} is damaged: it is no JSON object.") from None
     contents = read(weights)
-    contents.path, contents.hints, contents.config = folder, [architecture], config
+    contents.path = folder
+    if isinstance(config.get("architecture"), str):
+        contents.config = config
+    elif (folder / "preprocessor_config.json").exists():  # of Hugging Face's transformers
+        with suppress(ValueError, KeyError, TypeError):
+            about = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+            contents.config = {"pretrained_cfg": {"mean": about["image_mean"], "std": about["image_std"]}}
     return contents
 
 

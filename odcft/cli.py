@@ -223,8 +223,10 @@ def export(
     """The backbone without neck and head, also straight from somebody else's checkpoint."""
     from odcft.export import export as run
 
-    run(source, out, format, arch, overwrite, input, allow_partial)
+    shown = run(source, out, format, arch, overwrite, input, allow_partial).input
     lines = [f"Wrote {out} ({format}), read back and compared."]
+    if shown.color != "rgb" and format != "onnx":
+        lines.append(f"Note        It is shown {shown.color}, not RGB: odcft does that by itself, others do not.")
     lines += [
         f"It is the first of several members; another is {other}." for other in sorted(Path(source).glob("backbone_*"))
     ]

@@ -28,7 +28,7 @@ def export(
     overwrite: bool = False,
     input: str | None = None,
     allow_partial: bool = False,
-) -> Path:
+) -> Backbone:
     """Write the backbone of a RUN or of anybody's checkpoint.
 
     Args:
@@ -41,7 +41,7 @@ def export(
         allow_partial: accept a checkpoint that covers less than 90 % of the backbone.
 
     Returns:
-        `out`.
+        The backbone that was written.
 
     Raises:
         OdcftError: an unreadable source, an output that exists, or a format this backbone cannot have.
@@ -57,7 +57,7 @@ def export(
         _write(backbone, out, format, {"checkpoint": str(source), **about_run(Path(source))})
     except OSError as error:
         raise OdcftError(f"{out} cannot be written: {error.strerror or error}. Choose another place.") from None
-    return out
+    return backbone
 
 
 def _write(backbone: Backbone, out: Path, format: str, about: dict[str, Any]) -> None:

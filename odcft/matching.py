@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from odcft.checkpoint import Contents
+from odcft.renames import RENAMES
 
 # Where several state dicts hold the same backbone, the one whose path names the better copy wins: the exponential
 # average over the live weights, the teacher over the student, the query over the key encoder.
@@ -16,82 +17,6 @@ _PREFERRED = (
     *("model", "state_dict"),
 )
 _SECOND_BEST = ("student", "encoder_k", "momentum", "optimizer", "predictor", "target_net")
-
-_ALEXNET_FEATURES = {0: 1, 4: 2, 8: 3, 11: 4, 14: 5}  # DeepCluster: place of the convolution, its number
-_ALEXNET_BLOCKS = {0: 1, 2: 2, 4: 3, 5: 4, 6: 5}  # RotNet and VISSL
-_BLOBS = {
-    "w": "weight",
-    "b": "bias",
-    "s": "weight",
-    "rm": "running_mean",
-    "riv": "running_var",
-}  # Caffe2; riv: variance
-
-
-def _without_wrappers(key: str) -> str:
-    """`module.` of DataParallel and the like, wherever it stands."""
-    return re.sub(r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module)\.", "", key)
-
-
-def _deepcluster(key: str) -> str:
-    """AlexNet of DeepCluster, whose layers are numbered."""
-    key = _without_wrappers(key)
-    if found := re.fullmatch(r"(.*?)features\.(\d+)\.(\w+)", key):
-        prefix, place, leaf = found[1], int(found[2]), found[3]
-        if place in _ALEXNET_FEATURES:
-            return f"{prefix}conv{_ALEXNET_FEATURES[place]}.{leaf}"
-        if place - 1 in _ALEXNET_FEATURES:
-            return f"{prefix}bn{_ALEXNET_FEATURES[place - 1]}.{leaf}"
-    return re.sub(r"classifier\.(1|4)\.", lambda m: {"1": "fc6.", "4": "fc7."}[m[1]], key)
-
-
-def _blocks(key: str) -> str:
-    """AlexNet of RotNet and of VISSL, whose blocks are numbered: convolution 0, norm 1."""
-    if found := re.fullmatch(r"(.*?)_feature_blocks\.(\d+)\.(\d+)\.(\w+)", _without_wrappers(key)):
-        prefix, block, place, leaf = found[1], int(found[2]), int(found[3]), found[4]
-        if block in _ALEXNET_BLOCKS and place < 2:
-            return f"{prefix}{('conv', 'bn')[place]}{_ALEXNET_BLOCKS[block]}.{leaf}"
-        if block == 8 and place in (1, 2, 4, 5):
-            return f"{prefix}{ {1: 'fc6', 2: 'bn6', 4: 'fc7', 5: 'bn7'}[place] }.{leaf}"
-    return key
-
-
-def _caffe2(key: str) -> str:
-    """Blobs of Caffe2's ResNets and AlexNets; of nine siamese towers the first, whose weights all share."""
-    key = re.sub(r"_s0(?=_|$)", "", key)
-    leaf = r"(w|b|s|rm|riv)"
-    if found := re.fullmatch(rf"res(\d)_(\d+)_branch(1|2[abc])(_bn)?_{leaf}", key):
-        stage, block, branch, norm, kind = found.groups()
-        if branch == "1":
-            layer = "downsample.1" if norm else "downsample.0"
-        else:
-            layer = f"{'bn' if norm else 'conv'}{'abc'.index(branch[1]) + 1}"
-        return f"layer{int(stage) - 1}.{block}.{layer}.{_BLOBS[kind]}"
-    if found := re.fullmatch(rf"(?:res_)?conv(\d)(_bn|norm)_{leaf}", key):
-        return f"bn{found[1]}.{_BLOBS[found[3]]}"
-    if found := re.fullmatch(r"(conv\d|fc\d)_(w|b)", key):
-        return f"{found[1]}.{_BLOBS[found[2]]}"
-    return key
-
-
-def _vgg(key: str) -> str:
-    """Linear layers of VGG, which are convolutions in timm."""
-    key = _without_wrappers(key)
-    return re.sub(r"classifier\.(0|3)\.", lambda m: {"0": "pre_logits.fc1.", "3": "pre_logits.fc2."}[m[1]], key)
-
-
-def _transformers(key: str) -> str:
-    """ResNets as Hugging Face's transformers names them."""
-    key = re.sub(r"embedder\.embedder\.convolution\.", "conv1.", key)
-    key = re.sub(r"embedder\.embedder\.normalization\.", "bn1.", key)
-    key = re.sub(r"encoder\.stages\.(\d)\.layers\.(\d+)\.", lambda m: f"layer{int(m[1]) + 1}.{m[2]}.", key)
-    key = re.sub(r"\.layer\.(\d)\.convolution\.", lambda m: f".conv{int(m[1]) + 1}.", key)
-    key = re.sub(r"\.layer\.(\d)\.normalization\.", lambda m: f".bn{int(m[1]) + 1}.", key)
-    key = re.sub(r"\.shortcut\.convolution\.", ".downsample.0.", key)
-    return re.sub(r"\.shortcut\.normalization\.", ".downsample.1.", key)
-
-
-_RENAMES = (lambda key: key, _without_wrappers, _deepcluster, _blocks, _caffe2, _vgg, _transformers)
 
 
 @dataclass
@@ -116,7 +41,7 @@ class Match:
 def views(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
     """The ways to read a state dict's keys: name to key, each way that changes something."""
     seen: list[set[str]] = []
-    for rename in _RENAMES:
+    for rename in RENAMES:
         names: dict[str, str] = {}
         for key in tensors:
             names.setdefault(rename(key), key)

@@ -191,16 +191,18 @@ def is_network(arch: str) -> bool:
 
 def timm_builds(arch: str, kwargs: dict[str, Any]) -> bool:
     """Whether timm's create_model makes the same network from these words."""
-    return arch not in NETWORKS and "last_stride" not in kwargs
+    return arch not in NETWORKS and not {"last_stride", "small_stem"} & set(kwargs)
 
 
-def build(arch: str, last_stride: int = 2, **kwargs: Any) -> nn.Module:
+def build(arch: str, last_stride: int = 2, small_stem: bool = False, **kwargs: Any) -> nn.Module:
     """A network without classifier, with random weights.
 
     Args:
         arch: a key of NETWORKS, or a name of timm's.
         last_stride: of a ResNet's last stage; 1 without dilation is what colorization uses (Goyal et al., 2019), and
             timm's `output_stride=16` is not.
+        small_stem: a ResNet for small images: a first convolution of 3 x 3 and stride 1, and no pooling after it, as
+            everybody has it who trains on CIFAR (SimCLR, appendix B.9).
         kwargs: `in_chans`, and what else timm's network takes (`num_heads`, `img_size` …).
 
     Returns:
@@ -216,6 +218,11 @@ def build(arch: str, last_stride: int = 2, **kwargs: Any) -> nn.Module:
     import timm
 
     net: nn.Module = timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
+    if small_stem:
+        first = net.get_submodule("conv1")
+        assert isinstance(first, nn.Conv2d)
+        net.add_module("conv1", nn.Conv2d(first.in_channels, first.out_channels, 3, 1, 1, bias=False))
+        net.add_module("maxpool", nn.Identity())
     if last_stride == 1:
         for module in net.get_submodule("layer4.0").modules():
             if isinstance(module, nn.Conv2d) and module.stride == (2, 2):

@@ -164,6 +164,10 @@ def _fitted(contents: Contents, arch: str, kwargs: Kwargs) -> tuple[Kwargs, Matc
         if tensor.ndim == own.ndim == 4 and tensor.shape[0] == own.shape[0] and tensor.shape[2:] == own.shape[2:]:
             if tensor.shape[1] < 8 and own.shape[1] < 8:  # the first convolution
                 kwargs = {**kwargs, "in_chans": tensor.shape[1]}
+        elif arch.startswith("resnet") and name == "conv1.weight" and tensor.shape[2:] == (3, 3):
+            kwargs = {**kwargs, "small_stem": True}
+            if tensor.shape[1] != 3:
+                kwargs["in_chans"] = tensor.shape[1]
         elif name.endswith("pos_embed") and tensor.ndim == own.ndim == 3 and tensor.shape[2] == own.shape[2]:
             patch = network[name.replace("pos_embed", "patch_embed.proj.weight")].shape[-1]
             extra = own.shape[1] - math.isqrt(own.shape[1]) ** 2  # tokens that are no patches
@@ -256,6 +260,8 @@ def input_of(contents: Contents, arch: str, kwargs: Kwargs, found: Match, cfg: M
     if "last_stride" in kwargs:
         return default("lab_l", size)
     channels = kwargs.get("in_chans", 3)
+    if kwargs.get("small_stem"):
+        size = 32
     if channels == 2:
         return default("sobel", size)
     if channels == 1:

@@ -204,3 +204,93 @@ def test_tensors_that_fit_nothing_are_refused(tmp_path):
 def test_unknown_architecture_is_refused_with_the_nearest():
     with pytest.raises(OdcftError, match="did you mean resnet50"):
         load_backbone("scratch:resnet_50")
+
+
+def as_huggingface(state):
+    """A timm transformer's tensors under the names of Hugging Face's transformers."""
+    for name, tensor in state.items():
+        if ".attn.qkv." in name:
+            layer, leaf = name.replace("blocks.", "encoder.layer.").split(".attn.qkv.")
+            for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                yield f"vit.{layer}.attention.attention.{part}.{leaf}", piece.clone()
+            continue
+        for ours, theirs in (
+            ("blocks.", "encoder.layer."),
+            ("attn.proj", "attention.output.dense"),
+            ("mlp.fc1", "intermediate.dense"),
+            ("mlp.fc2", "output.dense"),
+            (".norm1.", ".layernorm_before."),
+            (".norm2.", ".layernorm_after."),
+            ("cls_token", "embeddings.cls_token"),
+            ("pos_embed", "embeddings.position_embeddings"),
+            ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+        ):
+            name = name.replace(ours, theirs)
+        yield f"vit.{'layernorm' + name[4:] if name.startswith('norm.') else name}", tensor
+
+
+def as_mmpretrain(state):
+    for name, tensor in state.items():
+        for ours, theirs in (
+            ("blocks.", "layers."),
+            (".norm1.", ".ln1."),
+            (".norm2.", ".ln2."),
+            ("mlp.fc1", "ffn.layers.0.0"),
+            ("mlp.fc2", "ffn.layers.1"),
+            ("patch_embed.proj.", "patch_embed.projection."),
+        ):
+            name = name.replace(ours, theirs)
+        yield f"backbone.{'ln1' + name[4:] if name.startswith('norm.') else name}", tensor
+
+
+@pytest.mark.parametrize("named", [as_huggingface, as_mmpretrain])
+def test_transformers_under_other_names(named, tmp_path):
+    torch.manual_seed(2)
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
+    torch.save({"state_dict": dict(named(state)), "meta": {"epoch": 3}}, tmp_path / "c.pth")
+    loaded = load_backbone(tmp_path / "c.pth")
+    assert loaded.backbone.arch == "vit_tiny_patch16_224"
+    assert equal(loaded.backbone, state)
+
+
+def test_a_folder_of_transformers_gives_its_mean(tmp_path):
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
+    save_file(dict(as_huggingface(state)), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTModel"]}')
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}')
+    backbone = load_backbone(tmp_path).backbone
+    assert equal(backbone, state)
+    assert backbone.input.mean == (0.1, 0.2, 0.3)
+
+
+def test_registers_as_dinov2_writes_them(tmp_path):
+    net = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=0, img_size=28)
+    state = dict(net.state_dict())
+    embedding = torch.randn(1, 5, 384)
+    theirs = {**state, "pos_embed": embedding, "register_tokens": state.pop("reg_token"), "mask_token": torch.zeros(1)}
+    torch.save(theirs, tmp_path / "c.pth")
+    backbone = load_backbone(tmp_path / "c.pth").backbone
+    assert (backbone.arch, backbone.size) == ("vit_small_patch14_reg4_dinov2", 28)
+    told = backbone.net.state_dict()
+    assert torch.equal(told["pos_embed"], embedding[:, 1:])
+    assert torch.equal(told["cls_token"], state["cls_token"] + embedding[:, :1])
+    assert torch.equal(told["reg_token"], theirs["register_tokens"])
+
+
+def test_a_resnet_for_small_images_keeps_its_first_convolution(tmp_path):
+    state = timm.create_model("resnet18").state_dict()
+    state["conv1.weight"] = torch.randn(64, 3, 3, 3)
+    torch.save(state, tmp_path / "c.pth")
+    backbone = load_backbone(tmp_path / "c.pth").backbone
+    assert backbone.kwargs == {"small_stem": True}
+    assert torch.equal(backbone.net.conv1.weight, state["conv1.weight"])
+    with torch.no_grad():
+        assert backbone.net.layer1(backbone.net.maxpool(backbone.net.conv1(torch.rand(1, 3, 32, 32)))).shape[-1] == 32
+
+
+def test_another_first_convolution_is_refused_by_name(tmp_path):
+    state = timm.create_model("resnet18").state_dict()
+    state["conv1.weight"] = torch.randn(64, 3, 5, 5)
+    torch.save(state, tmp_path / "c.pth")
+    with pytest.raises(OdcftError, match=r"nearly a resnet18.*first convolution.*--allow-partial"):
+        load_backbone(tmp_path / "c.pth")

@@ -6,9 +6,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "odcft"
 LAYERS = [
     {"errors", "_torchvision", "recipe", "dist", "launch", "late", "stopping", "color"},
+    {"inputs", "renames", "restricted", "networks", "checkpoint", "matching", "recognition"},
     {
         "memory",
-        "checkpoint",
         "backbone",
         "model",
         "augment",
@@ -21,7 +21,7 @@ LAYERS = [
         "health",
         "advice",
     },
-    {"methods", "folders", "export"},
+    {"methods", "folders", "card", "export"},
     {"snapshot", "resume"},
     {"train", "evaluate", "pretext"},
     {"demo", "cli", "__main__", "__init__"},

@@ -1,0 +1,164 @@
+"""How other people name the tensors of networks we know: a small table of renames, and two sums."""
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_ALEXNET_FEATURES = {0: 1, 4: 2, 8: 3, 11: 4, 14: 5}  # DeepCluster: place of the convolution, its number
+_ALEXNET_BLOCKS = {0: 1, 2: 2, 4: 3, 5: 4, 6: 5}  # RotNet and VISSL
+_BLOBS = {
+    "w": "weight",
+    "b": "bias",
+    "s": "weight",
+    "rm": "running_mean",
+    "riv": "running_var",
+}  # Caffe2; riv: variance
+
+
+def _without_wrappers(key: str) -> str:
+    """`module.` of DataParallel and the like, wherever it stands."""
+    return re.sub(r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module)\.", "", key)
+
+
+def _deepcluster(key: str) -> str:
+    """AlexNet of DeepCluster, whose layers are numbered."""
+    key = _without_wrappers(key)
+    if found := re.fullmatch(r"(.*?)features\.(\d+)\.(\w+)", key):
+        prefix, place, leaf = found[1], int(found[2]), found[3]
+        if place in _ALEXNET_FEATURES:
+            return f"{prefix}conv{_ALEXNET_FEATURES[place]}.{leaf}"
+        if place - 1 in _ALEXNET_FEATURES:
+            return f"{prefix}bn{_ALEXNET_FEATURES[place - 1]}.{leaf}"
+    return re.sub(r"classifier\.(1|4)\.", lambda m: {"1": "fc6.", "4": "fc7."}[m[1]], key)
+
+
+def _blocks(key: str) -> str:
+    """AlexNet of RotNet and of VISSL, whose blocks are numbered: convolution 0, norm 1."""
+    if found := re.fullmatch(r"(.*?)_feature_blocks\.(\d+)\.(\d+)\.(\w+)", _without_wrappers(key)):
+        prefix, block, place, leaf = found[1], int(found[2]), int(found[3]), found[4]
+        if block in _ALEXNET_BLOCKS and place < 2:
+            return f"{prefix}{('conv', 'bn')[place]}{_ALEXNET_BLOCKS[block]}.{leaf}"
+        if block == 8 and place in (1, 2, 4, 5):
+            return f"{prefix}{ {1: 'fc6', 2: 'bn6', 4: 'fc7', 5: 'bn7'}[place] }.{leaf}"
+    return key
+
+
+def _caffe2(key: str) -> str:
+    """Blobs of Caffe2's ResNets and AlexNets; of nine siamese towers the first, whose weights all share."""
+    key = re.sub(r"_s0(?=_|$)", "", key)
+    leaf = r"(w|b|s|rm|riv)"
+    if found := re.fullmatch(rf"res(\d)_(\d+)_branch(1|2[abc])(_bn)?_{leaf}", key):
+        stage, block, branch, norm, kind = found.groups()
+        if branch == "1":
+            layer = "downsample.1" if norm else "downsample.0"
+        else:
+            layer = f"{'bn' if norm else 'conv'}{'abc'.index(branch[1]) + 1}"
+        return f"layer{int(stage) - 1}.{block}.{layer}.{_BLOBS[kind]}"
+    if found := re.fullmatch(rf"(?:res_)?conv(\d)(_bn|norm)_{leaf}", key):
+        return f"bn{found[1]}.{_BLOBS[found[3]]}"
+    if found := re.fullmatch(r"(conv\d|fc\d)_(w|b)", key):
+        return f"{found[1]}.{_BLOBS[found[2]]}"
+    return key
+
+
+def _vgg(key: str) -> str:
+    """Linear layers of VGG, which are convolutions in timm."""
+    key = _without_wrappers(key)
+    return re.sub(r"classifier\.(0|3)\.", lambda m: {"0": "pre_logits.fc1.", "3": "pre_logits.fc2."}[m[1]], key)
+
+
+def _huggingface_resnet(key: str) -> str:
+    """ResNets as Hugging Face's transformers names them."""
+    key = re.sub(r"embedder\.embedder\.convolution\.", "conv1.", key)
+    key = re.sub(r"embedder\.embedder\.normalization\.", "bn1.", key)
+    key = re.sub(r"encoder\.stages\.(\d)\.layers\.(\d+)\.", lambda m: f"layer{int(m[1]) + 1}.{m[2]}.", key)
+    key = re.sub(r"\.layer\.(\d)\.convolution\.", lambda m: f".conv{int(m[1]) + 1}.", key)
+    key = re.sub(r"\.layer\.(\d)\.normalization\.", lambda m: f".bn{int(m[1]) + 1}.", key)
+    key = re.sub(r"\.shortcut\.convolution\.", ".downsample.0.", key)
+    return re.sub(r"\.shortcut\.normalization\.", ".downsample.1.", key)
+
+
+def _mmpretrain(key: str) -> str:
+    """Transformers as mmpretrain and mmselfsup 1.x name them."""
+    key = re.sub(r"\.ffn\.layers\.0\.0\.", ".mlp.fc1.", key)
+    key = re.sub(r"\.ffn\.layers\.1\.", ".mlp.fc2.", key)
+    key = re.sub(r"(^|\.)layers\.(\d+)\.", r"\1blocks.\2.", key)
+    key = re.sub(r"(blocks\.\d+)\.ln([12])\.", r"\1.norm\2.", key)
+    key = re.sub(r"patch_embed\.projection\.", "patch_embed.proj.", key)
+    return re.sub(r"(^|\.)ln1\.", r"\1norm.", key)
+
+
+# The ways to read a key. The first that fits most tensors is taken.
+RENAMES: tuple[Callable[[str], str], ...] = (
+    lambda key: key,
+    _without_wrappers,
+    _deepcluster,
+    _blocks,
+    _caffe2,
+    _vgg,
+    _huggingface_resnet,
+    _mmpretrain,
+)
+
+
+# ---------------------------------------------------------------- more than a rename
+
+# Hugging Face's names in a layer of a transformer, and timm's.
+_LAYER = (
+    ("attention.output.dense", "attn.proj"),
+    ("intermediate.dense", "mlp.fc1"),
+    ("output.dense", "mlp.fc2"),
+    ("layernorm_before", "norm1"),
+    ("layernorm_after", "norm2"),
+    ("layer_scale1.lambda1", "ls1.gamma"),
+    ("layer_scale2.lambda1", "ls2.gamma"),
+)
+_AROUND = (
+    ("embeddings.cls_token", "cls_token"),
+    ("embeddings.position_embeddings", "pos_embed"),
+    ("embeddings.register_tokens", "register_tokens"),
+    ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
+    ("layernorm.", "norm."),
+)
+
+
+def combined(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict whose tensors a network has in other pieces, as the network has them.
+
+    Hugging Face's vision transformers keep query, key and value apart; DINOv2 with registers adds an embedding to the
+    class token that timm has added already.
+    """
+    if any(".attention.attention.query." in key for key in tensors):
+        tensors = _huggingface_transformer(tensors)
+    if "register_tokens" in tensors and "pos_embed" in tensors and "cls_token" in tensors:
+        tensors = dict(tensors)
+        embedding = tensors.pop("pos_embed")
+        tensors["cls_token"] = tensors["cls_token"] + embedding[:, :1]
+        tensors["pos_embed"] = embedding[:, 1:]
+        tensors["reg_token"] = tensors.pop("register_tokens")
+    return tensors
+
+
+def _huggingface_transformer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if found := re.fullmatch(r"(.*?)encoder\.layer\.(\d+)\.(.+)", key):
+            prefix, number, rest = found.groups()
+            if part := re.fullmatch(r"attention\.attention\.(query|key|value)\.(\w+)", rest):
+                if part[1] == "query":
+                    parts = [tensors.get(key.replace(".query.", f".{one}.")) for one in ("query", "key", "value")]
+                    if all(one is not None for one in parts):
+                        named[f"{prefix}blocks.{number}.attn.qkv.{part[2]}"] = torch.cat(parts)  # type: ignore[arg-type]
+                continue
+            for theirs, timms in _LAYER:
+                if rest.startswith(theirs):
+                    rest = timms + rest.removeprefix(theirs)
+                    break
+            named[f"{prefix}blocks.{number}.{rest}"] = tensor
+        else:
+            for theirs, timms in _AROUND:
+                key = re.sub(rf"(^|\.){re.escape(theirs)}", rf"\1{timms}", key)
+            named[key] = tensor
+    return named
