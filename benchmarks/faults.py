@@ -355,7 +355,7 @@ def damaged(folder: Path, whole: dict[str, Any], seconds: float, draw: random.Ra
             os.kill(number, signal.SIGTERM)
             if finish(number, log) == 75 and len(list((run / "checkpoints").glob("step-*"))) == 2:
                 break
-        shutil.rmtree(run)
+        shutil.rmtree(run, ignore_errors=True)
     newest = max((run / "checkpoints").glob("step-*"))
     path = draw.choice(sorted(newest.iterdir()))
     content = bytearray(path.read_bytes())
