@@ -81,7 +81,7 @@ def main() -> None:
     if args.sigterm:
         told("sigterm", many(args.sigterm, lambda i: stopped(folder, whole, seconds, draw, i)))
     if args.damage:
-        told("damage", many(args.damage, lambda i: damaged(folder, whole, seconds, draw, i)))
+        told("damage", many(args.damage, lambda i: damaged(folder, whole, draw, i)))
     if args.disk and args.mounted:
         told("disk", many(args.disk, lambda i: starved(folder, whole, i)))
     elif args.disk:
@@ -346,16 +346,19 @@ def stopped(folder: Path, whole: dict[str, Any], seconds: float, draw: random.Ra
     return result
 
 
-def damaged(folder: Path, whole: dict[str, Any], seconds: float, draw: random.Random, i: int) -> dict[str, Any]:
+def damaged(folder: Path, whole: dict[str, Any], draw: random.Random, i: int) -> dict[str, Any]:
     """The newest state is cut, flipped in one bit, or loses a file: the one before it must do."""
     run, log = folder / f"damaged-{i}", folder / f"damaged-{i}.log"
     while True:
-        number = start(command(folder, run, *TRAINING), log)
-        if end_of(number, draw.uniform(0.5, 0.9) * seconds) is None:
+        number, states = start(command(folder, run, *TRAINING), log), draw.randint(2, 7)
+        seen: set[Path] = set()
+        while len(seen) < states and end_of(number, 0.002) is None:
+            seen |= set((run / "checkpoints").glob("step-*"))
+        if len(seen) == states:
             os.kill(number, signal.SIGTERM)
             if finish(number, log) == 75 and len(list((run / "checkpoints").glob("step-*"))) == 2:
                 break
-        shutil.rmtree(run)
+        shutil.rmtree(run, ignore_errors=True)
     newest = max((run / "checkpoints").glob("step-*"))
     path = draw.choice(sorted(newest.iterdir()))
     content = bytearray(path.read_bytes())
