@@ -228,7 +228,8 @@ def test_finished_run_is_left_alone(go, tmp_path):
 
 def test_second_ctrl_c_ends_at_once_and_two_in_a_moment_are_one():
     code = (
-        "import time; from odcft import stopping; listening = stopping.listening(); listening.__enter__()\n"
+        "import signal, time; from odcft import stopping; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "listening = stopping.listening(); listening.__enter__()\n"  # (a shell's background ignores SIGINT)
         "with stopping.deferred():\n"
         "    print('ready', flush=True)\n"
         "    time.sleep(2); print('still here', flush=True); time.sleep(60)"
