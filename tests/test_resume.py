@@ -162,14 +162,14 @@ def test_run_that_was_killed_while_its_first_state_was_written_begins_again(inpu
 
 def test_killed_and_stopped_processes_end_with_the_same_bits():
     """A short version of what docs/reliability.md reports."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--json", "--sigkill", "3", "--sigterm", "2"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--json", "--sigkill", "2", "--sigterm", "1"]
     nothing = ["--damage", "0", "--disk", "0", "--two-ranks", "0"]
     result = subprocess.run([*command, *nothing], capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stdout + result.stderr
     figures = json.loads(result.stdout)
-    assert figures["sigkill"]["identical"] == 3
-    assert figures["sigkill"]["kills"] >= 3
-    assert figures["sigterm"]["asked"] == figures["sigterm"]["exit_75"] >= 2
+    assert figures["sigkill"]["identical"] == 2
+    assert figures["sigkill"]["kills"] >= 2
+    assert figures["sigterm"]["asked"] == figures["sigterm"]["exit_75"] >= 1
     assert figures["sigterm"]["slowest_s"] < 30
 
 
