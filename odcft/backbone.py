@@ -165,7 +165,7 @@ def _show(loaded: Loaded, color: str) -> None:
         loaded.notes.append(
             f"the first convolution was adapted from {here} to {wanted} channels, as --input {color} asks"
         )
-    backbone.adapter = Adapter(overridden(backbone.input, color, wanted))
+    backbone.adapter = Adapter(overridden(backbone.input, color))
 
 
 def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:

@@ -9,15 +9,14 @@ import json
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from odcft.checkpoint import Contents
 from odcft.errors import OdcftError
-from odcft.inputs import CHANNELS, IMAGENET, Input, default, load
+from odcft.inputs import IMAGENET, Input, default, load
 from odcft.matching import Match, match, views
 from odcft.networks import NETWORKS, is_network, shapes
 
@@ -33,6 +32,7 @@ COMMON = (
 FEWEST = 10  # tensors of any backbone
 
 Kwargs = dict[str, Any]
+NamedShapes = set[tuple[str, tuple[int, ...]]]
 
 
 def recognise(contents: Contents, arch: str | None = None) -> tuple[str, Kwargs, Match]:
@@ -63,9 +63,7 @@ def recognise(contents: Contents, arch: str | None = None) -> tuple[str, Kwargs,
             f"{contents.path} fits no backbone odcft knows. If you know its timm architecture, say --arch NAME."
         )
     name, kwargs, found_match = best
-    if arch is None:
-        name, kwargs = _as_trained(contents, name, kwargs, found_match)
-    return name, kwargs, found_match
+    return name, _as_trained(contents, name, kwargs, found_match), found_match
 
 
 def _rank(found: Match) -> tuple[bool, int, float]:
@@ -80,12 +78,13 @@ def _candidates(contents: Contents) -> Iterator[tuple[str, Kwargs]]:
         yield contents.config["architecture"], dict(contents.config.get("model_args") or {})
         return
     told = [hint for hint in contents.hints if is_network(hint)]
-    by_tensors = list(_by_tensors(contents))
+    there = _named_shapes(contents)
+    by_tensors = _by_tensors(there)
     # A file's own word counts where its tensors do not speak against it: DeepCluster's "alexnet" is not torchvision's.
     agreeing = [hint for hint in told if hint in by_tensors or hint not in _index()]
     # VISSL's trunks end where the convolutions do, even where fully connected layers are left in the file.
     trunk = bool({"model_state_dict", "classy_state_dict"} & set(contents.names))
-    plain = [name for name in NETWORKS if _may_be(contents, name) and not (trunk and name.endswith("_fc"))]
+    plain = [name for name in NETWORKS if _may_be(there, name) and not (trunk and name.endswith("_fc"))]
     for name in (*agreeing, *plain, *by_tensors):
         if name not in seen:
             seen.add(name)
@@ -97,19 +96,13 @@ def _candidates(contents: Contents) -> Iterator[tuple[str, Kwargs]]:
                 yield name, {}
 
 
-def _may_be(contents: Contents, name: str) -> bool:
-    """Whether the first and the last weights of one of our own networks are in the file."""
-    weights = [key for key, own in _own_shapes(name).items() if own.ndim > 1]
-    there = _named_shapes(contents)
-    return all((key, tuple(_own_shapes(name)[key].shape)) in there for key in (weights[1], weights[-1]))
+def _may_be(there: NamedShapes, name: str) -> bool:
+    """Whether the second (the first depends on the input) and the last weights of one of our own networks are there."""
+    weights = [(key, tuple(own.shape)) for key, own in shapes(name).items() if own.ndim > 1]
+    return weights[1] in there and weights[-1] in there
 
 
-@cache
-def _own_shapes(name: str) -> dict[str, Tensor]:
-    return shapes(name)
-
-
-def _named_shapes(contents: Contents) -> set[tuple[str, tuple[int, ...]]]:
+def _named_shapes(contents: Contents) -> NamedShapes:
     """All ends of all names in a file, with their tensors' shapes."""
     return {
         (end, tuple(tensors[key].shape))
@@ -145,14 +138,13 @@ def _index() -> dict[str, list[int]]:
     return index
 
 
-def _by_tensors(contents: Contents) -> Iterator[str]:
-    """timm's networks whose telling tensors are in the file, those with most tensors first."""
-    shapes_there = _named_shapes(contents)
-    there = {fingerprint(end, shape) for end, shape in shapes_there}
-    there |= {fingerprint(end, any_channels(shape)) for end, shape in shapes_there if len(shape) == 4 and shape[1] < 8}
-    known = [name for name, (_, *prints) in _index().items() if all(one in there for one in prints)]
+def _by_tensors(there: NamedShapes) -> list[str]:
+    """timm's networks whose telling tensors are there, those with most tensors first."""
+    found = {fingerprint(end, shape) for end, shape in there}
+    found |= {fingerprint(end, any_channels(shape)) for end, shape in there if len(shape) == 4 and shape[1] < 8}
+    known = [name for name, (_, *prints) in _index().items() if all(one in found for one in prints)]
     common = {name: place for place, name in enumerate(COMMON)}
-    yield from sorted(known, key=lambda name: (-_index()[name][0], common.get(name, 99), len(name), name))
+    return sorted(known, key=lambda name: (-_index()[name][0], common.get(name, 99), len(name), name))
 
 
 def _fitted(contents: Contents, arch: str, kwargs: Kwargs) -> tuple[Kwargs, Match]:
@@ -183,14 +175,14 @@ def _fitted(contents: Contents, arch: str, kwargs: Kwargs) -> tuple[Kwargs, Matc
     return (kwargs, refound) if len(refound.tensors) > len(found.tensors) else ({}, found)
 
 
-def _as_trained(contents: Contents, arch: str, kwargs: Kwargs, found: Match) -> tuple[str, Kwargs]:
-    """Networks whose tensors have the shapes of another's: told by who wrote them."""
+def _as_trained(contents: Contents, arch: str, kwargs: Kwargs, found: Match) -> Kwargs:
+    """What networks need whose tensors have the shapes of another's: told by who wrote them, whoever named them."""
     if arch.startswith("vit_small") and "base_encoder." in found.where:
-        return arch, {**kwargs, "num_heads": 12}  # MoCo v3; timm's has 6
+        return {**kwargs, "num_heads": 12}  # MoCo v3; timm's has 6
     goyal = contents.container == "pickle" or "_feature_blocks." in found.where
     if arch == "resnet50" and kwargs.get("in_chans") == 1 and goyal:
-        return arch, {**kwargs, "last_stride": 1}
-    return arch, kwargs
+        return {**kwargs, "last_stride": 1}
+    return kwargs
 
 
 # ---------------------------------------------------------------- who wrote it
@@ -223,7 +215,7 @@ def family(contents: Contents, arch: str, found: Match) -> str:
         "dinov2": vit and has("mask_token") and any(".ls1.gamma" in key for key in keys),
         "dino": "teacher" in names or (vit and where == "the file itself" and not has("head.", "fc.")),
         "mae": has("decoder_") or (vit and where == "model" and not has("head.", "fc.")),
-        "timm train": "arch" in names and "state_dict" in names and bool({"optimizer", "args", "epoch"} & names),
+        "training script": "arch" in names and "state_dict" in names and bool({"optimizer", "args", "epoch"} & names),
         "torchvision": where == "the file itself" and bool(arch.startswith(("resnet", "alexnet"))),
     }
     return next((name for name, true in marks.items() if true), "state_dict")
@@ -285,25 +277,13 @@ def input_of(contents: Contents, arch: str, kwargs: Kwargs, found: Match, cfg: M
     return Input("rgb", size, mean, std)
 
 
-def overridden(input: Input, color: str, channels: int) -> Input:
-    """The user's word for the colours (`--input`).
-
-    Raises:
-        OdcftError: the network takes another number of channels.
-    """
-    asked = default(color, input.size)
-    if asked.channels != channels:
-        fitting = ", ".join(name for name, count in CHANNELS.items() if count == channels)
-        raise OdcftError(
-            f"--input {color} gives {asked.channels} channels, and this network's first convolution takes {channels}. "
-            + (f"It can be shown {fitting}." if fitting else "")
-        )
-    if asked.color in ("rgb", "bgr") and input.color in ("rgb", "bgr"):
-        turn = asked.color != input.color
-        return Input(
-            color, input.size, input.mean[::-1] if turn else input.mean, input.std[::-1] if turn else input.std
-        )
-    return asked
+def overridden(input: Input, color: str) -> Input:
+    """The user's word for the colours (`--input`), with the file's own normalisation where it still applies."""
+    if color == input.color:
+        return input
+    if {color, input.color} == {"rgb", "bgr"}:
+        return replace(input, color=color, mean=input.mean[::-1], std=input.std[::-1])
+    return default(color, input.size)
 
 
 def nearest_name(arch: str) -> str:

@@ -288,6 +288,13 @@ def test_a_resnet_for_small_images_keeps_its_first_convolution(tmp_path):
         assert backbone.net.layer1(backbone.net.maxpool(backbone.net.conv1(torch.rand(1, 3, 32, 32)))).shape[-1] == 32
 
 
+def test_heads_of_moco_v3_do_not_depend_on_who_names_the_network(tmp_path):
+    state = timm.create_model("vit_small_patch16_224", num_classes=0).state_dict()
+    torch.save({"state_dict": {f"module.base_encoder.{name}": t for name, t in state.items()}}, tmp_path / "c.pth")
+    for arch in (None, "vit_small_patch16_224"):
+        assert load_backbone(tmp_path / "c.pth", arch).backbone.kwargs == {"num_heads": 12}
+
+
 def test_another_first_convolution_is_refused_by_name(tmp_path):
     state = timm.create_model("resnet18").state_dict()
     state["conv1.weight"] = torch.randn(64, 3, 5, 5)
