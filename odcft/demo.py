@@ -18,18 +18,18 @@ PRETEXT = [
     *("augment.crop_scale=[0.5, 1.0]", "augment.flip=0", "augment.rotation=10", "augment.brightness=0.2"),
     *("augment.contrast=0.2", "augment.saturation=0", "augment.hue=0", "augment.gray=0"),
 ]
-OURS = ("digits", "rotation.pth", "memory", "run")
+OURS = ("digits", "rotation.pth", "memory", "run", "run_dc")
 
 
 def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[str]]:
-    """Write images, train a starting checkpoint, build the memories, fine-tune by ODC, evaluate before and after.
+    """Write images, train a starting checkpoint, build the memories, fine-tune by ODC and by DC, evaluate all three.
 
     Args:
         out: everything is written here; must be empty or new, unless `overwrite`.
         overwrite: replace an earlier demo.
 
     Returns:
-        Figures, and lines for people.
+        Figures (ODC's, and DC's under `dc`), and lines for people.
     """
     from odcft.cli import evaluation_lines
     from odcft.evaluate import evaluate, public, table
@@ -53,20 +53,31 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
     recipe = load_recipe("demo")
     init_memory(str(checkpoint), str(digits), out / "memory", recipe, progress=progress)
     run = fine_tune(str(checkpoint), str(digits), out / "run", recipe, memory=out / "memory", progress=progress)
-    results = evaluate(str(out / "run"), str(digits), None, ["svm", "knn"], progress=progress)
+    run_dc = fine_tune(
+        *(str(checkpoint), str(digits), out / "run_dc", load_recipe("demo", ["method=dc"])), progress=progress
+    )
+    after_odc, after_dc = (
+        evaluate(str(out / name), str(digits), None, ["svm", "knn"], progress=progress) for name in ("run", "run_dc")
+    )
 
     seconds = time.monotonic() - started
-    values = {**public(results), "out": str(out), "seconds": round(seconds, 1), "run": run}
+    values = {
+        **{**public(after_odc), "run": run, "dc": {**public(after_dc), "run": run_dc}},
+        **{"out": str(out), "seconds": round(seconds, 1)},
+    }
     lines = [
         "",
-        f"Before and after ODC, on {len(images) // 2:,} held-out digits:",
-        *evaluation_lines(table(results)),
+        f"Before and after ODC ({duration(run['seconds'])}), on {len(images) // 2:,} held-out digits:",
+        *evaluation_lines(table(after_odc)),
+        f"Before and after DeepCluster ({duration(run_dc['seconds'])}):",
+        *evaluation_lines(table(after_dc)),
         "",
         f"Everything is in {out} ({duration(seconds)}):",
         "  digits/         the images, a folder a class (training never looks at the folders)",
         "  rotation.pth    the checkpoint it started from",
         "  memory/         samples and centroids memory, from `odcft init-memory`",
-        "  run/            the fine-tuning: metrics.jsonl, tensorboard/, clusters.parquet, backbone/",
+        "  run/            fine-tuning by ODC: metrics.jsonl, tensorboard/, clusters.parquet, backbone/",
+        "  run_dc/         the same by DeepCluster, to compare",
         "Now yours:    odcft finetune CKPT IMAGES/ --recipe small --out RUN",
     ]
     return values, lines

@@ -107,12 +107,13 @@ SHARE, TIMES_EVEN = 0.1, 10.0  # both: of all images, and of what is its even sh
 SPREAD = 0.02  # the centroids' cosines are about 0.98 then
 
 
-def warnings(lines: list[dict[str, Any]], K: int) -> dict[str, str]:
+def warnings(lines: list[dict[str, Any]], K: int, method: str = "odc") -> dict[str, str]:
     """What is wrong with a run by its figures, and what helps.
 
     Args:
         lines: of metrics.jsonl, the newest last.
         K: clusters.
+        method: dc's classifiers are at chance for another reason.
 
     Returns:
         A word for each trouble, and a sentence or two; empty for a healthy run.
@@ -126,9 +127,10 @@ def warnings(lines: list[dict[str, Any]], K: int) -> dict[str, str]:
             "Try --set optim.lr at a third, or optim.warmup_epochs=1."
         )
     elif now["epoch"] >= CHANCE_EPOCHS and all(line["loss_over_ln_k"] >= CHANCE for line in lately):
-        found["chance"] = (
-            f"the loss has stayed at ln K for {CHANCE_EPOCHS:.0f} epochs: the labels carry no signal. Try {gentler}."
-        )
+        why = f"the labels carry no signal. Try {gentler}."
+        if method == "dc":
+            why = "a classifier that starts anew learns nothing in its time. Try a higher optim.head_lr, or dc.interval=2."
+        found["chance"] = f"the loss has stayed at ln K for {CHANCE_EPOCHS:.0f} epochs: {why}"
     if now["epoch"] < 1:  # as K-Means and an untrained neck left them
         return found
     effective = K ** now["entropy"]
@@ -158,10 +160,11 @@ def nmi(before_S: Tensor, after_S: Tensor) -> float:
 
 
 def summary(figures: dict[str, Any]) -> str:
-    """The figures of a line, in words."""
+    """The figures of a line, in words; dc's labels move between epochs only."""
+    moving = f"labels moving {figures['change_ratio']:.0%} · " if figures["change_ratio"] else ""
+    kept = f"NMI with the epoch before {figures['nmi_previous']:.2f} · " if "nmi_previous" in figures else ""
     return (
-        f"loss {figures['loss']:.2f} ({figures['loss_over_ln_k']:.2f} of ln K) · "
-        f"labels moving {figures['change_ratio']:.0%} · "
+        f"loss {figures['loss']:.2f} ({figures['loss_over_ln_k']:.2f} of ln K) · {moving}{kept}"
         f"clusters {figures['smallest']} … {figures['largest']} · data wait {figures['data_wait']:.0%} · "
         + (", ".join(figures.get("warnings", [])) or "healthy")
     )

@@ -657,7 +657,7 @@ def _train(
                 if epoch_ends and not torch.equal(labels_before_S, state.memory.labels_S):
                     figures["nmi_previous"] = nmi(labels_before_S, state.memory.labels_S)
                     labels_before_S = state.memory.labels_S.clone()
-                troubles = warnings([*metrics.lines(), figures], K)
+                troubles = warnings([*metrics.lines(), figures], K, recipe.method)
                 for trouble, what in troubles.items():
                     if trouble not in metrics.last().get("warnings", []):
                         progress.say(f"Warning     Step {step}: {what}")

@@ -606,6 +606,11 @@ def test_a_loss_at_chance_is_no_trouble_at_first_nor_once_it_has_fallen():
     assert not warnings(history, K=156)
 
 
+def test_a_classifier_that_is_always_new_is_at_chance_for_another_reason():
+    assert "labels carry no signal" in warnings(lines(loss_over_ln_k=1.0), K=156)["chance"]
+    assert "starts anew" in warnings(lines(loss_over_ln_k=1.0), K=156, method="dc")["chance"]
+
+
 def test_collapsing_run_is_told_and_a_healthy_one_is_left_in_peace(go, tmp_path, make_images):
     images = make_images(tmp_path / "kinds", 48)
     base = ("memory.clusters=6", "optim.batch_size=8", "optim.schedule=step", "optim.final_epochs=0", "neck.dropout=0")
