@@ -1,10 +1,10 @@
 """The paper's Table 4 on given data: the checkpoints, and what DC, ODC and collaborative ODC make of them.
 
     python benchmarks/fine_tuning.py CKPT [CKPT…] DATA --test DATA [--out DIR] [--methods odc,dc] [--seeds 0,1]
-        [--recipe small] [--epochs 12] [--set FIELD=VALUE]… [--dc-set FIELD=VALUE]… [--codc CKPT,CKPT]… [--json]
+        [--recipe small] [--dc-recipe dc_small] [--epochs 12] [--set FIELD=VALUE]… [--codc CKPT,CKPT]… [--json]
 
 Every run is `odcft finetune` on DATA in a process of its own, and is judged by `odcft evaluate` on --test, half of it
-held out: SVM mAP and kNN. All methods have the same recipe and epochs; --dc-set is for what DC needs otherwise. --codc
+held out: SVM mAP and kNN. All methods have the same epochs and overrides; DC has a recipe of its own. --codc
 adds a run of several checkpoints together, a member each; as a column of their names it stands for their features side
 by side, and the checkpoints and the separate ODC runs, side by side, stand above it.
 
@@ -37,9 +37,9 @@ def main() -> None:
     parser.add_argument("--methods", default="odc,dc")
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--recipe", default="small")
+    parser.add_argument("--dc-recipe", default="dc_small")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
-    parser.add_argument("--dc-set", dest="dc", action="append", default=[], metavar="FIELD=VALUE", help="for DC only")
     parser.add_argument("--codc", action="append", default=[], metavar="CKPT,CKPT", help="several together, too")
     parser.add_argument("--json", action="store_true", help="the table as JSON on stdout")
     args = parser.parse_args()
@@ -79,7 +79,7 @@ def main() -> None:
 
 def refuse_other_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Results of other settings must not end in one table; more checkpoints, seeds and methods may."""
-    settings = {name: getattr(args, name) for name in ("test", "recipe", "epochs", "overrides", "dc")}
+    settings = {name: getattr(args, name) for name in ("test", "recipe", "dc_recipe", "epochs", "overrides")}
     settings["data"] = args.inputs[-1]
     (args.out / "results").mkdir(parents=True, exist_ok=True)
     path = args.out / "settings.json"
@@ -123,10 +123,10 @@ def fine_tuned(
 ) -> dict[str, Any]:
     """One run and its judgement, with the seconds it took: of the clock, and of the processor."""
     run = args.out / name
-    overrides = [*args.overrides, *(args.dc if method == "dc" else [])]
-    words = ["--recipe", args.recipe, "--method", method, "--seed", seed]
+    recipe = args.dc_recipe if method == "dc" else args.recipe
+    words = ["--recipe", recipe, "--method", method, "--seed", seed]
     words += ["--epochs", args.epochs] if args.epochs else []
-    words += [word for override in overrides for word in ("--set", override)]
+    words += [word for override in args.overrides for word in ("--set", override)]
     words += ["--resume"] if (run / "run.json").exists() else []
     began, used = time.monotonic(), _cpu_seconds()
     command = [sys.executable, "-m", "odcft", "finetune", *ckpts, data, "--out", run, *words, "--json"]
@@ -141,7 +141,8 @@ def fine_tuned(
         "resumed": "--resume" in words,
         "method": method,
         "seed": int(seed),
-        "overrides": overrides,
+        "recipe": recipe,
+        "overrides": args.overrides,
         "summary": json.loads(done.stdout),
     }
 

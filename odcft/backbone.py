@@ -13,7 +13,7 @@ from odcft.checkpoint import Contents, read
 from odcft.errors import OdcftError
 from odcft.inputs import CHANNELS, Adapter, Input
 from odcft.matching import Match, doubtful
-from odcft.networks import NETWORKS, WithoutRandom, build, is_network
+from odcft.networks import NETWORKS, RGB, WithoutRandom, build, is_network, timm_builds
 from odcft.recognition import family, input_of, nearest_name, overridden, recognise
 
 COVER = 0.9  # of the backbone's tensors that a checkpoint must have
@@ -168,6 +168,13 @@ def _show(loaded: Loaded, color: str) -> None:
     backbone.adapter = Adapter(overridden(backbone.input, color))
 
 
+def loading_line(backbone: Backbone, folder: str) -> str:
+    """The Python line that loads an exported folder: timm's, or ours for a network that timm does not have."""
+    if timm_builds(backbone.arch, backbone.kwargs):
+        return f'import timm; net = timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0)'
+    return f'import odcft; net = odcft.load_backbone("{folder}").backbone  # takes RGB images in 0..1'
+
+
 def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
     """What `odcft inspect` tells of a loaded checkpoint: INTERFACE's fields, and lines for people."""
     backbone, found, input = loaded.backbone, loaded.match, loaded.backbone.input
@@ -222,6 +229,8 @@ def _load_named(name: str, scheme: str, rest: str) -> Loaded:
 
     arch = rest.split(".")[0] if scheme != "timm" else rest
     refuse_unknown(arch, name)
+    if name == "scratch:alexnet":  # the papers' (sec. 3.4, after DeepCluster): batch norm, and here RGB for Sobel
+        return Loaded(Backbone("alexnet_deepcluster", RGB, in_chans=3).eval(), name, None, scheme)
     backbone = Backbone(arch)
     if scheme != "scratch":
         tag = arch if scheme == "timm" else f"{arch}.tv_in1k"

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from odcft.backbone import Backbone
-from odcft.networks import timm_builds
+from odcft.backbone import Backbone, loading_line
 
 
 def about_run(run: Path) -> dict[str, Any]:
@@ -37,11 +36,7 @@ def card(backbone: Backbone, about: dict[str, Any]) -> str:
     lines = ["# A backbone", "", f"`{backbone.arch}`, {backbone.width} features, without head. Made with odcft"]
     lines[-1] += f" from `{source}`." if source else "."
     lines += ["", "## Load it", "", "```python"]
-    if timm_builds(backbone.arch, backbone.kwargs):
-        lines += ["import timm", 'net = timm.create_model("local-dir:THIS_FOLDER", pretrained=True, num_classes=0)']
-    else:
-        lines += ["# timm does not have this network.", "import odcft"]
-        lines += ['net = odcft.load_backbone("THIS_FOLDER").backbone  # takes RGB images in 0..1']
+    lines.append(loading_line(backbone, "THIS_FOLDER"))
     lines += ["```", "", "## What it is shown", ""]
     lines.append(
         f"Images of {input.size} pixels; colours: {_SHOWN[input.color]}; values 0..{input.range:g}, "

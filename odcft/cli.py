@@ -198,7 +198,7 @@ def finetune(
         raise
     lines = [
         f"Done in {duration(values['seconds'])}. Backbone: {', '.join(values.get('backbones', [values['backbone']]))}",
-        f'  import timm; net = timm.create_model("local-dir:{values["backbone"]}", pretrained=True, num_classes=0)',
+        f"  {values['load']}",
         f"Did it get better?    odcft evaluate {out} LABELLED_IMAGES/ --protocol svm,knn",
     ]
     _tell(values, as_json, lines)

@@ -129,7 +129,7 @@ def warnings(lines: list[dict[str, Any]], K: int, method: str = "odc") -> dict[s
     elif now["epoch"] >= CHANCE_EPOCHS and all(line["loss_over_ln_k"] >= CHANCE for line in lately):
         why = f"the labels carry no signal. Try {gentler}."
         if method == "dc":
-            why = "a classifier that starts anew learns nothing in its time. Try a higher optim.head_lr, or dc.interval=2."
+            why = "a classifier that starts anew learns nothing. Try a higher optim.head_lr, or dc.interval=2."
         found["chance"] = f"the loss has stayed at ln K for {CHANCE_EPOCHS:.0f} epochs: {why}"
     if now["epoch"] < 1:  # as K-Means and an untrained neck left them
         return found

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from odcft import dist, folders, snapshot, stopping
 from odcft.advice import explained
 from odcft.augment import augment_batch
-from odcft.backbone import Loaded, load_backbone
+from odcft.backbone import Loaded, load_backbone, loading_line
 from odcft.data import Crops, Images, TrainingOrder, automatic_size, find_images, loader, step_seed, usual_side
 from odcft.errors import OdcftError
 from odcft.export import write_timm
@@ -407,7 +407,8 @@ def fine_tune(
         epochs: other than the recipe's; a resumed run may be prolonged by it.
 
     Returns:
-        Of the run: out, backbone, images, clusters, epochs, steps, loss, change_ratio, seconds.
+        Of the run: out, backbone, load (a line of Python), images, clusters, epochs, steps, loss, change_ratio,
+        seconds.
 
     Raises:
         OdcftError: for anything the user can mend, and for a loss that is not finite (the last good state is kept).
@@ -702,6 +703,7 @@ def _result(start: Start, out: Path, steps: int, seconds: float) -> dict[str, An
     return {
         "out": str(out),
         "backbone": str(out / "backbone"),
+        "load": loading_line(start.loaded[0].backbone, str(out / "backbone")),
         **({"backbones": [str(out / name) for name in folders.BACKBONES[:members]]} if members > 1 else {}),
         "images": len(start.images),
         "unreadable": len(start.unreadable),

@@ -269,3 +269,15 @@ def test_every_knob_turns_something(final_state, field):
         before[name].shape != after[name].shape or not torch.equal(before[name].float(), after[name].float())
         for name in before
     ), f"{field} changes nothing"
+
+
+def test_alexnet_from_scratch_is_the_papers_and_its_backbone_loads_as_the_run_says(tmp_path, make_images):
+    overrides = ["optim.epochs=1", "optim.final_epochs=0", "data.size=64", "memory.clusters=2", *QUICK]
+    recipe = load_recipe("odc_alexnet", overrides)
+    summary = fine_tune("scratch:alexnet", str(make_images(tmp_path / "images")), tmp_path / "run", recipe)
+    assert {"conv1.weight", "bn5.running_var"} <= set(backbone(tmp_path / "run"))
+    assert backbone(tmp_path / "run")["conv1.weight"].shape[:2] == (96, 3)
+    loaded = {}
+    exec(summary["load"], loaded)
+    assert loaded["net"].input.color == "rgb"
+    assert torch.equal(loaded["net"].net.state_dict()["conv1.weight"], backbone(tmp_path / "run")["conv1.weight"])
