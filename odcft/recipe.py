@@ -127,7 +127,7 @@ class OptimRecipe(_Group):
     batch_size: int = Field(512, ge=2)  # over all ranks
     lr: float = Field(0.06, gt=0)  # for this batch size
     schedule: Literal["cosine", "step"] = "cosine"
-    final_epochs: int = Field(40, ge=0)  # step: how many epochs at the end run at lr * final_factor
+    final_epochs: Auto | Annotated[float, Field(ge=0)] = "auto"  # step: how many run at lr * final_factor
     final_factor: float = Field(0.1, ge=0, le=1)
     warmup_epochs: float = Field(0.0, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)  # of adamw, the first beta

@@ -180,6 +180,13 @@ def resolve(recipe: Recipe, loaded: list[Loaded], images: Images) -> tuple[Recip
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
         recipe.data.workers = min(16, cores // local_ranks) if gpu else 0
+    if recipe.optim.final_epochs == "auto":
+        recipe.optim.final_epochs = recipe.optim.epochs / 6
+    if recipe.optim.schedule == "step" and recipe.optim.final_epochs >= recipe.optim.epochs:
+        raise OdcftError(
+            f"optim.final_epochs={recipe.optim.final_epochs:g} of {recipe.optim.epochs} epochs leaves none at the full "
+            "learning rate. --set optim.final_epochs=auto takes a sixth of them."
+        )
     if recipe.kmeans.engine == "auto":
         recipe.kmeans.engine = "torch"  # always there, on any device, divided among the ranks
     if recipe.memory.dtype == "auto":

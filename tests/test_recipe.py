@@ -20,13 +20,23 @@ def test_shipped_recipes_load_and_say_what_they_are(name):
 
 def test_the_promised_recipes_are_shipped():
     promised = {"odc_r50_finetune", "odc_r50_scratch", "odc_alexnet", "dc_r50_finetune", "codc_r50", "odc_vit", "small"}
+    promised.add("dc_small")
     assert promised <= set(shipped())
     methods = {name: load_recipe(name).method for name in promised}
     assert methods.pop("dc_r50_finetune") == "dc"
+    assert methods.pop("dc_small") == "dc"
     assert methods.pop("codc_r50") == "codc"
     assert set(methods.values()) == {"odc"}
     assert load_recipe("odc_r50_scratch").optim.epochs == 440
     assert load_recipe("odc_vit").optim.optimizer == "adamw"
+
+
+def test_dc_small_is_small_but_for_what_is_dcs_own():
+    small, dc = load_recipe("small"), load_recipe("dc_small")
+    for group in ("data", "augment", "dc", "kmeans"):
+        assert getattr(small, group) == getattr(dc, group)
+    same = ("epochs", "batch_size", "momentum", "weight_decay", "head_momentum")
+    assert [getattr(small.optim, f) for f in same] == [getattr(dc.optim, f) for f in same]
 
 
 def test_yaml_and_object_say_the_same():

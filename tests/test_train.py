@@ -256,7 +256,7 @@ def final_state(tmp_path_factory):
 
 @pytest.mark.parametrize("field", [*FIELDS, *STEP, *DC, *CODC])
 def test_every_knob_turns_something(final_state, field):
-    base = ("optim.schedule=step", "optim.final_epochs=2") if field in STEP else ("method=dc",) if field in DC else ()
+    base = ("optim.schedule=step",) if field in STEP else ("method=dc",) if field in DC else ()
     if field in CODC:
         base = ("method=codc", "codc.members=[{mixup: 1}]")
     if field == "kmeans.iterations":  # few clusters of few images are done after one
@@ -281,3 +281,12 @@ def test_alexnet_from_scratch_is_the_papers_and_its_backbone_loads_as_the_run_sa
     exec(summary["load"], loaded)
     assert loaded["net"].input.color == "rgb"
     assert torch.equal(loaded["net"].net.state_dict()["conv1.weight"], backbone(tmp_path / "run")["conv1.weight"])
+
+
+def test_the_last_epochs_are_a_sixth_or_as_many_as_leave_some_at_the_full_rate(tmp_path, checkpoint, images):
+    step = ("optim.schedule=step", "optim.epochs=3")
+    fine_tune(checkpoint, images, tmp_path / "run", quick(*step, "optim.final_epochs=auto"))
+    assert [line["lr"] for line in lines(tmp_path / "run")] == pytest.approx([0.03] * 8 + [0.003])  # 3 steps an epoch
+    with pytest.raises(OdcftError, match=r"optim\.final_epochs=3 of 3 epochs leaves none at the full learning rate"):
+        fine_tune(checkpoint, images, tmp_path / "none", quick(*step, "optim.final_epochs=3"))
+    assert not (tmp_path / "none").exists()
