@@ -47,7 +47,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what odcft wrote there before.")]
 Devices = Annotated[int, typer.Option(min=1, help="Processes on this machine: GPUs, or shares of the CPU.")]
 
-DEFAULT_RECIPE = "odc_r50_finetune"
+DEFAULT_RECIPE, DC_RECIPE = "odc_r50_finetune", "dc_r50_finetune"
 
 
 def _recipe(
@@ -162,7 +162,10 @@ def finetune(
     method: Annotated[str | None, typer.Option(help="odc, dc or codc; odc unless the recipe says.")] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="A shipped recipe or a YAML file.", show_default=f"{DEFAULT_RECIPE}; resumed: the RUN's own"),
+        typer.Option(
+            help="A shipped recipe or a YAML file.",
+            show_default=f"{DEFAULT_RECIPE}, with --method dc {DC_RECIPE}; resumed: the RUN's own",
+        ),
     ] = None,
     overrides: Set = None,
     epochs: Annotated[
@@ -185,7 +188,8 @@ def finetune(
     *ckpts, data = ckpts
     overrides = [*(overrides or []), *([f"method={method}"] if method else [])]
     if recipe is None:
-        recipe = str(out / "recipe.yaml") if resume and (out / "recipe.yaml").exists() else DEFAULT_RECIPE
+        usual = DC_RECIPE if method == "dc" else DEFAULT_RECIPE
+        recipe = str(out / "recipe.yaml") if resume and (out / "recipe.yaml").exists() else usual
     resolved = _recipe(recipe, overrides, clusters, seed, input, allow_partial)
     _join(devices)
     from odcft.log import duration

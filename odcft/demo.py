@@ -53,9 +53,8 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
     recipe = load_recipe("demo")
     init_memory(str(checkpoint), str(digits), out / "memory", recipe, progress=progress)
     run = fine_tune(str(checkpoint), str(digits), out / "run", recipe, memory=out / "memory", progress=progress)
-    run_dc = fine_tune(
-        *(str(checkpoint), str(digits), out / "run_dc", load_recipe("demo", ["method=dc"])), progress=progress
-    )
+    dc = load_recipe("demo", ["method=dc", "optim.schedule=step"])  # why: recipes/dc_small.yaml
+    run_dc = fine_tune(str(checkpoint), str(digits), out / "run_dc", dc, progress=progress)
     after_odc, after_dc = (
         evaluate(str(out / name), str(digits), None, ["svm", "knn"], progress=progress) for name in ("run", "run_dc")
     )

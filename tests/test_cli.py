@@ -46,6 +46,14 @@ def test_inspect(odcft_command, checkpoint):
     assert "90 of 90 tensors under state_dict/module." in err
 
 
+def test_dc_without_a_recipe_has_its_own(odcft_command, tmp_path, checkpoint, images):
+    few = ("--epochs", "1", "--clusters", "2", "--set", "data.size=32", "--set", "optim.batch_size=4")
+    code, _, err = odcft_command("finetune", checkpoint, images, "--out", tmp_path / "run", "--method", "dc", *few)
+    assert code == 0, err
+    assert "schedule: step" in (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "labels moving" not in err  # dc's stand still within an epoch
+
+
 def test_the_whole_job(odcft_command, tmp_path, checkpoint, images):
     code, out, _ = odcft_command(
         "init-memory", checkpoint, images, "--out", tmp_path / "memory", "--recipe", "small", "--json"
