@@ -58,6 +58,18 @@ class Backbone(nn.Module):
         """Images (B, 3, H, W), RGB in 0..1, to pooled features (B, F)."""
         return self.net(self.adapter(images))
 
+    @torch.no_grad()
+    def takes(self, size: int) -> bool:
+        """Whether the network can look at size x size pixels: tried once, for small maps end before the layers do."""
+        training, first = self.training, next(self.parameters())
+        try:
+            self.eval()(torch.zeros(1, 3, size, size, device=first.device))
+        except (RuntimeError, AssertionError):
+            return False
+        finally:
+            self.train(training)
+        return True
+
 
 @dataclass
 class Loaded:

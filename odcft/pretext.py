@@ -68,15 +68,11 @@ class Jigsaw(nn.Module):
         self.backbone, self.augment = backbone, recipe.augment
         self.side = 3 if size >= 96 else 2
         patch = size // self.side * 7 // 8
-        try:
-            self.backbone.eval()  # asked once whether it can
-            with torch.no_grad():
-                backbone.net(torch.zeros(1, 3, patch, patch))
-        except (RuntimeError, AssertionError):
+        if not backbone.takes(patch):
             raise OdcftError(
                 f"{backbone.arch} cannot look at patches of {patch} pixels, which jigsaw cuts from images of {size}. "
                 "Take rotation, a larger --set data.size, or another --arch."
-            ) from None
+            )
         self.order_CP: Tensor
         self.register_buffer("order_CP", orders(self.side**2, 100 if self.side == 3 else 24), persistent=False)
         self.head = nn.ModuleDict(

@@ -176,6 +176,11 @@ def resolve(recipe: Recipe, loaded: list[Loaded], images: Images) -> tuple[Recip
                 f"{backbone.arch} takes images of {backbone.size} pixels only, not {recipe.data.size}. "
                 f"Pass --set data.size={backbone.size}, or auto; members of codc all see the same images."
             )
+        if not backbone.takes(_number(recipe.data.size)):
+            raise OdcftError(
+                f"{backbone.arch} cannot look at images of {recipe.data.size} pixels. "
+                f"It was made for {backbone.size}: --set data.size={backbone.size} enlarges them."
+            )
     if recipe.data.workers == "auto":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))

@@ -186,6 +186,8 @@ def _features(
     size = size or automatic_size(backbone.size, backbone.fixed_size, side)
     if backbone.fixed_size and size != backbone.size:
         raise OdcftError(f"{backbone.arch} takes images of {backbone.size} pixels only, not {size}.")
+    if not backbone.takes(size):
+        raise OdcftError(f"{backbone.arch} cannot look at images of {size} pixels. Try --size {backbone.size}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     crops = Crops(labels.images, size, 1.0 if side <= size else 0.875, None, 0)
     features, bad = extract(backbone.to(device).eval(), crops, 128, 0, device, progress or Progress(), "Features")
