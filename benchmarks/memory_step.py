@@ -125,7 +125,7 @@ def main() -> None:
     figures = measure(args)
     if dist.rank() == 0:
         print(json.dumps(figures))
-    dist.stop()
+    dist.leave(0)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def main() -> None:
     figures = replay(args.trace, args.variant)
     if dist.rank() == 0:
         print(json.dumps(figures))
-    dist.stop()
+    dist.leave(0)
 
 
 if __name__ == "__main__":

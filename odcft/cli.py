@@ -361,16 +361,23 @@ def _options(
 
 def main() -> NoReturn:
     """Run the command line and leave with its exit code: 0 done, 2 the user can fix it, 75 stopped, 1 anything else."""
+    code = 0
     with stopping.listening():
         try:
             app()
+        except SystemExit as end:  # how typer returns
+            code = end.code if isinstance(end.code, int) else 0
         except OdcftError as error:
             print(f"odcft: {error}", file=sys.stderr)
-            sys.exit(2)
+            code = 2
         except stopping.Stopped as stopped:
             with suppress(OSError):  # the terminal may be gone
                 if os.environ.get("RANK", "0") == "0":
                     how = str(stopped) or "Nothing was saved. Start it again with the same command."
                     print(f"odcft: {stopping.asked()}: stopped. {how}", file=sys.stderr, flush=True)
             os._exit(stopping.EXIT)  # without waiting for data workers that are in the middle of reading
-    sys.exit(0)
+    if "RANK" in os.environ:
+        from odcft import dist
+
+        dist.leave(code)
+    sys.exit(code)

@@ -5,6 +5,9 @@ its batches from its own images, so reading and writing the samples memory is lo
 """
 
 import os
+import sys
+from contextlib import suppress
+from typing import NoReturn
 
 import torch
 import torch.distributed
@@ -38,10 +41,21 @@ def start(device: torch.device) -> None:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
-def stop() -> None:
-    """Leave the group, if there is one."""
-    if _started():
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code; one of several leaves the group first, and then ends on the spot.
+
+    The threads that carried the tensors may still be letting go of them, and outlive the group where DDP holds it: one
+    that asks for Python while Python takes itself down aborts the process, after all its work was done
+    (github.com/pytorch/pytorch/pull/179291).
+    """
+    if not _started():
+        sys.exit(code)
+    if code == 0:  # with an error, the others are somewhere else and would not answer
         torch.distributed.destroy_process_group()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # the terminal may be gone
+            stream.flush()
+    os._exit(code)
 
 
 def owned(count: int) -> range:

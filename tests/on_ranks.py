@@ -1,5 +1,6 @@
 """What tests/test_ranks.py runs on one process or two: `python on_ranks.py RANKS CASE OUT`."""
 
+import atexit
 import contextlib
 import json
 import os
@@ -76,6 +77,14 @@ def error_on_one():
     return {}
 
 
+def abort_at_exit():
+    """The network as DDP keeps it, and an end of Python that is never to be reached."""
+    atexit.register(os.abort)
+    model = dist.parallel(torch.nn.Linear(2, 2), torch.device("cpu"))
+    model(torch.ones(3, 2)).sum().backward()
+    return {"grad": model.module.weight.grad}
+
+
 def goes_on():
     """One rank is asked to stop, and another time meets a step that is not finite: all do the same."""
     folder, first, last = Path(sys.argv[3]).parent, dist.rank() == 0, dist.rank() == dist.world_size() - 1
@@ -129,7 +138,7 @@ if __name__ == "__main__":
         tensors = globals()[case]()
     except OdcftError as error:
         print(f"odcft: {error}", file=sys.stderr)
-        sys.exit(2)
+        dist.leave(2)
     if dist.rank() == 0:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out)
-    dist.stop()
+    dist.leave(0)

@@ -38,6 +38,12 @@ def test_an_error_on_one_rank_ends_all_with_its_message(tmp_path):
     assert time.monotonic() - began < 60
 
 
+def test_what_aborts_while_python_goes_down_does_not_undo_a_finished_run(tmp_path):
+    result = on_ranks(2, "abort_at_exit", tmp_path / "x.safetensors")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "x.safetensors").is_file()
+
+
 @pytest.fixture
 def inputs(tmp_path, make_checkpoint, make_images):
     return str(make_checkpoint(tmp_path / "c.pth")), str(make_images(tmp_path / "images", 13))
