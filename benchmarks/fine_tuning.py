@@ -219,9 +219,9 @@ def draw(out: Path, results: dict[str, dict[str, Any]]) -> None:
                     title = run["method"].upper() if run["seed"] == 0 else None
                     epochs = [line["epoch"] for line in lines]
                     axis.plot(epochs, [line[figure] for line in lines], color=colour, label=title, linewidth=1)
-            axis.set(title=column, xlabel="epoch", ylim=(0, None))
+            axis.set(title=column, xlabel="epoch")
             axis.legend()
-        axes[0][0].set_ylabel(label)
+        axes[0][0].set(ylabel=label, ylim=(0, None))  # of all: the axis is shared
         picture.tight_layout()
         picture.savefig(out / file, dpi=150)
         plt.close(picture)
