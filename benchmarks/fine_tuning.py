@@ -4,7 +4,7 @@
         [--recipe small] [--dc-recipe dc_small] [--epochs 12] [--set FIELD=VALUE]… [--codc CKPT,CKPT]… [--json]
 
 Every run is `odcft finetune` on DATA in a process of its own, and is judged by `odcft evaluate` on --test, half of it
-held out: SVM mAP and kNN. All methods have the same epochs and overrides; DC has a recipe of its own. --codc
+held out: SVM mAP and kNN. All methods have the same overrides and --epochs; DC has a recipe of its own. --codc
 adds a run of several checkpoints together, a member each; as a column of their names it stands for their features side
 by side, and the checkpoints and the separate ODC runs, side by side, stand above it.
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--methods", default="odc,dc")
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--recipe", default="small")
-    parser.add_argument("--dc-recipe", default="dc_small")
+    parser.add_argument("--dc-recipe", help="DC's; of as many epochs, or say --epochs; dc_small beside small")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--codc", action="append", default=[], metavar="CKPT,CKPT", help="several together, too")
@@ -48,9 +48,13 @@ def main() -> None:
         parser.error("give a checkpoint or several, and then the images")
     if len({named(ckpt) for ckpt in ckpts}) < len(ckpts):
         parser.error("two checkpoints have the same file name up to the first dot: rename or link one")
+    seeds, methods = args.seeds.split(","), args.methods.split(",")
+    if "dc" in methods and not args.dc_recipe:
+        if args.recipe != "small":
+            parser.error(f"which recipe is DC to have beside {args.recipe}? --dc-recipe NAME")
+        args.dc_recipe = "dc_small"
     refuse_other_settings(parser, args)
 
-    seeds, methods = args.seeds.split(","), args.methods.split(",")
     for ckpt in ckpts:
         keep(args.out, f"{named(ckpt)}-original", partial(judged, ckpt, args.test))
     for seed in seeds:

@@ -23,11 +23,10 @@ def explained(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        if ran_out_of_memory(error):
             raise OdcftError(out_of_memory(recipe)) from None
-        if "DataLoader worker" in text:
-            raise OdcftError(worker_died(text, recipe)) from None
+        if "DataLoader worker" in str(error):
+            raise OdcftError(worker_died(str(error), recipe)) from None
         raise
     except SafetensorError as error:
         if "os error" in str(error):
@@ -40,6 +39,12 @@ def explained(recipe: Recipe) -> Iterator[None]:
                 "Make room and go on with --resume."
             ) from None
         raise
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether this is torch's or Python's way to say that memory ran out."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def out_of_memory(recipe: Recipe) -> str:

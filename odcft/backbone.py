@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from odcft import inputs
+from odcft.advice import ran_out_of_memory
 from odcft.checkpoint import Contents, read
 from odcft.errors import OdcftError
 from odcft.inputs import CHANNELS, Adapter, Input
@@ -64,7 +65,9 @@ class Backbone(nn.Module):
         training, first = self.training, next(self.parameters())
         try:
             self.eval()(torch.zeros(1, 3, size, size, device=first.device))
-        except (RuntimeError, AssertionError):
+        except (RuntimeError, AssertionError) as error:
+            if ran_out_of_memory(error):
+                raise
             return False
         finally:
             self.train(training)
@@ -88,7 +91,8 @@ def load_backbone(
     """The backbone of a checkpoint.
 
     Args:
-        ckpt: a checkpoint file, a timm folder, a finished RUN, or `timm:NAME`, `torchvision:NAME`, `scratch:NAME`.
+        ckpt: a checkpoint file, a timm folder, a finished RUN, or `timm:NAME`, `torchvision:NAME`, `scratch:NAME`
+            (`scratch:alexnet` is the papers', with batch norm; elsewhere `alexnet` is torchvision's).
         arch: a name, where the file's own word or our guess is not to be followed.
         input: the colours it is to be shown, where the file's or our word is not to be followed. With another number
             of channels its first convolution is adapted (1 and 3 channels only), and a note says so.
@@ -161,12 +165,15 @@ def _notes(contents: Contents, found: Match) -> list[str]:
 def _show(loaded: Loaded, color: str) -> None:
     """Follow the user's word on the colours, and adapt the first convolution where that needs it."""
     backbone = loaded.backbone
+    if color == backbone.input.color:
+        return
     here, wanted = backbone.input.channels, inputs.default(color, backbone.size).channels
     if here != wanted:
         if {here, wanted} != {1, 3}:
+            can = ", ".join(c for c, n in CHANNELS.items() if n == here) or backbone.input.color
             raise OdcftError(
                 f"--input {color} gives {wanted} channels, and {backbone.arch} takes {here}: there is no way to adapt "
-                f"its first convolution. It can be shown {', '.join(c for c, n in CHANNELS.items() if n == here)}."
+                f"its first convolution. It can be shown {can}."
             )
         first = next(m for m in backbone.net.modules() if isinstance(m, nn.Conv2d) and m.in_channels == here)
         with torch.no_grad():
@@ -181,8 +188,8 @@ def _show(loaded: Loaded, color: str) -> None:
 
 
 def loading_line(backbone: Backbone, folder: str) -> str:
-    """The Python line that loads an exported folder: timm's, or ours for a network that timm does not have."""
-    if timm_builds(backbone.arch, backbone.kwargs):
+    """The Python line that loads an exported folder: timm's, or ours where timm lacks the network or its colours."""
+    if timm_builds(backbone.arch, backbone.kwargs) and backbone.input.color == "rgb":
         return f'import timm; net = timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0)'
     return f'import odcft; net = odcft.load_backbone("{folder}").backbone  # takes RGB images in 0..1'
 

@@ -6,6 +6,7 @@ Everything heavy is imported inside the commands, so that --help answers at once
 import os
 import shlex
 import sys
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -102,7 +103,7 @@ def demo(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """The whole story on 1,797 real images that need no download: checkpoint, memory, ODC, before and after."""
+    """The whole story on 1,797 real images that need no download: checkpoint, memory, ODC and DC, before and after."""
     from odcft.demo import run_demo
 
     values, lines = run_demo(out, overwrite)
@@ -188,7 +189,7 @@ def finetune(
     *ckpts, data = ckpts
     overrides = [*(overrides or []), *([f"method={method}"] if method else [])]
     if recipe is None:
-        usual = DC_RECIPE if method == "dc" else DEFAULT_RECIPE
+        usual = DC_RECIPE if "method=dc" in overrides else DEFAULT_RECIPE
         recipe = str(out / "recipe.yaml") if resume and (out / "recipe.yaml").exists() else usual
     resolved = _recipe(recipe, overrides, clusters, seed, input, allow_partial)
     _join(devices)
@@ -366,7 +367,7 @@ def main() -> NoReturn:
         try:
             app()
         except SystemExit as end:  # how typer returns
-            code = end.code if isinstance(end.code, int) else 0
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
         except OdcftError as error:
             print(f"odcft: {error}", file=sys.stderr)
             code = 2
@@ -376,6 +377,9 @@ def main() -> NoReturn:
                     how = str(stopped) or "Nothing was saved. Start it again with the same command."
                     print(f"odcft: {stopping.asked()}: stopped. {how}", file=sys.stderr, flush=True)
             os._exit(stopping.EXIT)  # without waiting for data workers that are in the middle of reading
+        except Exception:  # a fault of ours
+            traceback.print_exc()
+            code = 1
     if "RANK" in os.environ:
         from odcft import dist
 

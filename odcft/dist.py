@@ -42,11 +42,11 @@ def start(device: torch.device) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process with an exit code; one of several leaves the group first, and then ends on the spot.
+    """End this process with an exit code; one of several ends on the spot, having left the group if all is well.
 
     The threads that carried the tensors may still be letting go of them, and outlive the group where DDP holds it: one
-    that asks for Python while Python takes itself down aborts the process, after all its work was done
-    (github.com/pytorch/pytorch/pull/179291).
+    that asks for Python while Python takes itself down aborts the process, after all its work was done (described in
+    github.com/pytorch/pytorch/pull/179291, not mended there).
     """
     if not _started():
         sys.exit(code)

@@ -33,9 +33,8 @@ def refuse_full(out: Path, ours: tuple[str, ...], overwrite: bool) -> None:
         raise OdcftError(f"{out} is a file. Choose a folder for the output.")
     there = contents(out)
     if there and not overwrite:
-        raise OdcftError(
-            f"{out} is not empty. Pass --resume to go on with it, --overwrite to replace it, or choose another --out."
-        )
+        resume = "--resume to go on with it, " if "checkpoints" in ours else ""
+        raise OdcftError(f"{out} is not empty. Pass {resume}--overwrite to replace it, or choose another --out.")
     foreign = sorted(there - set(ours))
     if foreign:
         raise OdcftError(

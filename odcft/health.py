@@ -129,7 +129,10 @@ def warnings(lines: list[dict[str, Any]], K: int, method: str = "odc") -> dict[s
     elif now["epoch"] >= CHANCE_EPOCHS and all(line["loss_over_ln_k"] >= CHANCE for line in lately):
         why = f"the labels carry no signal. Try {gentler}."
         if method == "dc":
-            why = "a classifier that starts anew learns nothing. Try a higher optim.head_lr, or dc.interval=2."
+            why = (
+                "a classifier that starts anew learns nothing. Try --set optim.schedule=step, a higher --set "
+                "optim.head_lr, or --set dc.interval=2."
+            )
         found["chance"] = f"the loss has stayed at ln K for {CHANCE_EPOCHS:.0f} epochs: {why}"
     if now["epoch"] < 1:  # as K-Means and an untrained neck left them
         return found
@@ -159,9 +162,9 @@ def nmi(before_S: Tensor, after_S: Tensor) -> float:
     )
 
 
-def summary(figures: dict[str, Any]) -> str:
+def summary(figures: dict[str, Any], method: str) -> str:
     """The figures of a line, in words; dc's labels move between epochs only."""
-    moving = f"labels moving {figures['change_ratio']:.0%} · " if figures["change_ratio"] else ""
+    moving = "" if method == "dc" else f"labels moving {figures['change_ratio']:.0%} · "
     kept = f"NMI with the epoch before {figures['nmi_previous']:.2f} · " if "nmi_previous" in figures else ""
     return (
         f"loss {figures['loss']:.2f} ({figures['loss_over_ln_k']:.2f} of ln K) · {moving}{kept}"

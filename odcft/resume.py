@@ -44,8 +44,11 @@ def resumed_recipe(
         OdcftError: names the first field that differs.
     """
     then, asked, now = _fields(saved["recipe"]), _fields(about["asked"]), _fields(given.model_dump(mode="json"))
+    follows = ["optim.epochs"] if epochs is not None else []
+    if epochs is not None and asked.get("optim.final_epochs") == "auto":
+        follows.append("optim.final_epochs")
     for name, value in now.items():
-        if name == "optim.epochs" and epochs is not None:
+        if name in follows:
             continue
         if name.split(".")[0] in FREE or name in FREE or name not in then:
             continue
@@ -63,6 +66,8 @@ def resumed_recipe(
                 f"{run} has done {done:.1f} epochs already: --epochs {epochs} is less. Leave it away, or choose more."
             )
         recipe.optim.epochs = epochs
+        if "optim.final_epochs" in follows:
+            recipe.optim.final_epochs = "auto"
     return recipe
 
 

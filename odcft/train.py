@@ -38,6 +38,8 @@ from odcft.recipe import MemberRecipe, Recipe, dump
 from odcft.resume import read_about, read_quarantine, refuse_other_checkpoint, resumed_recipe, same_images
 from odcft.stopping import Stopped
 
+FEW = 20  # images a cluster: with fewer, DC's classifier has little to learn from
+
 
 @dataclass
 class Start:
@@ -179,7 +181,7 @@ def resolve(recipe: Recipe, loaded: list[Loaded], images: Images) -> tuple[Recip
         if not backbone.takes(_number(recipe.data.size)):
             raise OdcftError(
                 f"{backbone.arch} cannot look at images of {recipe.data.size} pixels. "
-                f"It was made for {backbone.size}: --set data.size={backbone.size} enlarges them."
+                f"It was made for {backbone.size}: try --set data.size={backbone.size}."
             )
     if recipe.data.workers == "auto":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -190,7 +192,7 @@ def resolve(recipe: Recipe, loaded: list[Loaded], images: Images) -> tuple[Recip
     if recipe.optim.schedule == "step" and recipe.optim.final_epochs >= recipe.optim.epochs:
         raise OdcftError(
             f"optim.final_epochs={recipe.optim.final_epochs:g} of {recipe.optim.epochs} epochs leaves none at the full "
-            "learning rate. --set optim.final_epochs=auto takes a sixth of them."
+            "learning rate. Choose more epochs, or, for a new run, --set optim.final_epochs=auto: a sixth of them."
         )
     if recipe.kmeans.engine == "auto":
         recipe.kmeans.engine = "torch"  # always there, on any device, divided among the ranks
@@ -237,6 +239,11 @@ def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = Non
         raise OdcftError(
             f"{memory.clusters:,} clusters for {count:,} images cannot work: {why}. "
             f"--clusters auto would use {automatic}; {most} is the most."
+        )
+    elif progress and recipe.method == "dc" and memory.clusters * FEW > count:
+        progress.say(
+            f"Note        {count:,} images leave {count // memory.clusters} for each of {memory.clusters:,} clusters, "
+            f"few to learn from: --clusters auto would use {automatic}. For thousands of images: --recipe dc_small."
         )
     elif progress and memory.clusters * 2 * (memory.min_cluster + 1) > count:
         progress.say(
@@ -677,7 +684,7 @@ def _train(
                 if troubles:
                     figures["warnings"] = sorted(troubles)
                 metrics.write(step, figures)
-                note = f"epoch {math.ceil(figures['epoch'])}/{optim.epochs} · {summary(figures)}"
+                note = f"epoch {math.ceil(figures['epoch'])}/{optim.epochs} · {summary(figures, recipe.method)}"
             advance(len(batch.index_B) * dist.world_size(), note)
             if stop:
                 save_and_stop(step + 1)

@@ -1,6 +1,5 @@
 """What tests/test_ranks.py runs on one process or two: `python on_ranks.py RANKS CASE OUT`."""
 
-import atexit
 import contextlib
 import json
 import os
@@ -75,14 +74,6 @@ def error_on_one():
         raise OdcftError("rank 1 has run out of luck.")
     dist.barrier()  # would wait for ever
     return {}
-
-
-def abort_at_exit():
-    """The network as DDP keeps it, and an end of Python that is never to be reached."""
-    atexit.register(os.abort)
-    model = dist.parallel(torch.nn.Linear(2, 2), torch.device("cpu"))
-    model(torch.ones(3, 2)).sum().backward()
-    return {"grad": model.module.weight.grad}
 
 
 def goes_on():

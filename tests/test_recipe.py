@@ -35,6 +35,7 @@ def test_dc_small_is_small_but_for_what_is_dcs_own():
     small, dc = load_recipe("small"), load_recipe("dc_small")
     for group in ("data", "augment", "dc", "kmeans"):
         assert getattr(small, group) == getattr(dc, group)
+    assert small.memory.clusters == dc.memory.clusters
     same = ("epochs", "batch_size", "momentum", "weight_decay", "head_momentum")
     assert [getattr(small.optim, f) for f in same] == [getattr(dc.optim, f) for f in same]
 

@@ -1,6 +1,7 @@
 """Whole runs, cut short, on a dozen images that the test makes."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from odcft import snapshot
+from odcft.backbone import load_backbone
 from odcft.errors import OdcftError
 from odcft.health import all_finite
 from odcft.recipe import load_recipe
@@ -286,7 +288,11 @@ def test_alexnet_from_scratch_is_the_papers_and_its_backbone_loads_as_the_run_sa
 def test_the_last_epochs_are_a_sixth_or_as_many_as_leave_some_at_the_full_rate(tmp_path, checkpoint, images):
     step = ("optim.schedule=step", "optim.epochs=3")
     fine_tune(checkpoint, images, tmp_path / "run", quick(*step, "optim.final_epochs=auto"))
-    assert [line["lr"] for line in lines(tmp_path / "run")] == pytest.approx([0.03] * 8 + [0.003])  # 3 steps an epoch
+    rates = [0.03] * 8 + [0.003]  # 3 steps an epoch
+    assert [line["lr"] for line in lines(tmp_path / "run")] == pytest.approx(rates)
+    fine_tune(checkpoint, images, tmp_path / "run", quick(*step), resume=True, epochs=6)
+    rates += [0.03] * 6 + [0.003] * 3
+    assert [line["lr"] for line in lines(tmp_path / "run")] == pytest.approx(rates)
     with pytest.raises(OdcftError, match=r"optim\.final_epochs=3 of 3 epochs leaves none at the full learning rate"):
         fine_tune(checkpoint, images, tmp_path / "none", quick(*step, "optim.final_epochs=3"))
     assert not (tmp_path / "none").exists()
@@ -296,3 +302,14 @@ def test_images_too_small_for_a_network_are_refused_with_a_size_that_works(tmp_p
     with pytest.raises(OdcftError, match=r"alexnet_deepcluster cannot look at images of 32 pixels.*data\.size=224"):
         fine_tune("scratch:alexnet", images, tmp_path / "run", quick())
     assert not (tmp_path / "run").exists()
+    assert load_backbone("scratch:alexnet").backbone.takes(224)
+
+
+def test_dc_says_when_clusters_would_have_few_images():
+    said = []
+    progress = SimpleNamespace(say=said.append)
+    resolve_clusters(load_recipe("dc_r50_finetune"), 20_000, progress)
+    assert "leave 2 for each of 10,000 clusters, few to learn from: --clusters auto would use 156" in said[0]
+    resolve_clusters(load_recipe("dc_r50_finetune"), 1_281_167, progress)
+    resolve_clusters(load_recipe("dc_small"), 20_000, progress)
+    assert len(said) == 1
