@@ -53,6 +53,9 @@ def main() -> None:
         if args.recipe != "small":
             parser.error(f"which recipe is DC to have beside {args.recipe}? --dc-recipe NAME")
         args.dc_recipe = "dc_small"
+    for together in args.codc:
+        if len(together.split(",")) < 2:
+            parser.error(f"--codc {together}: give several checkpoints, with commas between")
     refuse_other_settings(parser, args)
 
     for ckpt in ckpts:

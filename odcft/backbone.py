@@ -190,7 +190,7 @@ def _show(loaded: Loaded, color: str) -> None:
 def loading_line(backbone: Backbone, folder: str) -> str:
     """The Python line that loads an exported folder: timm's, or ours where timm lacks the network or its colours."""
     if timm_builds(backbone.arch, backbone.kwargs) and backbone.input.color == "rgb":
-        return f'import timm; net = timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0)'
+        return f'import timm; net = timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0).eval()'
     return f'import odcft; net = odcft.load_backbone("{folder}").backbone  # takes RGB images in 0..1'
 
 

@@ -65,7 +65,8 @@ def relaunch(ranks: int) -> int:
             failed = {}
         if failed:
             _end(list(running.values()))
-            rank, code = max(failed.items(), key=lambda item: item[1])  # one that says why, before one that was killed
+            # One that says what to mend, before one that was killed, before one that only missed another (code 1).
+            rank, code = max(failed.items(), key=lambda item: (item[1] > 1, item[1] < 0))
             if code < 0 and -code in asked:  # before it could listen
                 return stopping.EXIT
             if code < 0:
