@@ -45,14 +45,22 @@ class Progress:
     @contextmanager
     def _bar(self, title: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
         from rich import progress
+        from rich.text import Text
 
-        bar = progress.Progress(
+        class Bar(progress.Progress):
+            """With the note below, where it has the whole width: beside the bar it would push out rate and time."""
+
+            def get_renderables(self) -> Iterator[Any]:
+                yield from super().get_renderables()
+                notes = [task.fields["note"] for task in self.tasks if task.fields["note"]]
+                yield from (Text(f"  {note}", no_wrap=False, overflow="fold") for note in notes)
+
+        bar = Bar(
             progress.TextColumn(f"{title:<12}"),
             progress.BarColumn(bar_width=24),
             progress.TextColumn("{task.percentage:>3.0f} %"),
             progress.TextColumn("{task.fields[rate]}"),
             progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            progress.TextColumn("{task.fields[note]}"),
             console=self.console,
         )
         started, done = time.monotonic(), 0
