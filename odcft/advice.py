@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from safetensors import SafetensorError
 
 from odcft import dist
-from odcft.errors import OdcftError
+from odcft.errors import OdcftError, ran_out_of_memory
 from odcft.recipe import Recipe
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -39,12 +39,6 @@ def explained(recipe: Recipe) -> Iterator[None]:
                 "Make room and go on with --resume."
             ) from None
         raise
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether this is torch's or Python's way to say that memory ran out."""
-    text = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def out_of_memory(recipe: Recipe) -> str:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from odcft import inputs
-from odcft.advice import ran_out_of_memory
 from odcft.checkpoint import Contents, read
-from odcft.errors import OdcftError
+from odcft.errors import OdcftError, ran_out_of_memory
 from odcft.inputs import CHANNELS, Adapter, Input
 from odcft.matching import Match, doubtful
 from odcft.networks import NETWORKS, RGB, WithoutRandom, build, is_network, timm_builds
