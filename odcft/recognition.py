@@ -278,9 +278,7 @@ def input_of(contents: Contents, arch: str, kwargs: Kwargs, found: Match, cfg: M
 
 
 def overridden(input: Input, color: str) -> Input:
-    """The user's word for the colours (`--input`), with the file's own normalisation where it still applies."""
-    if color == input.color:
-        return input
+    """The user's word for other colours (`--input`), with the file's own normalisation where it still applies."""
     if {color, input.color} == {"rgb", "bgr"}:
         return replace(input, color=color, mean=input.mean[::-1], std=input.std[::-1])
     return default(color, input.size)
