@@ -8,7 +8,7 @@ from typing import Any
 
 from odcft import _torchvision as _torchvision  # first: it must stand before anything imports torchvision
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _VERBS = {
     "load_recipe": "odcft.recipe",

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odcft import inputs
+from odcft import inputs, seeds
 from odcft.checkpoint import Contents, read
 from odcft.errors import OdcftError, ran_out_of_memory
 from odcft.inputs import CHANNELS, Adapter, Input
 from odcft.matching import Match, doubtful
 from odcft.networks import NETWORKS, RGB, WithoutRandom, build, is_network, timm_builds
-from odcft.recognition import family, input_of, nearest_name, overridden, recognise
+from odcft.recognition import family, input_of, nearest_name, overridden, recognise, timm_input
 
 COVER = 0.9  # of the backbone's tensors that a checkpoint must have
 
@@ -38,7 +38,7 @@ class Backbone(nn.Module):
         cfg: dict[str, Any] = getattr(net, "pretrained_cfg", {})
         if input is None:
             size = kwargs.get("img_size") or cfg["input_size"][-1] if cfg else 0
-            input = Input("rgb", size, cfg["mean"], cfg["std"]) if cfg else NETWORKS[arch][1]
+            input = timm_input(cfg, size) if cfg else NETWORKS[arch][1]
         self.adapter = Adapter(input)
         self.fixed_size: bool = bool(cfg.get("fixed_input_size")) if cfg else NETWORKS[arch][2]
         # Pooled features may be wider than the last block.
@@ -82,10 +82,16 @@ class Loaded:
     match: Match | None = None  # None for random weights and for weights from timm
     family: str = ""
     notes: list[str] = field(default_factory=list)  # what the user should know: odd tensors, parts that are missing
+    told: bool = False  # whether the source itself says at which size, and how cropped, it sees images
 
 
 def load_backbone(
-    ckpt: str | Path, arch: str | None = None, input: str | None = None, allow_partial: bool = False
+    ckpt: str | Path,
+    arch: str | None = None,
+    input: str | None = None,
+    allow_partial: bool = False,
+    seed: int = 0,
+    member: int = 0,
 ) -> Loaded:
     """The backbone of a checkpoint.
 
@@ -96,6 +102,8 @@ def load_backbone(
         input: the colours it is to be shown, where the file's or our word is not to be followed. With another number
             of channels its first convolution is adapted (1 and 3 channels only), and a note says so.
         allow_partial: accept a file that covers less than 90 % of the backbone; the rest keeps random weights.
+        seed: of a run; random weights depend on it and on `member` alone, on every process.
+        member: which of several networks this is.
 
     Returns:
         The backbone on the CPU, in evaluation mode, and what was matched.
@@ -105,10 +113,11 @@ def load_backbone(
     """
     name = str(ckpt)
     scheme, _, rest = name.partition(":")
-    if scheme in ("timm", "torchvision", "scratch") and rest:
-        loaded = _load_named(name, scheme, rest)
-    else:
-        loaded = _load_file(name, Path(ckpt), arch, allow_partial)
+    with seeds.weights(seed, "backbone", member):
+        if scheme in ("timm", "torchvision", "scratch") and rest:
+            loaded = _load_named(name, scheme, rest)
+        else:
+            loaded = _load_file(name, Path(ckpt), arch, allow_partial)
     if input is not None:
         _show(loaded, input)
     return loaded
@@ -137,7 +146,8 @@ def _load_file(name: str, path: Path, arch: str | None, allow_partial: bool) -> 
     cfg = getattr(backbone.net, "pretrained_cfg", {})
     backbone.adapter = Adapter(input_of(contents, arch, kwargs, found, cfg))
     backbone.net.load_state_dict({**backbone.net.state_dict(), **found.tensors})
-    return Loaded(backbone.eval(), name, found, family(contents, arch, found), _notes(contents, found))
+    notes, told = _notes(contents, found), bool({"odcft", "architecture"} & set(contents.config))
+    return Loaded(backbone.eval(), name, found, family(contents, arch, found), notes, told)
 
 
 def _first_convolution(arch: str) -> str:
@@ -261,7 +271,7 @@ def _load_named(name: str, scheme: str, rest: str) -> Loaded:
                 f"{name}: its weights could not be fetched ({type(error).__name__}). "
                 "Is there a network? A local file works without."
             ) from None
-    return Loaded(backbone.eval(), name, None, scheme)
+    return Loaded(backbone.eval(), name, None, scheme, told=scheme != "scratch")
 
 
 def refuse_unknown(arch: str, asked: str | None = None) -> None:

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from odcft import dist, stopping
+from odcft import dist, seeds, stopping
 from odcft.augment import centre_crop, random_crop
 from odcft.errors import OdcftError
+from odcft.inputs import View
 from odcft.recipe import AugmentRecipe
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".jp2")
@@ -119,13 +120,19 @@ def read_image(path: str) -> Image.Image:
 
 @dataclass
 class Crops:
-    """A dataset of fixed-size crops: (epoch, index) to pixels and index. Without `augment` the epoch plays no part."""
+    """A dataset of fixed-size crops: (epoch, index) to pixels and index.
+
+    Attributes:
+        images: the images.
+        view: how they are seen; with `augment` its size alone plays a part.
+        augment: random crops (of the recipe's strengths), or None for the middle of the image.
+        seed: of the run; without `augment`, seed and epoch play no part.
+    """
 
     images: Images
-    size: int
-    crop_fraction: float
-    augment: AugmentRecipe | None
-    seed: int
+    view: View
+    augment: AugmentRecipe | None = None
+    seed: int = 0
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | str, int]:
         """(3, size, size) uint8, or why the image cannot be read; and the image's number."""
@@ -133,10 +140,10 @@ class Crops:
         try:
             image = read_image(self.images.path(index))
             if self.augment is not None:
-                draw = random.Random(step_seed(self.seed, epoch, index))
-                image = random_crop(image, self.size, self.augment, draw)
+                draw = random.Random(seeds.seed(self.seed, "crop", epoch, index))
+                image = random_crop(image, self.view.size, self.augment, draw)
             else:
-                image = centre_crop(image, self.size, self.crop_fraction)
+                image = centre_crop(image, self.view)
         except Exception as error:  # PIL raises a dozen kinds for broken files; none may end a run of days
             return f"{type(error).__name__}: {error}", index
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), index
@@ -192,7 +199,7 @@ class TrainingOrder:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch in range(self.first_step // self.steps_per_epoch, self.steps // self.steps_per_epoch):
-            generator = torch.Generator().manual_seed(step_seed(self.seed, epoch, dist.rank()))
+            generator = seeds.generator(self.seed, "order", epoch, dist.rank())
             order = self.owned[self.draw(generator)]
             first = (
                 self.first_step - epoch * self.steps_per_epoch
@@ -249,8 +256,3 @@ def automatic_size(network_size: int, fixed: bool, side: int) -> int:
         side: of the images (`usual_side`), 0 if unknown.
     """
     return network_size if fixed or side == 0 else min(network_size, max(32, -(-side // 8) * 8))
-
-
-def step_seed(*parts: int) -> int:
-    """One seed from several whole numbers: the run's, and where in it something is drawn."""
-    return int(np.random.SeedSequence([abs(p) for p in parts]).generate_state(1, np.uint64)[0] >> 1)

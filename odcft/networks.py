@@ -217,6 +217,9 @@ def build(arch: str, last_stride: int = 2, small_stem: bool = False, **kwargs: A
         return plain
     import timm
 
+    if timm.models.is_model_in_modules(arch.split(".")[0], {"resnet"}):
+        # timm would start the last norm of each block at zero, which the networks of the papers do not.
+        kwargs = {"zero_init_last": False, **kwargs}
     net: nn.Module = timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
     if small_stem:
         first = net.get_submodule("conv1")

@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odcft import dist
+from odcft import dist, seeds
 from odcft.advice import explained
 from odcft.augment import augment_batch, turned
 from odcft.backbone import Backbone, Loaded, refuse_unknown
 from odcft.color import colours, lab, nearest_colour
-from odcft.data import Crops, Images, TrainingOrder, find_images, in_order, loader, step_seed
+from odcft.data import Crops, Images, TrainingOrder, find_images, in_order, loader
 from odcft.errors import OdcftError
 from odcft.features import to_float
-from odcft.inputs import Input
+from odcft.inputs import Input, View
 from odcft.log import Progress
 from odcft.optim import lr_at, make_optimizer, set_lr
 from odcft.recipe import Recipe
@@ -193,7 +193,7 @@ def rebalancing(images: Images, size: int, colours_Q2: Tensor, most: int = 2000)
         (Q,) float32; the mean weight of a place is 1.
     """
     rows = range(0, len(images), max(1, len(images) // most))
-    crops = Crops(images, size, 1.0, None, 0)
+    crops = Crops(images, View(size, 1.0))
     counts_Q = torch.zeros(len(colours_Q2))
     for batch in loader(crops, in_order(rows, 128), 0, torch.device("cpu")):
         if len(batch.index_B):
@@ -272,7 +272,7 @@ def _train(
         )
     images = find_images(data)
     state = _read_state(out, task, arch) if resume else {}
-    torch.manual_seed(step_seed(recipe.seed, 3))
+    torch.manual_seed(seeds.seed(recipe.seed, "pretext network"))
     backbone = new_backbone(arch, task)
     recipe, device = resolve(recipe, [Loaded(backbone, f"scratch:{arch}", None)], images)
     set_precision(recipe)
@@ -303,7 +303,7 @@ def _train(
             raise OdcftError(f"{out} has had its {state['epoch']} epochs. Pass more with --epochs to prolong it.")
         progress.say(f"Resuming    {out} after {state['epoch']} epochs")
 
-    crops = Crops(images, size, 1.0, recipe.augment, recipe.seed)
+    crops = Crops(images, View(size), recipe.augment, recipe.seed)
     sums_3 = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, puzzles since the epoch began
     figures: dict[str, float] = {}
     unreadable: dict[int, str] = {}
@@ -322,7 +322,7 @@ def _train(
             if optim.channels_last:
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
-                logits_MC, answer_M = model(pixels, step_seed(recipe.seed, 4, dist.rank(), step))
+                logits_MC, answer_M = model(pixels, seeds.seed(recipe.seed, "pretext puzzles", dist.rank(), step))
             loss = F.cross_entropy(logits_MC.float(), answer_M, network.weight_C)
             optimizer.zero_grad()
             loss.backward()

@@ -16,7 +16,7 @@ from typing import Any
 
 from odcft.checkpoint import Contents
 from odcft.errors import OdcftError
-from odcft.inputs import IMAGENET, Input, default, load
+from odcft.inputs import IMAGENET, INTERPOLATIONS, Input, default, load
 from odcft.matching import Match, match, views
 from odcft.networks import NETWORKS, is_network, shapes
 
@@ -239,9 +239,7 @@ def input_of(contents: Contents, arch: str, kwargs: Kwargs, found: Match, cfg: M
     """
     told = contents.config.get("odcft", {}).get("input")
     if isinstance(told, dict):
-        if "channels" in told:
-            return load(told)
-        return Input(told["color"], told["size"], told["mean"], told["std"])
+        return load(told)
     if arch in NETWORKS:
         input = NETWORKS[arch][1]
         if contents.container == "pickle" and input.color == "rgb":
@@ -268,13 +266,19 @@ def input_of(contents: Contents, arch: str, kwargs: Kwargs, found: Match, cfg: M
     pretrained = contents.config.get("pretrained_cfg")
     if pretrained or "architecture" in contents.config:
         cfg = {**cfg, **(pretrained or {})}
-        return Input("rgb", cfg["input_size"][-1], cfg["mean"], cfg["std"])
+        return timm_input(cfg, cfg["input_size"][-1])
     # timm's own files have timm's classifier; self-supervised code uses ImageNet's mean and deviation everywhere.
     classifier = cfg.get("classifier") or ""
     classifiers = classifier if isinstance(classifier, tuple | list) else (classifier,)
     timms = any(f"{name}.weight" in key for name in classifiers if name for key in found.dropped)
-    mean, std = (cfg["mean"], cfg["std"]) if timms else IMAGENET
-    return Input("rgb", size, mean, std)
+    return timm_input(cfg, size) if timms else Input("rgb", size, *IMAGENET)
+
+
+def timm_input(cfg: Mapping[str, Any], size: int) -> Input:
+    """What timm's word on a network's own weights comes to, for images of `size` pixels."""
+    interpolation = cfg.get("interpolation", "bilinear")
+    known = interpolation if interpolation in INTERPOLATIONS else "bilinear"  # timm also has "random"
+    return Input("rgb", size, cfg["mean"], cfg["std"], crop_fraction=cfg.get("crop_pct", 0.875), interpolation=known)
 
 
 def overridden(input: Input, color: str) -> Input:

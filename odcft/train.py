@@ -17,15 +17,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from odcft import dist, folders, snapshot, stopping
+from odcft import dist, folders, seeds, snapshot, stopping
 from odcft.advice import explained
 from odcft.augment import augment_batch
 from odcft.backbone import Loaded, load_backbone, loading_line
-from odcft.data import Crops, Images, TrainingOrder, automatic_size, find_images, loader, step_seed, usual_side
+from odcft.data import Crops, Images, TrainingOrder, automatic_size, find_images, loader, usual_side
 from odcft.errors import OdcftError
 from odcft.export import write_timm
 from odcft.features import extract, to_float
 from odcft.health import Window, all_finite, cluster_figures, finite_gradients, nmi, summary, warnings
+from odcft.inputs import View
 from odcft.kmeans import assign, kmeans
 from odcft.late import LateReader
 from odcft.log import Metrics, Progress, duration, read_lines
@@ -69,11 +70,10 @@ def begin(
     """Load the checkpoints, find the images, and build both memories, by K-Means or from an `init-memory` folder."""
     images = find_images(data)
     recipe = resolve_members(recipe, ckpts)
-    loaded = [load_backbone(ckpt, arch, **recipe.backbone.model_dump()) for ckpt in ckpts]
+    loaded = load_members(ckpts, arch, recipe)
     resolve_clusters(recipe, len(images))  # refuse what cannot work before anything slow is done
     recipe, device = resolve(recipe, loaded, images)
     set_precision(recipe)
-    torch.manual_seed(recipe.seed)
     method = METHODS[recipe.method]
     necks, dim = make_necks(loaded, recipe)
     _describe(loaded, images, recipe, progress)
@@ -88,7 +88,7 @@ def begin(
 
     unreadable: dict[str, str] = {}
     while True:
-        crops = Crops(images, _number(recipe.data.size), recipe.data.crop_fraction, None, recipe.seed)
+        crops = Crops(images, view_of(recipe))
         batch = max(1, recipe.optim.batch_size // dist.world_size())
         features_SD, bad_here = extract(network, crops, batch, _number(recipe.data.workers), device, progress)
         bad = dist.gather_dict(bad_here)
@@ -113,7 +113,8 @@ def begin(
     started = time.monotonic()
     K = _number(recipe.memory.clusters)
     features_SD = method.compact(features_SD, recipe)
-    centroids_KD = kmeans(features_SD, K, recipe.seed, recipe.kmeans.iterations, recipe.kmeans.engine)
+    seed = seeds.seed(recipe.seed, "kmeans", 0)
+    centroids_KD = kmeans(features_SD, K, seed, recipe.kmeans.iterations, recipe.kmeans.engine)
     labels_S = assign(features_SD, centroids_KD)[0]
     state = method.start(features_SD, labels_S, recipe)
     sizes_K = state.memory.sizes_K
@@ -124,9 +125,20 @@ def begin(
     return Start(loaded, necks, dim, images, recipe, state, device, unreadable)
 
 
+def load_members(ckpts: list[str], arch: str | None, recipe: Recipe) -> list[Loaded]:
+    """The backbone of each checkpoint, as the recipe wants them taken."""
+    return [
+        load_backbone(ckpt, arch, **recipe.backbone.model_dump(), seed=recipe.seed, member=member)
+        for member, ckpt in enumerate(ckpts)
+    ]
+
+
 def make_necks(loaded: list[Loaded], recipe: Recipe) -> tuple[list[nn.Module], int]:
     """A neck for each member, and the length of what each gives."""
-    made = [METHODS[recipe.method].neck(one.backbone.width, recipe) for one in loaded]
+    made = []
+    for member, one in enumerate(loaded):
+        with seeds.weights(recipe.seed, "neck", member):
+            made.append(METHODS[recipe.method].neck(one.backbone.width, recipe))
     return [neck for neck, _ in made], made[0][1]
 
 
@@ -251,6 +263,11 @@ def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = Non
             f"little more than memory.min_cluster={memory.min_cluster}: many will be refilled again and again."
         )
     return recipe
+
+
+def view_of(recipe: Recipe) -> View:
+    """How a resolved recipe has images seen where they are not augmented."""
+    return View(_number(recipe.data.size), recipe.data.crop_fraction)
 
 
 def set_precision(recipe: Recipe) -> None:
@@ -497,7 +514,7 @@ def _resume_point(
     arch = arch or about.get("arch_given")
     recipe = resumed_recipe(recipe, epochs, out, about, saved.about)
     refuse_other_checkpoint(ckpts, out, about)
-    loaded = [load_backbone(ckpt, arch, **recipe.backbone.model_dump()) for ckpt in ckpts]
+    loaded = load_members(ckpts, arch, recipe)
     images = same_images(data, out, about)
     recipe, device = resolve(recipe, loaded, images)
     set_precision(recipe)
@@ -522,10 +539,12 @@ def _train(
         folders.write_whole(out / "recipe.yaml", dump(start.recipe))  # also when resumed: the epochs may be others
     recipe, device, state, images = start.recipe, start.device, start.state, start.images
     K, optim = _number(recipe.memory.clusters), recipe.optim
-    torch.manual_seed(step_seed(recipe.seed, 1))
     assert isinstance(recipe.codc.members, list)
-    parts = zip(start.loaded, start.necks, recipe.codc.members, strict=True)
-    network = Members([Model(one.backbone, neck, start.dim, K, member) for one, neck, member in parts]).to(device)
+    models = []
+    for m, (one, neck, losses) in enumerate(zip(start.loaded, start.necks, recipe.codc.members, strict=True)):
+        with seeds.weights(recipe.seed, "head", m):
+            models.append(Model(one.backbone, neck, start.dim, K, losses))
+    network = Members(models).to(device)
     if optim.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = dist.parallel(network, device)
@@ -534,7 +553,7 @@ def _train(
         [p for member in network for p in member.body()], [p for member in network for p in member.heads()], optim
     )
     method = METHODS[recipe.method]
-    crops = Crops(images, _number(recipe.data.size), recipe.data.crop_fraction, recipe.augment, recipe.seed)
+    crops = Crops(images, view_of(recipe), recipe.augment, recipe.seed)
     order = TrainingOrder(
         *(len(images), optim.batch_size // dist.world_size(), optim.epochs, recipe.seed),
         draw=lambda generator: method.draw(state, generator),
@@ -588,7 +607,7 @@ def _train(
     def embed() -> Tensor:
         """Backbone features (S, F) of this rank's images as they are, in evaluation mode."""
         (only,) = network
-        plain = Crops(images, _number(recipe.data.size), recipe.data.crop_fraction, None, recipe.seed)
+        plain = Crops(images, view_of(recipe))
         batch, workers = max(1, optim.batch_size // dist.world_size()), _number(recipe.data.workers)
         network.eval()
         with torch.autocast(device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
@@ -610,8 +629,8 @@ def _train(
         for step in range(order.first_step, order.steps):
             epoch, begun = divmod(step, order.steps_per_epoch)
             if begun == 0 and method.begin_epoch(state, epoch, embed):  # dc: labels are new
-                for member in network:
-                    member.new_head(optimizer, step_seed(recipe.seed, 1, step))
+                for m, member in enumerate(network):
+                    member.new_head(optimizer, recipe.seed, m, step)
                 order.first_step = step
                 batches = iter(loader(crops, order, _number(recipe.data.workers), device))
             window.waiting()
@@ -627,14 +646,15 @@ def _train(
                     f"Step {step}: hardly any image can still be read. Is {data} still there? --resume goes on."
                 )
             set_lr(optimizer, lr_at(step, order.steps_per_epoch, optim))
-            seed = step_seed(recipe.seed, 2, dist.rank(), step)
-            torch.manual_seed(seed)  # dropout
+            place = dist.rank(), step
+            torch.manual_seed(seeds.seed(recipe.seed, "dropout", *place))
             row_B = (batch.index_B // dist.world_size()).to(device, non_blocking=True)
             pixels = to_float(batch.pixels, device)
-            image_B = augment_batch(pixels, recipe.augment, torch.Generator().manual_seed(seed))
+            image_B = augment_batch(pixels, recipe.augment, seeds.generator(recipe.seed, "augmentation", *place))
             if optim.channels_last:
                 image_B = image_B.contiguous(memory_format=torch.channels_last)
-            made = codc.copies(image_B, recipe.codc, seed)  # none, but for members of codc that learn from such
+            # None, but for members of codc that learn from such.
+            made = codc.copies(image_B, recipe.codc, seeds.generator(recipe.seed, "copies", *place))
             buffers = [buffer.clone() for buffer in network.buffers()] if optim.skip_non_finite else []
 
             # 1. forward, 2. read the labels and train (eq. 1)
@@ -745,7 +765,7 @@ def _rehearse(model: nn.Module, recipe: Recipe, K: int, device: torch.device) ->
         return
     size = _number(recipe.data.size)
     images = torch.zeros(2, 3, size, size, device=device)
-    made = codc.copies(images, recipe.codc, 0)
+    made = codc.copies(images, recipe.codc, torch.Generator())
     model.eval()  # leaves the running statistics alone
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.optim.precision == "bfloat16"):
         outputs = model(images, made.turned, made.mixed)

@@ -6,6 +6,7 @@ from PIL import Image
 from odcft.augment import augment_batch, centre_crop
 from odcft.data import Crops, TrainingOrder, automatic_size, collate, find_images, read_image, usual_side
 from odcft.errors import OdcftError
+from odcft.inputs import View
 from odcft.recipe import AugmentRecipe
 
 STILL = AugmentRecipe(
@@ -48,7 +49,7 @@ def test_what_is_no_image_set_is_refused(tmp_path, name):
 def test_unreadable_image_is_told_and_not_raised(tmp_path, make_images):
     make_images(tmp_path, 2)
     (tmp_path / "a" / "000.png").write_bytes(b"\x89PNG broken")
-    crops = Crops(find_images(tmp_path), 16, 1.0, None, 0)
+    crops = Crops(find_images(tmp_path), View(16, 1.0))
     batch = collate([crops[(0, 0)], crops[(0, 1)]])
     assert batch.index_B.tolist() == [1]
     assert list(batch.unreadable) == [0]
@@ -68,10 +69,10 @@ def test_sixteen_bit_and_palette_and_gray_images_become_rgb(tmp_path):
 
 def test_crops_depend_on_seed_epoch_and_image_only(tmp_path, make_images):
     images = find_images(make_images(tmp_path, 4))
-    crops = Crops(images, 16, 1.0, AugmentRecipe(), 3)
+    crops = Crops(images, View(16), AugmentRecipe(), 3)
     assert torch.equal(crops[(5, 1)][0], crops[(5, 1)][0])
     assert not torch.equal(crops[(5, 1)][0], crops[(6, 1)][0])
-    assert not torch.equal(crops[(5, 1)][0], Crops(images, 16, 1.0, AugmentRecipe(), 4)[(5, 1)][0])
+    assert not torch.equal(crops[(5, 1)][0], Crops(images, View(16), AugmentRecipe(), 4)[(5, 1)][0])
 
 
 def test_epoch_sees_every_image_once():
@@ -103,7 +104,22 @@ def test_size_follows_small_images_but_not_beyond_the_network(tmp_path, make_ima
 def test_centre_crop():
     pixels = np.zeros((8, 16, 3), np.uint8)
     pixels[:, 4:12] = 200
-    assert np.array(centre_crop(Image.fromarray(pixels), 8, 1.0)).min() == 200
+    assert np.array(centre_crop(Image.fromarray(pixels), View(8, 1.0))).min() == 200
+
+
+@pytest.mark.parametrize("size", [(8, 16), (16, 8), (37, 50), (224, 224), (500, 333), (31, 33)])
+@pytest.mark.parametrize("view", [View(32), View(32, 1.0), View(40, 0.95, "bicubic"), View(33, 0.9, "nearest")])
+def test_centre_crop_is_what_timm_does_for_evaluation(size, view):
+    from timm.data.transforms_factory import create_transform
+
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3)).astype(np.uint8)
+    theirs = create_transform(view.size, crop_pct=view.crop_fraction, interpolation=view.interpolation, normalize=False)
+    image = Image.fromarray(pixels)
+    assert np.array_equal(np.array(centre_crop(image, view)), np.array(theirs(image).permute(1, 2, 0)))
+
+
+def test_a_very_long_image_takes_no_more_memory_than_a_long_one():
+    assert centre_crop(Image.new("RGB", (200_000, 10)), View(64)).size == (64, 64)
 
 
 def draw():

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odcft import dist, memory
-from odcft.data import step_seed
+from odcft import dist, memory, seeds
 from odcft.memory import VARIANTS, Memory, Rules
 from odcft.model import make_neck
 from odcft.recipe import Recipe
@@ -152,7 +151,7 @@ def update(state: State, row_B: Tensor, features_BD: Tensor, step: int) -> dict[
     if (step + 1) % state.centroid_interval == 0:
         refresh_centroids(state)
     if state.watch.any_small(state.memory.sizes_K, state.min_cluster, state.rules):
-        generator = torch.Generator().manual_seed(step_seed(state.seed, step))
+        generator = seeds.generator(state.seed, "small clusters", step)
         handle_small_clusters(state.memory, state.min_cluster, state.rules, generator)
     return {"change_ratio": moved_B.float().mean()}
 
