@@ -16,7 +16,7 @@ _VERBS = {
     "init_memory": "odcft.train",
     "fine_tune": "odcft.train",
     "evaluate": "odcft.evaluate",
-    "export": "odcft.export",
+    "export": "odcft.exports",
     "kmeans": "odcft.kmeans",
 }
 

@@ -226,7 +226,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """The backbone without neck and head, also straight from somebody else's checkpoint."""
-    from odcft.export import export as run
+    from odcft.exports import export as run
 
     shown = run(source, out, format, arch, overwrite, input, allow_partial).input
     lines = [f"Wrote {out} ({format}), read back and compared."]

@@ -23,7 +23,7 @@ from odcft.augment import augment_batch
 from odcft.backbone import Loaded, load_backbone, loading_line
 from odcft.data import Crops, Images, TrainingOrder, automatic_size, find_images, loader, usual_side
 from odcft.errors import OdcftError
-from odcft.export import write_timm
+from odcft.exports import write_timm
 from odcft.features import extract, to_float
 from odcft.health import Window, all_finite, cluster_figures, finite_gradients, nmi, summary, warnings
 from odcft.inputs import View

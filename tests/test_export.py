@@ -4,7 +4,7 @@ import torch
 
 from odcft.backbone import load_backbone
 from odcft.errors import OdcftError
-from odcft.export import export
+from odcft.exports import export
 from odcft.networks import build
 
 

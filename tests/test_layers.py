@@ -21,7 +21,7 @@ LAYERS = [
         "health",
         "advice",
     },
-    {"methods", "folders", "card", "export"},
+    {"methods", "folders", "card", "exports"},
     {"snapshot", "resume"},
     {"train", "evaluate", "pretext"},
     {"demo", "cli", "__main__", "__init__"},
