@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from odcft import inputs, seeds
 from odcft.checkpoint import Contents, read
 from odcft.errors import OdcftError, ran_out_of_memory
-from odcft.inputs import CHANNELS, Adapter, Input
+from odcft.inputs import CHANNELS, Adapter, Input, View, seen_as
 from odcft.matching import Match, doubtful
 from odcft.networks import NETWORKS, RGB, WithoutRandom, build, is_network, timm_builds
 from odcft.recognition import family, input_of, nearest_name, overridden, recognise, timm_input
@@ -53,6 +53,18 @@ class Backbone(nn.Module):
     def size(self) -> int:
         """Pixels of the input it was made for."""
         return self.input.size
+
+    def show(self, view: View) -> None:
+        """Have images seen another way from now on; what is exported says so.
+
+        Raises:
+            OdcftError: the network cannot look at images of that size.
+        """
+        if self.fixed_size and view.size != self.size:
+            raise OdcftError(f"{self.arch} takes images of {self.size} pixels only, not {view.size}.")
+        if not self.takes(view.size):
+            raise OdcftError(f"{self.arch} cannot look at images of {view.size} pixels. It was made for {self.size}.")
+        self.adapter = Adapter(self.input.seen(view)).to(next(self.parameters()).device)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), RGB in 0..1, to pooled features (B, F)."""
@@ -224,7 +236,8 @@ def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
     lines = [
         (
             f"{loaded.family} · {backbone.arch}{f' ({built})' if built else ''} · {_COLORS[input.color]} {input.size}"
-            f"{' only' if backbone.fixed_size else ''}, mean {_numbers(input.mean)}, std {_numbers(input.std)}"
+            f"{' only' if backbone.fixed_size else ''}, mean {_numbers(input.mean)}, std {_numbers(input.std)}, "
+            f"{seen_as(input.view)}"
         ),
         f"  backbone   {values['matched']} of {expected} tensors under {values['where']}",
     ]

@@ -90,8 +90,21 @@ def read(path: Path) -> Contents:
     state_dicts = {where: combined(tensors) for where, tensors in _state_dicts(tree, "")}
     if not state_dicts:
         raise OdcftError(f"{path} holds no tensors with names, so there is no backbone in it.")
-    config = config or _our_input(tree)
+    metadata = getattr(tree, "_metadata", None)
+    words = metadata.get("odcft") if isinstance(metadata, dict) else None
+    config = config or _our_words(words) or _our_input(tree)
     return Contents(path, container, state_dicts, list(_names(tree)), list(_hints(tree)), config, sorted(set(replaced)))
+
+
+def _our_words(words: Any) -> dict[str, Any]:
+    """What `odcft export` wrote beside the tensors of a file, in the words of a timm folder."""
+    if not (isinstance(words, dict) and {"architecture", "arch_args", "input"} <= set(words)):
+        return {}
+    return {
+        "architecture": words["architecture"],
+        "model_args": json.loads(words["arch_args"]),
+        "odcft": {"input": json.loads(words["input"])},
+    }
 
 
 def _our_input(tree: Any) -> dict[str, Any]:
@@ -166,11 +179,7 @@ def _load_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             words = file.metadata() or {}
-        config = {}
-        if {"architecture", "arch_args", "input"} <= set(words):
-            config = {"architecture": words["architecture"], "model_args": json.loads(words["arch_args"])}
-            config["odcft"] = {"input": json.loads(words["input"])}
-        return load_file(path), config
+        return load_file(path), _our_words(words)
     except SafetensorError as error:
         raise OdcftError(f"{path} is a damaged safetensors file ({error}). Copy or download it again.") from None
 

@@ -222,14 +222,20 @@ def export(
     arch: Arch = None,
     input: Input = None,
     allow_partial: Partial = False,
+    size: Annotated[int | None, typer.Option(min=8, help="Pixels it is shown, where its source does not tell.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """The backbone without neck and head, also straight from somebody else's checkpoint."""
+    from odcft.backbone import loading_line
     from odcft.exports import export as run
+    from odcft.inputs import seen_as
 
-    shown = run(source, out, format, arch, overwrite, input, allow_partial).input
-    lines = [f"Wrote {out} ({format}), read back and compared."]
+    backbone = run(source, out, format, arch, overwrite, input, allow_partial, size)
+    shown = backbone.input
+    lines = [f"Wrote {out} ({format}), read back and compared.", f"Images      {seen_as(shown.view)}"]
+    if format == "timm":
+        lines.append(f"  {loading_line(backbone, str(out))}")
     if shown.color != "rgb" and format != "onnx":
         lines.append(f"Note        It is shown {shown.color}, not RGB: odcft does that by itself, others do not.")
     lines += [

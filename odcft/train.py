@@ -21,6 +21,7 @@ from odcft import dist, folders, seeds, snapshot, stopping
 from odcft.advice import explained
 from odcft.augment import augment_batch
 from odcft.backbone import Loaded, load_backbone, loading_line
+from odcft.card import about_run
 from odcft.data import Crops, Images, TrainingOrder, automatic_size, find_images, loader, usual_side
 from odcft.errors import OdcftError
 from odcft.exports import write_timm
@@ -715,9 +716,11 @@ def _train(
     if _asked_anywhere(device):
         raise Stopped("All steps are done and saved; the backbone is still to be written.")
 
+    metrics.sync()
     if dist.rank() == 0:
-        for member, ckpt, name in zip(network, ckpts, folders.BACKBONES, strict=False):
-            write_timm(member.backbone, out / name, {"checkpoint": ckpt, "clusters": K, "epochs": optim.epochs})
+        for m, (member, name) in enumerate(zip(network, folders.BACKBONES, strict=False)):
+            member.backbone.show(view_of(recipe))
+            write_timm(member.backbone, out / name, about_run(out, m))
     write_clusters(state, images, out / "clusters.parquet")
     metrics.close()
     if dist.rank() == 0:
