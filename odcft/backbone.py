@@ -70,6 +70,14 @@ class Backbone(nn.Module):
         """Images (B, 3, H, W), RGB in 0..1, to pooled features (B, F)."""
         return self.net(self.adapter(images))
 
+    @property
+    def is_transformer(self) -> bool:
+        """Whether it is made of attention, and has no batch norm: what SGD at a convolutional rate does not train."""
+        modules = dict(self.net.named_modules())
+        return any("attn" in name for name in modules) and not any(
+            isinstance(module, nn.BatchNorm2d) for module in modules.values()
+        )
+
     @torch.no_grad()
     def takes(self, size: int) -> bool:
         """Whether the network can look at size x size pixels: tried once, for small maps end before the layers do."""
@@ -250,7 +258,6 @@ def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
         if some:
             lines.append(f"  {title:<10} {_some(some)}")
     lines += [f"  note       {note}" for note in loaded.notes]
-    lines.append(f"Fine-tune it:   odcft finetune {loaded.source} IMAGES/ --out RUN")
     return values, lines
 
 

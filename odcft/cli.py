@@ -42,7 +42,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="One field of the recipe, for example memory.momentum=0.3."),
 ]
-Clusters = Annotated[str | None, typer.Option(metavar="K|auto", help="Clusters; auto is images / 128.")]
+Clusters = Annotated[str | None, typer.Option(metavar="K|auto", help="Clusters; auto is images / 128, at most 10,000.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same machine: same backbone.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what odcft wrote there before.")]
@@ -119,6 +119,9 @@ def inspect(
 
     loaded = load_backbone(ckpt, arch, input, allow_partial)
     values, lines = describe(loaded)
+    recipe = "odc_vit" if loaded.backbone.is_transformer else None
+    given = {"arch": arch, "input": input, "allow_partial": allow_partial, "recipe": recipe}
+    lines.append(f"Fine-tune it:   {command('finetune', ckpt, 'IMAGES/', out='RUN', **given)}")
     _tell(values, as_json, lines)
 
 
@@ -150,7 +153,9 @@ def init_memory(
             f"{values['clusters']:,} clusters of {values['smallest']:,} … {values['largest']:,}"
         )
     ]
-    lines.append(f"Go on:      odcft finetune {ckpt} {data} --memory {out} --out RUN")
+    given = {"recipe": recipe if recipe != DEFAULT_RECIPE else None, "set": overrides, "seed": seed, "arch": arch}
+    given |= {"input": input, "allow_partial": allow_partial}
+    lines.append(f"Go on:      {command('finetune', ckpt, data, memory=out, out='RUN', **given)}")
     _tell(values, as_json, lines)
 
 
@@ -204,14 +209,32 @@ def finetune(
     lines = [
         f"Done in {duration(values['seconds'])}. Backbone: {', '.join(values.get('backbones', [values['backbone']]))}",
         f"  {values['load']}",
-        f"Did it get better?    odcft evaluate {out} LABELLED_IMAGES/ --protocol svm,knn",
+        f"Did it get better?    {command('evaluate', out, 'LABELLED_IMAGES/', protocol='svm,knn')}",
     ]
     _tell(values, as_json, lines)
 
 
 def _resuming(argv: list[str]) -> str:
     """The command that goes on where this one was stopped."""
-    return shlex.join(["odcft", *(a for a in argv[1:] if a not in ("--overwrite", "--resume")), "--resume"])
+    words = shlex.join(["odcft", *(a for a in argv[1:] if a not in ("--overwrite", "--resume")), "--resume"])
+    return f"the same torchrun …, now with --resume ({words})" if "TORCHELASTIC_RUN_ID" in os.environ else words
+
+
+def command(verb: str, *words: object, **options: Any) -> str:
+    """A command that can be pasted into a shell, whatever its paths are.
+
+    Args:
+        verb: of odcft.
+        words: its arguments.
+        options: by their names; None, False and empty lists are left out, True is a flag, a list comes several times.
+    """
+    parts = ["odcft", verb, *map(str, words)]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if one is not None and one is not False:
+                parts += [flag] if one is True else [flag, str(one)]
+    return shlex.join(parts)
 
 
 @app.command()
@@ -320,7 +343,7 @@ def pretext(
     lines = [
         f"Done in {duration(values['seconds'])}: {values['accuracy']:.0%} right in the last epoch, "
         f"by chance {values['chance']:.1%}. Checkpoint: {out}",
-        f"Go on:      odcft finetune {out} {data} --out RUN",
+        f"Go on:      {command('finetune', out, data, out='RUN', recipe=values['recipe'])}",
     ]
     _tell(values, as_json, lines)
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ class Metrics:
         """One JSON object of figures of a step; the numbers among them to TensorBoard, too."""
         if self._file is None:
             return
-        self._lines.append({"step": step, **values})
+        self._lines.append({"step": step, "time": now(), **values})
         self._unwritten += (json.dumps(self._lines[-1]) + "\n").encode()
         with suppress(OSError):  # the disk is full: the lines wait until there is room
             self._drain()
@@ -180,6 +181,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         with suppress(ValueError):
             lines.append(json.loads(line))
     return lines
+
+
+def now() -> str:
+    """The time in UTC, as logs and files have it: "2026-11-25T11:02:03+00:00"."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def count_of(number: float, thing: str) -> str:
+    """ "1 epoch", "2 epochs", "1,797 images"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

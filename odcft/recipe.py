@@ -74,7 +74,7 @@ class NeckRecipe(_Group):
 class MemoryRecipe(_Group):
     """The samples and the centroids memory (paper, sec. 3.1 and 3.2)."""
 
-    clusters: Auto | Annotated[int, Field(ge=2)] = 10000  # K; auto: images / 128
+    clusters: Auto | Annotated[int, Field(ge=2)] = "auto"  # K; auto: images / 128, at most 10,000
     momentum: float = Field(0.5, gt=0, le=1)  # m of eq. 2
     centroid_interval: int = Field(10, ge=1)  # steps between two refreshes of the centroids
     min_cluster: int = Field(20, ge=-1)  # clusters of no more images than this are dispersed and refilled
@@ -250,6 +250,15 @@ def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML, every field written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a dumped recipe as "group.field": value."""
+    return {
+        f"{group}.{name}" if name else group: value
+        for group, inner in fields.items()
+        for name, value in (inner.items() if isinstance(inner, dict) else [("", inner)])
+    }
 
 
 def _apply(fields: dict[str, Any], override: str) -> None:
