@@ -15,9 +15,9 @@ _VERBS = {
     "load_backbone": "odcft.backbone",
     "init_memory": "odcft.train",
     "fine_tune": "odcft.train",
-    "evaluate": "odcft.evaluate",
+    "evaluate": "odcft.evaluation.compare",
     "export": "odcft.exports",
-    "kmeans": "odcft.kmeans",
+    "kmeans": "odcft.clustering",
 }
 
 

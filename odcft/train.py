@@ -21,13 +21,13 @@ from odcft import dist, folders, seeds, snapshot, stopping
 from odcft.advice import explained
 from odcft.augment import augment_batch
 from odcft.backbone import Loaded, load_backbone, loading_line
+from odcft.clustering import assign, kmeans
 from odcft.data import Crops, Images, TrainingOrder, automatic_size, find_images, loader, usual_side
 from odcft.errors import OdcftError
 from odcft.exports import write_timm
 from odcft.features import extract, to_float
 from odcft.health import Window, all_finite, cluster_figures, finite_gradients, nmi, summary, warnings
 from odcft.inputs import View
-from odcft.kmeans import assign, kmeans
 from odcft.late import LateReader
 from odcft.log import Metrics, Progress, duration, read_lines
 from odcft.methods import METHODS, codc, odc

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from odcft import dist, stopping, train
+from odcft.clustering import kmeans
 from odcft.errors import OdcftError
-from odcft.kmeans import kmeans
 from odcft.launch import relaunch
 from odcft.memory import VARIANTS, new_memory, set_centroids
 from odcft.methods import odc

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from odcft.kmeans import assign, kmeans
+from odcft.clustering import assign, kmeans
 
 CORNERS = torch.tensor([[0.0, 0], [10, 0], [0, 10], [10, 10]])
 
@@ -68,8 +68,8 @@ def lloyd(features, k, seed, iterations):
 @pytest.mark.parametrize("offset", [0.0, 5.0])
 def test_what_is_left_out_changes_nothing(coarse, spread, offset, monkeypatch):
     """Bounds, coarse scores and the few fastest centroids come to what comparing everything comes to."""
-    monkeypatch.setattr("odcft.kmeans._coarse_dtype", lambda device: coarse)
-    monkeypatch.setattr("odcft.kmeans.FASTEST", 8)
+    monkeypatch.setattr("odcft.clustering._coarse_dtype", lambda device: coarse)
+    monkeypatch.setattr("odcft.clustering.FASTEST", 8)
     draw = torch.Generator().manual_seed(0)
     centres = torch.randn(70, 24, generator=draw)
     features = centres.repeat(40, 1) + spread * torch.randn(2800, 24, generator=draw) + offset

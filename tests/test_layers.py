@@ -16,14 +16,14 @@ LAYERS = [
         "log",
         "features",
         "optim",
-        "kmeans",
+        "clustering",
         "small_clusters",
         "health",
         "advice",
     },
     {"methods", "folders", "card", "exports"},
     {"snapshot", "resume"},
-    {"train", "evaluate", "pretext"},
+    {"train", "evaluation", "pretext"},
     {"demo", "cli", "__main__", "__init__"},
 ]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from odcft import dist, memory, seeds
-from odcft.kmeans import assign, kmeans
+from odcft.clustering import assign, kmeans
 from odcft.memory import VARIANTS, Memory
 from odcft.methods import odc
 from odcft.recipe import Recipe
