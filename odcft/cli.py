@@ -289,7 +289,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """How good a backbone's features are: VOC07 SVM mAP, nearest neighbours."""
-    from odcft import evaluate as evaluation
+    from odcft.evaluation import compare as evaluation
 
     protocols = evaluation.check_protocols(protocol)
     if features is not None:

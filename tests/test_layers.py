@@ -23,7 +23,7 @@ LAYERS = [
     },
     {"methods", "folders", "card", "exports"},
     {"snapshot", "resume"},
-    {"train", "evaluate", "pretext"},
+    {"train", "evaluation", "pretext"},
     {"demo", "cli", "__main__", "__init__"},
 ]
 
