@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import traceback
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -15,6 +16,7 @@ import typer
 
 from odcft import __version__, stopping
 from odcft.errors import OdcftError
+from odcft.words import shown
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -255,12 +257,12 @@ def export(
     from odcft.inputs import seen_as
 
     backbone = run(source, out, format, arch, overwrite, input, allow_partial, size)
-    shown = backbone.input
-    lines = [f"Wrote {out} ({format}), read back and compared.", f"Images      {seen_as(shown.view)}"]
+    seen = backbone.input
+    lines = [f"Wrote {out} ({format}), read back and compared.", f"Images      {seen_as(seen.view)}"]
     if format == "timm":
         lines.append(f"  {loading_line(backbone, str(out))}")
-    if shown.color != "rgb" and format != "onnx":
-        lines.append(f"Note        It is shown {shown.color}, not RGB: odcft does that by itself, others do not.")
+    if seen.color != "rgb" and format != "onnx":
+        lines.append(f"Note        It is shown {seen.color}, not RGB: odcft does that by itself, others do not.")
     lines += [
         f"It is the first of several members; another is {other}." for other in sorted(Path(source).glob("backbone_*"))
     ]
@@ -366,7 +368,8 @@ def recipes(name: Annotated[str | None, typer.Argument(metavar="NAME")] = None, 
     if as_json:
         _tell(loaded.model_dump(mode="json"), True, [])
     else:
-        typer.echo(known.get(name, Path(name).read_text() if name not in known else "").rstrip())
+        text = known[name] if name in known else Path(name).read_text(encoding="utf-8")
+        typer.echo("\n".join(shown(line.expandtabs()) for line in text.rstrip().splitlines()))
         typer.echo(f"\n# With every default written out:\n{_commented(dump(loaded))}")
 
 
@@ -389,25 +392,32 @@ def _options(
     pass
 
 
+def _in_a_line(message: Warning | str, category: type[Warning], *place: object, **more: object) -> str:
+    """A warning of a library, as it is printed."""
+    return f"{category.__name__}: {shown(message)}\n"
+
+
 def main() -> NoReturn:
     """Run the command line and leave with its exit code: 0 done, 2 the user can fix it, 75 stopped, 1 anything else."""
     code = 0
+    warnings.formatwarning = _in_a_line  # type: ignore[assignment]
     with stopping.listening():
         try:
             app()
         except SystemExit as end:  # how typer returns
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         except OdcftError as error:
-            print(f"odcft: {error}", file=sys.stderr)
+            print(f"odcft: {shown(error)}", file=sys.stderr)
             code = 2
         except stopping.Stopped as stopped:
             with suppress(OSError):  # the terminal may be gone
                 if os.environ.get("RANK", "0") == "0":
                     how = str(stopped) or "Nothing was saved. Start it again with the same command."
-                    print(f"odcft: {stopping.asked()}: stopped. {how}", file=sys.stderr, flush=True)
+                    print(f"odcft: {stopping.asked()}: stopped. {shown(how)}", file=sys.stderr, flush=True)
             os._exit(stopping.EXIT)  # without waiting for data workers that are in the middle of reading
         except Exception:  # a fault of ours
-            traceback.print_exc()
+            for line in traceback.format_exc().splitlines():
+                print(shown(line), file=sys.stderr)
             code = 1
     if "RANK" in os.environ:
         from odcft import dist

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from odcft import dist
+from odcft.words import shown
 
 
 class Progress:
@@ -24,9 +25,9 @@ class Progress:
         self.quiet = quiet or dist.rank() > 0
 
     def say(self, line: str) -> None:
-        """One line for the person."""
+        """One line for the person, whatever names are in it."""
         if not self.quiet:
-            self.console.print(line, markup=False)
+            self.console.print(shown(line), markup=False)
 
     @contextmanager
     def phase(self, title: str, total: int, unit: str = "img") -> Iterator[Callable[..., None]]:
@@ -74,7 +75,7 @@ class Progress:
                 rate = done / max(1e-9, time.monotonic() - started)
                 bar.update(task, advance=count, rate=f"{rate:,.0f} {unit}/s")
                 if note:
-                    bar.update(task, note=note)
+                    bar.update(task, note=shown(note))
 
             yield advance
 

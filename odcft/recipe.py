@@ -214,7 +214,8 @@ def load_recipe(name: str | Path = DEFAULT, overrides: list[str] | None = None) 
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""
-        raise OdcftError(f"{origin} is not valid YAML{line}: {getattr(error, 'problem', error)}.") from None
+        what = getattr(error, "problem", None) or getattr(error, "reason", "it cannot be read")
+        raise OdcftError(f"{origin} is not valid YAML{line}: {what}.") from None
     if not isinstance(fields, dict):
         raise OdcftError(f"{origin} is not a recipe: it holds no fields. `odcft recipes {DEFAULT}` shows one.")
     for override in overrides or []:
