@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "odcft"
 LAYERS = [
-    {"errors", "_torchvision", "recipe", "dist", "launch", "late", "stopping", "color", "seeds", "precision"},
+    {"errors", "_torchvision", "recipe", "dist", "launch", "late", "stopping", "color", "seeds", "precision", "words"},
     {"inputs", "renames", "restricted", "networks", "checkpoint", "matching", "recognition"},
     {
         "memory",
