@@ -229,6 +229,8 @@ def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
     Raises:
         OdcftError: names the first unknown field and the nearest known one, or the first value that will not do.
     """
+    if not isinstance(fields, dict):
+        raise OdcftError(f"{origin} is not a recipe: it holds no fields. `odcft recipes {DEFAULT}` shows one.")
     _refuse_unknown(fields, Recipe, "")
     try:
         return Recipe.model_validate(fields)

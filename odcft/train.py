@@ -778,7 +778,8 @@ def _train(
                 if not math.isfinite(figures["loss"]):
                     raise _not_finite(step, optimizer, out)
                 figures["lr"] = optimizer.param_groups[0]["lr"]
-                if epoch_ends and not torch.equal(labels_before_S, state.memory.labels_S):
+                # dc's first labels have none before them.
+                if epoch_ends and not (recipe.method == "dc" and torch.equal(labels_before_S, state.memory.labels_S)):
                     figures["nmi_previous"] = nmi(labels_before_S, state.memory.labels_S)
                     labels_before_S = state.memory.labels_S.clone()
                 troubles = warnings([*metrics.lines(), figures], K, recipe.method)
