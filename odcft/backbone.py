@@ -1,5 +1,6 @@
 """A checkpoint or a name in, a network out that turns images into pooled features (B, F)."""
 
+import json
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,8 +220,10 @@ def _show(loaded: Loaded, color: str) -> None:
 def loading_line(backbone: Backbone, folder: str) -> str:
     """The Python line that loads an exported folder: timm's, or ours where timm lacks the network or its colours."""
     if timm_builds(backbone.arch, backbone.kwargs) and backbone.input.color == "rgb":
-        return f'import timm; net = timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0).eval()'
-    return f'import odcft; net = odcft.load_backbone("{folder}").backbone  # takes RGB images in 0..1'
+        name = json.dumps(f"local-dir:{folder}", ensure_ascii=False)
+        return f"import timm; net = timm.create_model({name}, pretrained=True, num_classes=0).eval()"
+    name = json.dumps(folder, ensure_ascii=False)
+    return f"import odcft; net = odcft.load_backbone({name}).backbone  # takes RGB images in 0..1"
 
 
 def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
