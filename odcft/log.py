@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,8 @@ from typing import Any
 
 from odcft import dist
 from odcft.words import shown
+
+LONG = 5.0  # seconds of silence before something without a bar is named
 
 
 class Progress:
@@ -28,6 +31,24 @@ class Progress:
         """One line for the person, whatever names are in it."""
         if not self.quiet:
             self.console.print(shown(line), markup=False)
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Show that something goes on that has no bar: a spinner on a terminal, else a line where it takes long."""
+        from rich.text import Text
+
+        if self.quiet:
+            yield
+        elif self.console.is_terminal:
+            with self.console.status(Text(shown(what))):
+                yield
+        else:
+            line = threading.Timer(LONG, self.say, [what])
+            line.start()
+            try:
+                yield
+            finally:
+                line.cancel()
 
     @contextmanager
     def phase(self, title: str, total: int, unit: str = "img") -> Iterator[Callable[..., None]]:

@@ -77,7 +77,8 @@ def begin(
     """Load the checkpoints, find the images, and build both memories, by K-Means or from an `init-memory` folder."""
     images = find_images(data)
     recipe = resolve_members(recipe, ckpts)
-    loaded = load_members(ckpts, arch, recipe)
+    with progress.waiting(f"Loading     {', '.join(ckpts)} …"):
+        loaded = load_members(ckpts, arch, recipe)
     resolve_clusters(recipe, len(images))  # refuse what cannot work before anything slow is done
     recipe, device = resolve(recipe, loaded, images)
     allow_tf32(recipe.optim.tf32)
@@ -111,10 +112,11 @@ def begin(
     recipe = resolve_clusters(recipe, len(images), progress)
     started = time.monotonic()
     K = _number(recipe.memory.clusters)
-    features_SD = method.compact(features_SD, recipe)
     seed = seeds.seed(recipe.seed, "kmeans", 0)
-    centroids_KD = kmeans(features_SD, K, seed, recipe.kmeans.iterations, recipe.kmeans.engine)
-    labels_S = assign(features_SD, centroids_KD)[0]
+    with progress.waiting(f"K-Means     {K:,} clusters of {len(images):,} images …"):
+        features_SD = method.compact(features_SD, recipe)
+        centroids_KD = kmeans(features_SD, K, seed, recipe.kmeans.iterations, recipe.kmeans.engine)
+        labels_S = assign(features_SD, centroids_KD)[0]
     state = method.start(features_SD, labels_S, recipe)
     sizes_K = state.memory.sizes_K
     progress.say(
@@ -586,7 +588,8 @@ def _resume_point(
         # A later --resume need not say it again.
         folders.write_whole(out / "run.json", json.dumps({**about, "epochs": recipe.optim.epochs}, indent=2))
     refuse_other_checkpoint(ckpts, out, about)
-    loaded = load_members(ckpts, arch, recipe)
+    with progress.waiting(f"Loading     {', '.join(ckpts)} …"):
+        loaded = load_members(ckpts, arch, recipe)
     images = same_images(data, out, about)
     recipe, device = resolve(recipe, loaded, images)
     allow_tf32(recipe.optim.tf32)
