@@ -1,5 +1,6 @@
 """A checkpoint or a name in, a network out that turns images into pooled features (B, F)."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from odcft import inputs, seeds
 from odcft.checkpoint import Contents, read
 from odcft.description import check_arguments
-from odcft.errors import OdcftError, ran_out_of_memory, shown
-from odcft.inputs import CHANNELS, Adapter, Input
+from odcft.errors import OdcftError, ran_out_of_memory
+from odcft.inputs import CHANNELS, Adapter, Input, View, seen_as
 from odcft.matching import Match, constant, not_finite
 from odcft.networks import NETWORKS, RGB, WithoutRandom, build, elements, is_network, timm_builds
 from odcft.recognition import family, input_of, nearest_name, overridden, recognise, timm_input
+from odcft.words import brief
 
 COVER = 0.9  # of the backbone's tensors that a checkpoint must have
 FREE = 1 << 27  # numbers that a network may hold beyond what its file fills
@@ -65,9 +67,29 @@ class Backbone(nn.Module):
         """Pixels of the input it was made for."""
         return self.input.size
 
+    def show(self, view: View) -> None:
+        """Have images seen another way from now on; what is exported says so.
+
+        Raises:
+            OdcftError: the network cannot look at images of that size.
+        """
+        if self.fixed_size and view.size != self.size:
+            raise OdcftError(f"{self.arch} takes images of {self.size} pixels only, not {view.size}.")
+        if not self.takes(view.size):
+            raise OdcftError(f"{self.arch} cannot look at images of {view.size} pixels. It was made for {self.size}.")
+        self.adapter = Adapter(self.input.seen(view)).to(next(self.parameters()).device)
+
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), RGB in 0..1, to pooled features (B, F)."""
         return self.net(self.adapter(images))
+
+    @property
+    def is_transformer(self) -> bool:
+        """Whether it is made of attention, and has no batch norm: what SGD at a convolutional rate does not train."""
+        modules = dict(self.net.named_modules())
+        return any("attn" in name for name in modules) and not any(
+            isinstance(module, nn.BatchNorm2d) for module in modules.values()
+        )
 
     @torch.no_grad()
     def takes(self, size: int) -> bool:
@@ -147,10 +169,9 @@ def load_backbone(
     if mean is not None or std is not None:
         _normalise(loaded.backbone, mean, std)
     if finite and loaded.not_finite:
-        several = len(loaded.not_finite) > 1
         raise OdcftError(
-            f"{name}: {len(loaded.not_finite)} tensor{'s' if several else ''} of the backbone hold{'' if several else 's'} "
-            f"numbers that are not finite ({_some(loaded.not_finite)}), so it has no features. Take an earlier checkpoint."
+            f"{name}: numbers in the backbone are not finite ({_some(loaded.not_finite)}), so it has no features. "
+            "Take an earlier checkpoint."
         )
     return loaded
 
@@ -160,7 +181,7 @@ def _load_file(name: str, path: Path, arch: str | None, allow_partial: bool, arc
         if (path / "backbone" / "config.json").exists():  # a RUN
             path = path / "backbone"
     except OSError as error:
-        raise OdcftError(f"{shown(name, 200, quoted=False)} cannot be read: {error.strerror}.") from None
+        raise OdcftError(f"{brief(name, 200, quotes=False)} cannot be read: {error.strerror}.") from None
     contents = read(path)
     arch, kwargs, found = recognise(contents, arch, arch_args)
     if found.share < COVER and not allow_partial:
@@ -278,18 +299,18 @@ def _show(loaded: Loaded, color: str, allow_partial: bool) -> None:
 
 def _normalise(backbone: Backbone, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     """Follow the user's word on mean and deviation, of each channel in 0..1 of its range."""
-    input = backbone.input
-    for title, numbers, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
+    input, given = backbone.input, {"mean": mean, "std": std}
+    for title, numbers in given.items():
         if numbers is None:
             continue
         if len(numbers) != len(input.mean):
             raise OdcftError(
-                f"data.{title}={shown(list(numbers))}: {backbone.arch} is shown {input.color}; "
+                f"data.{title}={brief(list(numbers))}: {backbone.arch} is shown {input.color}; "
                 f"give {len(input.mean)} number{'s' if len(input.mean) > 1 else ''}, one a channel."
             )
-        if not all(math.isfinite(number) and number > least for number in numbers):
+        if not all(math.isfinite(number) and (number > 0 or title == "mean") for number in numbers):
             raise OdcftError(
-                f"data.{title}={shown(list(numbers))}: give finite numbers{' above 0' if not least else ''}."
+                f"data.{title}={brief(list(numbers))}: give finite numbers{' above 0' if not least else ''}."
             )
         input = replace(input, **{title: tuple(number * input.range for number in numbers)})
     backbone.adapter = Adapter(input)
@@ -298,8 +319,10 @@ def _normalise(backbone: Backbone, mean: Sequence[float] | None, std: Sequence[f
 def loading_line(backbone: Backbone, folder: str) -> str:
     """The Python line that loads an exported folder: timm's, or ours where timm lacks the network or its colours."""
     if timm_builds(backbone.arch, backbone.kwargs) and backbone.input.color == "rgb":
-        return f'import timm; net = timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0).eval()'
-    return f'import odcft; net = odcft.load_backbone("{folder}").backbone  # takes RGB images in 0..1'
+        name = json.dumps(f"local-dir:{folder}", ensure_ascii=False)
+        return f"import timm; net = timm.create_model({name}, pretrained=True, num_classes=0).eval()"
+    name = json.dumps(folder, ensure_ascii=False)
+    return f"import odcft; net = odcft.load_backbone({name}).backbone  # takes RGB images in 0..1"
 
 
 def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
@@ -323,9 +346,10 @@ def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
     lines = [
         (
             f"{loaded.family} · {backbone.arch}{f' ({built})' if built else ''} · {_COLORS[input.color]} {input.size}"
-            f"{' only' if backbone.fixed_size else ''}, mean {_numbers(input.mean)}, std {_numbers(input.std)}"
+            f"{' only' if backbone.fixed_size else ''}, mean {_numbers(input.mean)}, std {_numbers(input.std)}, "
+            f"{seen_as(input.view)}"
         ),
-        f"  backbone   {values['matched']} of {expected} tensors under {shown(values['where'], 200, quoted=False)}",
+        f"  backbone   {values['matched']} of {expected} tensors under {brief(values['where'], 200, quotes=False)}",
     ]
     for title, some in (
         ("missing", values["missing"]),
@@ -340,8 +364,6 @@ def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
         lines.append(
             "It cannot be fine-tuned: weights that are not finite give no features. Take an earlier checkpoint."
         )
-    else:
-        lines.append(f"Fine-tune it:   odcft finetune {loaded.source} IMAGES/ --out RUN")
     return values, lines
 
 
@@ -350,7 +372,7 @@ _COLORS = {"rgb": "RGB", "bgr": "BGR", "gray": "gray", "lab_l": "lightness (Lab 
 
 def _some(names: list[str], between: str = ", ") -> str:
     """A few names from a file, on one line."""
-    few = [shown(name, 200, quoted=False) for name in names[:4]]
+    few = [brief(name, 200, quotes=False) for name in names[:4]]
     return between.join(few) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
@@ -400,7 +422,7 @@ def _from_hub(name: str, scheme: str, arch: str, arch_args: dict[str, Any]) -> B
         try:
             backbone.net = timm.create_model(tag, pretrained=True, num_classes=0, **arch_args)
         except RuntimeError as error:
-            raise OdcftError(f"{name}: {shown(str(error), 200, quoted=False)}.") from None
+            raise OdcftError(f"{name}: {brief(str(error), 200, quotes=False)}.") from None
         except Exception as error:  # the hub's client has many ways to say that it cannot be reached
             why = type(error).__name__ if answers else "the hub does not answer, and they are not on this machine"
             raise OdcftError(

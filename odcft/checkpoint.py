@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odcft.description import Description, of_pretext, of_safetensors, of_timm, of_transformers, read_json
-from odcft.errors import OdcftError, shown
+from odcft.description import Description, of_export, of_pretext, of_timm, of_transformers, read_json
+from odcft.errors import OdcftError
 from odcft.renames import combined
 from odcft.restricted import (
     Endless,
@@ -31,6 +31,7 @@ from odcft.restricted import (
     refuse_endless_file,
     stand_in,
 )
+from odcft.words import brief
 
 DEPTH = 12  # of nested dicts and lists that are looked into
 
@@ -82,7 +83,7 @@ def read(path: Path) -> Contents:
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise OdcftError(
             f"{path} is an HTML page, not a checkpoint "
-            f"(it starts with {shown(start.lstrip()[:15].decode(errors='replace'))}). Was the download refused?"
+            f"(it starts with {brief(start.lstrip()[:15].decode(errors='replace'))}). Was the download refused?"
         )
     if start.startswith(b"version https://git-lfs"):
         raise OdcftError(f"{path} is a pointer of Git LFS, not the file itself. Fetch it with `git lfs pull`.")
@@ -118,13 +119,17 @@ def read(path: Path) -> Contents:
         raise OdcftError(f"{path} holds more than {TENSORS:,} tensors with names, far more than any network.")
     if not state_dicts:
         raise OdcftError(f"{path} holds no tensors with names, so there is no backbone in it.")
+    metadata = getattr(tree, "_metadata", None)
+    words = metadata.get("odcft") if isinstance(metadata, dict) else None
+    if container != "safetensors":
+        told = of_export(words) if isinstance(words, dict) else of_pretext(tree)
     return Contents(
         path=path,
         container=container,
         state_dicts={where: combined(tensors) for where, tensors in state_dicts.items()},
         names=_names(dicts),
         hints=_hints(dicts),
-        told=told if container == "safetensors" else of_pretext(tree),
+        told=told,
         replaced=sorted(set(replaced)),
         strange=strange,
     )
@@ -212,9 +217,9 @@ def _load_safetensors(path: Path) -> tuple[Any, Description]:
     try:
         with safe_open(path, "pt") as file:
             words = file.metadata() or {}
-        return load_file(path), of_safetensors(words)
+        return load_file(path), of_export(words)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        said = shown(str(error), 100, quoted=False)
+        said = brief(str(error), 100, quotes=False)
         raise OdcftError(f"{path} is a damaged safetensors file ({said}). Copy or download it again.") from None
 
 
@@ -331,13 +336,13 @@ def _tensors(tree: Mapping[Any, Any], path: Path, strange: list[str]) -> dict[st
         if not (isinstance(name, str) and isinstance(tensor, Tensor)):
             continue
         if len(name) > NAME or name.count(".") > LEVELS:
-            raise OdcftError(f"{path}: a tensor's name has {len(name):,} letters, which no network has: {shown(name)}.")
+            raise OdcftError(f"{path}: a tensor's name has {len(name):,} letters, which no network has: {brief(name)}.")
         if not _dense(tensor):
             strange.append(name)
             continue
         if tensor.nbytes > 4 * path.stat().st_size + (1 << 20):
             raise OdcftError(
-                f"{path} has {path.stat().st_size:,} bytes, and says that {shown(name)} in it takes "
+                f"{path} has {path.stat().st_size:,} bytes, and says that {brief(name)} in it takes "
                 f"{tensor.nbytes:,}. Is it damaged?"
             )
         tensors[name] = tensor.detach()

@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from odcft.errors import OdcftError, shown
+from odcft.errors import OdcftError
 from odcft.inputs import CHANNELS, INTERPOLATIONS, Input, load
 from odcft.networks import is_network
+from odcft.words import brief
 
 LARGEST = 16 << 20  # bytes of JSON; timm's config.json of a network for 21,000 classes has 3 million
 
@@ -148,7 +149,7 @@ def of_timm(config: Mapping[str, Any]) -> Description:
         if isinstance(cfg, dict):
             _normalisation(told, {name: cfg[name] for name in Normalisation.model_fields if name in cfg})
         elif cfg is not None:
-            told.left_out.append(f"pretrained_cfg={shown(cfg)} should be an object")
+            told.left_out.append(f"pretrained_cfg={brief(cfg)} should be an object")
     if isinstance(odcfts, dict):
         told.ours = True
         _input(told, odcfts.get("input"))
@@ -163,8 +164,8 @@ def of_transformers(about: Mapping[str, Any]) -> Description:
     return told
 
 
-def of_safetensors(words: Mapping[str, str]) -> Description:
-    """Of the words that `odcft export --format safetensors` writes into a file's head; of others' words nothing."""
+def of_export(words: Mapping[str, Any]) -> Description:
+    """Of the words that `odcft export` writes beside the tensors of a file; of others' words nothing."""
     told = Description()
     if {"architecture", "arch_args", "input"} <= set(words):
         told.ours = True
@@ -188,9 +189,9 @@ def _architecture(told: Description, name: Any) -> None:
         told.architecture = name
     elif isinstance(name, str) and is_network(name.split(".")[0]):
         told.architecture = name.split(".")[0]
-        told.left_out.append(f"architecture={shown(name)}: {told.architecture} is known, that tag of it is not")
+        told.left_out.append(f"architecture={brief(name)}: {told.architecture} is known, that tag of it is not")
     elif name is not None:
-        told.left_out.append(f"architecture={shown(name)}: no network that timm or odcft knows; told by its tensors")
+        told.left_out.append(f"architecture={brief(name)}: no network that timm or odcft knows; told by its tensors")
 
 
 def _arguments(told: Description, arguments: Any, where: str) -> None:
@@ -200,7 +201,7 @@ def _arguments(told: Description, arguments: Any, where: str) -> None:
         told.arguments = _square(told.arguments)
         told.left_out += [f"{where}.{one}" for one in wrong]
     elif arguments is not None:
-        told.left_out.append(f"{where}={shown(arguments)} should be an object")
+        told.left_out.append(f"{where}={brief(arguments)} should be an object")
 
 
 def _normalisation(told: Description, words: dict[str, Any]) -> None:
@@ -216,10 +217,10 @@ def _input(told: Description, words: Any) -> None:
     if words is None:
         return
     if not isinstance(words, dict):
-        told.left_out.append(f"input={shown(words)} should be an object")
+        told.left_out.append(f"input={brief(words)} should be an object")
         return
     known = {name: value for name, value in words.items() if name in _Shown.model_fields}
-    told.left_out += [f"input.{shown(name)}: no such word" for name in words if name not in known]
+    told.left_out += [f"input.{brief(name)}: no such word" for name in words if name not in known]
     try:
         about = _Shown.model_validate(known)
     except ValidationError as error:
@@ -233,7 +234,7 @@ M = TypeVar("M", bound=_Told)
 
 def _sound(model: type[M], words: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
     """The words that are of the model, of its types and within its bounds; and what is wrong with the others."""
-    words = {(name if isinstance(name, str) else shown(name)): value for name, value in words.items()}
+    words = {(name if isinstance(name, str) else brief(name)): value for name, value in words.items()}
     wrong: list[str] = []
     try:
         return model.model_validate(words).model_dump(exclude_unset=True), wrong
@@ -254,12 +255,12 @@ def _wrong(error: ValidationError, words: Mapping[str, Any]) -> list[tuple[str, 
             continue
         name = str(one["loc"][0])
         if one["type"] == "extra_forbidden":
-            found.setdefault(name, f"{shown(name)} is not among what a file may ask for")
+            found.setdefault(name, f"{brief(name)} is not among what a file may ask for")
         elif one["type"] == "missing":
             found.setdefault(name, f"{name} is missing")
         else:
             should = one["msg"].replace("Input should", "should").replace("List should", "should")
-            found.setdefault(name, f"{name}={shown(words.get(name))} {shown(should, quoted=False)}")
+            found.setdefault(name, f"{name}={brief(words.get(name))} {brief(should, quotes=False)}")
     return list(found.items())
 
 
@@ -274,10 +275,10 @@ def _without(words: dict[str, Any], name: str) -> dict[str, Any]:
     return {one: value for one, value in words.items() if one != name}
 
 
-def _json(told: Description, text: str, name: str) -> Any:
+def _json(told: Description, text: Any, name: str) -> Any:
     try:
-        return json.loads(text) if len(text) <= LARGEST else None
-    except (ValueError, RecursionError):
+        return json.loads(text[: LARGEST + 1])
+    except (ValueError, TypeError, RecursionError):
         told.left_out.append(f"{name}: no JSON")
         return None
 
@@ -318,7 +319,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
     for part in re.split(r",(?![^\[]*\])", text):
         name, equals, value = part.partition("=")
         if not equals or not name.strip():
-            raise OdcftError(f"--arch-args {shown(part)}: write name=value, for example patch_size=8,img_size=64.")
+            raise OdcftError(f"--arch-args {brief(part)}: write name=value, for example patch_size=8,img_size=64.")
         arguments[name.strip()] = parse_yaml(value, f"--arch-args {name.strip()}")
     return check_arguments(arguments)
 
@@ -347,6 +348,6 @@ def _refuse_argument(name: str) -> NoReturn:
     near = difflib.get_close_matches(str(name)[:100], Arguments.model_fields, n=1)
     meant = f" Did you mean {near[0]}?" if near else ""
     raise OdcftError(
-        f"--arch-args {shown(name, quoted=False)}: no such argument.{meant} Possible are "
+        f"--arch-args {brief(name, quotes=False)}: no such argument.{meant} Possible are "
         f"{', '.join(Arguments.model_fields)}."
     )

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from odcft.errors import OdcftError, ran_out_of_memory, shown
+from odcft.errors import OdcftError, ran_out_of_memory
 from odcft.inputs import IMAGENET, Input
+from odcft.words import brief
 
 Layers = list[tuple[str, nn.Module]]
 
@@ -245,13 +246,13 @@ def build(arch: str, last_stride: int = 2, small_stem: bool = False, **kwargs: A
         if not kwargs or ran_out_of_memory(error):
             raise
         said = ", ".join(f"{name}={value}" for name, value in kwargs.items() if name != "zero_init_last")
-        raise OdcftError(f"{arch} cannot be built with {said} ({shown(str(error), 90, quoted=False)}).") from None
-    first, stages = getattr(net, "conv1", None), hasattr(net, "layer4")
-    if last_stride == 1 and not stages or small_stem and not (stages and isinstance(first, nn.Conv2d)):
-        word = "last_stride" if last_stride == 1 else "small_stem"
-        raise OdcftError(f"{arch} takes no {word}: that is for ResNets whose first layer is one convolution.")
+        raise OdcftError(f"{arch} cannot be built with {said} ({brief(str(error), 90, quotes=False)}).") from None
+    if last_stride == 1 and not hasattr(net, "layer4"):
+        raise OdcftError(f"{arch} takes no last_stride: that is for ResNets.")
     if small_stem:
-        assert isinstance(first, nn.Conv2d)
+        first = getattr(net, "conv1", None)
+        if not (isinstance(first, nn.Conv2d) and hasattr(net, "maxpool")):
+            raise OdcftError(f"{arch} takes no small_stem: that is for ResNets whose first layer is one convolution.")
         net.add_module("conv1", nn.Conv2d(first.in_channels, first.out_channels, 3, 1, 1, bias=False))
         net.add_module("maxpool", nn.Identity())
     if last_stride == 1:

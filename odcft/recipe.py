@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from odcft.errors import OdcftError, shown
+from odcft.errors import OdcftError
+from odcft.words import brief
 
 LARGEST, LONGEST, DEEPEST = 1 << 20, 10_000, 30  # bytes of a recipe, letters of a value, levels
 
@@ -79,7 +80,7 @@ class NeckRecipe(_Group):
 class MemoryRecipe(_Group):
     """The samples and the centroids memory (paper, sec. 3.1 and 3.2)."""
 
-    clusters: Auto | Annotated[int, Field(ge=2)] = 10000  # K; auto: images / 128
+    clusters: Auto | Annotated[int, Field(ge=2)] = "auto"  # K; auto: images / 128, at most 10,000
     momentum: float = Field(0.5, gt=0, le=1)  # m of eq. 2
     centroid_interval: int = Field(10, ge=1)  # steps between two refreshes of the centroids
     min_cluster: int = Field(20, ge=-1)  # clusters of no more images than this are dispersed and refilled
@@ -265,9 +266,9 @@ def parse_yaml(text: str, origin: str) -> Any:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where and "\n" in text.strip() else ""
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise OdcftError(f"{origin} is not valid YAML{line}: {shown(problem, 100, quoted=False)}.") from None
+        raise OdcftError(f"{origin} is not valid YAML{line}: {brief(problem, 100, quotes=False)}.") from None
     except Exception as error:  # a date of the 40th, a number of 5,000 digits
-        raise OdcftError(f"{origin} is not valid YAML: {shown(str(error), 100, quoted=False)}.") from None
+        raise OdcftError(f"{origin} is not valid YAML: {brief(str(error), 100, quotes=False)}.") from None
 
 
 def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
@@ -276,6 +277,8 @@ def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
     Raises:
         OdcftError: names the first unknown field and the nearest known one, or the first value that will not do.
     """
+    if not isinstance(fields, dict):
+        raise OdcftError(f"{origin} is not a recipe: it holds no fields. `odcft recipes {DEFAULT}` shows one.")
     _refuse_unknown(fields, Recipe, "")
     try:
         return Recipe.model_validate(fields)
@@ -290,7 +293,7 @@ def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
             )
         )
         raise OdcftError(
-            f"{place}={shown(first['input'])} will not do: {shown(problems, 300, quoted=False)} "
+            f"{place}={brief(first['input'])} will not do: {brief(problems, 300, quotes=False)} "
             f"({origin}; `odcft recipes {DEFAULT}` shows the fields)."
         ) from None
 
@@ -298,6 +301,15 @@ def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML, every field written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a dumped recipe as "group.field": value."""
+    return {
+        f"{group}.{name}" if name else group: value
+        for group, inner in fields.items()
+        for name, value in (inner.items() if isinstance(inner, dict) else [("", inner)])
+    }
 
 
 def _apply(fields: dict[str, Any], override: str) -> None:
@@ -308,9 +320,9 @@ def _apply(fields: dict[str, Any], override: str) -> None:
     _refuse_unknown_path(path.strip())
     for group in groups:
         if not isinstance(fields.setdefault(group, {}), dict):
-            raise OdcftError(f"{group}={shown(fields[group])}: this is a group of fields, for example {path.strip()}.")
+            raise OdcftError(f"{group}={brief(fields[group])}: this is a group of fields, for example {path.strip()}.")
         fields = fields[group]
-    fields[field] = parse_yaml(value, f"--set {shown(override, quoted=False)}")
+    fields[field] = parse_yaml(value, f"--set {brief(override, quotes=False)}")
     if isinstance(fields[field], str):  # YAML 1.1 takes 1e-5 for text; people mean the number
         with contextlib.suppress(ValueError):
             fields[field] = float(fields[field])
@@ -330,7 +342,7 @@ def _refuse_unknown_path(path: str) -> None:
 def _refuse_unknown(fields: dict[str, Any], model: Any, prefix: str) -> None:
     for name, value in fields.items():
         path = f"{prefix}.{name}" if prefix else str(name)
-        path = shown(path, quoted=False)
+        path = brief(path, quotes=False)
         if name not in model.model_fields:
             nearest = difflib.get_close_matches(str(name)[:100], model.model_fields, n=1)
             if nearest:
@@ -343,7 +355,7 @@ def _refuse_unknown(fields: dict[str, Any], model: Any, prefix: str) -> None:
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             if not isinstance(value, dict | None):
                 raise OdcftError(
-                    f"{path}={shown(value)}: this is a group of fields, "
+                    f"{path}={brief(value)}: this is a group of fields, "
                     f"for example {path}.{next(iter(inner.model_fields))}."
                 )
             _refuse_unknown(value or {}, inner, path)

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from odcft.errors import OdcftError, shown
+from odcft.errors import OdcftError
+from odcft.words import brief
 
 # No checkpoint needs these, and code that wants to run does. What is not listed becomes a stand-in, and does not run.
 _DANGEROUS_MODULES = {
@@ -81,7 +82,7 @@ def refuse_dangerous(name: str) -> None:
     """Raise Refused for names such as os.system and builtins.eval."""
     module, _, rest = name.partition(".")
     if module in _DANGEROUS_MODULES or (module in ("builtins", "__builtin__") and rest in _DANGEROUS_BUILTINS):
-        raise Refused(shown(name, quoted=False))
+        raise Refused(brief(name, quotes=False))
 
 
 class Endless(Exception):
@@ -102,7 +103,13 @@ _CALLS, _CHANGES = (
     {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"},
     {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS"},
 )
+_HASHES = {"ADDITEMS", "FROZENSET", "PERSID", "BINPERSID", "INST"}
 _PUTS, _GETS = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}, {"GET", "BINGET", "LONG_BINGET"}
+
+
+def _is_real(items: list[_Value]) -> bool:
+    """Whether what is called does something: stand-ins do nothing, whatever they are called with."""
+    return not items or not items[0].name or items[0].name.startswith(_REAL)
 
 
 def refuse_endless(program: Any) -> None:
@@ -124,13 +131,13 @@ def refuse_endless(program: Any) -> None:
     for op, argument, _ in pickletools.genops(program):
         ops += 1
         if op.name in _PUTS:
-            place = len(memo) if op.name == "MEMOIZE" else int(argument)
+            place = len(memo) if op.name == "MEMOIZE" else int(argument or 0)
             if place > 10 * ops + 1000:  # the unpickler makes room up to there
                 raise Endless
             memo[place] = _top(stack)
             continue
         if op.name in _GETS:
-            stack.append(memo[int(argument)])
+            stack.append(memo[int(argument or 0)])
             continue
         if op.name == "DUP":
             stack.append(_top(stack))
@@ -146,9 +153,7 @@ def refuse_endless(program: Any) -> None:
             work += sum(item.weight for item in items[1::2])
         elif op.name == "DICT":
             work += sum(item.weight for item in items[::2])
-        elif op.name in ("ADDITEMS", "FROZENSET", "PERSID", "BINPERSID"):
-            work += sum(item.weight for item in items)
-        elif op.name in _CALLS and (op.name == "INST" or items[0].name.startswith(_REAL) or not items[0].name):
+        elif op.name in _HASHES or (op.name in _CALLS and _is_real(items)):
             work += sum(item.weight for item in items)
         if work > 10_000_000 + 100 * (program.tell() - start):
             raise Endless
