@@ -111,7 +111,8 @@ def _our_input(tree: Any) -> dict[str, Any]:
     """What `odcft pretext` wrote of the network's input, in the words of a timm folder."""
     if not (isinstance(tree, dict) and isinstance(tree.get("input"), str) and {"size", "mean", "std"} <= set(tree)):
         return {}
-    return {"odcft": {"input": {k: tree[k] for k in ("size", "mean", "std")} | {"color": tree["input"]}}}
+    told = {k: tree[k] for k in ("size", "mean", "std", "intensity") if k in tree}
+    return {"odcft": {"input": told | {"color": tree["input"]}}}
 
 
 def _read_folder(folder: Path) -> Contents:

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import math
 import os
 import random
 import re
@@ -15,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from odcft import dist, seeds, stopping
 from odcft.augment import centre_crop, random_crop
 from odcft.errors import OdcftError
 from odcft.inputs import View
+from odcft.pixels import image_size, read_deep, read_image, special
 from odcft.recipe import AugmentRecipe
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".jp2")
@@ -140,21 +141,13 @@ def _walk(top: Path) -> tuple[list[str], Counter[str]]:
 
 
 def _kind(entry: os.DirEntry) -> str:
-    """ "folder", "file" (also a link to nowhere, which nobody can read), or what kind of special file it is."""
+    """What an entry is: "folder", "file" (so is a link to nowhere, which cannot be read), or as `special` says."""
     try:
         if entry.is_dir():
             return "folder"
         return "file" if entry.is_file() else special(entry.stat().st_mode)
     except OSError:
         return "file"
-
-
-def special(mode: int) -> str:
-    """What a file is that is no regular one, by its mode; "" for a regular one."""
-    if stat.S_ISREG(mode):
-        return ""
-    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
-    return kinds.get(stat.S_IFMT(mode), "device")
 
 
 def _read_list(path: Path) -> Images:
@@ -232,27 +225,13 @@ def same_content(images: Images) -> list[list[int]]:
     return [rows for rows in groups.values() if len(rows) > 1]
 
 
-def read_image(path: str) -> Image.Image:
-    """One image as RGB.
-
-    Raises:
-        OSError, ValueError, SyntaxError and others of PIL's, for a file that is no complete image.
-    """
-    with Image.open(path) as image:
-        if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # 16 bits a pixel: PIL's own conversion would clip to white
-            return Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8)).convert(
-                "RGB"
-            )
-        return image.convert("RGB")
-
-
 @dataclass
 class Crops:
     """A dataset of fixed-size crops: (epoch, index) to pixels and index.
 
     Attributes:
         images: the images.
-        view: how they are seen; with `augment` its size alone plays a part.
+        view: how they are seen; with `augment` its size and intensity alone play a part.
         augment: random crops (of the recipe's strengths), or None for the middle of the image.
         seed: of the run; without `augment`, seed and epoch play no part.
     """
@@ -266,12 +245,14 @@ class Crops:
         """(3, size, size) uint8, or why the image cannot be read; and the image's number."""
         epoch, index = key
         try:
-            image = read_image(self.images.path(index))
+            image = read_image(self.images.path(index), self.view.intensity)
             if self.augment is not None:
                 draw = random.Random(seeds.seed(self.seed, "crop", epoch, index))
                 image = random_crop(image, self.view.size, self.augment, draw)
             else:
                 image = centre_crop(image, self.view)
+        except OdcftError as error:
+            return str(error), index
         except Exception as error:  # PIL raises a dozen kinds for broken files; none may end a run of days
             return f"{type(error).__name__}: {error}", index
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), index
@@ -366,11 +347,69 @@ def usual_side(images: Images, sample: int = 32) -> int:
     sides = []
     for index in range(0, len(images), max(1, len(images) // sample)):
         try:
-            with Image.open(images.path(index)) as image:
-                sides.append(min(image.size))
+            sides.append(min(image_size(images.path(index))))
         except Exception:  # it will be reported when it is its turn
             continue
     return int(np.median(sides)) if sides else 0
+
+
+def own_range(images: Images, full: bool = False, sample: int = 256) -> tuple[tuple[float, float] | None, str]:
+    """Which values of images with more than 8 bits a channel to show as black and white, where nobody has said.
+
+    Cameras of 12 bits write files of 16: their own range is taken where it is less than half of what the type could
+    hold, and for floating point also where it is beyond 0..1. Up to a pixel in a thousand of an image and one image in
+    fifty may lie beyond it at either end: hot pixels, frames gone wrong.
+
+    Args:
+        images: those to show.
+        full: take the type's limits, whatever use is made of them.
+        sample: how many of them, spread over the set, are looked at; only those of more than 8 bits are decoded.
+
+    Returns:
+        (low, high), the type's own limits where the images make use of it; None for images of 8 bits, and of several
+        types that are all made use of. And what to tell of it, "" where nothing is changed.
+    """
+    found: dict[tuple[str, tuple[float, float]], list[tuple[float, float]]] = {}
+    looked_at = range(0, len(images), max(1, -(-len(images) // sample)))
+    for index in looked_at:
+        with suppress(Exception):  # it will be reported when it is its turn
+            deep = read_deep(images.path(index))
+            if deep is not None and len(extremes := _extremes(deep.values)):
+                found.setdefault((deep.kind, deep.full), []).append((extremes[0], extremes[1]))
+    if full or all(_uses(ends, limits) for (_, limits), ends in found.items()):
+        return (next(iter(found))[1] if len(found) == 1 else None), ""
+    low, high = _ends([pair for pairs in found.values() for pair in pairs])
+    count = f"{sum(map(len, found.values())):,} images of {' and of '.join(sorted({kind for kind, _ in found}))}"
+    if len(looked_at) < len(images):
+        count += f" (of {len(looked_at):,} looked at)"
+    least, largest = next(iter(found))[1]
+    inside = len(found) == 1 and least <= low < high <= largest
+    use = f" use {100 * (high - low) / (largest - least):.2g} % of their range" if inside else ""
+    return (low, high), f"{count}{use}: scaled by the set's own, {low:,.6g} is black and {high:,.6g} white."
+
+
+def _extremes(values: np.ndarray, most: int = 1 << 20) -> list[float]:
+    """The least and the largest value but for a thousandth at either end; [] where there is no number."""
+    step = max(1, math.ceil(math.sqrt(values.size / most)))
+    some = values[::step, ::step].ravel()
+    if some.dtype.kind == "f":
+        some = some[np.isfinite(some)]
+    if not len(some):
+        return []
+    spare = len(some) // 1000
+    some = np.partition(some, [spare, len(some) - 1 - spare])
+    return [float(some[spare]), float(some[len(some) - 1 - spare])]
+
+
+def _ends(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    spare = len(pairs) // 50
+    return sorted(low for low, _ in pairs)[spare], sorted(high for _, high in pairs)[-1 - spare]
+
+
+def _uses(pairs: list[tuple[float, float]], full: tuple[float, float]) -> bool:
+    """Whether images make use of the range of their type, or there is nothing to tell apart in them."""
+    low, high = _ends(pairs)
+    return low >= high or (full[0] <= low and high <= full[1] and high - low >= (full[1] - full[0]) / 2)
 
 
 def automatic_size(network_size: int, fixed: bool, side: int) -> int:

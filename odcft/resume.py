@@ -57,7 +57,8 @@ def resumed_recipe(
             raise OdcftError(
                 f"{run} was started with {name}={then[name]}, not {value}. {how}, or choose another --out."
             )
-    recipe = make_recipe(saved["recipe"])
+    # A run of before there was a range has seen all of the type's.
+    recipe = make_recipe({**saved["recipe"], "data": {"range": "full", **saved["recipe"]["data"]}})
     recipe.log, recipe.data.workers = given.log, given.data.workers
     if epochs is not None:
         done = saved["step"] / saved["steps_per_epoch"]
