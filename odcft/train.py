@@ -9,6 +9,7 @@ import os
 import socket
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ from odcft.advice import explained
 from odcft.augment import augment_batch
 from odcft.backbone import Backbone, Loaded, load_backbone, loading_line
 from odcft.card import about_run
-from odcft.data import Crops, Images, TrainingOrder, automatic_size, find_images, loader, usual_side
+from odcft.data import Crops, Images, TrainingOrder, automatic_size, find_images, loader, own_range, usual_side
 from odcft.errors import OdcftError
 from odcft.exports import write_timm
 from odcft.features import extract, to_float
@@ -80,7 +81,7 @@ def begin(
     with progress.waiting(f"Loading     {', '.join(ckpts)} …"):
         loaded = load_members(ckpts, arch, recipe)
     resolve_clusters(recipe, len(images))  # refuse what cannot work before anything slow is done
-    recipe, device = resolve(recipe, loaded, images)
+    recipe, device = resolve(recipe, loaded, images, progress, memory)
     allow_tf32(recipe.optim.tf32)
     method = METHODS[recipe.method]
     necks, dim = make_necks(loaded, recipe)
@@ -170,7 +171,13 @@ def resolve_members(recipe: Recipe, ckpts: list[str]) -> Recipe:
     return recipe
 
 
-def resolve(recipe: Recipe, loaded: list[Loaded], images: Images) -> tuple[Recipe, torch.device]:
+def resolve(
+    recipe: Recipe,
+    loaded: list[Loaded],
+    images: Images,
+    progress: Progress | None = None,
+    memory: Path | None = None,
+) -> tuple[Recipe, torch.device]:
     """Replace every `auto` but the number of clusters, and choose the device."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", dist.local_rank()) if gpu else torch.device("cpu")
@@ -185,6 +192,7 @@ def resolve(recipe: Recipe, loaded: list[Loaded], images: Images) -> tuple[Recip
         side = usual_side(images)
         sizes = {b.size for b in backbones if b.fixed_size} or {automatic_size(b.size, False, side) for b in backbones}
         recipe.data.size = min(sizes)
+    _resolve_range(recipe, images, progress, memory)
     for backbone in backbones:
         if backbone.fixed_size and recipe.data.size != backbone.size:
             raise OdcftError(
@@ -214,6 +222,32 @@ def resolve(recipe: Recipe, loaded: list[Loaded], images: Images) -> tuple[Recip
     if recipe.optim.precision == "auto":
         recipe.optim.precision = "bfloat16" if gpu and has_bfloat16(device) else "float32"
     return recipe, device
+
+
+def _resolve_range(recipe: Recipe, images: Images, progress: Progress | None, memory: Path | None) -> None:
+    """Settle data.range: as the features of an `init-memory` folder were made, or by the images.
+
+    Numbers are written even for the full range of a type, so that nobody who sees the backbone's images later has to
+    guess; `full` is left where no image has more than 8 bits.
+    """
+    asked, made = recipe.data.range, None
+    with suppress(OSError, ValueError, KeyError):  # `_read_memory` says what is wrong with the folder
+        if memory is not None:
+            about = json.loads((memory / "memory.json").read_text(encoding="utf-8"))
+            recipe.data.range = about["recipe"]["data"].get("range", "full")
+            made = recipe.data.range
+    if asked != "auto":
+        recipe.data.range = asked
+    if recipe.data.range in ("auto", "full"):
+        looked = {0: own_range(images, recipe.data.range == "full")} if dist.rank() == 0 else {}
+        found, words = dist.gather_dict(looked)[0]  # one answer for all ranks
+        recipe.data.range = found or "full"
+        if progress and words:
+            progress.say(f"Note        {words}")
+    if made is not None and asked not in ("auto", made) and recipe.data.range != made:
+        raise OdcftError(
+            f"{memory} was made with data.range={made}, not {asked}. Leave data.range away, or make the memory again."
+        )
 
 
 def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = None) -> Recipe:
@@ -268,7 +302,9 @@ def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = Non
 
 def view_of(recipe: Recipe) -> View:
     """How a resolved recipe has images seen where they are not augmented."""
-    return View(_number(recipe.data.size), recipe.data.crop_fraction)
+    assert recipe.data.range != "auto", "the recipe is resolved by now"
+    intensity = None if recipe.data.range == "full" else recipe.data.range
+    return View(_number(recipe.data.size), recipe.data.crop_fraction, intensity=intensity)
 
 
 def _describe(loaded: list[Loaded], images: Images, recipe: Recipe, progress: Progress, training: bool) -> None:
@@ -282,6 +318,8 @@ def _describe(loaded: list[Loaded], images: Images, recipe: Recipe, progress: Pr
     if recipe.method == "codc" and len(loaded) == 1 and recipe.codc.members == [MemberRecipe()]:
         progress.say("Note        One plain member has no one to collaborate with: this is ODC.")
     progress.say(f"Images      {len(images):,} in {images.source}")
+    if images.skipped:
+        progress.say(f"Not read    {images.not_read()}")
     optim, ranks = recipe.optim, dist.world_size()
     plan = [recipe.method.upper(), count_of(optim.epochs, "epoch"), f"batch {optim.batch_size}"] if training else []
     plan += [f"{recipe.data.size} px", f"{ranks} process{'es' if ranks > 1 else ''}", optim.precision]

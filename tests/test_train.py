@@ -229,11 +229,11 @@ def test_image_that_vanishes_during_the_run_is_skipped(tmp_path, checkpoint, ima
 
     whole, calls = data.read_image, []
 
-    def read(path):
+    def read(path, *more):
         calls.append(path)
         if len(calls) > 20 and path.endswith("000.png"):
             raise OSError("gone")
-        return whole(path)
+        return whole(path, *more)
 
     monkeypatch.setattr(data, "read_image", read)
     assert fine_tune(checkpoint, images, tmp_path / "run", quick())["steps"] == 6
