@@ -22,6 +22,7 @@ from odcft.augment import augment_batch
 from odcft.backbone import Backbone
 from odcft.data import Crops, TrainingOrder, find_images, loader
 from odcft.features import to_float
+from odcft.inputs import View
 from odcft.methods import odc
 from odcft.model import Model, make_neck
 from odcft.optim import make_optimizer
@@ -70,7 +71,7 @@ def main() -> None:
         for i in range(2 * args.batch):
             pixels = draw.integers(0, 255, (args.size + 16, args.size + 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(Path(folder, f"{i:04d}.jpg"))
-        crops = Crops(find_images(folder), args.size, 1.0, AugmentRecipe(), 0)
+        crops = Crops(find_images(folder), View(args.size), AugmentRecipe())
         order = TrainingOrder(2 * args.batch, args.batch, epochs=args.steps + 3, seed=0)
         batches = iter(loader(crops, order, 0, device))
         for number in range(args.steps + 3):

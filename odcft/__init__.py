@@ -8,16 +8,15 @@ from typing import Any
 
 from odcft import _torchvision as _torchvision  # first: it must stand before anything imports torchvision
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _VERBS = {
     "load_recipe": "odcft.recipe",
     "load_backbone": "odcft.backbone",
     "init_memory": "odcft.train",
     "fine_tune": "odcft.train",
-    "evaluate": "odcft.evaluate",
-    "export": "odcft.export",
-    "kmeans": "odcft.kmeans",
+    "evaluate": "odcft.evaluation.compare",
+    "export": "odcft.exports",
 }
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from odcft.inputs import View
 from odcft.recipe import AugmentRecipe
 
 _GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision
@@ -39,12 +40,27 @@ def random_crop(image: Image.Image, size: int, recipe: AugmentRecipe, draw: rand
     return image
 
 
-def centre_crop(image: Image.Image, size: int, fraction: float) -> Image.Image:
-    """The middle square that is `fraction` of the shorter side, as size x size pixels: no augmentation."""
+LONGEST = 16  # times the square's side: longer images are cut before they are resized
+
+
+def centre_crop(image: Image.Image, view: View) -> Image.Image:
+    """The middle of an image as a square of pixels: no augmentation.
+
+    To the last bit what torchvision's Resize and CenterCrop make of it, and so what timm's `create_transform` does for
+    evaluation.
+    """
     width, height = image.size
-    side = min(width, height) * fraction
-    left, top = (width - side) / 2, (height - side) / 2
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    short, size = math.floor(view.size / view.crop_fraction), view.size
+    if max(width, height) > LONGEST * min(width, height):
+        side = LONGEST * min(width, height)
+        left, top = max(0, (width - side) // 2), max(0, (height - side) // 2)
+        image = image.crop((left, top, min(width, left + side), min(height, top + side)))
+        width, height = image.size
+    long = int(short * max(width, height) / min(width, height))
+    resized = (short, long) if width <= height else (long, short)
+    image = image.resize(resized, Image.Resampling[view.interpolation.upper()])
+    left, top = (round((side - size) / 2) for side in resized)
+    return image.crop((left, top, left + size, top + size))
 
 
 def augment_batch(images: Tensor, recipe: AugmentRecipe, generator: torch.Generator) -> Tensor:

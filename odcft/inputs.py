@@ -1,6 +1,7 @@
 """What a network is shown: from RGB images in 0..1 to the colours, range and normalisation it was trained with."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,36 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CHANNELS = {"rgb": 3, "bgr": 3, "gray": 1, "lab_l": 1, "sobel": 2}
 RANGES = {"rgb": 1.0, "bgr": 1.0, "gray": 1.0, "lab_l": 100.0, "sobel": 1.0}
 
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+
+
+@dataclass(frozen=True)
+class View:
+    """How an image file becomes the square of pixels that a network sees without augmentation.
+
+    As the field does it: the shorter side is resized to size / crop_fraction, and the middle is cut out.
+
+    Attributes:
+        size: pixels of the square's side.
+        crop_fraction: of the resized image's shorter side that is kept (timm: crop_pct).
+        interpolation: one of INTERPOLATIONS.
+        intensity: of images with more than 8 bits a channel, the values that become black and white; None where these
+            are the least and the largest of their type.
+    """
+
+    size: int
+    crop_fraction: float = 0.875
+    interpolation: str = "bilinear"
+    intensity: tuple[float, float] | None = None
+
+
+def seen_as(view: View) -> str:
+    """A view in words, for a line that says how images are shown."""
+    resized = math.floor(view.size / view.crop_fraction)
+    crop = "shorter side resized to that" if resized == view.size else f"shorter side resized to {resized}"
+    seen = f"seen at {view.size} pixels ({crop}, {view.interpolation}, then the centre)"
+    return seen if view.intensity is None else f"{seen}, {view.intensity[0]:,.6g} black, {view.intensity[1]:,.6g} white"
+
 
 @dataclass(frozen=True)
 class Input:
@@ -24,12 +55,13 @@ class Input:
     Attributes:
         color: one of CHANNELS. "sobel" is the two gradients of the mean of the normalised channels (DeepCluster);
             "lab_l" is the lightness of Lab (colorization); "gray" is luma.
-        size: pixels it was made for.
+        size: pixels it was made for, or trained with.
         mean, std: taken off and divided by, for values in 0..`range`, one number for each channel (of RGB for "sobel").
         channels: of the first convolution; 0 stands for as many as the colour has. More are filled with zeros: the
             hints and the mask of Zhang et al., SIGGRAPH 2017.
         range: of the values before mean and std; 0 stands for the colour's own (1, or 100 for lightness).
             Some read 0..255.
+        crop_fraction, interpolation, intensity: as in `View`.
     """
 
     color: str
@@ -38,6 +70,9 @@ class Input:
     std: tuple[float, ...]
     channels: int = 0
     range: float = 0.0
+    crop_fraction: float = 0.875
+    interpolation: str = "bilinear"
+    intensity: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.color not in CHANNELS:
@@ -46,6 +81,16 @@ class Input:
         object.__setattr__(self, "range", self.range or RANGES[self.color])
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
+        object.__setattr__(self, "intensity", None if self.intensity is None else tuple(self.intensity))
+
+    @property
+    def view(self) -> View:
+        """How an image file becomes what is normalised and shown."""
+        return View(self.size, self.crop_fraction, self.interpolation, self.intensity)
+
+    def seen(self, view: View) -> "Input":
+        """The same colours and normalisation for another view."""
+        return replace(self, **vars(view))
 
     def dump(self) -> dict[str, Any]:
         """For JSON: INTERFACE's words, from which `load` makes it again."""
@@ -56,12 +101,20 @@ class Input:
             "mean": list(self.mean),
             "std": list(self.std),
             "size": self.size,
+            "crop_fraction": self.crop_fraction,
+            "interpolation": self.interpolation,
+            "intensity": None if self.intensity is None else list(self.intensity),
         }
 
 
 def load(about: dict[str, Any]) -> Input:
-    """The Input that `dump` wrote."""
-    return Input(about["color"], about["size"], about["mean"], about["std"], about["channels"], about["range"][1])
+    """The Input that `dump` wrote; files of odcft 0.1 do not tell the view, and `odcft pretext` not the channels."""
+    told: dict[str, Any] = {
+        name: about[name] for name in ("channels", "crop_fraction", "interpolation", "intensity") if name in about
+    }
+    if "range" in about:
+        told["range"] = about["range"][1]
+    return Input(about["color"], about["size"], about["mean"], about["std"], **told)
 
 
 def default(color: str, size: int) -> Input:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from odcft import seeds
 from odcft.backbone import Backbone
 from odcft.recipe import MemberRecipe, NeckRecipe
 
@@ -58,10 +59,17 @@ class Model(nn.Module):
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
-    def new_head(self, optimizer: torch.optim.Optimizer, seed: int) -> None:
-        """Start the head anew, and let the optimizer forget what it knew of it: the labels mean something else now."""
-        torch.manual_seed(seed)
-        self._init_head()
+    def new_head(self, optimizer: torch.optim.Optimizer, seed: int, member: int, step: int) -> None:
+        """Start the head anew, and let the optimizer forget what it knew of it: the labels mean something else now.
+
+        Args:
+            optimizer: of the run.
+            seed: of the run.
+            member: which of the networks this is.
+            step: before which the labels changed.
+        """
+        with seeds.weights(seed, "new head", member, step):
+            self._init_head()
         for parameter in self.head.parameters():
             optimizer.state.pop(parameter, None)
 

@@ -6,7 +6,7 @@
         state.json                step, recipe, versions, SHA-256 of the files and of itself
 
 Rows of the samples memory say by their place which image they belong to (dist.py), so a run may go on with another
-number of ranks. Random numbers are drawn from seed and step alone (data.step_seed): there is no generator to keep.
+number of ranks. Random numbers are drawn from the seed and the place in the run alone (seeds.py): no generator is kept.
 """
 
 import hashlib

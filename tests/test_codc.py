@@ -82,14 +82,18 @@ def test_members_have_the_same_say_in_the_joint_memory():
 
 def test_copies_are_made_only_for_members_that_want_them():
     images = torch.rand(6, 3, 8, 8)
-    plain = copies(images, CODCRecipe(members=[MemberRecipe()]), 0)
+    plain = copies(images, CODCRecipe(members=[MemberRecipe()]), torch.Generator().manual_seed(0))
     assert plain.turned is None
     assert plain.mixed is None
-    made = copies(images, CODCRecipe(members=[MemberRecipe(rotation=1), MemberRecipe(mixup=1)]), 0)
+    made = copies(
+        images, CODCRecipe(members=[MemberRecipe(rotation=1), MemberRecipe(mixup=1)]), torch.Generator().manual_seed(0)
+    )
     for image, turn, copy in zip(images, made.turn_B, made.turned, strict=True):
         assert torch.equal(copy, torch.rot90(image, int(turn), (1, 2)))
     assert torch.allclose(made.mixed, made.share * images + (1 - made.share) * images[made.partner_B])
-    again = copies(images, CODCRecipe(members=[MemberRecipe(rotation=1), MemberRecipe(mixup=1)]), 0)
+    again = copies(
+        images, CODCRecipe(members=[MemberRecipe(rotation=1), MemberRecipe(mixup=1)]), torch.Generator().manual_seed(0)
+    )
     assert torch.equal(again.mixed, made.mixed)
 
 

@@ -1,11 +1,24 @@
+import os
+import socket
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from odcft.augment import augment_batch, centre_crop
-from odcft.data import Crops, TrainingOrder, automatic_size, collate, find_images, read_image, usual_side
+from odcft.data import (
+    Crops,
+    TrainingOrder,
+    automatic_size,
+    collate,
+    find_images,
+    read_image,
+    same_content,
+    usual_side,
+)
 from odcft.errors import OdcftError
+from odcft.inputs import View
 from odcft.recipe import AugmentRecipe
 
 STILL = AugmentRecipe(
@@ -45,10 +58,129 @@ def test_what_is_no_image_set_is_refused(tmp_path, name):
         find_images(tmp_path / name)
 
 
+@pytest.mark.parametrize("quote", ["", '"'])
+@pytest.mark.parametrize(("ending", "delimiter"), [(".csv", ","), (".csv", ";"), (".csv", "\t"), (".tsv", "\t")])
+def test_blanks_case_and_delimiters_of_a_table_are_forgiven(tmp_path, make_images, ending, delimiter, quote):
+    make_images(tmp_path, 2)
+    labels = "cat" if delimiter == ";" else "cat ; dog"
+    rows = [("Path ", " LABEL"), ("a/000.png", labels), ("", ""), ("b/001.png", "dog ")]
+    lines = [f"{quote}{a}{quote}{delimiter} {quote}{b}{quote}" if a else "" for a, b in rows]
+    (tmp_path / f"l{ending}").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+    listed = find_images(tmp_path / f"l{ending}")
+    assert listed.names == ["a/000.png", "b/001.png"]
+    assert listed.classes() == [labels.replace(" ", ""), "dog"]
+    assert not listed.skipped
+
+
+def test_table_without_paths_is_refused_with_the_columns_it_has(tmp_path):
+    (tmp_path / "l.csv").write_text("file, class\na.png,cat\n")
+    with pytest.raises(OdcftError, match=r"needs a header with a column `path`.* Its columns are: file, class\."):
+        find_images(tmp_path / "l.csv")
+
+
+@pytest.mark.parametrize(
+    "bad", [b"p\0a\0t\0h\0", "path,label\n".encode("utf-16"), b'path\n"' + 200_000 * b"a" + b'"\n']
+)
+def test_what_is_no_text_is_no_list(tmp_path, bad):
+    (tmp_path / "l.csv").write_bytes(bad)
+    with pytest.raises(OdcftError, match=r"UTF-8|field larger than field limit"):
+        find_images(tmp_path / "l.csv")
+
+
+def test_lines_of_a_list_that_give_no_new_image_are_counted(tmp_path, make_images):
+    make_images(tmp_path, 2)
+    (tmp_path / "l.csv").write_text(
+        "path,label\na/000.png,cat\n,dog\n./a/000.png,dog\na/000.png,cat\nb/001.png\n , x\n"
+    )
+    listed = find_images(tmp_path / "l.csv")
+    assert listed.names == ["a/000.png", "b/001.png"]
+    assert listed.labels == ["cat;dog", ""]
+    assert listed.not_read() == "2 lines met again, 2 lines without a path"
+    (tmp_path / "l.txt").write_text("a/000.png\n\nb/001.png\na//000.png\n")
+    assert find_images(tmp_path / "l.txt").skipped == {"line met again": 1}
+    assert find_images(tmp_path / "l.txt").without({0}).skipped == {"line met again": 1}
+
+
+def test_folder_that_links_lead_to_is_read_once_under_its_own_name(tmp_path, make_images):
+    make_images(tmp_path / "set", 6)
+    make_images(tmp_path / "elsewhere", 2)
+    names = find_images(tmp_path / "set").names
+    for link, target in {"set/0": "set", "set/a/again": "set/b", "set/b/up": "set", "set/A": "set/a"}.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+    assert find_images(tmp_path / "set").names == names
+    assert find_images(tmp_path / "set").skipped == {"folder met again": 4}
+    for link in ("z", "c", "m"):  # three ways to one folder: the first by name
+        (tmp_path / "set" / link).symlink_to(tmp_path / "elsewhere")
+    assert find_images(tmp_path / "set").names == sorted([*names, "c/a/000.png", "c/b/001.png"])
+    (tmp_path / "other").symlink_to(tmp_path / "set")
+    assert find_images(tmp_path / "other").names == sorted([*names, "c/a/000.png", "c/b/001.png"])
+
+
+def test_what_a_folder_holds_besides_images_is_counted_by_its_ending(tmp_path, make_images):
+    make_images(tmp_path, 4)
+    for i in range(1200):
+        (tmp_path / f"{i}.HEIC").touch()
+    for name in ("a/x.xml", "a/y.XML", "README", "b/v.mp4", ".hidden.png", ".DS_Store", ".git/x.png", "a/d.dcm"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    images = find_images(tmp_path)
+    assert len(images) == 6  # links to nowhere are images that cannot be read
+    assert images.not_read().startswith("1,200 .heic, 2 .xml, 1 .dcm, 1 .mp4, 1 file without an ending, 1 folder of a")
+    assert images.not_read().endswith("1 of 1 other kinds")
+    assert images.skipped["image of a hidden name"] == images.skipped["folder of a hidden name"] == 1
+    assert sum(images.skipped.values()) == 1207
+
+
+def test_folder_without_images_says_what_it_holds(tmp_path):
+    (tmp_path / "a").mkdir()
+    for i in range(3):
+        (tmp_path / "a" / f"{i}.heic").touch()
+    with pytest.raises(OdcftError, match=r"holds no images \(but 3 \.heic\)\. odcft looks for \.jpg"):
+        find_images(tmp_path)
+
+
+def test_only_regular_files_are_images(tmp_path, make_images):
+    make_images(tmp_path, 2)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    os.mkfifo(tmp_path / "list.txt")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(tmp_path / "s.jpg"))
+        images = find_images(tmp_path)
+    assert images.names == ["a/000.png", "b/001.png"]
+    assert images.skipped == {"pipe": 2, "socket": 1, "device": 1}
+    with pytest.raises(OdcftError, match="not images"):
+        find_images(tmp_path / "list.txt")
+    (tmp_path / "l.csv").write_text("path\npipe.jpg\nzero.jpg\ns.jpg\na\ngone.jpg\na/000.png\n")
+    listed = find_images(tmp_path / "l.csv")
+    assert usual_side(listed) == 32
+    batch = collate([Crops(listed, View(8))[0, i] for i in range(len(listed))])
+    assert batch.index_B.tolist() == [5]
+    assert [reason for _, reason in sorted(batch.unreadable.items())][:4] == [
+        f"a {kind}, no file" for kind in ("pipe", "device", "socket", "folder")
+    ]
+    assert same_content(listed) == []
+
+
+def test_images_of_the_same_content_are_found(tmp_path, make_images):
+    make_images(tmp_path, 6)
+    (tmp_path / "a" / "003.png").write_bytes((tmp_path / "a" / "000.png").read_bytes())
+    (tmp_path / "b" / "copy.png").write_bytes((tmp_path / "b" / "005.png").read_bytes())
+    (tmp_path / "z.png").symlink_to(tmp_path / "a" / "000.png")
+    for name in ("x.png", "y.png"):  # as long, but not the same
+        (tmp_path / name).write_bytes(os.urandom((tmp_path / "a" / "000.png").stat().st_size))
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    images = find_images(tmp_path)
+    groups = [[images.names[i] for i in rows] for rows in same_content(images)]
+    assert groups == [["a/000.png", "a/003.png", "z.png"], ["b/005.png", "b/copy.png"]]
+
+
 def test_unreadable_image_is_told_and_not_raised(tmp_path, make_images):
     make_images(tmp_path, 2)
     (tmp_path / "a" / "000.png").write_bytes(b"\x89PNG broken")
-    crops = Crops(find_images(tmp_path), 16, 1.0, None, 0)
+    crops = Crops(find_images(tmp_path), View(16, 1.0))
     batch = collate([crops[(0, 0)], crops[(0, 1)]])
     assert batch.index_B.tolist() == [1]
     assert list(batch.unreadable) == [0]
@@ -68,10 +200,10 @@ def test_sixteen_bit_and_palette_and_gray_images_become_rgb(tmp_path):
 
 def test_crops_depend_on_seed_epoch_and_image_only(tmp_path, make_images):
     images = find_images(make_images(tmp_path, 4))
-    crops = Crops(images, 16, 1.0, AugmentRecipe(), 3)
+    crops = Crops(images, View(16), AugmentRecipe(), 3)
     assert torch.equal(crops[(5, 1)][0], crops[(5, 1)][0])
     assert not torch.equal(crops[(5, 1)][0], crops[(6, 1)][0])
-    assert not torch.equal(crops[(5, 1)][0], Crops(images, 16, 1.0, AugmentRecipe(), 4)[(5, 1)][0])
+    assert not torch.equal(crops[(5, 1)][0], Crops(images, View(16), AugmentRecipe(), 4)[(5, 1)][0])
 
 
 def test_epoch_sees_every_image_once():
@@ -103,7 +235,22 @@ def test_size_follows_small_images_but_not_beyond_the_network(tmp_path, make_ima
 def test_centre_crop():
     pixels = np.zeros((8, 16, 3), np.uint8)
     pixels[:, 4:12] = 200
-    assert np.array(centre_crop(Image.fromarray(pixels), 8, 1.0)).min() == 200
+    assert np.array(centre_crop(Image.fromarray(pixels), View(8, 1.0))).min() == 200
+
+
+@pytest.mark.parametrize("size", [(8, 16), (16, 8), (37, 50), (224, 224), (500, 333), (31, 33)])
+@pytest.mark.parametrize("view", [View(32), View(32, 1.0), View(40, 0.95, "bicubic"), View(33, 0.9, "nearest")])
+def test_centre_crop_is_what_timm_does_for_evaluation(size, view):
+    from timm.data.transforms_factory import create_transform
+
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3)).astype(np.uint8)
+    theirs = create_transform(view.size, crop_pct=view.crop_fraction, interpolation=view.interpolation, normalize=False)
+    image = Image.fromarray(pixels)
+    assert np.array_equal(np.array(centre_crop(image, view)), np.array(theirs(image).permute(1, 2, 0)))
+
+
+def test_a_very_long_image_takes_no_more_memory_than_a_long_one():
+    assert centre_crop(Image.new("RGB", (200_000, 10)), View(64)).size == (64, 64)
 
 
 def draw():

@@ -47,20 +47,19 @@ def side_by_side(features: list[Tensor]) -> Tensor:
     return torch.cat([F.normalize(features_BD.float(), dim=1, eps=1e-10) for features_BD in features], 1)
 
 
-def copies(images: Tensor, recipe: CODCRecipe, seed: int) -> Copies:
+def copies(images: Tensor, recipe: CODCRecipe, generator: torch.Generator) -> Copies:
     """The copies that some member learns from.
 
     Args:
         images: (B, 3, H, W) float, augmented.
         recipe: its members, and `alpha` of mixup's Beta distribution.
-        seed: of the draws.
+        generator: of the draws, on the CPU.
 
     Returns:
         Turned copies (Gidaris et al., ICLR 2018) and mixed ones (Zhang et al., ICLR 2018), each where one is wanted.
     """
     assert isinstance(recipe.members, list)
     made, device = Copies(), images.device
-    generator = torch.Generator().manual_seed(seed)
     if any(member.rotation for member in recipe.members):
         made.turn_B = torch.randint(4, (len(images),), generator=generator).to(device, non_blocking=True)
         made.turned = turned(images, made.turn_B)

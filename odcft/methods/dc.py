@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odcft import dist, memory
-from odcft.data import step_seed
+from odcft import dist, memory, seeds
 from odcft.kmeans import assign, kmeans
 from odcft.memory import VARIANTS, Memory
 from odcft.methods import odc
+from odcft.precision import exact_products
 from odcft.recipe import Recipe
 from odcft.small_clusters import handle_small_clusters
 
@@ -48,6 +48,7 @@ def compact(features_SF: Tensor, recipe: Recipe) -> Tensor:
     return F.normalize(whiten(features_SF, recipe.dc.pca), dim=1, eps=1e-10)
 
 
+@exact_products()
 def whiten(features_SF: Tensor, components: int) -> Tensor:
     """Coordinates along the main directions of all ranks' features, each with variance 1.
 
@@ -83,13 +84,15 @@ def whiten(features_SF: Tensor, components: int) -> Tensor:
     return torch.cat([(piece_SF.float() - mean_F) @ turn_FD for piece_SF in features_SF.split(ROWS)])
 
 
-def start(features_SD: Tensor, labels_S: Tensor, recipe: Recipe) -> State:
+@exact_products()
+def start(features_SD: Tensor, labels_S: Tensor, recipe: Recipe, epoch: int = 0) -> State:
     """The state after a K-Means. A cluster that is empty takes half of the largest.
 
     Args:
         features_SD: (S, D) float, compact; the state takes them over.
         labels_S: (S,) integers in 0..K-1.
         recipe: resolved.
+        epoch: before which the K-Means was.
     """
     dtype = {"float16": torch.float16, "float32": torch.float32}[recipe.memory.dtype]
     K = recipe.memory.clusters
@@ -97,7 +100,7 @@ def start(features_SD: Tensor, labels_S: Tensor, recipe: Recipe) -> State:
     state = State(memory.new_memory(features_SD, labels_S, K, dtype), recipe)
     state.memory.sizes_K = dist.all_sum(state.memory.counts_K)
     memory.set_centroids(state.memory, dist.all_sum(state.memory.sums_KD))
-    generator = torch.Generator().manual_seed(step_seed(recipe.seed, 7))
+    generator = seeds.generator(recipe.seed, "empty clusters", epoch)
     handle_small_clusters(state.memory, 0, VARIANTS["paper"], generator)
     return state
 
@@ -130,9 +133,9 @@ def begin_epoch(state: State, epoch: int, embed: Callable[[], Tensor]) -> bool:
     features_SD = compact(embed(), recipe)
     K = recipe.memory.clusters
     assert isinstance(K, int)
-    seed = step_seed(recipe.seed, 6, epoch)
+    seed = seeds.seed(recipe.seed, "kmeans", epoch)
     centroids_KD = kmeans(features_SD, K, seed, recipe.kmeans.iterations, recipe.kmeans.engine)
-    state.memory = start(features_SD, assign(features_SD, centroids_KD)[0], recipe).memory
+    state.memory = start(features_SD, assign(features_SD, centroids_KD)[0], recipe, epoch).memory
     return True
 
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odcft import dist, memory
-from odcft.data import step_seed
+from odcft import dist, memory, seeds
 from odcft.memory import VARIANTS, Memory, Rules
 from odcft.model import make_neck
+from odcft.precision import exact_products
 from odcft.recipe import Recipe
 from odcft.small_clusters import SmallClusterWatch, handle_small_clusters
 
@@ -135,6 +135,7 @@ def targets(state: State, row_B: Tensor) -> tuple[Tensor, Tensor]:
     return label_B, weight_K if state.reweight else torch.ones_like(weight_K)
 
 
+@exact_products()
 def update(state: State, row_B: Tensor, features_BD: Tensor, step: int) -> dict[str, Tensor]:
     """Steps 3 and 4 of an iteration: the samples memory, then the centroids memory, then the small clusters.
 
@@ -152,7 +153,7 @@ def update(state: State, row_B: Tensor, features_BD: Tensor, step: int) -> dict[
     if (step + 1) % state.centroid_interval == 0:
         refresh_centroids(state)
     if state.watch.any_small(state.memory.sizes_K, state.min_cluster, state.rules):
-        generator = torch.Generator().manual_seed(step_seed(state.seed, step))
+        generator = seeds.generator(state.seed, "small clusters", step)
         handle_small_clusters(state.memory, state.min_cluster, state.rules, generator)
     return {"change_ratio": moved_B.float().mean()}
 

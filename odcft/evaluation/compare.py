@@ -4,13 +4,18 @@ Shapes: N images, F features, C classes.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from odcft.errors import OdcftError
+
+if TYPE_CHECKING:
+    from odcft.backbone import Loaded
+    from odcft.data import Images
+    from odcft.inputs import View
 
 PROTOCOLS = ("svm", "knn")
 _FIGURE = {"svm": ("SVM mAP", "mAP"), "knn": ("kNN top-1", "top1")}
@@ -57,11 +62,11 @@ def evaluate_arrays(split: Split, protocols: list[str]) -> dict[str, Any]:
     """
     results: dict[str, Any] = {}
     if "svm" in protocols:
-        from odcft.evaluate.svm import voc07_svm
+        from odcft.evaluation.svm import voc07_svm
 
         results["svm"] = voc07_svm(split.train_features, split.train_targets, split.test_features, split.test_targets)
     if "knn" in protocols:
-        from odcft.evaluate.knn import knn
+        from odcft.evaluation.knn import knn
 
         train_N, test_N = _one_class(split.train_targets), _one_class(split.test_targets)
         results["knn"] = knn(split.train_features, train_N, split.test_features, test_N)
@@ -107,7 +112,7 @@ def evaluate(
         test: others to test on; without, a stratified half of `data` is held out.
         protocols: of PROTOCOLS.
         arch: a timm name, where the checkpoint's own is not to be followed.
-        size: pixels; by default those of the RUN, or of the images where they are smaller than the network's own.
+        size: pixels; by default as `view_of` says.
         input: the colours it is shown, where the checkpoint's own are not to be followed.
         allow_partial: accept a checkpoint that covers less than 90 % of the backbone.
         progress: where to speak.
@@ -116,17 +121,27 @@ def evaluate(
         `evaluate_arrays`'s dict; for a RUN also `before`, the same of its checkpoint, and `change`. For a RUN of
         several members this is of all of them side by side, and `members` has the same of each.
     """
-    from odcft.evaluate.labels import labelled
+    from odcft.backbone import load_backbone
+    from odcft.evaluation.labels import labelled
+    from odcft.inputs import seen_as
+    from odcft.log import Progress
 
+    progress = progress or Progress()
     labels = labelled(data, test)
-    if isinstance(ckpt, list):
-        sources, origins = ckpt, []
-    else:
-        sources, origins, size = _sources(ckpt), _origins(ckpt), size or _run_recipe(ckpt).get("data", {}).get("size")
-    taken: dict[str, Any] = {"input": input, "allow_partial": allow_partial}
-    after_splits = [_features(source, labels, arch, size, progress, **taken) for source in sources]
-    origin_taken = {**taken, **_run_recipe(str(ckpt)).get("backbone", {})}
-    before_splits = [_features(origin, labels, None, size, progress, **origin_taken) for origin in origins]
+    sources, origins = (ckpt, []) if isinstance(ckpt, list) else (_sources(ckpt), _origins(ckpt))
+    run = {} if isinstance(ckpt, list) else _run_recipe(ckpt)
+    loaded = [load_backbone(source, arch, input, allow_partial) for source in sources]
+    views = [view_of(one, labels.images, size) for one in loaded]
+    for view in dict.fromkeys(views):
+        progress.say(f"Images      {len(labels.images):,} in {labels.images.source} · {seen_as(view)}")
+    if labels.images.skipped:
+        progress.say(f"Not read    {labels.images.not_read()}")
+    after_splits = [_features(one, labels, view, progress) for one, view in zip(loaded, views, strict=True)]
+    taken = {"input": input, "allow_partial": allow_partial, **run.get("backbone", {}), "seed": run.get("seed", 0)}
+    before_splits = [
+        _features(load_backbone(origin, **taken, member=member), labels, view, progress)
+        for member, (origin, view) in enumerate(zip(origins, views, strict=False))
+    ]
 
     def compared(after_split: Split, before_split: Split | None) -> dict[str, Any]:
         after = evaluate_arrays(after_split, protocols)
@@ -141,7 +156,7 @@ def evaluate(
             {"source": source, **compared(split, before_splits[m] if before_splits else None)}
             for m, (source, split) in enumerate(zip(sources, after_splits, strict=True))
         ]
-    return {**results, "classes": labels.classes}
+    return {**results, "classes": labels.classes, "view": vars(views[0])}
 
 
 def _side_by_side(splits: list[Split]) -> Split:
@@ -164,33 +179,49 @@ def _sources(ckpt: str) -> list[str]:
     return members if len(members) > 1 else [ckpt]
 
 
-def _features(
-    ckpt: str,
-    labels: Any,
-    arch: str | None,
-    size: int | None,
-    progress: Any,
-    input: str | None = None,
-    allow_partial: bool = False,
-) -> Split:
+def view_of(loaded: "Loaded", images: "Images", size: int | None) -> "View":
+    """How labelled images are seen: as the recipe that trained the backbone says, where its file tells.
+
+    A network that was made for larger images is not shown small ones enlarged, but whole and as they are, unless its
+    file says so.
+
+    Args:
+        loaded: the backbone.
+        images: those to see.
+        size: the user's word.
+    """
+    from odcft.data import automatic_size, own_range, usual_side
+
+    view, backbone = loaded.backbone.input.view, loaded.backbone
+    if view.intensity is None:  # it was trained on images of 8 bits, or somewhere else
+        view = replace(view, intensity=own_range(images)[0])
+    if size is not None or loaded.told:
+        return replace(view, size=size or view.size)
+    size = automatic_size(view.size, backbone.fixed_size, usual_side(images))
+    return replace(view, size=size, crop_fraction=1.0 if size < view.size else view.crop_fraction)
+
+
+def _features(loaded: "Loaded", labels: Any, view: "View", progress: Any) -> Split:
     """Backbone features of labelled images, as a split; images that cannot be read are left out."""
     import torch
 
-    from odcft.backbone import load_backbone
-    from odcft.data import Crops, automatic_size, usual_side
+    from odcft.data import Crops
     from odcft.features import extract
     from odcft.log import Progress
 
-    backbone = load_backbone(ckpt, arch, input, allow_partial).backbone
-    side = usual_side(labels.images)
-    size = size or automatic_size(backbone.size, backbone.fixed_size, side)
-    if backbone.fixed_size and size != backbone.size:
-        raise OdcftError(f"{backbone.arch} takes images of {backbone.size} pixels only, not {size}.")
-    if not backbone.takes(size):
-        raise OdcftError(f"{backbone.arch} cannot look at images of {size} pixels. Try --size {backbone.size}.")
+    backbone = loaded.backbone
+    if backbone.fixed_size and view.size != backbone.size:
+        raise OdcftError(f"{backbone.arch} takes images of {backbone.size} pixels only, not {view.size}.")
+    if not backbone.takes(view.size):
+        raise OdcftError(f"{backbone.arch} cannot look at images of {view.size} pixels. Try --size {backbone.size}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    crops = Crops(labels.images, size, 1.0 if side <= size else 0.875, None, 0)
+    crops = Crops(labels.images, view)
     features, bad = extract(backbone.to(device).eval(), crops, 128, 0, device, progress or Progress(), "Features")
+    if bad:
+        name, reason = labels.images.names[min(bad)], bad[min(bad)]
+        if len(bad) == len(labels.images):
+            raise OdcftError(f"None of the {len(bad):,} images can be read; {name}: {reason}.")
+        progress.say(f"            {len(bad):,} unreadable and left out: {name} ({reason}), …")
     good_N = np.array([i not in bad for i in range(len(labels.images))])
     train, test = labels.train_rows[good_N[labels.train_rows]], labels.test_rows[good_N[labels.test_rows]]
     rows = features.cpu().numpy()
@@ -238,7 +269,7 @@ def _changes(before: dict[str, Any], after: dict[str, Any], targets_NC: np.ndarr
 def _figure(protocol: str, results: dict[str, Any], targets_NC: np.ndarray, rows: np.ndarray) -> float:
     if protocol == "knn":
         return 100 * float((results["knn"]["predicted"][rows] == _one_class(targets_NC[rows])).mean())
-    from odcft.evaluate.svm import average_precision
+    from odcft.evaluation.svm import average_precision
 
     present, scores = targets_NC[rows], results["svm"]["scores"][rows]
     counted = present != -1

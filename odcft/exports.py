@@ -5,6 +5,7 @@ Every export is read back and compared before it is called done.
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from odcft.backbone import Backbone, load_backbone
-from odcft.card import about_run, card
+from odcft.card import about_run, card, name_of
 from odcft.errors import OdcftError
 from odcft.networks import timm_builds
 
@@ -28,6 +29,7 @@ def export(
     overwrite: bool = False,
     input: str | None = None,
     allow_partial: bool = False,
+    size: int | None = None,
 ) -> Backbone:
     """Write the backbone of a RUN or of anybody's checkpoint.
 
@@ -39,6 +41,7 @@ def export(
         overwrite: replace what is there.
         input: the colours it is shown, where the checkpoint's own are not to be followed.
         allow_partial: accept a checkpoint that covers less than 90 % of the backbone.
+        size: pixels it is to be shown, where that is another size than its source says.
 
     Returns:
         The backbone that was written.
@@ -53,8 +56,10 @@ def export(
     if out.exists() and out.is_dir() != (format == "timm"):
         raise OdcftError(f"{out} is a {'folder' if out.is_dir() else 'file'}; --format {format} writes another kind.")
     backbone = load_backbone(source, arch, input, allow_partial).backbone
+    if size is not None:
+        backbone.show(replace(backbone.input.view, size=size))
     try:
-        _write(backbone, out, format, {"checkpoint": str(source), **about_run(Path(source))})
+        _write(backbone, out, format, {"checkpoint": name_of(str(source)), **about_run(Path(source))})
     except OSError as error:
         raise OdcftError(f"{out} cannot be written: {error.strerror or error}. Choose another place.") from None
     return backbone
@@ -79,12 +84,16 @@ def _write(backbone: Backbone, out: Path, format: str, about: dict[str, Any]) ->
 
 
 def _write_tensors(backbone: Backbone, out: Path, format: str) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in backbone.net.state_dict().items()}
+    tensors = backbone.net.state_dict()
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.contiguous()
+    words = {"arch_args": json.dumps(backbone.kwargs), "input": json.dumps(backbone.input.dump())}
+    words["architecture"] = backbone.arch
     if format == "safetensors":
-        words = {"arch_args": json.dumps(backbone.kwargs), "input": json.dumps(backbone.input.dump())}
-        save_file(tensors, out, metadata={"format": "pt", "architecture": backbone.arch, **words})
+        save_file(tensors, out, metadata={"format": "pt", **words})
         written = load_file(out)
     else:
+        tensors._metadata["odcft"] = words  # type: ignore[attr-defined]  # torch's place for what is no tensor
         torch.save(tensors, out)
         written = torch.load(out, weights_only=True)
     for name, tensor in tensors.items():
@@ -106,19 +115,22 @@ def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = 
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     input, cfg = backbone.input, getattr(backbone.net, "pretrained_cfg", {})
-    kept = ("pool_size", "interpolation", "crop_mode", "classifier", "fixed_input_size", "crop_pct", "first_conv")
+    kept = ("pool_size", "classifier", "fixed_input_size", "first_conv")
     config: dict[str, Any] = {
         "architecture": backbone.arch.split(".")[0],
         "num_classes": 0,
         "num_features": backbone.width,
         "pretrained_cfg": {
             **{key: cfg[key] for key in kept if key in cfg},
-            "input_size": [input.channels, backbone.size, backbone.size],
+            "input_size": [input.channels, input.size, input.size],
+            "crop_pct": input.crop_fraction,
+            "crop_mode": "center",
+            "interpolation": input.interpolation,
             "mean": list(input.mean),
             "std": list(input.std),
             "num_classes": 0,
         },
-        "odcft": {**(about or {}), "input": input.dump()},
+        "odcft": {**_summary(about or {}), "input": input.dump()},
     }
     if input.channels != 3:
         config["pretrained_cfg"]["first_conv"] = None  # or timm would adapt a first convolution that fits already
@@ -133,6 +145,11 @@ def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = 
     for file in unfinished.iterdir():
         file.replace(folder / file.name)
     unfinished.rmdir()
+
+
+def _summary(about: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of where a backbone came from; the card has the recipe and the figures, too."""
+    return {key: value for key, value in about.items() if key not in ("recipe", "figures")}
 
 
 def _compare(backbone: Backbone, folder: Path) -> None:
