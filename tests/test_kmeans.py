@@ -7,7 +7,7 @@ import torch
 
 from odcft import dist
 from odcft import kmeans as module
-from odcft.kmeans import _coarse_dtype, _Nearest, assign, kmeans
+from odcft.kmeans import _Nearest, assign, kmeans
 
 CORNERS = torch.tensor([[0.0, 0], [10, 0], [0, 10], [10, 10]])
 
@@ -359,13 +359,10 @@ def test_error_is_a_bound_of_coarse_scores_and_not_much_more(monkeypatch):
         assert nearest.error_S.max() < (0.03 if dtype == torch.bfloat16 else 1e-5) * nearest.length_S.max() * 6
 
 
-def test_bfloat16_is_taken_where_the_device_multiplies_it(monkeypatch):
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for fast in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda fast=fast: not fast)
-        assert (_coarse_dtype(cpu) == torch.bfloat16) is fast
-        assert (_coarse_dtype(cuda) == torch.bfloat16) is not fast
+@pytest.mark.parametrize("fast", [True, False])
+def test_scores_are_of_bfloat16_where_the_device_multiplies_it(monkeypatch, fast):
+    monkeypatch.setattr(module, "has_bfloat16", lambda device: fast)
+    assert module._coarse_dtype(torch.device("cpu")) == (torch.bfloat16 if fast else torch.float32)
 
 
 # ---------------------------------------------------------------- faiss
