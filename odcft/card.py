@@ -1,7 +1,6 @@
 """The model card: what a backbone is, where it came from, how it was trained, and how to load it."""
 
 import json
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import yaml
 
 from odcft.backbone import Backbone, loading_line
 from odcft.inputs import seen_as
+from odcft.words import code_block, code_span
 
 
 def about_run(run: Path, member: int = 0) -> dict[str, Any]:
@@ -74,14 +74,14 @@ def card(backbone: Backbone, about: dict[str, Any]) -> str:
         backbone: what was written.
         about: of `about_run`, or at least `checkpoint`.
     """
-    input, source = backbone.input, code(str(about.get("checkpoint") or "a checkpoint"))
+    input, source = backbone.input, code_span(str(about.get("checkpoint") or "a checkpoint"))
     trained = "method" in about
     what = f"fine-tuned by {str(about['method']).upper()}" if trained else "without its head"
     lines = [f"# {backbone.arch}, {what}", ""]
     if trained:
         lines.append(
             f"A backbone without head, {backbone.width} features an image: {source}, fine-tuned by odcft on "
-            f"{about.get('images', 0):,} unlabelled images ({code(str(about.get('data', '')))})."
+            f"{about.get('images', 0):,} unlabelled images ({code_span(str(about.get('data', '')))})."
         )
     else:
         lines.append(f"A backbone without head, {backbone.width} features an image, taken from {source} by odcft.")
@@ -102,26 +102,12 @@ def card(backbone: Backbone, about: dict[str, Any]) -> str:
             if isinstance(figures.get(key), int | float):
                 lines.append(f"| {title} | {figures[key]:.4g} |")
     if about.get("sha256"):
-        lines += ["", f"SHA-256 of the checkpoint it started from: {code(str(about['sha256']))}"]
+        lines += ["", f"SHA-256 of the checkpoint it started from: {code_span(str(about['sha256']))}"]
     if about.get("recipe"):
-        lines += ["", "## Recipe", "", block(str(about["recipe"]), "yaml")]
+        lines += ["", "## Recipe", "", code_block(str(about["recipe"]).strip(), "yaml")]
     lines += ["", "## Licence", ""]
     lines.append("The weights are yours, as far as the checkpoint and the images they came from allow.")
     return "\n".join(lines) + "\n"
-
-
-def code(text: str) -> str:
-    """Text as a code span of Markdown, whatever it holds: nothing in it is markup."""
-    text = re.sub(r"\s+|[^\x20-\x7e\u00a1-\uffff]", " ", text).strip()
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    pad = " " if "`" in text else ""
-    return f"{fence}{pad}{text}{pad}{fence}"
-
-
-def block(text: str, language: str) -> str:
-    """Text as a fenced block of Markdown, whatever it holds."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text.strip()}\n{fence}"
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import traceback
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -15,6 +16,7 @@ import typer
 
 from odcft import __version__, stopping
 from odcft.errors import OdcftError
+from odcft.words import shown
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,7 +44,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="One field of the recipe, for example memory.momentum=0.3."),
 ]
-Clusters = Annotated[str | None, typer.Option(metavar="K|auto", help="Clusters; auto is images / 128.")]
+Clusters = Annotated[str | None, typer.Option(metavar="K|auto", help="Clusters; auto is images / 128, at most 10,000.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same machine: same backbone.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what odcft wrote there before.")]
@@ -119,6 +121,9 @@ def inspect(
 
     loaded = load_backbone(ckpt, arch, input, allow_partial)
     values, lines = describe(loaded)
+    recipe = "odc_vit" if loaded.backbone.is_transformer else None
+    given = {"arch": arch, "input": input, "allow_partial": allow_partial, "recipe": recipe}
+    lines.append(f"Fine-tune it:   {command('finetune', ckpt, 'IMAGES/', out='RUN', **given)}")
     _tell(values, as_json, lines)
 
 
@@ -150,7 +155,9 @@ def init_memory(
             f"{values['clusters']:,} clusters of {values['smallest']:,} … {values['largest']:,}"
         )
     ]
-    lines.append(f"Go on:      odcft finetune {ckpt} {data} --memory {out} --out RUN")
+    given = {"recipe": recipe if recipe != DEFAULT_RECIPE else None, "set": overrides, "seed": seed, "arch": arch}
+    given |= {"input": input, "allow_partial": allow_partial}
+    lines.append(f"Go on:      {command('finetune', ckpt, data, memory=out, out='RUN', **given)}")
     _tell(values, as_json, lines)
 
 
@@ -204,14 +211,32 @@ def finetune(
     lines = [
         f"Done in {duration(values['seconds'])}. Backbone: {', '.join(values.get('backbones', [values['backbone']]))}",
         f"  {values['load']}",
-        f"Did it get better?    odcft evaluate {out} LABELLED_IMAGES/ --protocol svm,knn",
+        f"Did it get better?    {command('evaluate', out, 'LABELLED_IMAGES/', protocol='svm,knn')}",
     ]
     _tell(values, as_json, lines)
 
 
 def _resuming(argv: list[str]) -> str:
     """The command that goes on where this one was stopped."""
-    return shlex.join(["odcft", *(a for a in argv[1:] if a not in ("--overwrite", "--resume")), "--resume"])
+    words = shlex.join(["odcft", *(a for a in argv[1:] if a not in ("--overwrite", "--resume")), "--resume"])
+    return f"the same torchrun …, now with --resume ({words})" if "TORCHELASTIC_RUN_ID" in os.environ else words
+
+
+def command(verb: str, *words: object, **options: Any) -> str:
+    """A command that can be pasted into a shell, whatever its paths are.
+
+    Args:
+        verb: of odcft.
+        words: its arguments.
+        options: by their names; None, False and empty lists are left out, True is a flag, a list comes several times.
+    """
+    parts = ["odcft", verb, *map(str, words)]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if one is not None and one is not False:
+                parts += [flag] if one is True else [flag, str(one)]
+    return shlex.join(parts)
 
 
 @app.command()
@@ -232,12 +257,12 @@ def export(
     from odcft.inputs import seen_as
 
     backbone = run(source, out, format, arch, overwrite, input, allow_partial, size)
-    shown = backbone.input
-    lines = [f"Wrote {out} ({format}), read back and compared.", f"Images      {seen_as(shown.view)}"]
+    seen = backbone.input
+    lines = [f"Wrote {out} ({format}), read back and compared.", f"Images      {seen_as(seen.view)}"]
     if format == "timm":
         lines.append(f"  {loading_line(backbone, str(out))}")
-    if shown.color != "rgb" and format != "onnx":
-        lines.append(f"Note        It is shown {shown.color}, not RGB: odcft does that by itself, others do not.")
+    if seen.color != "rgb" and format != "onnx":
+        lines.append(f"Note        It is shown {seen.color}, not RGB: odcft does that by itself, others do not.")
     lines += [
         f"It is the first of several members; another is {other}." for other in sorted(Path(source).glob("backbone_*"))
     ]
@@ -266,7 +291,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """How good a backbone's features are: VOC07 SVM mAP, nearest neighbours."""
-    from odcft import evaluate as evaluation
+    from odcft.evaluation import compare as evaluation
 
     protocols = evaluation.check_protocols(protocol)
     if features is not None:
@@ -320,7 +345,7 @@ def pretext(
     lines = [
         f"Done in {duration(values['seconds'])}: {values['accuracy']:.0%} right in the last epoch, "
         f"by chance {values['chance']:.1%}. Checkpoint: {out}",
-        f"Go on:      odcft finetune {out} {data} --out RUN",
+        f"Go on:      {command('finetune', out, data, out='RUN', recipe=values['recipe'])}",
     ]
     _tell(values, as_json, lines)
 
@@ -343,7 +368,8 @@ def recipes(name: Annotated[str | None, typer.Argument(metavar="NAME")] = None, 
     if as_json:
         _tell(loaded.model_dump(mode="json"), True, [])
     else:
-        typer.echo(known.get(name, Path(name).read_text() if name not in known else "").rstrip())
+        text = known[name] if name in known else Path(name).read_text(encoding="utf-8")
+        typer.echo("\n".join(shown(line.expandtabs()) for line in text.rstrip().splitlines()))
         typer.echo(f"\n# With every default written out:\n{_commented(dump(loaded))}")
 
 
@@ -366,25 +392,32 @@ def _options(
     pass
 
 
+def _in_a_line(message: Warning | str, category: type[Warning], *place: object, **more: object) -> str:
+    """A warning of a library, as it is printed."""
+    return f"{category.__name__}: {shown(message)}\n"
+
+
 def main() -> NoReturn:
     """Run the command line and leave with its exit code: 0 done, 2 the user can fix it, 75 stopped, 1 anything else."""
     code = 0
+    warnings.formatwarning = _in_a_line  # type: ignore[assignment]
     with stopping.listening():
         try:
             app()
         except SystemExit as end:  # how typer returns
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         except OdcftError as error:
-            print(f"odcft: {error}", file=sys.stderr)
+            print(f"odcft: {shown(error)}", file=sys.stderr)
             code = 2
         except stopping.Stopped as stopped:
             with suppress(OSError):  # the terminal may be gone
                 if os.environ.get("RANK", "0") == "0":
                     how = str(stopped) or "Nothing was saved. Start it again with the same command."
-                    print(f"odcft: {stopping.asked()}: stopped. {how}", file=sys.stderr, flush=True)
+                    print(f"odcft: {stopping.asked()}: stopped. {shown(how)}", file=sys.stderr, flush=True)
             os._exit(stopping.EXIT)  # without waiting for data workers that are in the middle of reading
         except Exception:  # a fault of ours
-            traceback.print_exc()
+            for line in traceback.format_exc().splitlines():
+                print(shown(line), file=sys.stderr)
             code = 1
     if "RANK" in os.environ:
         from odcft import dist

@@ -19,6 +19,7 @@ from torch import Tensor
 from odcft import dist
 from odcft.errors import OdcftError
 from odcft.memory import UNIT, half_squares
+from odcft.precision import exact_products, has_bfloat16
 
 ROWS = 8192  # at a time, in passes over all rows
 SCORES = 1 << 21  # at a time: they should stay in the processor's cache
@@ -26,6 +27,7 @@ PLACES = 32  # centroids whose scores are looked through together
 FASTEST = 64
 
 
+@exact_products()
 def kmeans(features_SD: Tensor, k: int, seed: int, iterations: int = 20, engine: str = "torch") -> Tensor:
     """Centroids of K-Means.
 
@@ -65,6 +67,7 @@ def kmeans(features_SD: Tensor, k: int, seed: int, iterations: int = 20, engine:
     return centroids_KD
 
 
+@exact_products()
 def assign(features_SD: Tensor, centroids_KD: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest centroid of each row, and how far it is.
 
@@ -236,8 +239,7 @@ class _Nearest:
 
 def _coarse_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where it is faster than float32 to multiply."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
 def _start(features_SD: Tensor, k: int, seed: int) -> Tensor:

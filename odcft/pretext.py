@@ -28,9 +28,10 @@ from odcft.features import to_float
 from odcft.inputs import Input, View
 from odcft.log import Progress
 from odcft.optim import lr_at, make_optimizer, set_lr
+from odcft.precision import allow_tf32
 from odcft.recipe import Recipe
 from odcft.stopping import Stopped
-from odcft.train import resolve, set_precision, view_of
+from odcft.train import fitting_recipe, resolve, view_of
 
 
 class Rotation(nn.Module):
@@ -247,7 +248,7 @@ def train_pretext(
 
     Returns:
         out, task, arch, images, unreadable, epochs, loss, accuracy (0..1, over the last epoch, on augmented training
-        images), chance (of an answer), seconds.
+        images), chance (of an answer), recipe (to fine-tune with), seconds.
 
     Raises:
         OdcftError: for anything the user can mend.
@@ -289,7 +290,7 @@ def _train(
         recipe = recipe.model_copy(deep=True)
         recipe.data.range = state.get("intensity") or "full"
     recipe, device = resolve(recipe, [Loaded(backbone, f"scratch:{arch}", None)], images, progress)
-    set_precision(recipe)
+    allow_tf32(recipe.optim.tf32)
     optim, size = recipe.optim, recipe.data.size
     assert isinstance(size, int)
     assert isinstance(recipe.data.workers, int)
@@ -373,6 +374,7 @@ def _train(
         "epochs": optim.epochs,
         **figures,
         "chance": 1 / logits_MC.shape[1],
+        "recipe": fitting_recipe([backbone], len(images)),
         "seconds": round(time.monotonic() - began, 1),
     }
 

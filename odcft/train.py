@@ -6,7 +6,9 @@ Shapes: N images, S of them on this rank, B batch, K clusters, D embedding.
 import json
 import math
 import os
+import socket
 import time
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from odcft import dist, folders, seeds, snapshot, stopping
 from odcft.advice import explained
 from odcft.augment import augment_batch
-from odcft.backbone import Loaded, load_backbone, loading_line
+from odcft.backbone import Backbone, Loaded, load_backbone, loading_line
 from odcft.card import about_run
 from odcft.data import Crops, Images, TrainingOrder, automatic_size, find_images, loader, own_range, usual_side
 from odcft.errors import OdcftError
@@ -31,16 +33,19 @@ from odcft.health import Window, all_finite, cluster_figures, finite_gradients, 
 from odcft.inputs import View
 from odcft.kmeans import assign, kmeans
 from odcft.late import LateReader
-from odcft.log import Metrics, Progress, duration, read_lines
+from odcft.log import Metrics, Progress, count_of, duration, now, read_lines
 from odcft.methods import METHODS, codc, odc
 from odcft.model import Members, Model
 from odcft.optim import lr_at, make_optimizer, set_lr
 from odcft.optim import restore as restore_optimizer
 from odcft.optim import stored as stored_optimizer
-from odcft.recipe import MemberRecipe, Recipe, dump
+from odcft.precision import allow_tf32, has_bfloat16
+from odcft.recipe import MemberRecipe, Recipe, dump, flat, load_recipe, make_recipe
 from odcft.resume import read_about, read_quarantine, refuse_other_checkpoint, resumed_recipe, same_images
 from odcft.stopping import Stopped
 
+MOST_CLUSTERS = 10_000  # that `auto` takes (paper, sec. 3.4)
+FEW_STEPS, LARGE_BATCH = 200, 256  # an epoch of fewer steps with larger batches: the recipe is for more images
 FEW = 20  # images a cluster: with fewer, DC's classifier has little to learn from
 
 
@@ -68,17 +73,19 @@ def begin(
     progress: Progress,
     arch: str | None = None,
     memory: Path | None = None,
+    training: bool = True,
 ) -> Start:
     """Load the checkpoints, find the images, and build both memories, by K-Means or from an `init-memory` folder."""
     images = find_images(data)
     recipe = resolve_members(recipe, ckpts)
-    loaded = load_members(ckpts, arch, recipe)
+    with progress.waiting(f"Loading     {', '.join(ckpts)} …"):
+        loaded = load_members(ckpts, arch, recipe)
     resolve_clusters(recipe, len(images))  # refuse what cannot work before anything slow is done
     recipe, device = resolve(recipe, loaded, images, progress, memory)
-    set_precision(recipe)
+    allow_tf32(recipe.optim.tf32)
     method = METHODS[recipe.method]
     necks, dim = make_necks(loaded, recipe)
-    _describe(loaded, images, recipe, progress)
+    _describe(loaded, images, recipe, progress, training)
 
     if memory is not None:
         return _read_memory(memory, ckpts, loaded, necks, dim, images, recipe, device)
@@ -88,25 +95,17 @@ def begin(
     def network(images: Tensor) -> Tensor:
         return codc.side_by_side([network(images) for network in networks])
 
-    unreadable: dict[str, str] = {}
-    while True:
-        crops = Crops(images, view_of(recipe))
-        batch = max(1, recipe.optim.batch_size // dist.world_size())
-        features_SD, bad_here = extract(network, crops, batch, _number(recipe.data.workers), device, progress)
-        bad = dist.gather_dict(bad_here)
-        if not bad:
-            break
-        unreadable |= {images.names[i]: reason for i, reason in sorted(bad.items())}
-        keep = torch.tensor([i not in bad for i in range(len(images))])
-        if not keep.any():
-            raise OdcftError(
-                f"None of the {len(images):,} images in {data} can be read; {next(iter(unreadable.items()))}."
-            )
+    batch = max(1, recipe.optim.batch_size // dist.world_size())
+    crops = Crops(images, view_of(recipe))
+    features_SD, bad_here = extract(network, crops, batch, _number(recipe.data.workers), device, progress)
+    bad = dist.gather_dict(bad_here)
+    unreadable = {images.names[i]: reason for i, reason in sorted(bad.items())}
+    if len(bad) == len(images):
+        name, reason = next(iter(unreadable.items()))
+        raise OdcftError(f"None of the {len(images):,} images in {data} can be read. The first is {name}: {reason}.")
+    if bad:
+        features_SD = dist.without(features_SD, set(bad), len(images))
         images = images.without(set(bad))
-        if dist.world_size() == 1:
-            features_SD = features_SD[keep.to(device)]
-            break
-        # Every rank owns other images now, so the features are made once more, of images that can all be read.
     if unreadable:
         some = ", ".join(list(unreadable)[:3]) + (", …" if len(unreadable) > 3 else "")
         progress.say(f"            {len(unreadable):,} unreadable and skipped: {some} (all in quarantine.csv)")
@@ -114,10 +113,11 @@ def begin(
     recipe = resolve_clusters(recipe, len(images), progress)
     started = time.monotonic()
     K = _number(recipe.memory.clusters)
-    features_SD = method.compact(features_SD, recipe)
     seed = seeds.seed(recipe.seed, "kmeans", 0)
-    centroids_KD = kmeans(features_SD, K, seed, recipe.kmeans.iterations, recipe.kmeans.engine)
-    labels_S = assign(features_SD, centroids_KD)[0]
+    with progress.waiting(f"K-Means     {K:,} clusters of {len(images):,} images …"):
+        features_SD = method.compact(features_SD, recipe)
+        centroids_KD = kmeans(features_SD, K, seed, recipe.kmeans.iterations, recipe.kmeans.engine)
+        labels_S = assign(features_SD, centroids_KD)[0]
     state = method.start(features_SD, labels_S, recipe)
     sizes_K = state.memory.sizes_K
     progress.say(
@@ -220,7 +220,7 @@ def resolve(
     if recipe.memory.dtype == "auto":
         recipe.memory.dtype = "float16" if gpu else "float32"
     if recipe.optim.precision == "auto":
-        recipe.optim.precision = "bfloat16" if gpu and torch.cuda.is_bf16_supported() else "float32"
+        recipe.optim.precision = "bfloat16" if gpu and has_bfloat16(device) else "float32"
     return recipe, device
 
 
@@ -253,8 +253,8 @@ def _resolve_range(recipe: Recipe, images: Images, progress: Progress | None, me
 def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = None) -> Recipe:
     """The recipe with a number of clusters that can work for `count` images.
 
-    `auto` is count / 128 (10,000 for ImageNet), at least 2, and no more than leaves every cluster above the
-    small-cluster threshold. Where even two clusters would be below it, the threshold is lowered.
+    `auto` is count / 128, at least 2, at most 10,000 (which the paper has for ImageNet), and no more than leaves every
+    cluster above the small-cluster threshold. Where even two clusters would be below it, the threshold is lowered.
 
     Raises:
         OdcftError: a given number of clusters that leaves some of them small whatever happens.
@@ -274,7 +274,7 @@ def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = Non
             )
         memory.min_cluster = lowered
     most = count // (memory.min_cluster + 1) if memory.min_cluster >= 0 else count
-    automatic = max(2, min(count // 128, most))
+    automatic = max(2, min(count // 128, MOST_CLUSTERS, most))
     if memory.clusters == "auto":
         memory.clusters = automatic
     elif memory.clusters > most:
@@ -307,12 +307,8 @@ def view_of(recipe: Recipe) -> View:
     return View(_number(recipe.data.size), recipe.data.crop_fraction, intensity=intensity)
 
 
-def set_precision(recipe: Recipe) -> None:
-    """Whether float32 products on a GPU may use TF32."""
-    torch.set_float32_matmul_precision("high" if recipe.optim.tf32 else "highest")
-
-
-def _describe(loaded: list[Loaded], images: Images, recipe: Recipe, progress: Progress) -> None:
+def _describe(loaded: list[Loaded], images: Images, recipe: Recipe, progress: Progress, training: bool) -> None:
+    """Say what was found and what will be done, before anything slow is."""
     for one in loaded:
         found = one.match
         cover = f"{len(found.tensors)}/{found.expected} tensors under {found.where}" if found else one.source
@@ -324,12 +320,39 @@ def _describe(loaded: list[Loaded], images: Images, recipe: Recipe, progress: Pr
     progress.say(f"Images      {len(images):,} in {images.source}")
     if images.skipped:
         progress.say(f"Not read    {images.not_read()}")
-    optim = recipe.optim
-    progress.say(
-        f"Plan        {recipe.method.upper()} · {optim.epochs} epochs · batch {optim.batch_size} · "
-        f"{recipe.data.size} px · "
-        f"{dist.world_size()} process{'es' if dist.world_size() > 1 else ''} · {optim.precision}"
-    )
+    optim, ranks = recipe.optim, dist.world_size()
+    plan = [recipe.method.upper(), count_of(optim.epochs, "epoch"), f"batch {optim.batch_size}"] if training else []
+    plan += [f"{recipe.data.size} px", f"{ranks} process{'es' if ranks > 1 else ''}", optim.precision]
+    progress.say(f"Plan        {' · '.join(plan)}")
+    if training:
+        for note in unfit(loaded, len(images), recipe):
+            progress.say(f"Note        {note}")
+
+
+def fitting_recipe(backbones: list[Backbone], count: int) -> str | None:
+    """The shipped recipe that suits such networks and so many images; None for the default."""
+    if any(backbone.is_transformer for backbone in backbones):
+        return "odc_vit"
+    return "small" if count < FEW_STEPS * load_recipe().optim.batch_size else None
+
+
+def unfit(loaded: list[Loaded], count: int, recipe: Recipe) -> list[str]:
+    """Where another recipe is made for such networks or so few images, a sentence each."""
+    notes = []
+    transformers = [one.backbone.arch for one in loaded if one.backbone.is_transformer]
+    if transformers and recipe.optim.optimizer == "sgd":
+        notes.append(
+            f"{transformers[0]} is a transformer, and this recipe trains by SGD, which suits convolutional networks: "
+            "--recipe odc_vit is made for transformers."
+        )
+    steps = count // recipe.optim.batch_size
+    if steps < FEW_STEPS and recipe.optim.batch_size >= LARGE_BATCH and not transformers:
+        notes.append(
+            f"{count:,} images are {count_of(max(1, steps), 'step')} an epoch with batches of "
+            f"{recipe.optim.batch_size}: --recipe {'dc_small' if recipe.method == 'dc' else 'small'} is made for "
+            "thousands of images."
+        )
+    return notes
 
 
 # ---------------------------------------------------------------- init-memory
@@ -364,7 +387,7 @@ def init_memory(
     progress = progress or Progress()
     folders.refuse_full(out, folders.MEMORY_FILES, overwrite)
     with folders.locked(out, progress.say), explained(recipe):
-        start = begin([ckpt], data, recipe, progress, arch)
+        start = begin([ckpt], data, recipe, progress, arch, training=False)
         memory, count = start.state.memory, len(start.images)
         tensors = {
             "features": dist.in_dataset_order(memory.features_SD, count),
@@ -378,7 +401,7 @@ def init_memory(
             save_file({name: t.cpu().contiguous() for name, t in neck.items()}, out / "neck.safetensors")
             folders.write_image_lists(start.images, start.unreadable, out)
             about = folders.about([ckpt], [start.loaded[0].backbone.arch], data, start.images)
-            about |= {"seed": start.recipe.seed, "recipe": start.recipe.model_dump(mode="json")}
+            about |= {"seed": start.recipe.seed, "recipe": start.recipe.model_dump(mode="json"), **identity([ckpt])}
             folders.write_whole(out / "memory.json", json.dumps(about, indent=2))
         dist.barrier()
     sizes_K = start.state.memory.sizes_K
@@ -404,20 +427,31 @@ def _read_memory(
 ) -> Start:
     """The start that `init-memory` wrote, for the same checkpoint and images."""
     if len(ckpts) > 1:
-        raise OdcftError(f"{folder} is of one checkpoint; several together make their memory. Leave --memory away.")
+        raise OdcftError(
+            f"{folder} holds the memory of one checkpoint; several checkpoints make theirs together. Drop --memory."
+        )
     (ckpt,), (neck,) = ckpts, necks
     try:
-        about = json.loads((folder / "memory.json").read_text())
+        about = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
+        made_from, sha256 = str(about["checkpoint"]), str(about["sha256"])
+        made_with = make_recipe(about["recipe"], str(folder / "memory.json"))
         tensors = load_file(folder / "memory.safetensors")
         neck_tensors = load_file(folder / "neck.safetensors")
         names = folders.read_column(folder / "images.csv", "path")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        (count, length), clusters = tensors["features"].shape, len(tensors["centroids"])
+        if not (tensors["labels"].shape == (count,) == (len(names),) and tensors["centroids"].shape[1] == length):
+            raise ValueError("its tensors do not fit each other")
+        if not (count and 0 <= int(tensors["labels"].min()) <= int(tensors["labels"].max()) < clusters):
+            raise ValueError("its labels are not those of its clusters")
+        if not tensors["features"].isfinite().all():
+            raise ValueError("its features are not finite")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise OdcftError(
             f"{folder} is not a complete folder of `odcft init-memory` ({error}). Make it again."
         ) from None
-    if about["sha256"] != folders.sha256(ckpt):
+    if sha256 != folders.sha256(ckpt):
         raise OdcftError(
-            f"{folder} was made from another checkpoint ({about['checkpoint']}), not from {ckpt}. "
+            f"{folder} was made from another checkpoint ({made_from}), not from {ckpt}. "
             "Make it again with `odcft init-memory`."
         )
     known = set(names)
@@ -428,21 +462,25 @@ def _read_memory(
             f"{folder} was made from {len(names):,} images that are not those of {images.source} now. "
             "Make it again with `odcft init-memory`."
         )
-    clusters, length = tensors["centroids"].shape
-    if recipe.memory.clusters not in ("auto", clusters) and recipe.memory.clusters != type(recipe.memory)().clusters:
+    random_weights = loaded[0].match is None or bool(loaded[0].match.missing)
+    _refuse_other_features(folder, made_with, recipe, random_weights)
+    if recipe.memory.clusters not in ("auto", clusters):
         raise OdcftError(
-            f"{folder} has {clusters:,} clusters, the recipe asks for {recipe.memory.clusters:,}. "
-            "Leave --clusters away, or make the memory again."
-        )
-    made_for = about["recipe"]["method"]
-    if (made_for == "dc") != (recipe.method == "dc") or (recipe.method != "dc" and length != dim):
-        raise OdcftError(
-            f"{folder} was made for {made_for} with features of {length} numbers, not for {recipe.method} with {dim}. "
-            "Make the memory again with this recipe and method."
+            f"{folder} has {clusters:,} clusters, and {recipe.memory.clusters:,} are asked for. "
+            "Drop --clusters, or make the memory again."
         )
     recipe.memory.clusters = clusters
     recipe = resolve_clusters(recipe, len(images))
-    neck.load_state_dict(neck_tensors)
+    try:
+        neck.load_state_dict(neck_tensors)
+    except RuntimeError:
+        raise OdcftError(
+            f"{folder / 'neck.safetensors'} is not the neck of this recipe. Make the memory again."
+        ) from None
+    if recipe.method != "dc" and length != dim:
+        raise OdcftError(
+            f"{folder} has features of {length} numbers, and this recipe's neck gives {dim}. Make it again."
+        )
     neck.to(device)
     loaded[0].backbone.to(device)
     owned = torch.tensor(dist.owned(len(images)))
@@ -450,6 +488,26 @@ def _read_memory(
         tensors["features"][owned].to(device), tensors["labels"][owned].to(device), recipe
     )
     return Start(loaded, necks, dim, images, recipe, state, device, unreadable)
+
+
+# What the features in a memory depend on, besides checkpoint and images; `dc.pca` for dc, the neck for odc.
+FEATURES = (
+    *("method", "data.size", "data.crop_fraction", "data.range", "data.mean", "data.std", "backbone.input"),
+    *("backbone.arch_args", "neck.hidden", "neck.dim", "dc.pca"),
+)
+
+
+def _refuse_other_features(folder: Path, made_with: Recipe, recipe: Recipe, random_weights: bool) -> None:
+    """Refuse a memory whose features this recipe would not have made."""
+    then, now = flat(made_with.model_dump(mode="json")), flat(recipe.model_dump(mode="json"))
+    others = "neck." if recipe.method == "dc" else "dc."
+    names = [name for name in FEATURES if name in then and not name.startswith(others)]
+    for name in [*names, *(["seed"] if random_weights else [])]:
+        if then[name] != now[name]:
+            raise OdcftError(
+                f"{folder} was made with {name}={then[name]}, and this run has {name}={now[name]}: its features would "
+                "be others. Give the same recipe and settings as for `odcft init-memory`, or make the memory again."
+            )
 
 
 # ---------------------------------------------------------------- finetune
@@ -512,6 +570,18 @@ def fine_tune(
         raise
 
 
+def identity(ckpts: list[str]) -> dict[str, Any]:
+    """By which, where, when and from which files something is made: for run.json and memory.json."""
+    paths = [str(Path(ckpt).absolute()) if Path(ckpt).exists() else ckpt for ckpt in ckpts]
+    return {
+        "odcft": version("odcft"),
+        "id": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "started": now(),
+        "checkpoint_path": paths if len(paths) > 1 else paths[0],
+    }
+
+
 def _new_run(
     ckpts: list[str],
     data: str,
@@ -527,7 +597,7 @@ def _new_run(
         folders.clear(out, folders.RUN_FILES)
         about = folders.about(ckpts, [one.backbone.arch for one in start.loaded], data, start.images)
         about |= {"asked": recipe.model_dump(mode="json"), "sample": folders.sample(start.images)}
-        about |= {"arch_given": arch}
+        about |= {"arch_given": arch, **identity(ckpts)}
         folders.write_whole(out / "run.json", json.dumps(about, indent=2))
         folders.write_image_lists(start.images, start.unreadable, out)
     dist.barrier()
@@ -552,21 +622,37 @@ def _resume_point(
     about = read_about(out)
     arch = arch or about.get("arch_given")
     recipe = resumed_recipe(recipe, epochs, out, about, saved.about)
+    if dist.rank() == 0 and recipe.optim.epochs != saved.about["recipe"]["optim"]["epochs"]:
+        # A later --resume need not say it again.
+        folders.write_whole(out / "run.json", json.dumps({**about, "epochs": recipe.optim.epochs}, indent=2))
     refuse_other_checkpoint(ckpts, out, about)
-    loaded = load_members(ckpts, arch, recipe)
+    with progress.waiting(f"Loading     {', '.join(ckpts)} …"):
+        loaded = load_members(ckpts, arch, recipe)
     images = same_images(data, out, about)
     recipe, device = resolve(recipe, loaded, images)
-    set_precision(recipe)
+    allow_tf32(recipe.optim.tf32)
     necks, dim = make_necks(loaded, recipe)
     rows = len(dist.owned(len(images)))
     nothing_SD = torch.zeros(rows, len(necks) * dim, device=device)
     state = METHODS[recipe.method].start(nothing_SD, torch.zeros(rows, dtype=torch.int32, device=device), recipe)
     unreadable = dict.fromkeys(read_quarantine(out), "")
     progress.say(f"Resuming    {out} after {saved.about['step']:,} steps")
+    _tell_new_rate(saved.about, recipe, progress)
     changed = [f"{name} {then} then, {now} now" for name, then, now in _other_versions(saved.about["versions"])]
     if changed:
         progress.say(f"Note        {'; '.join(changed)}: it goes on, but perhaps not to the same bits.")
     return Start(loaded, necks, dim, images, recipe, state, device, unreadable), saved
+
+
+def _tell_new_rate(saved: dict[str, Any], recipe: Recipe, progress: Progress) -> None:
+    """Say how a prolonged schedule goes on."""
+    before, epochs = make_recipe(saved["recipe"]).optim, recipe.optim.epochs
+    if before.epochs != epochs:
+        was, now = (
+            lr_at(max(0, saved["step"] - 1), saved["steps_per_epoch"], optim) for optim in (before, recipe.optim)
+        )
+        rate = f"goes from {was:.3g} to {now:.3g}" if was != now else f"stays at {now:.3g}"
+        progress.say(f"Note        {epochs} epochs instead of {before.epochs}: the learning rate {rate}.")
 
 
 def _train(
@@ -733,7 +819,8 @@ def _train(
                 if not math.isfinite(figures["loss"]):
                     raise _not_finite(step, optimizer, out)
                 figures["lr"] = optimizer.param_groups[0]["lr"]
-                if epoch_ends and not torch.equal(labels_before_S, state.memory.labels_S):
+                # dc's first labels have none before them.
+                if epoch_ends and not (recipe.method == "dc" and torch.equal(labels_before_S, state.memory.labels_S)):
                     figures["nmi_previous"] = nmi(labels_before_S, state.memory.labels_S)
                     labels_before_S = state.memory.labels_S.clone()
                 troubles = warnings([*metrics.lines(), figures], K, recipe.method)
@@ -765,7 +852,7 @@ def _train(
         for name in folders.BACKBONES[: len(ckpts)]:
             for file in (out / name).iterdir():
                 folders.sync(file)
-        about = {**json.loads((out / "run.json").read_text()), "finished": order.steps}
+        about = {**json.loads((out / "run.json").read_text()), "finished": order.steps, "ended": now()}
         folders.write_whole(out / "run.json", json.dumps(about, indent=2))
     dist.barrier()
     return _result(start, out, order.steps, time.monotonic() - began)

@@ -10,7 +10,7 @@ from PIL import Image
 from odcft.backbone import load_backbone
 from odcft.data import Crops, find_images
 from odcft.errors import OdcftError
-from odcft.evaluate import view_of
+from odcft.evaluation.compare import view_of
 from odcft.exports import export
 from odcft.features import to_float
 from odcft.folders import digest

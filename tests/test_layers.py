@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "odcft"
 LAYERS = [
-    {"errors", "_torchvision", "recipe", "dist", "launch", "late", "stopping", "color", "seeds"},
+    {"errors", "_torchvision", "recipe", "dist", "launch", "late", "stopping", "color", "seeds", "precision", "words"},
     {"inputs", "renames", "restricted", "networks", "checkpoint", "matching", "recognition"},
     {
         "memory",
@@ -23,7 +23,7 @@ LAYERS = [
     },
     {"methods", "folders", "card", "exports"},
     {"snapshot", "resume"},
-    {"train", "evaluate", "pretext"},
+    {"train", "evaluation", "pretext"},
     {"demo", "cli", "__main__", "__init__"},
 ]
 

@@ -62,11 +62,11 @@ def evaluate_arrays(split: Split, protocols: list[str]) -> dict[str, Any]:
     """
     results: dict[str, Any] = {}
     if "svm" in protocols:
-        from odcft.evaluate.svm import voc07_svm
+        from odcft.evaluation.svm import voc07_svm
 
         results["svm"] = voc07_svm(split.train_features, split.train_targets, split.test_features, split.test_targets)
     if "knn" in protocols:
-        from odcft.evaluate.knn import knn
+        from odcft.evaluation.knn import knn
 
         train_N, test_N = _one_class(split.train_targets), _one_class(split.test_targets)
         results["knn"] = knn(split.train_features, train_N, split.test_features, test_N)
@@ -122,7 +122,7 @@ def evaluate(
         several members this is of all of them side by side, and `members` has the same of each.
     """
     from odcft.backbone import load_backbone
-    from odcft.evaluate.labels import labelled
+    from odcft.evaluation.labels import labelled
     from odcft.inputs import seen_as
     from odcft.log import Progress
 
@@ -269,7 +269,7 @@ def _changes(before: dict[str, Any], after: dict[str, Any], targets_NC: np.ndarr
 def _figure(protocol: str, results: dict[str, Any], targets_NC: np.ndarray, rows: np.ndarray) -> float:
     if protocol == "knn":
         return 100 * float((results["knn"]["predicted"][rows] == _one_class(targets_NC[rows])).mean())
-    from odcft.evaluate.svm import average_precision
+    from odcft.evaluation.svm import average_precision
 
     present, scores = targets_NC[rows], results["svm"]["scores"][rows]
     counted = present != -1

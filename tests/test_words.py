@@ -1,0 +1,161 @@
+"""Names from files are other people's words: on a terminal and in a model card they are shown and do nothing."""
+
+import json
+import re
+import sys
+import warnings
+
+import pytest
+
+from odcft.log import Progress
+from odcft.words import code_block, code_span, markdown_text, shown
+
+HOSTILE = {
+    "colour": ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"),
+    "title": ("\x1b]0;owned\x07", r"\x1b]0;owned\x07"),
+    "8-bit control": ("\x9b2J", r"\x9b2J"),
+    "forged line": ("a.png\nWarning     all is lost", r"a.png\nWarning     all is lost"),
+    "carriage return": ("a.png\rodcft: ", r"a.png\rodcft: "),
+    "backspace and delete": ("a\b\x7f", r"a\x08\x7f"),
+    "next line": ("a\x85b", r"a\x85b"),
+    "line separator": ("a\u2028b\u2029c", r"a\u2028b\u2029c"),
+    "turned around": ("\u202egpj.exe", r"\u202egpj.exe"),
+    "isolate": ("a\u2066b\u2069", r"a\u2066b\u2069"),
+    "mark": ("a\u200e\u200f\u061cb", r"a\u200e\u200f\u061cb"),
+    "no width": ("a\u200b\ufeff\u2060\xadb", r"a\u200b\ufeff\u2060\xadb"),
+    "tag": ("a\U000e0041b", r"a\U000e0041b"),
+    "byte that is no letter": ("a\udcff.png", r"a\xff.png"),
+    "lone surrogate": ("a\ud800b", r"a\ud800b"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_what_a_terminal_would_obey_is_shown(case):
+    text, expected = HOSTILE[case]
+    assert shown(text) == expected
+    shown(text).encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    "text", ["Bücher/Ωμέγα.png", "日本語.png", "می\u200cخواهم.png", "👩\u200d🔬.png", "a b\xa0c … ·", ""]
+)
+def test_every_language_stays_as_it_is(text):
+    assert shown(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.png", "`a.png`"),
+        ("a`b", "``a`b``"),
+        ("`a", "`` `a ``"),
+        ("a``b`", "``` a``b` ```"),
+        ("</code><script>", "`</code><script>`"),
+        ("a\n\n# Owned", "`a\\n\\n# Owned`"),
+        (" a", "`  a `"),
+        ("", ""),
+        ("  ", ""),
+    ],
+)
+def test_a_code_span_cannot_be_left(text, expected):
+    assert code_span(text) == expected
+
+
+def test_a_code_block_cannot_be_left():
+    block = code_block("method: odc\n```\n# Owned\n````\n\x1b[31m\tx", "yaml")
+    first, *inner, last = block.split("\n")
+    assert (first, last) == ("`````yaml", "`````")
+    assert inner == ["method: odc", "```", "# Owned", "````", r"\x1b[31m   x"]
+    assert code_block("a") == "```\na\n```"
+
+
+def test_markdown_does_nothing_with_text():
+    text = markdown_text("[x](http://a) ![i](b) <img src=x> *a* _b_ `c` &lt; #1 \\ - + ~~ | @me\nx")
+    assert not re.search(r"(?<!\\)[`*_\[\]()#+|~@!>]", text.replace("&lt;img", ""))
+    assert "<" not in text
+    assert "&amp;lt;" in text
+    assert "\n" not in text
+    assert markdown_text("images of mine") == "images of mine"
+
+
+EVIL = "\x1b[2J\nWarning     forged\r\u202e"
+
+
+def raw(text):
+    """What of a hostile name reached the terminal as it is: all but our own line breaks."""
+    return [letter for letter in text if letter in "\x1b\r\u202e"] + re.findall(
+        "^Warning     forged", text, re.MULTILINE
+    )
+
+
+def test_names_of_images_do_nothing_to_the_terminal(odcft_command, tmp_path, make_images):
+    images = make_images(tmp_path / "images", 8)
+    (images / "a" / f"{EVIL}.png").write_bytes(b"no image")
+    out = tmp_path / f"{EVIL}.pth"
+    flags = ("--arch", "test_resnet", "--epochs", 1, "--out", out, "--json")
+    code, stdout, err = odcft_command("pretext", "rotation", images, *flags)
+    assert code == 0, err
+    assert err.count("forged") >= 2
+    assert not raw(err)
+    assert json.loads(stdout)["out"] == str(out)
+
+
+@pytest.mark.parametrize("name", [EVIL, "\udcff"])
+def test_paths_in_errors_do_nothing_to_the_terminal(odcft_command, tmp_path, make_images, name):
+    images = make_images(tmp_path / "images", 4)
+    places = {
+        "finetune": (tmp_path / name, images, "--out", tmp_path / "run", "--recipe", "small"),
+        "evaluate": ("scratch:test_resnet", tmp_path / name),
+        "inspect": (tmp_path / name,),
+        "export": (tmp_path / name, tmp_path / "out"),
+        "recipes": (tmp_path / name,),
+    }
+    for command, arguments in places.items():
+        code, _, err = odcft_command(command, *arguments)
+        assert code == 2, err
+        assert not raw(err)
+        assert len(err.splitlines()) == 1, err
+
+
+def test_a_recipe_that_is_printed_does_nothing_to_the_terminal(odcft_command, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("# x \u202e\nmethod: odc\n", encoding="utf-8")
+    code, out, err = odcft_command("recipes", path)
+    assert code == 0, err
+    assert r"# x \u202e" in out
+    assert not raw(out)
+
+
+def test_notes_on_a_bar_do_nothing_to_the_terminal(capsys, monkeypatch):
+    from rich.console import Console
+
+    progress = Progress()
+    progress.console = Console(stderr=True, force_terminal=True, color_system=None, width=100, soft_wrap=True)
+    with progress.phase("Features", 2) as advance:
+        advance(2, "note \x9b2J\u202e")
+    assert r"note \x9b2J\u202e" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["warning", "fault"])
+def test_warnings_and_faults_of_libraries_are_shown_in_lines_of_their_own(odcft_command, monkeypatch, kind):
+    from odcft import backbone
+
+    def load(*args):
+        if kind == "fault":
+            raise AssertionError(f"{EVIL}: a fault of ours")
+        warnings.warn(f"{EVIL}: mind this", stacklevel=1)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(backbone, "load_backbone", load)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    # As in a program of its own: pytest shows warnings its way.
+    monkeypatch.setattr(
+        warnings,
+        "showwarning",
+        lambda message, *place, **more: print(warnings.formatwarning(message, *place), file=sys.stderr),
+    )
+    code, _, err = odcft_command("inspect", "c.pth")
+    assert code == (kind == "fault"), err
+    assert r"\x1b[2J" in err
+    assert "\x1b" not in err
+    assert "\u202e" not in err
