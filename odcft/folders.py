@@ -27,6 +27,10 @@ BEGUN = {"recipe.yaml", "run.json", "images.csv", "quarantine.csv", "checkpoints
 LOCK = "lock"
 
 
+# A file system's names are bytes: those that are no UTF-8 come out of Python, and into a table, as the same bytes.
+NAMES: Any = {"encoding": "utf-8", "errors": "surrogateescape"}
+
+
 def refuse_full(out: Path, ours: tuple[str, ...], overwrite: bool) -> None:
     """Refuse an output that would be written over."""
     if out.exists() and not out.is_dir():
@@ -155,14 +159,14 @@ def sample(images: Images, count: int = 64) -> dict[str, str]:
 
 
 def write_image_lists(images: Images, unreadable: dict[str, str], out: Path) -> None:
-    """images.csv, and quarantine.csv where an image could not be read (name: reason)."""
-    with (out / "images.csv").open("w", newline="", encoding="utf-8") as file:
+    """images.csv, and quarantine.csv where an image could not be read (name: reason); names byte by byte."""
+    with (out / "images.csv").open("w", newline="", **NAMES) as file:
         table = csv.writer(file)
         table.writerow(["row", "path"])
         table.writerows(enumerate(images.names))
     sync(out / "images.csv")
     if unreadable:
-        with (out / "quarantine.csv").open("w", newline="", encoding="utf-8") as file:
+        with (out / "quarantine.csv").open("w", newline="", **NAMES) as file:
             table = csv.writer(file)
             table.writerow(["path", "reason"])
             table.writerows(unreadable.items())
@@ -171,7 +175,7 @@ def write_image_lists(images: Images, unreadable: dict[str, str], out: Path) -> 
 
 def read_column(path: Path, column: str) -> list[str]:
     """One column of a .csv of ours."""
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", **NAMES) as file:
         return [row[column] for row in csv.DictReader(file)]
 
 

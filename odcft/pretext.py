@@ -288,7 +288,7 @@ def _train(
     backbone = new_backbone(arch, task)
     if state and recipe.data.range == "auto":
         recipe = recipe.model_copy(deep=True)
-        recipe.data.range = state.get("intensity") or "full"
+        recipe.data.range = tuple(state.get("intensity") or ()) or "full"
     recipe, device = resolve(recipe, [Loaded(backbone, f"scratch:{arch}", None)], images, progress)
     allow_tf32(recipe.optim.tf32)
     optim, size = recipe.optim, recipe.data.size
@@ -297,7 +297,7 @@ def _train(
     if state and state["size"] != size:
         raise OdcftError(f"{out} was trained at {state['size']} pixels, not at {size}. Choose another --out.")
     view = view_of(recipe)
-    if state and state.get("intensity", view.intensity) != view.intensity:
+    if state and "intensity" in state and tuple(state["intensity"] or ()) != (view.intensity or ()):
         raise OdcftError(
             f"{out} was trained with data.range={state['intensity']}, not {recipe.data.range}. Choose another --out."
         )
@@ -400,7 +400,7 @@ def _save(out: Path, task: str, network: Task, optimizer: torch.optim.Optimizer,
                 "arch": backbone.arch,
                 "input": backbone.input.color,
                 "size": view.size,
-                "intensity": view.intensity,
+                "intensity": None if view.intensity is None else list(view.intensity),
                 "mean": list(backbone.input.mean),
                 "std": list(backbone.input.std),
                 "epoch": epoch,

@@ -230,24 +230,16 @@ def _resolve_range(recipe: Recipe, images: Images, progress: Progress | None, me
     Numbers are written even for the full range of a type, so that nobody who sees the backbone's images later has to
     guess; `full` is left where no image has more than 8 bits.
     """
-    asked, made = recipe.data.range, None
-    with suppress(OSError, ValueError, KeyError):  # `_read_memory` says what is wrong with the folder
-        if memory is not None:
+    if memory is not None and recipe.data.range == "auto":
+        with suppress(OSError, ValueError, KeyError, TypeError):  # `_read_memory` says what is wrong with the folder
             about = json.loads((memory / "memory.json").read_text(encoding="utf-8"))
             recipe.data.range = about["recipe"]["data"].get("range", "full")
-            made = recipe.data.range
-    if asked != "auto":
-        recipe.data.range = asked
     if recipe.data.range in ("auto", "full"):
         looked = {0: own_range(images, recipe.data.range == "full")} if dist.rank() == 0 else {}
         found, words = dist.gather_dict(looked)[0]  # one answer for all ranks
         recipe.data.range = found or "full"
         if progress and words:
             progress.say(f"Note        {words}")
-    if made is not None and asked not in ("auto", made) and recipe.data.range != made:
-        raise OdcftError(
-            f"{memory} was made with data.range={made}, not {asked}. Leave data.range away, or make the memory again."
-        )
 
 
 def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = None) -> Recipe:
@@ -462,6 +454,8 @@ def _read_memory(
             f"{folder} was made from {len(names):,} images that are not those of {images.source} now. "
             "Make it again with `odcft init-memory`."
         )
+    if made_with.data.range == "auto":  # of before there was a range: all of the type's
+        made_with.data.range = own_range(images, full=True)[0] or "full"
     random_weights = loaded[0].match is None or bool(loaded[0].match.missing)
     _refuse_other_features(folder, made_with, recipe, random_weights)
     if recipe.memory.clusters not in ("auto", clusters):
@@ -959,7 +953,10 @@ def _other_versions(then: dict[str, str]) -> list[tuple[str, str, str]]:
 
 
 def write_clusters(state: odc.State, images: Images, path: Path) -> None:
-    """clusters.parquet: path, cluster, and distance of the stored feature to the cluster's centroid."""
+    """clusters.parquet: path, cluster, and distance of the stored feature to the cluster's centroid.
+
+    Rows are those of images.csv. Parquet's text is UTF-8: bytes of a path that are not are written as \\xNN.
+    """
     memory = state.memory
     distances = [
         (memory.features_SD[rows].float() - memory.centroids_KD[memory.labels_S[rows].long()]).norm(dim=1)
@@ -971,7 +968,8 @@ def write_clusters(state: odc.State, images: Images, path: Path) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        columns = {"path": images.names, "cluster": labels_N.cpu().numpy(), "distance": distance_N.cpu().numpy()}
+        paths = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in images.names]
+        columns = {"path": paths, "cluster": labels_N.cpu().numpy(), "distance": distance_N.cpu().numpy()}
         unfinished = path.with_name(f".{path.name}.unfinished")
         pq.write_table(pa.table(columns), unfinished)
         folders.sync(unfinished)

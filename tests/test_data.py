@@ -164,6 +164,55 @@ def test_only_regular_files_are_images(tmp_path, make_images):
     assert same_content(listed) == []
 
 
+ODD = [
+    b"\xff\xfe.png",
+    b"caf\xe9.png",
+    "caf\u00e9 \U0001f600.png".encode(),
+    b"a\nb.png",
+    b"c,'d\" .png",
+    b"\x1b[31mred.png",
+]
+ODD += [b"-x.png", b"back\\slash.png", b"cr\r.png", b"=1+1.png", b"{x}%s.png", b"[bold]x.png"]
+
+
+def test_names_that_are_no_utf8_and_others_of_any_bytes_go_through_a_whole_run(tmp_path, make_images, make_checkpoint):
+    import pyarrow.parquet as pq
+
+    from odcft.evaluation.compare import evaluate
+    from odcft.folders import read_column
+    from odcft.recipe import load_recipe
+    from odcft.train import fine_tune, init_memory
+
+    make_images(tmp_path / "plain", 12)
+    for i, name in enumerate(ODD):
+        folder = os.fsencode(tmp_path / "set") + (b"/\xe9t\xe9/", b"/b\xfc/")[i % 2]
+        os.makedirs(folder, exist_ok=True)
+        os.link(tmp_path / "plain" / "ab"[i % 2] / f"{i:03d}.png", folder + name)
+    with open(os.fsencode(tmp_path / "set") + b"/broken\xff\n.png", "wb") as file:
+        file.write(b"no image")
+    images = find_images(tmp_path / "set")
+    good = [name for name in images.names if "broken" not in name]
+    assert {os.path.basename(os.fsencode(name)) for name in good} == set(ODD)
+    checkpoint, data, run = str(make_checkpoint(tmp_path / "c.pth")), str(tmp_path / "set"), tmp_path / "run"
+    quick = ["optim.batch_size=4", "optim.epochs=1", "neck.hidden=16", "neck.dim=8", "log.tensorboard=false"]
+    recipe = load_recipe("small", quick)
+    init_memory(checkpoint, data, tmp_path / "memory", recipe)
+    fine_tune(checkpoint, data, run, recipe, memory=tmp_path / "memory")
+    assert fine_tune(checkpoint, data, run, recipe, resume=True, epochs=2)["unreadable"] == 1
+    for folder in (run, tmp_path / "memory"):
+        assert read_column(folder / "images.csv", "path") == good
+        assert read_column(folder / "quarantine.csv", "path") == ["broken\udcff\n.png"]
+    written = pq.read_table(run / "clusters.parquet").to_pydict()["path"]
+    assert written == [os.fsencode(name).decode("utf-8", "backslashreplace") for name in good]
+    assert evaluate(str(run), data, None, ["knn"])["classes"] == ["b\udcfc", "\udce9t\udce9"]
+    (tmp_path / "l.txt").write_bytes(
+        b"\n".join(b"set/" + os.fsencode(n) for n in good if "\n" not in n and "\r" not in n)
+    )
+    listed = find_images(tmp_path / "l.txt")
+    assert len(listed) == len(good) - 2
+    assert all(isinstance(Crops(listed, View(8))[0, i][0], torch.Tensor) for i in range(len(listed)))
+
+
 def test_images_of_the_same_content_are_found(tmp_path, make_images):
     make_images(tmp_path, 6)
     (tmp_path / "a" / "003.png").write_bytes((tmp_path / "a" / "000.png").read_bytes())
