@@ -359,3 +359,76 @@ def test_rotation_turns_by_the_angle():
     assert torch.allclose(_rotate(images, torch.tensor([90.0])), images.rot90(1, (2, 3)), atol=1e-5) or torch.allclose(
         _rotate(images, torch.tensor([90.0])), images.rot90(-1, (2, 3)), atol=1e-5
     )
+
+
+def test_broken_images_are_the_same_with_data_workers(tmp_path, make_images, make_checkpoint):
+    from odcft.folders import read_column
+    from odcft.recipe import load_recipe
+    from odcft.train import fine_tune
+
+    make_images(tmp_path / "set", 16)
+    for i in (0, 5, 6, 11):
+        path = tmp_path / "set" / "ab"[i % 2] / f"{i:03d}.png"
+        path.write_bytes(path.read_bytes()[: 40 + 10 * i])
+    os.mkfifo(tmp_path / "set" / "pipe.png")
+    (tmp_path / "l.txt").write_text(
+        "\n".join(["set/pipe.png", *(f"set/{n}" for n in find_images(tmp_path / "set").names)])
+    )
+    checkpoint = str(make_checkpoint(tmp_path / "c.pth"))
+    told = []
+    for workers in (0, 2):
+        quick = ["optim.batch_size=4", "optim.epochs=1", "neck.hidden=16", "neck.dim=8", "log.tensorboard=false"]
+        run = tmp_path / f"run{workers}"
+        done = fine_tune(
+            checkpoint, str(tmp_path / "l.txt"), run, load_recipe("small", [*quick, f"data.workers={workers}"])
+        )
+        told.append((done["images"], done["unreadable"], done["loss"], (run / "quarantine.csv").read_text()))
+    assert told[0] == told[1]
+    assert told[0][:2] == (12, 5)
+    assert read_column(tmp_path / "run0" / "quarantine.csv", "reason")[0] == "a pipe, no file"
+
+
+def test_evaluation_without_one_readable_image_says_so(tmp_path, make_images):
+    from odcft.evaluation.compare import evaluate
+
+    make_images(tmp_path, 16)
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(OdcftError, match=r"None of the 16 images can be read; a/000\.png: .*not an image of a format"):
+        evaluate("scratch:test_resnet", str(tmp_path), None, ["svm", "knn"])
+
+
+def test_evaluation_says_what_it_left_out(tmp_path, make_images, capfd):
+    from odcft.evaluation.compare import evaluate
+
+    make_images(tmp_path, 24)
+    (tmp_path / "a" / "000.png").write_bytes(b"no image")
+    (tmp_path / "a" / "x.heic").touch()
+    evaluate("scratch:test_resnet", str(tmp_path), str(tmp_path), ["knn"])
+    said = capfd.readouterr().err
+    assert "Not read    2 .heic" in said
+    assert "2 unreadable and left out: " in said
+
+
+@pytest.mark.parametrize("size", [None, 16, 40])
+def test_images_too_small_for_a_network_are_refused_in_evaluation(tmp_path, make_images, size):
+    from odcft.evaluation.compare import evaluate
+
+    with pytest.raises(OdcftError, match=r"cannot look at images of \d+ pixels"):
+        evaluate("scratch:alexnet", str(make_images(tmp_path, 8)), None, ["knn"], size=size)
+
+
+def test_what_is_not_read_is_said_once_by_training_and_pretext(tmp_path, make_images, make_checkpoint, capfd):
+    from odcft.pretext import train_pretext
+    from odcft.recipe import load_recipe
+    from odcft.train import init_memory
+
+    data = make_images(tmp_path / "set", 12)
+    for i in range(3):
+        (data / f"{i}.heic").touch()
+    (data / "again").symlink_to(data)
+    quick = ["optim.batch_size=4", "optim.epochs=1", "data.size=32"]
+    init_memory(str(make_checkpoint(tmp_path / "c.pth")), str(data), tmp_path / "m", load_recipe("small", quick))
+    assert capfd.readouterr().err.count("Not read    3 .heic, 1 folder met again\n") == 1
+    train_pretext("rotation", str(data), "test_resnet", tmp_path / "p.pth", load_recipe("pretext", quick))
+    assert capfd.readouterr().err.count("Not read    3 .heic, 1 folder met again\n") == 1
