@@ -221,7 +221,9 @@ def _features(loaded: "Loaded", labels: Any, view: "View", progress: Any) -> Spl
         name, reason = labels.images.names[min(bad)], bad[min(bad)]
         if len(bad) == len(labels.images):
             raise OdcftError(f"None of the {len(bad):,} images can be read; {name}: {reason}.")
-        progress.say(f"            {len(bad):,} unreadable and left out: {name} ({reason}){', …' if len(bad) > 1 else ''}")
+        progress.say(
+            f"            {len(bad):,} unreadable and left out: {name} ({reason}){', …' if len(bad) > 1 else ''}"
+        )
     good_N = np.array([i not in bad for i in range(len(labels.images))])
     train, test = labels.train_rows[good_N[labels.train_rows]], labels.test_rows[good_N[labels.test_rows]]
     rows = features.cpu().numpy()
