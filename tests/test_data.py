@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 
-from odcft.augment import augment_batch, centre_crop
 from odcft.data import (
     Crops,
     TrainingOrder,
@@ -20,14 +19,6 @@ from odcft.data import (
 from odcft.errors import OdcftError
 from odcft.inputs import View
 from odcft.recipe import AugmentRecipe
-
-STILL = AugmentRecipe(
-    crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, rotation=0, brightness=0, contrast=0, saturation=0, hue=0, gray=0
-)
-
-
-def only(**changes):
-    return STILL.model_copy(update=changes)
 
 
 def test_folder_is_searched_recursively_and_sorted(tmp_path, make_images):
@@ -279,86 +270,6 @@ def test_size_follows_small_images_but_not_beyond_the_network(tmp_path, make_ima
     assert automatic_size(224, False, 20) == 32
     assert automatic_size(224, False, 500) == 224
     assert automatic_size(224, True, 40) == 224
-
-
-def test_centre_crop():
-    pixels = np.zeros((8, 16, 3), np.uint8)
-    pixels[:, 4:12] = 200
-    assert np.array(centre_crop(Image.fromarray(pixels), View(8, 1.0))).min() == 200
-
-
-@pytest.mark.parametrize("size", [(8, 16), (16, 8), (37, 50), (224, 224), (500, 333), (31, 33)])
-@pytest.mark.parametrize("view", [View(32), View(32, 1.0), View(40, 0.95, "bicubic"), View(33, 0.9, "nearest")])
-def test_centre_crop_is_what_timm_does_for_evaluation(size, view):
-    from timm.data.transforms_factory import create_transform
-
-    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3)).astype(np.uint8)
-    theirs = create_transform(view.size, crop_pct=view.crop_fraction, interpolation=view.interpolation, normalize=False)
-    image = Image.fromarray(pixels)
-    assert np.array_equal(np.array(centre_crop(image, view)), np.array(theirs(image).permute(1, 2, 0)))
-
-
-def test_a_very_long_image_takes_no_more_memory_than_a_long_one():
-    assert centre_crop(Image.new("RGB", (200_000, 10)), View(64)).size == (64, 64)
-
-
-def draw():
-    return torch.Generator().manual_seed(0)
-
-
-def test_no_strength_no_change():
-    images = torch.rand(4, 3, 8, 8)
-    assert torch.equal(augment_batch(images, STILL, draw()), images)
-
-
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        only(brightness=0.4),
-        only(contrast=0.4),
-        only(saturation=1.0),
-        only(hue=0.5),
-        only(gray=1.0),
-        only(rotation=90.0),
-    ],
-)
-def test_every_strength_changes_something_and_stays_in_range(recipe):
-    images = torch.rand(16, 3, 8, 8)
-    changed = augment_batch(images, recipe, draw())
-    assert changed.shape == images.shape
-    assert (changed != images).flatten(1).any(1).float().mean() > 0.7
-    assert changed.min() >= 0
-    assert changed.max() <= 1
-
-
-def test_every_image_has_factors_of_its_own():
-    images = torch.full((8, 3, 4, 4), 0.5)
-    means = augment_batch(images, only(brightness=0.4), draw()).mean((1, 2, 3))
-    assert len(means.unique()) == 8
-    assert means.min() >= 0.3
-    assert means.max() <= 0.7
-
-
-@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
-def test_color_changes_are_torchvisions(name):
-    from torchvision.transforms.v2 import functional as tv
-
-    from odcft import augment
-
-    images = torch.rand(4, 3, 8, 8)
-    factors = torch.tensor([-0.4, -0.1, 0.2, 0.5]) if name == "hue" else torch.tensor([0.6, 0.9, 1.2, 1.4])
-    ours = getattr(augment, f"_{name}")(images, factors.view(4, 1, 1, 1))
-    theirs = torch.stack([getattr(tv, f"adjust_{name}")(i, float(f)) for i, f in zip(images, factors, strict=True)])
-    assert torch.allclose(ours, theirs, atol=2e-3)
-
-
-def test_rotation_turns_by_the_angle():
-    from odcft.augment import _rotate
-
-    images = torch.rand(1, 3, 9, 9)
-    assert torch.allclose(_rotate(images, torch.tensor([90.0])), images.rot90(1, (2, 3)), atol=1e-5) or torch.allclose(
-        _rotate(images, torch.tensor([90.0])), images.rot90(-1, (2, 3)), atol=1e-5
-    )
 
 
 def test_broken_images_are_the_same_with_data_workers(tmp_path, make_images, make_checkpoint):
