@@ -180,6 +180,8 @@ def of_pretext(tree: Any) -> Description:
     told = Description()
     if isinstance(tree, dict) and isinstance(tree.get("input"), str) and {"size", "mean", "std"} <= set(tree):
         told.ours = True
+        _architecture(told, tree.get("arch"))
+        _arguments(told, tree.get("arch_args"), "arch_args")
         _input(told, {name: tree[name] for name in ("size", "mean", "std")} | {"color": tree["input"]})
     return told
 
