@@ -30,6 +30,7 @@ def export(
     input: str | None = None,
     allow_partial: bool = False,
     size: int | None = None,
+    arch_args: dict[str, Any] | None = None,
 ) -> Backbone:
     """Write the backbone of a RUN or of anybody's checkpoint.
 
@@ -42,6 +43,7 @@ def export(
         input: the colours it is shown, where the checkpoint's own are not to be followed.
         allow_partial: accept a checkpoint that covers less than 90 % of the backbone.
         size: pixels it is to be shown, where that is another size than its source says.
+        arch_args: what the network is built with besides its name.
 
     Returns:
         The backbone that was written.
@@ -55,7 +57,7 @@ def export(
         raise OdcftError(f"{out} exists. Choose another place, or pass --overwrite.")
     if out.exists() and out.is_dir() != (format == "timm"):
         raise OdcftError(f"{out} is a {'folder' if out.is_dir() else 'file'}; --format {format} writes another kind.")
-    backbone = load_backbone(source, arch, input, allow_partial).backbone
+    backbone = load_backbone(source, arch, input, allow_partial, arch_args=arch_args).backbone
     if size is not None:
         backbone.show(replace(backbone.input.view, size=size))
     try:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from odcft import dist, seeds
 from odcft.advice import explained
 from odcft.augment import augment_batch, turned
-from odcft.backbone import Backbone, Loaded, refuse_unknown
+from odcft.backbone import Backbone, Loaded, normalise, refuse_unknown
 from odcft.color import colours, lab, nearest_colour
 from odcft.data import Crops, Images, TrainingOrder, find_images, in_order, loader
+from odcft.description import check_arguments
 from odcft.errors import OdcftError
 from odcft.features import to_float
 from odcft.inputs import Input, View
@@ -238,9 +239,9 @@ def train_pretext(
         task: one of TASKS.
         data: what `find_images` takes; labels are never read.
         arch: a timm name.
-        out: the .pth to write: a dict with `task`, `arch`, `input` ("rgb", or "lab_l": lightness alone), `size`,
-            `intensity` (as in `View`), `mean` and `std` (of RGB in 0..1, or of L in 0..100), `epoch`, `state_dict`
-            (`backbone.` and `head.`) and `optimizer`.
+        out: the .pth to write: a dict with `task`, `arch`, `arch_args`, `input` ("rgb", or "lab_l": lightness alone),
+            `size`, `crop_fraction` and `intensity` (as in `View`), `mean` and `std` (of RGB in 0..1, or of L in
+            0..100), `epoch`, `state_dict` (`backbone.` and `head.`) and `optimizer`.
         recipe: its groups data, augment, optim and log, and the seed. Colorization leaves colours as they are.
         overwrite: replace `out`.
         resume: go on with `out`, from its last epoch.
@@ -285,7 +286,7 @@ def _train(
         progress.say(f"Not read    {images.not_read()}")
     state = _read_state(out, task, arch) if resume else {}
     torch.manual_seed(seeds.seed(recipe.seed, "pretext network"))
-    backbone = new_backbone(arch, task)
+    backbone = new_backbone(arch, task, recipe)
     if state and recipe.data.range == "auto":
         recipe = recipe.model_copy(deep=True)
         recipe.data.range = tuple(state.get("intensity") or ()) or "full"
@@ -301,6 +302,11 @@ def _train(
         raise OdcftError(
             f"{out} was trained with data.range={state['intensity']}, not {recipe.data.range}. Choose another --out."
         )
+    then = {name: state.get(name) for name in ("arch_args", "mean", "std")}
+    now = {"arch_args": backbone.kwargs, "mean": list(backbone.input.mean), "std": list(backbone.input.std)}
+    for name in now if state else ():
+        if then[name] not in (now[name], None):
+            raise OdcftError(f"{out} was trained with {name}={then[name]}, not {now[name]}. Choose another --out.")
     network: Task = TASKS[task](backbone, images, size, recipe)
     network.to(device)
     if optim.channels_last:
@@ -379,12 +385,15 @@ def _train(
     }
 
 
-def new_backbone(arch: str, task: str) -> Backbone:
+def new_backbone(arch: str, task: str, recipe: Recipe) -> Backbone:
     """A network with random weights, for three colours, or for lightness alone where colour is the question."""
     refuse_unknown(arch)
+    arch_args = check_arguments(recipe.backbone.arch_args or {})
+    backbone = Backbone(arch, **arch_args)
     if task == "colorization":
-        return Backbone(arch, Input("lab_l", Backbone(arch).size, (50.0,), (50.0,)), in_chans=1)
-    return Backbone(arch)
+        backbone = Backbone(arch, Input("lab_l", backbone.size, (50.0,), (50.0,)), **{**arch_args, "in_chans": 1})
+    normalise(backbone, recipe.data.mean, recipe.data.std)
+    return backbone
 
 
 def _save(out: Path, task: str, network: Task, optimizer: torch.optim.Optimizer, view: View, epoch: int) -> None:
@@ -398,8 +407,10 @@ def _save(out: Path, task: str, network: Task, optimizer: torch.optim.Optimizer,
             {
                 "task": task,
                 "arch": backbone.arch,
+                "arch_args": backbone.kwargs,
                 "input": backbone.input.color,
                 "size": view.size,
+                "crop_fraction": view.crop_fraction,
                 "intensity": None if view.intensity is None else list(view.intensity),
                 "mean": list(backbone.input.mean),
                 "std": list(backbone.input.std),

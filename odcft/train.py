@@ -26,6 +26,7 @@ from odcft.augment import augment_batch
 from odcft.backbone import Backbone, Loaded, load_backbone, loading_line
 from odcft.card import about_run
 from odcft.data import Crops, Images, TrainingOrder, automatic_size, find_images, loader, own_range, usual_side
+from odcft.description import read_json
 from odcft.errors import OdcftError
 from odcft.exports import write_timm
 from odcft.features import extract, to_float
@@ -40,7 +41,7 @@ from odcft.optim import lr_at, make_optimizer, set_lr
 from odcft.optim import restore as restore_optimizer
 from odcft.optim import stored as stored_optimizer
 from odcft.precision import allow_tf32, has_bfloat16
-from odcft.recipe import MemberRecipe, Recipe, dump, flat, load_recipe, make_recipe
+from odcft.recipe import MemberRecipe, Recipe, dump, flat, load_recipe, make_recipe, taken_as
 from odcft.resume import read_about, read_quarantine, refuse_other_checkpoint, resumed_recipe, same_images
 from odcft.stopping import Stopped
 
@@ -130,7 +131,7 @@ def begin(
 def load_members(ckpts: list[str], arch: str | None, recipe: Recipe) -> list[Loaded]:
     """The backbone of each checkpoint, as the recipe wants them taken."""
     return [
-        load_backbone(ckpt, arch, **recipe.backbone.model_dump(), seed=recipe.seed, member=member)
+        load_backbone(ckpt, arch, **taken_as(recipe), seed=recipe.seed, member=member)
         for member, ckpt in enumerate(ckpts)
     ]
 
@@ -424,7 +425,7 @@ def _read_memory(
         )
     (ckpt,), (neck,) = ckpts, necks
     try:
-        about = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
+        about = read_json(folder / "memory.json")
         made_from, sha256 = str(about["checkpoint"]), str(about["sha256"])
         made_with = make_recipe(about["recipe"], str(folder / "memory.json"))
         tensors = load_file(folder / "memory.safetensors")
@@ -855,7 +856,7 @@ def _train(
 def _finished(out: Path) -> int | None:
     """After how many steps a RUN was completed, backbone and all, if it was."""
     there = (out / "clusters.parquet").exists() and (out / "backbone" / "model.safetensors").exists()
-    return json.loads((out / "run.json").read_text()).get("finished") if there else None
+    return read_json(out / "run.json").get("finished") if there else None
 
 
 def _result(start: Start, out: Path, steps: int, seconds: float) -> dict[str, Any]:
