@@ -6,7 +6,6 @@ Shapes: B images, M puzzles, C answers, P patches, F features.
 """
 
 import math
-import os
 import time
 from contextlib import nullcontext
 from itertools import permutations
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odcft import dist, seeds
+from odcft import dist, folders, seeds
 from odcft.advice import explained
 from odcft.augment import augment_batch, turned
 from odcft.backbone import Backbone, Loaded, normalise, refuse_unknown
@@ -280,6 +279,8 @@ def _train(
         raise OdcftError(
             f"{out} exists. Pass --resume to go on with it, --overwrite to replace it, or choose another --out."
         )
+    if not resume or out.is_symlink():
+        folders.refuse_file_of_others(out)
     images = find_images(data)
     progress.say(f"Images      {len(images):,} in {images.source}")
     if images.skipped:
@@ -312,7 +313,7 @@ def _train(
     if optim.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(network.backbone.parameters(), network.head.parameters(), optim)
-    _require_writable(out)
+    folders.refuse_unwritable(out)
     model = dist.parallel(network, device)
     order = TrainingOrder(len(images), optim.batch_size // dist.world_size(), optim.epochs, recipe.seed)
     progress.say(
@@ -333,7 +334,8 @@ def _train(
     figures: dict[str, float] = {}
     unreadable: dict[int, str] = {}
     network.train()
-    with explained(recipe), progress.phase(task.capitalize(), len(order) * order.batch * dist.world_size()) as advance:
+    puzzled = len(order) * order.batch * dist.world_size()
+    with explained(recipe), folders.made(out.parent), progress.phase(task.capitalize(), puzzled) as advance:
         batches = iter(loader(crops, order, recipe.data.workers, device))
         for step in range(order.first_step, order.steps):
             batch = next(batches)
@@ -402,25 +404,22 @@ def _save(out: Path, task: str, network: Task, optimizer: torch.optim.Optimizer,
         backbone = network.backbone
         weights = {f"backbone.{name}": tensor for name, tensor in backbone.net.state_dict().items()}
         weights |= {f"head.{name}": tensor for name, tensor in network.head.state_dict().items()}
-        unfinished = out.with_name(f".{out.name}.unfinished")
-        torch.save(
-            {
-                "task": task,
-                "arch": backbone.arch,
-                "arch_args": backbone.kwargs,
-                "input": backbone.input.color,
-                "size": view.size,
-                "crop_fraction": view.crop_fraction,
-                "intensity": None if view.intensity is None else list(view.intensity),
-                "mean": list(backbone.input.mean),
-                "std": list(backbone.input.std),
-                "epoch": epoch,
-                "state_dict": weights,
-                "optimizer": optimizer.state_dict(),
-            },
-            unfinished,
-        )
-        unfinished.replace(out)
+        tree = {
+            "task": task,
+            "arch": backbone.arch,
+            "arch_args": backbone.kwargs,
+            "input": backbone.input.color,
+            "size": view.size,
+            "crop_fraction": view.crop_fraction,
+            "intensity": None if view.intensity is None else list(view.intensity),
+            "mean": list(backbone.input.mean),
+            "std": list(backbone.input.std),
+            "epoch": epoch,
+            "state_dict": weights,
+            "optimizer": optimizer.state_dict(),
+        }
+        with folders.whole(out) as unfinished:
+            folders.save_checkpoint(tree, unfinished)
     dist.barrier()
 
 
@@ -441,13 +440,3 @@ def _read_state(out: Path, task: str, arch: str) -> dict[str, Any]:
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _require_writable(out: Path) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(out.parent, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise OdcftError(f"{out} cannot be written: {out.parent} is not a folder you may write to.")

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from odcft import dist, folders, seeds, snapshot, stopping
@@ -388,14 +388,15 @@ def init_memory(
             "centroids": memory.centroids_KD,
         }
         if dist.rank() == 0:
-            folders.clear(out, folders.MEMORY_FILES)
-            neck = start.necks[0].state_dict()
-            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, out / "memory.safetensors")
-            save_file({name: t.cpu().contiguous() for name, t in neck.items()}, out / "neck.safetensors")
-            folders.write_image_lists(start.images, start.unreadable, out)
             about = folders.about([ckpt], [start.loaded[0].backbone.arch], data, start.images)
             about |= {"seed": start.recipe.seed, "recipe": start.recipe.model_dump(mode="json"), **identity([ckpt])}
-            folders.write_whole(out / "memory.json", json.dumps(about, indent=2))
+            folders.clear(out, folders.MEMORY_FILES)
+            with folders.filling(out) as unfinished:
+                for name, part in {"memory": tensors, "neck": start.necks[0].state_dict()}.items():
+                    part = {key: tensor.cpu().contiguous() for key, tensor in part.items()}
+                    folders.save_file(part, unfinished / f"{name}.safetensors")
+                folders.write_image_lists(start.images, start.unreadable, unfinished)
+                folders.write_whole(unfinished / "memory.json", json.dumps(about, indent=2))
         dist.barrier()
     sizes_K = start.state.memory.sizes_K
     return {
@@ -550,6 +551,9 @@ def fine_tune(
     begun = resume and folders.only_begun(out)
     if begun or not resume:
         folders.refuse_full(out, folders.RUN_FILES, overwrite or resume)
+    else:
+        folders.refuse_strange(out, folders.RUN_FILES, resumed=True)
+    folders.require_parquet()
     try:
         with folders.locked(out, progress.say), explained(recipe):
             if begun:
@@ -971,10 +975,8 @@ def write_clusters(state: odc.State, images: Images, path: Path) -> None:
 
         paths = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in images.names]
         columns = {"path": paths, "cluster": labels_N.cpu().numpy(), "distance": distance_N.cpu().numpy()}
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        pq.write_table(pa.table(columns), unfinished)
-        folders.sync(unfinished)
-        unfinished.replace(path)
+        with folders.whole(path) as unfinished:
+            pq.write_table(pa.table(columns), unfinished)
 
 
 def _number(value: Any) -> int:
