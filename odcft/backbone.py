@@ -167,7 +167,7 @@ def load_backbone(
         if input is not None:
             _show(loaded, input, allow_partial)
     if mean is not None or std is not None:
-        _normalise(loaded.backbone, mean, std)
+        normalise(loaded.backbone, mean, std)
     if finite and loaded.not_finite:
         raise OdcftError(
             f"{name}: numbers in the backbone are not finite ({_some(loaded.not_finite)}), so it has no features. "
@@ -297,10 +297,11 @@ def _show(loaded: Loaded, color: str, allow_partial: bool) -> None:
     loaded.backbone.adapter = Adapter(overridden(backbone.input, color))
 
 
-def _normalise(backbone: Backbone, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+def normalise(backbone: Backbone, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     """Follow the user's word on mean and deviation, of each channel in 0..1 of its range."""
-    input, given = backbone.input, {"mean": mean, "std": std}
-    for title, numbers in given.items():
+    input = backbone.input
+    told = {"mean": input.mean, "std": input.std}
+    for title, numbers in (("mean", mean), ("std", std)):
         if numbers is None:
             continue
         if len(numbers) != len(input.mean):
@@ -310,10 +311,10 @@ def _normalise(backbone: Backbone, mean: Sequence[float] | None, std: Sequence[f
             )
         if not all(math.isfinite(number) and (number > 0 or title == "mean") for number in numbers):
             raise OdcftError(
-                f"data.{title}={brief(list(numbers))}: give finite numbers{' above 0' if not least else ''}."
+                f"data.{title}={brief(list(numbers))}: give finite numbers{' above 0' * (title == 'std')}."
             )
-        input = replace(input, **{title: tuple(number * input.range for number in numbers)})
-    backbone.adapter = Adapter(input)
+        told[title] = tuple(number * input.range for number in numbers)
+    backbone.adapter = Adapter(replace(input, mean=told["mean"], std=told["std"]))
 
 
 def loading_line(backbone: Backbone, folder: str) -> str:

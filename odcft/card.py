@@ -5,10 +5,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from odcft.backbone import Backbone, loading_line
+from odcft.description import read_json
+from odcft.errors import OdcftError
 from odcft.inputs import seen_as
+from odcft.recipe import parse_yaml
 from odcft.words import code_block, code_span
 
 
@@ -24,20 +25,20 @@ def about_run(run: Path, member: int = 0) -> dict[str, Any]:
         `clusters`, `epochs`, `seed`; the recipe's text under `recipe` and the last line of the log under `figures`.
     """
     try:
-        run_json = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        run_json = read_json(run / "run.json")
         recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
-    except (OSError, ValueError):
+    except (OSError, ValueError, OdcftError):
         return {}
     about: dict[str, Any] = {}
     for key in ("checkpoint", "sha256", "data", "images"):
         value = run_json.get(key)
         if isinstance(value, list):
             value = value[member] if member < len(value) else None
-        if isinstance(value, str | int):
+        if isinstance(value, int if key == "images" else str):
             about[key] = value
     about |= {key: name_of(about[key]) for key in ("checkpoint", "data") if isinstance(about.get(key), str)}
-    with suppress(ValueError, TypeError, KeyError, yaml.YAMLError):
-        fields = yaml.safe_load(recipe)
+    with suppress(ValueError, TypeError, KeyError, OdcftError):
+        fields = parse_yaml(recipe, "recipe.yaml")
         about |= {"method": str(fields["method"]), "seed": int(fields["seed"])}
         about |= {"clusters": int(fields["memory"]["clusters"]), "epochs": int(fields["optim"]["epochs"])}
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if (run / "metrics.jsonl").exists() else []
@@ -45,7 +46,7 @@ def about_run(run: Path, member: int = 0) -> dict[str, Any]:
 
 
 def _last(lines: list[str]) -> dict[str, Any]:
-    with suppress(ValueError, IndexError):
+    with suppress(ValueError, TypeError, IndexError, RecursionError):
         return dict(json.loads(lines[-1]))
     return {}
 

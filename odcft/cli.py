@@ -3,6 +3,7 @@
 Everything heavy is imported inside the commands, so that --help answers at once.
 """
 
+import json
 import os
 import shlex
 import sys
@@ -30,6 +31,12 @@ Ckpt = Annotated[
 ]
 Data = Annotated[str, typer.Argument(metavar="DATA", help="Folder of images, or a list file (.txt, .csv, .tsv).")]
 Arch = Annotated[str | None, typer.Option(help="The architecture, where the checkpoint does not tell.")]
+ArchArgs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME=VALUE,…", help="What the network is built with besides its name, for example patch_size=8."
+    ),
+]
 Input = Annotated[
     str | None,
     typer.Option(
@@ -60,12 +67,20 @@ def _recipe(
     seed: int | None,
     input: str | None = None,
     allow_partial: bool = False,
+    arch_args: str | None = None,
 ) -> Any:
     from odcft.recipe import load_recipe
 
     given = {"memory.clusters": clusters, "seed": seed, "backbone.input": input}
     given["backbone.allow_partial"] = "true" if allow_partial else None
+    given["backbone.arch_args"] = None if arch_args is None else json.dumps(_arguments(arch_args))
     return load_recipe(name, [*(overrides or []), *(f"{k}={v}" for k, v in given.items() if v is not None)])
+
+
+def _arguments(arch_args: str | None) -> dict[str, Any]:
+    from odcft.description import parse_arguments
+
+    return parse_arguments(arch_args) if arch_args else {}
 
 
 def _join(devices: int) -> None:
@@ -114,16 +129,22 @@ def demo(
 
 @app.command()
 def inspect(
-    ckpt: Ckpt, arch: Arch = None, input: Input = None, allow_partial: Partial = False, as_json: Json = False
+    ckpt: Ckpt,
+    arch: Arch = None,
+    arch_args: ArchArgs = None,
+    input: Input = None,
+    allow_partial: Partial = False,
+    as_json: Json = False,
 ) -> None:
     """What a checkpoint is: family, architecture, input, and how much of the backbone is matched."""
     from odcft.backbone import describe, load_backbone
 
-    loaded = load_backbone(ckpt, arch, input, allow_partial)
+    loaded = load_backbone(ckpt, arch, input, allow_partial, arch_args=_arguments(arch_args), finite=False)
     values, lines = describe(loaded)
     recipe = "odc_vit" if loaded.backbone.is_transformer else None
-    given = {"arch": arch, "input": input, "allow_partial": allow_partial, "recipe": recipe}
-    lines.append(f"Fine-tune it:   {command('finetune', ckpt, 'IMAGES/', out='RUN', **given)}")
+    given = {"arch": arch, "arch_args": arch_args, "input": input, "allow_partial": allow_partial, "recipe": recipe}
+    if not loaded.not_finite:
+        lines.append(f"Fine-tune it:   {command('finetune', ckpt, 'IMAGES/', out='RUN', **given)}")
     _tell(values, as_json, lines)
 
 
@@ -137,6 +158,7 @@ def init_memory(
     overrides: Set = None,
     seed: Seed = None,
     arch: Arch = None,
+    arch_args: ArchArgs = None,
     input: Input = None,
     allow_partial: Partial = False,
     devices: Devices = 1,
@@ -144,7 +166,7 @@ def init_memory(
     as_json: Json = False,
 ) -> None:
     """Features of all images, K-Means, and both memories on disk."""
-    resolved = _recipe(recipe, overrides, clusters, seed, input, allow_partial)
+    resolved = _recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args)
     _join(devices)
     from odcft.train import init_memory as run
 
@@ -156,7 +178,7 @@ def init_memory(
         )
     ]
     given = {"recipe": recipe if recipe != DEFAULT_RECIPE else None, "set": overrides, "seed": seed, "arch": arch}
-    given |= {"input": input, "allow_partial": allow_partial}
+    given |= {"arch_args": arch_args, "input": input, "allow_partial": allow_partial}
     lines.append(f"Go on:      {command('finetune', ckpt, data, memory=out, out='RUN', **given)}")
     _tell(values, as_json, lines)
 
@@ -186,6 +208,7 @@ def finetune(
     overwrite: Overwrite = False,
     seed: Seed = None,
     arch: Arch = None,
+    arch_args: ArchArgs = None,
     input: Input = None,
     allow_partial: Partial = False,
     as_json: Json = False,
@@ -198,7 +221,7 @@ def finetune(
     if recipe is None:
         usual = DC_RECIPE if "method=dc" in overrides else DEFAULT_RECIPE
         recipe = str(out / "recipe.yaml") if resume and (out / "recipe.yaml").exists() else usual
-    resolved = _recipe(recipe, overrides, clusters, seed, input, allow_partial)
+    resolved = _recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args)
     _join(devices)
     from odcft.log import duration
     from odcft.train import fine_tune
@@ -245,6 +268,7 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder (timm) or file (other formats).")],
     format: Annotated[str, typer.Option(help="timm, torchvision, safetensors or onnx.")] = "timm",
     arch: Arch = None,
+    arch_args: ArchArgs = None,
     input: Input = None,
     allow_partial: Partial = False,
     size: Annotated[int | None, typer.Option(min=8, help="Pixels it is shown, where its source does not tell.")] = None,
@@ -256,7 +280,7 @@ def export(
     from odcft.exports import export as run
     from odcft.inputs import seen_as
 
-    backbone = run(source, out, format, arch, overwrite, input, allow_partial, size)
+    backbone = run(source, out, format, arch, overwrite, input, allow_partial, size, _arguments(arch_args))
     seen = backbone.input
     lines = [f"Wrote {out} ({format}), read back and compared.", f"Images      {seen_as(seen.view)}"]
     if format == "timm":
@@ -286,6 +310,7 @@ def evaluate(
     ] = None,
     size: Annotated[int | None, typer.Option(min=8, help="Pixels; by default the RUN's or the network's own.")] = None,
     arch: Arch = None,
+    arch_args: ArchArgs = None,
     input: Input = None,
     allow_partial: Partial = False,
     as_json: Json = False,
@@ -301,7 +326,8 @@ def evaluate(
             "evaluate takes a checkpoint and labelled images (odcft evaluate CKPT DATA), or --features FILE.npz."
         )
     else:
-        results = evaluation.evaluate(ckpt, data, test, protocols, arch, size, input, allow_partial)
+        args = _arguments(arch_args)
+        results = evaluation.evaluate(ckpt, data, test, protocols, arch, size, input, allow_partial, arch_args=args)
     lines = evaluation_lines(evaluation.table(results))
     for member in results.get("members", []):
         lines += [f"{member['source']} alone:", *evaluation_lines(evaluation.table(member))]

@@ -24,6 +24,7 @@ from odcft.errors import OdcftError
 from odcft.inputs import View
 from odcft.pixels import image_size, read_deep, read_image, special
 from odcft.recipe import AugmentRecipe
+from odcft.words import shown
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".jp2")
 LISTS = {".txt": None, ".csv": ",", ".tsv": "\t"}
@@ -252,9 +253,9 @@ class Crops:
             else:
                 image = centre_crop(image, self.view)
         except OdcftError as error:
-            return str(error), index
+            return shown(error), index
         except Exception as error:  # PIL raises a dozen kinds for broken files; none may end a run of days
-            return f"{type(error).__name__}: {error}", index
+            return shown(f"{type(error).__name__}: {error}"), index
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), index
 
 

@@ -180,7 +180,10 @@ def of_pretext(tree: Any) -> Description:
     told = Description()
     if isinstance(tree, dict) and isinstance(tree.get("input"), str) and {"size", "mean", "std"} <= set(tree):
         told.ours = True
-        _input(told, {name: tree[name] for name in ("size", "mean", "std", "intensity") if name in tree} | {"color": tree["input"]})
+        _architecture(told, tree.get("arch"))
+        _arguments(told, tree.get("arch_args"), "arch_args")
+        words = ("size", "mean", "std", "crop_fraction", "intensity")
+        _input(told, {name: tree[name] for name in words if name in tree} | {"color": tree["input"]})
     return told
 
 

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from odcft import dist
+from odcft import dist, folders
 from odcft.words import shown
 
 LONG = 5.0  # seconds of silence before something without a bar is named
@@ -133,10 +133,8 @@ class Metrics:
         path = run / "metrics.jsonl"
         # Resumed: what was written after the state that is gone on from does not count, nor does half a line.
         self._lines = [line for line in read_lines(path) if line["step"] < first_step]
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in self._lines), encoding="utf-8")
-        unfinished.replace(path)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        folders.write_whole(path, "".join(json.dumps(line) + "\n" for line in self._lines))
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -9,7 +9,7 @@ import stat
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,21 +99,41 @@ def _opened(path: str) -> Iterator[Any]:
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         raise OdcftError(f"a {special(mode)}, no file")
-    with warnings.catch_warnings():
+    # By its name Pillow would map the file into memory, and a TIFF that is to be turned with wrong lines (13.0).
+    with warnings.catch_warnings(), open(path, "rb") as file:
         warnings.simplefilter("ignore")  # of damaged tags and palettes; what matters is raised
         try:
-            image: Any = Image.open(path, formats=_formats())
+            image: Any = Image.open(file, formats=_formats())
         except UnidentifiedImageError:
             if words := _tiff_in_words(path):
                 raise OdcftError(words) from None
-            raise
-        with image:
+            raise UnidentifiedImageError("not an image of a format that is read") from None
+        with image, _hushed() if image.tile and image.tile[0][0] == "libtiff" else nullcontext():
             width, height = image.size
             if width * height > (Image.MAX_IMAGE_PIXELS or width * height):
                 raise OdcftError(f"{width:,} x {height:,} pixels are more than Pillow's {Image.MAX_IMAGE_PIXELS:,}")
             if image.format == "TIFF":
                 _refuse_other_bands(image.tag_v2)
             yield image
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Within, nothing comes out on stderr: libtiff writes there, past Python, what Pillow raises as an error too."""
+    with suppress(OSError):  # where there is no stderr
+        sys.stderr.flush()
+    try:
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:
+        yield
+        return
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _formats() -> list[str]:

@@ -6,7 +6,6 @@ Shapes: B images, M puzzles, C answers, P patches, F features.
 """
 
 import math
-import os
 import time
 from contextlib import nullcontext
 from itertools import permutations
@@ -17,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odcft import dist, seeds
+from odcft import dist, folders, seeds
 from odcft.advice import explained
 from odcft.augment import augment_batch, turned
-from odcft.backbone import Backbone, Loaded, refuse_unknown
+from odcft.backbone import Backbone, Loaded, normalise, refuse_unknown
 from odcft.color import colours, lab, nearest_colour
 from odcft.data import Crops, Images, TrainingOrder, find_images, in_order, loader
+from odcft.description import check_arguments
 from odcft.errors import OdcftError
 from odcft.features import to_float
 from odcft.inputs import Input, View
@@ -238,9 +238,9 @@ def train_pretext(
         task: one of TASKS.
         data: what `find_images` takes; labels are never read.
         arch: a timm name.
-        out: the .pth to write: a dict with `task`, `arch`, `input` ("rgb", or "lab_l": lightness alone), `size`,
-            `intensity` (as in `View`), `mean` and `std` (of RGB in 0..1, or of L in 0..100), `epoch`, `state_dict`
-            (`backbone.` and `head.`) and `optimizer`.
+        out: the .pth to write: a dict with `task`, `arch`, `arch_args`, `input` ("rgb", or "lab_l": lightness alone),
+            `size`, `crop_fraction` and `intensity` (as in `View`), `mean` and `std` (of RGB in 0..1, or of L in
+            0..100), `epoch`, `state_dict` (`backbone.` and `head.`) and `optimizer`.
         recipe: its groups data, augment, optim and log, and the seed. Colorization leaves colours as they are.
         overwrite: replace `out`.
         resume: go on with `out`, from its last epoch.
@@ -279,16 +279,18 @@ def _train(
         raise OdcftError(
             f"{out} exists. Pass --resume to go on with it, --overwrite to replace it, or choose another --out."
         )
+    if not resume or out.is_symlink():
+        folders.refuse_file_of_others(out)
     images = find_images(data)
     progress.say(f"Images      {len(images):,} in {images.source}")
     if images.skipped:
         progress.say(f"Not read    {images.not_read()}")
     state = _read_state(out, task, arch) if resume else {}
     torch.manual_seed(seeds.seed(recipe.seed, "pretext network"))
-    backbone = new_backbone(arch, task)
+    backbone = new_backbone(arch, task, recipe)
     if state and recipe.data.range == "auto":
         recipe = recipe.model_copy(deep=True)
-        recipe.data.range = state.get("intensity") or "full"
+        recipe.data.range = tuple(state.get("intensity") or ()) or "full"
     recipe, device = resolve(recipe, [Loaded(backbone, f"scratch:{arch}", None)], images, progress)
     allow_tf32(recipe.optim.tf32)
     optim, size = recipe.optim, recipe.data.size
@@ -297,16 +299,21 @@ def _train(
     if state and state["size"] != size:
         raise OdcftError(f"{out} was trained at {state['size']} pixels, not at {size}. Choose another --out.")
     view = view_of(recipe)
-    if state and state.get("intensity", view.intensity) != view.intensity:
+    if state and "intensity" in state and tuple(state["intensity"] or ()) != (view.intensity or ()):
         raise OdcftError(
             f"{out} was trained with data.range={state['intensity']}, not {recipe.data.range}. Choose another --out."
         )
+    then = {name: state.get(name) for name in ("arch_args", "mean", "std")}
+    now = {"arch_args": backbone.kwargs, "mean": list(backbone.input.mean), "std": list(backbone.input.std)}
+    for name in now if state else ():
+        if then[name] not in (now[name], None):
+            raise OdcftError(f"{out} was trained with {name}={then[name]}, not {now[name]}. Choose another --out.")
     network: Task = TASKS[task](backbone, images, size, recipe)
     network.to(device)
     if optim.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(network.backbone.parameters(), network.head.parameters(), optim)
-    _require_writable(out)
+    folders.refuse_unwritable(out)
     model = dist.parallel(network, device)
     order = TrainingOrder(len(images), optim.batch_size // dist.world_size(), optim.epochs, recipe.seed)
     progress.say(
@@ -327,7 +334,8 @@ def _train(
     figures: dict[str, float] = {}
     unreadable: dict[int, str] = {}
     network.train()
-    with explained(recipe), progress.phase(task.capitalize(), len(order) * order.batch * dist.world_size()) as advance:
+    puzzled = len(order) * order.batch * dist.world_size()
+    with explained(recipe), folders.made(out.parent), progress.phase(task.capitalize(), puzzled) as advance:
         batches = iter(loader(crops, order, recipe.data.workers, device))
         for step in range(order.first_step, order.steps):
             batch = next(batches)
@@ -379,12 +387,15 @@ def _train(
     }
 
 
-def new_backbone(arch: str, task: str) -> Backbone:
+def new_backbone(arch: str, task: str, recipe: Recipe) -> Backbone:
     """A network with random weights, for three colours, or for lightness alone where colour is the question."""
     refuse_unknown(arch)
+    arch_args = check_arguments(recipe.backbone.arch_args or {})
+    backbone = Backbone(arch, **arch_args)
     if task == "colorization":
-        return Backbone(arch, Input("lab_l", Backbone(arch).size, (50.0,), (50.0,)), in_chans=1)
-    return Backbone(arch)
+        backbone = Backbone(arch, Input("lab_l", backbone.size, (50.0,), (50.0,)), **{**arch_args, "in_chans": 1})
+    normalise(backbone, recipe.data.mean, recipe.data.std)
+    return backbone
 
 
 def _save(out: Path, task: str, network: Task, optimizer: torch.optim.Optimizer, view: View, epoch: int) -> None:
@@ -393,23 +404,22 @@ def _save(out: Path, task: str, network: Task, optimizer: torch.optim.Optimizer,
         backbone = network.backbone
         weights = {f"backbone.{name}": tensor for name, tensor in backbone.net.state_dict().items()}
         weights |= {f"head.{name}": tensor for name, tensor in network.head.state_dict().items()}
-        unfinished = out.with_name(f".{out.name}.unfinished")
-        torch.save(
-            {
-                "task": task,
-                "arch": backbone.arch,
-                "input": backbone.input.color,
-                "size": view.size,
-                "intensity": view.intensity,
-                "mean": list(backbone.input.mean),
-                "std": list(backbone.input.std),
-                "epoch": epoch,
-                "state_dict": weights,
-                "optimizer": optimizer.state_dict(),
-            },
-            unfinished,
-        )
-        unfinished.replace(out)
+        tree = {
+            "task": task,
+            "arch": backbone.arch,
+            "arch_args": backbone.kwargs,
+            "input": backbone.input.color,
+            "size": view.size,
+            "crop_fraction": view.crop_fraction,
+            "intensity": None if view.intensity is None else list(view.intensity),
+            "mean": list(backbone.input.mean),
+            "std": list(backbone.input.std),
+            "epoch": epoch,
+            "state_dict": weights,
+            "optimizer": optimizer.state_dict(),
+        }
+        with folders.whole(out) as unfinished:
+            folders.save_checkpoint(tree, unfinished)
     dist.barrier()
 
 
@@ -430,13 +440,3 @@ def _read_state(out: Path, task: str, arch: str) -> dict[str, Any]:
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _require_writable(out: Path) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(out.parent, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise OdcftError(f"{out} cannot be written: {out.parent} is not a folder you may write to.")

@@ -289,6 +289,8 @@ def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
     """
     if not isinstance(fields, dict):
         raise OdcftError(f"{origin} is not a recipe: it holds no fields. `odcft recipes {DEFAULT}` shows one.")
+    if not isinstance(fields, dict):
+        raise OdcftError(f"{origin} is no recipe, but {brief(fields)}.")
     _refuse_unknown(fields, Recipe, "")
     try:
         return Recipe.model_validate(fields)
@@ -320,6 +322,11 @@ def flat(fields: dict[str, Any]) -> dict[str, Any]:
         for group, inner in fields.items()
         for name, value in (inner.items() if isinstance(inner, dict) else [("", inner)])
     }
+
+
+def taken_as(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe tells `load_backbone` of how a checkpoint is taken."""
+    return {**recipe.backbone.model_dump(), "mean": recipe.data.mean, "std": recipe.data.std}
 
 
 def _apply(fields: dict[str, Any], override: str) -> None:

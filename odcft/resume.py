@@ -1,13 +1,14 @@
 """Whether a RUN can go on: with the recipe, the checkpoint and the images it was started with, and nothing else."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from odcft.data import Images, find_images
+from odcft.description import read_json
 from odcft.errors import OdcftError
 from odcft.folders import digest, read_column, sha256
 from odcft.recipe import Recipe, flat, make_recipe
+from odcft.words import brief
 
 FREE = ("data.workers", "log")  # how fast, how often it speaks: may change, for they change no result
 
@@ -19,9 +20,12 @@ def read_about(run: Path) -> dict[str, Any]:
         OdcftError: it is not there, or of another version of odcft.
     """
     try:
-        about = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        return {name: about[name] for name in ("checkpoint", "sha256", "asked", "sample")} | about
-    except (OSError, ValueError, KeyError) as error:
+        about = read_json(run / "run.json")
+        for name, kind in (("checkpoint", str | list), ("sha256", str | list), ("asked", dict), ("sample", dict)):
+            if not isinstance(about[name], kind):
+                raise ValueError(f"{name}={brief(about[name])}")
+        return about
+    except (OdcftError, ValueError, KeyError) as error:
         raise OdcftError(
             f"{run} cannot be resumed: its run.json is missing or not of this version of odcft ({error}). "
             "Start anew with --overwrite, or with another --out."

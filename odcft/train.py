@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from odcft import dist, folders, seeds, snapshot, stopping
@@ -26,6 +26,7 @@ from odcft.augment import augment_batch
 from odcft.backbone import Backbone, Loaded, load_backbone, loading_line
 from odcft.card import about_run
 from odcft.data import Crops, Images, TrainingOrder, automatic_size, find_images, loader, own_range, usual_side
+from odcft.description import read_json
 from odcft.errors import OdcftError
 from odcft.exports import write_timm
 from odcft.features import extract, to_float
@@ -40,7 +41,7 @@ from odcft.optim import lr_at, make_optimizer, set_lr
 from odcft.optim import restore as restore_optimizer
 from odcft.optim import stored as stored_optimizer
 from odcft.precision import allow_tf32, has_bfloat16
-from odcft.recipe import MemberRecipe, Recipe, dump, flat, load_recipe, make_recipe
+from odcft.recipe import MemberRecipe, Recipe, dump, flat, load_recipe, make_recipe, taken_as
 from odcft.resume import read_about, read_quarantine, refuse_other_checkpoint, resumed_recipe, same_images
 from odcft.stopping import Stopped
 
@@ -130,7 +131,7 @@ def begin(
 def load_members(ckpts: list[str], arch: str | None, recipe: Recipe) -> list[Loaded]:
     """The backbone of each checkpoint, as the recipe wants them taken."""
     return [
-        load_backbone(ckpt, arch, **recipe.backbone.model_dump(), seed=recipe.seed, member=member)
+        load_backbone(ckpt, arch, **taken_as(recipe), seed=recipe.seed, member=member)
         for member, ckpt in enumerate(ckpts)
     ]
 
@@ -230,24 +231,16 @@ def _resolve_range(recipe: Recipe, images: Images, progress: Progress | None, me
     Numbers are written even for the full range of a type, so that nobody who sees the backbone's images later has to
     guess; `full` is left where no image has more than 8 bits.
     """
-    asked, made = recipe.data.range, None
-    with suppress(OSError, ValueError, KeyError):  # `_read_memory` says what is wrong with the folder
-        if memory is not None:
+    if memory is not None and recipe.data.range == "auto":
+        with suppress(OSError, ValueError, KeyError, TypeError):  # `_read_memory` says what is wrong with the folder
             about = json.loads((memory / "memory.json").read_text(encoding="utf-8"))
             recipe.data.range = about["recipe"]["data"].get("range", "full")
-            made = recipe.data.range
-    if asked != "auto":
-        recipe.data.range = asked
     if recipe.data.range in ("auto", "full"):
         looked = {0: own_range(images, recipe.data.range == "full")} if dist.rank() == 0 else {}
         found, words = dist.gather_dict(looked)[0]  # one answer for all ranks
         recipe.data.range = found or "full"
         if progress and words:
             progress.say(f"Note        {words}")
-    if made is not None and asked not in ("auto", made) and recipe.data.range != made:
-        raise OdcftError(
-            f"{memory} was made with data.range={made}, not {asked}. Leave data.range away, or make the memory again."
-        )
 
 
 def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = None) -> Recipe:
@@ -395,14 +388,15 @@ def init_memory(
             "centroids": memory.centroids_KD,
         }
         if dist.rank() == 0:
-            folders.clear(out, folders.MEMORY_FILES)
-            neck = start.necks[0].state_dict()
-            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, out / "memory.safetensors")
-            save_file({name: t.cpu().contiguous() for name, t in neck.items()}, out / "neck.safetensors")
-            folders.write_image_lists(start.images, start.unreadable, out)
             about = folders.about([ckpt], [start.loaded[0].backbone.arch], data, start.images)
             about |= {"seed": start.recipe.seed, "recipe": start.recipe.model_dump(mode="json"), **identity([ckpt])}
-            folders.write_whole(out / "memory.json", json.dumps(about, indent=2))
+            folders.clear(out, folders.MEMORY_FILES)
+            with folders.filling(out) as unfinished:
+                for name, part in {"memory": tensors, "neck": start.necks[0].state_dict()}.items():
+                    part = {key: tensor.cpu().contiguous() for key, tensor in part.items()}
+                    folders.save_file(part, unfinished / f"{name}.safetensors")
+                folders.write_image_lists(start.images, start.unreadable, unfinished)
+                folders.write_whole(unfinished / "memory.json", json.dumps(about, indent=2))
         dist.barrier()
     sizes_K = start.state.memory.sizes_K
     return {
@@ -432,7 +426,7 @@ def _read_memory(
         )
     (ckpt,), (neck,) = ckpts, necks
     try:
-        about = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
+        about = read_json(folder / "memory.json")
         made_from, sha256 = str(about["checkpoint"]), str(about["sha256"])
         made_with = make_recipe(about["recipe"], str(folder / "memory.json"))
         tensors = load_file(folder / "memory.safetensors")
@@ -462,6 +456,8 @@ def _read_memory(
             f"{folder} was made from {len(names):,} images that are not those of {images.source} now. "
             "Make it again with `odcft init-memory`."
         )
+    if made_with.data.range == "auto":  # of before there was a range: all of the type's
+        made_with.data.range = own_range(images, full=True)[0] or "full"
     random_weights = loaded[0].match is None or bool(loaded[0].match.missing)
     _refuse_other_features(folder, made_with, recipe, random_weights)
     if recipe.memory.clusters not in ("auto", clusters):
@@ -555,6 +551,9 @@ def fine_tune(
     begun = resume and folders.only_begun(out)
     if begun or not resume:
         folders.refuse_full(out, folders.RUN_FILES, overwrite or resume)
+    else:
+        folders.refuse_strange(out, folders.RUN_FILES, resumed=True)
+    folders.require_parquet()
     try:
         with folders.locked(out, progress.say), explained(recipe):
             if begun:
@@ -861,7 +860,7 @@ def _train(
 def _finished(out: Path) -> int | None:
     """After how many steps a RUN was completed, backbone and all, if it was."""
     there = (out / "clusters.parquet").exists() and (out / "backbone" / "model.safetensors").exists()
-    return json.loads((out / "run.json").read_text()).get("finished") if there else None
+    return read_json(out / "run.json").get("finished") if there else None
 
 
 def _result(start: Start, out: Path, steps: int, seconds: float) -> dict[str, Any]:
@@ -959,7 +958,10 @@ def _other_versions(then: dict[str, str]) -> list[tuple[str, str, str]]:
 
 
 def write_clusters(state: odc.State, images: Images, path: Path) -> None:
-    """clusters.parquet: path, cluster, and distance of the stored feature to the cluster's centroid."""
+    """clusters.parquet: path, cluster, and distance of the stored feature to the cluster's centroid.
+
+    Rows are those of images.csv. Parquet's text is UTF-8: bytes of a path that are not are written as \\xNN.
+    """
     memory = state.memory
     distances = [
         (memory.features_SD[rows].float() - memory.centroids_KD[memory.labels_S[rows].long()]).norm(dim=1)
@@ -971,11 +973,10 @@ def write_clusters(state: odc.State, images: Images, path: Path) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        columns = {"path": images.names, "cluster": labels_N.cpu().numpy(), "distance": distance_N.cpu().numpy()}
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        pq.write_table(pa.table(columns), unfinished)
-        folders.sync(unfinished)
-        unfinished.replace(path)
+        paths = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in images.names]
+        columns = {"path": paths, "cluster": labels_N.cpu().numpy(), "distance": distance_N.cpu().numpy()}
+        with folders.whole(path) as unfinished:
+            pq.write_table(pa.table(columns), unfinished)
 
 
 def _number(value: Any) -> int:
