@@ -316,32 +316,27 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """How good a backbone's features are: VOC07 SVM mAP, nearest neighbours."""
-    from odcft.evaluation import compare as evaluation
+    from odcft.evaluation.arrays import check_protocols, evaluate_file
+    from odcft.evaluation.table import lines, public, summary
+    from odcft.log import Progress
 
-    protocols = evaluation.check_protocols(protocol)
+    protocols = check_protocols(protocol)
     if features is not None:
-        results = evaluation.evaluate_file(features, protocols)
+        results = evaluate_file(features, protocols, Progress())
     elif ckpt is None or data is None:
         raise OdcftError(
             "evaluate takes a checkpoint and labelled images (odcft evaluate CKPT DATA), or --features FILE.npz."
         )
     else:
+        from odcft.evaluation.compare import evaluate as run
+
         args = _arguments(arch_args)
-        results = evaluation.evaluate(ckpt, data, test, protocols, arch, size, input, allow_partial, arch_args=args)
-    lines = evaluation_lines(evaluation.table(results))
-    for member in results.get("members", []):
-        lines += [f"{member['source']} alone:", *evaluation_lines(evaluation.table(member))]
-    if "members" in results:
-        lines.insert(0, f"All {len(results['members'])} members side by side:")
-    _tell(evaluation.public(results), as_json, lines)
-
-
-def evaluation_lines(rows: list[tuple[str, float | None, float, str]]) -> list[str]:
-    """The table of an evaluation: figures, before and after where there are both."""
-    if not any(before is not None for _, before, _, _ in rows):
-        return [f"  {title:<12}{after:>7.1f}" for title, _, after, _ in rows]
-    lines = [f"  {'':<12}{'before':>8}{'after':>8}    change (95 % interval)"]
-    return lines + [f"  {title:<12}{before:>8.1f}{after:>8.1f}    {change}" for title, before, after, change in rows]
+        results = run(ckpt, data, test, protocols, arch, size, input, allow_partial, arch_args=args)
+    members = results.get("members", [])
+    said = [summary(results), *([f"All {len(members)} members side by side:"] if members else []), *lines(results)]
+    for member in members:
+        said += [f"{member['source']} alone:", *lines(member)]
+    _tell(public(results), as_json, said)
 
 
 @app.command()
