@@ -189,7 +189,7 @@ def of_pretext(tree: Any) -> Description:
 def _architecture(told: Description, name: Any) -> None:
     if isinstance(name, str) and is_network(name):
         told.architecture = name
-    elif isinstance(name, str) and is_network(name.split(".")[0]):
+    elif isinstance(name, str) and re.fullmatch(r"\w+\.[\w-]+", name) and is_network(name.split(".")[0]):
         told.architecture = name.split(".")[0]
         told.left_out.append(f"architecture={brief(name)}: {told.architecture} is known, that tag of it is not")
     elif name is not None:
