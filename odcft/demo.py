@@ -6,6 +6,7 @@ from typing import Any
 
 from odcft.data import find_images
 from odcft.errors import OdcftError
+from odcft.folders import MEMORY_FILES, RUN_FILES, Layout, clear, refuse_full, refuse_unwritable
 from odcft.log import Progress, duration
 from odcft.pretext import train_pretext
 from odcft.recipe import load_recipe
@@ -18,7 +19,10 @@ PRETEXT = [
     *("augment.crop_scale=[0.5, 1.0]", "augment.flip=0", "augment.rotation=10", "augment.brightness=0.2"),
     *("augment.contrast=0.2", "augment.saturation=0", "augment.hue=0", "augment.gray=0"),
 ]
-OURS = ("digits", "rotation.pth", "memory", "run", "run_dc")
+OURS: Layout = {
+    "digits": {"[0-9]": {"[0-9][0-9][0-9][0-9].png": None}},
+    **{"rotation.pth": None, "memory": MEMORY_FILES, "run": RUN_FILES, "run_dc": RUN_FILES},
+}
 
 
 def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[str]]:
@@ -33,12 +37,12 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
     """
     from odcft.cli import evaluation_lines
     from odcft.evaluation.compare import evaluate, public, table
-    from odcft.folders import clear, refuse_full
     from odcft.train import fine_tune, init_memory
 
     progress = Progress()
     started = time.monotonic()
     refuse_full(out, OURS, overwrite)
+    refuse_unwritable(out / "digits")
     clear(out, OURS)
     digits = write_digits(out / "digits")
     images = find_images(digits)

@@ -182,7 +182,8 @@ def of_pretext(tree: Any) -> Description:
         told.ours = True
         _architecture(told, tree.get("arch"))
         _arguments(told, tree.get("arch_args"), "arch_args")
-        _input(told, {name: tree[name] for name in ("size", "mean", "std")} | {"color": tree["input"]})
+        words = ("size", "mean", "std", "crop_fraction", "intensity")
+        _input(told, {name: tree[name] for name in words if name in tree} | {"color": tree["input"]})
     return told
 
 

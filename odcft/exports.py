@@ -4,15 +4,15 @@ Every export is read back and compared before it is called done.
 """
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from odcft import folders
 from odcft.backbone import Backbone, load_backbone
 from odcft.card import about_run, card, name_of
 from odcft.errors import OdcftError
@@ -53,10 +53,8 @@ def export(
     """
     if format not in FORMATS:
         raise OdcftError(f"--format {format}: no such format. Choose from {', '.join(FORMATS)}.")
-    if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OdcftError(f"{out} exists. Choose another place, or pass --overwrite.")
-    if out.exists() and out.is_dir() != (format == "timm"):
-        raise OdcftError(f"{out} is a {'folder' if out.is_dir() else 'file'}; --format {format} writes another kind.")
+    _refuse_others(out, format, overwrite)
+    folders.refuse_unwritable(out / "model.safetensors" if format == "timm" else out)
     backbone = load_backbone(source, arch, input, allow_partial, arch_args=arch_args).backbone
     if size is not None:
         backbone.show(replace(backbone.input.view, size=size))
@@ -67,22 +65,44 @@ def export(
     return backbone
 
 
+def _refuse_others(out: Path, format: str, overwrite: bool) -> None:
+    """Refuse an output that is there, but for one that odcft wrote and that is to be replaced."""
+    if out.is_dir():
+        there = folders.contents(out, folders.BACKBONE_FILES)
+        if there and not overwrite:
+            raise OdcftError(f"{out} exists. Choose another place, or pass --overwrite.")
+        if format != "timm":
+            raise OdcftError(f"{out} is a folder; --format {format} writes a file.")
+        folders.refuse_strange(out, folders.BACKBONE_FILES)
+        if there and not _is_export(out):
+            raise OdcftError(f"{out} was not written by odcft, so --overwrite will not touch it. Choose another place.")
+        return
+    if out.exists() and not overwrite:
+        raise OdcftError(f"{out} exists. Choose another place, or pass --overwrite.")
+    if out.exists() and format == "timm":
+        raise OdcftError(f"{out} is a file; --format timm writes a folder.")
+    folders.refuse_file_of_others(out)
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether a folder is of `write_timm`, as its config.json says."""
+    try:
+        return "odcft" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def _write(backbone: Backbone, out: Path, format: str, about: dict[str, Any]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     if format == "timm":
         write_timm(backbone, out, about)
         return
     if format == "torchvision":
         _require_torchvision_names(backbone)
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    try:
+    with folders.made(out.parent), folders.whole(out) as unfinished:
         if format == "onnx":
             _write_onnx(backbone, unfinished)
         else:
             _write_tensors(backbone, unfinished, format)
-        unfinished.replace(out)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _write_tensors(backbone: Backbone, out: Path, format: str) -> None:
@@ -92,11 +112,11 @@ def _write_tensors(backbone: Backbone, out: Path, format: str) -> None:
     words = {"arch_args": json.dumps(backbone.kwargs), "input": json.dumps(backbone.input.dump())}
     words["architecture"] = backbone.arch
     if format == "safetensors":
-        save_file(tensors, out, metadata={"format": "pt", **words})
+        folders.save_file(tensors, out, metadata={"format": "pt", **words})
         written = load_file(out)
     else:
         tensors._metadata["odcft"] = words  # type: ignore[attr-defined]  # torch's place for what is no tensor
-        torch.save(tensors, out)
+        folders.save_checkpoint(tensors, out)
         written = torch.load(out, weights_only=True)
     for name, tensor in tensors.items():
         assert torch.equal(written[name], tensor), f"{out}: {name} did not survive being written"
@@ -113,9 +133,6 @@ def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = 
         folder: made, or its files replaced.
         about: said of it in config.json, under "odcft", and in the card.
     """
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     input, cfg = backbone.input, getattr(backbone.net, "pretrained_cfg", {})
     kept = ("pool_size", "classifier", "fixed_input_size", "first_conv")
     config: dict[str, Any] = {
@@ -139,14 +156,11 @@ def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = 
     if backbone.kwargs:
         config["model_args"] = backbone.kwargs
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.net.state_dict().items()}
-    save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
-    (unfinished / "config.json").write_text(json.dumps(config, indent=2))
-    _compare(backbone, unfinished)
-    (unfinished / "README.md").write_text(card(backbone, about or {}), encoding="utf-8")
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in unfinished.iterdir():
-        file.replace(folder / file.name)
-    unfinished.rmdir()
+    with folders.filling(folder) as unfinished:
+        folders.save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
+        (unfinished / "config.json").write_text(json.dumps(config, indent=2))
+        _compare(backbone, unfinished)
+        (unfinished / "README.md").write_text(card(backbone, about or {}), encoding="utf-8")
 
 
 def _summary(about: dict[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,8 @@ def seen_as(view: View) -> str:
     """A view in words, for a line that says how images are shown."""
     resized = math.floor(view.size / view.crop_fraction)
     crop = "shorter side resized to that" if resized == view.size else f"shorter side resized to {resized}"
-    return f"seen at {view.size} pixels ({crop}, {view.interpolation}, then the centre)"
+    seen = f"seen at {view.size} pixels ({crop}, {view.interpolation}, then the centre)"
+    return seen if view.intensity is None else f"{seen}, {view.intensity[0]:,.6g} black, {view.intensity[1]:,.6g} white"
 
 
 @dataclass(frozen=True)

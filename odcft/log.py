@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,8 +11,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from odcft import dist
+from odcft import dist, folders
 from odcft.words import shown
+
+LONG = 5.0  # seconds of silence before something without a bar is named
 
 
 class Progress:
@@ -28,6 +31,24 @@ class Progress:
         """One line for the person, whatever names are in it."""
         if not self.quiet:
             self.console.print(shown(line), markup=False)
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Show that something goes on that has no bar: a spinner on a terminal, else a line where it takes long."""
+        from rich.text import Text
+
+        if self.quiet:
+            yield
+        elif self.console.is_terminal:
+            with self.console.status(Text(shown(what))):
+                yield
+        else:
+            line = threading.Timer(LONG, self.say, [what])
+            line.start()
+            try:
+                yield
+            finally:
+                line.cancel()
 
     @contextmanager
     def phase(self, title: str, total: int, unit: str = "img") -> Iterator[Callable[..., None]]:
@@ -112,10 +133,8 @@ class Metrics:
         path = run / "metrics.jsonl"
         # Resumed: what was written after the state that is gone on from does not count, nor does half a line.
         self._lines = [line for line in read_lines(path) if line["step"] < first_step]
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in self._lines), encoding="utf-8")
-        unfinished.replace(path)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        folders.write_whole(path, "".join(json.dumps(line) + "\n" for line in self._lines))
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

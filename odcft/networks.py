@@ -262,12 +262,17 @@ def build(arch: str, last_stride: int = 2, small_stem: bool = False, **kwargs: A
     return net
 
 
+# torch.nn.init's own as well: what they call inside is not seen from here.
+_RANDOM = {"normal_", "uniform_", "trunc_normal_", "erfinv_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_"}
+_RANDOM |= {"xavier_normal_", "orthogonal_", "bernoulli_"}
+
+
 class WithoutRandom(TorchFunctionMode):
     """Networks are built without drawing random weights, where every one of them is about to be replaced."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Leave tensors as they are where they would be filled at random."""
-        if getattr(func, "__name__", "") in ("normal_", "uniform_", "trunc_normal_", "erfinv_"):
+        if getattr(func, "__name__", "") in _RANDOM:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 

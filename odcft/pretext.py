@@ -6,7 +6,6 @@ Shapes: B images, M puzzles, C answers, P patches, F features.
 """
 
 import math
-import os
 import time
 from contextlib import nullcontext
 from itertools import permutations
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odcft import dist, seeds
+from odcft import dist, folders, seeds
 from odcft.advice import explained
 from odcft.augment import augment_batch, turned
 from odcft.backbone import Backbone, Loaded, normalise, refuse_unknown
@@ -32,7 +31,7 @@ from odcft.optim import lr_at, make_optimizer, set_lr
 from odcft.precision import allow_tf32
 from odcft.recipe import Recipe
 from odcft.stopping import Stopped
-from odcft.train import fitting_recipe, resolve
+from odcft.train import fitting_recipe, resolve, view_of
 
 
 class Rotation(nn.Module):
@@ -168,7 +167,8 @@ class Colorization(nn.Module):
         self.colours_Q2: Tensor
         self.weight_C: Tensor
         self.register_buffer("colours_Q2", colours(), persistent=False)
-        self.register_buffer("weight_C", rebalancing(images, size, self.colours_Q2), persistent=False)
+        weight_C = rebalancing(images, size, self.colours_Q2, intensity=view_of(recipe).intensity)
+        self.register_buffer("weight_C", weight_C, persistent=False)
         self.head = nn.Conv2d(maps.shape[1], len(self.colours_Q2) * self.CELL**2, 1)
 
     def forward(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -182,7 +182,13 @@ class Colorization(nn.Module):
         return net.forward_features(self.backbone.adapter(images))
 
 
-def rebalancing(images: Images, size: int, colours_Q2: Tensor, most: int = 2000) -> Tensor:
+def rebalancing(
+    images: Images,
+    size: int,
+    colours_Q2: Tensor,
+    most: int = 2000,
+    intensity: tuple[float, float] | None = None,
+) -> Tensor:
     """How much each colour weighs in the loss (Zhang et al., sec. 2.2): 1 over a mixture of its share and 1 / Q.
 
     Args:
@@ -190,12 +196,13 @@ def rebalancing(images: Images, size: int, colours_Q2: Tensor, most: int = 2000)
         size: pixels of the input.
         colours_Q2: (Q, 2).
         most: images to look at.
+        intensity: as in `View`.
 
     Returns:
         (Q,) float32; the mean weight of a place is 1.
     """
     rows = range(0, len(images), max(1, len(images) // most))
-    crops = Crops(images, View(size, 1.0))
+    crops = Crops(images, View(size, 1.0, intensity=intensity))
     counts_Q = torch.zeros(len(colours_Q2))
     for batch in loader(crops, in_order(rows, 128), 0, torch.device("cpu")):
         if len(batch.index_B):
@@ -232,8 +239,8 @@ def train_pretext(
         data: what `find_images` takes; labels are never read.
         arch: a timm name.
         out: the .pth to write: a dict with `task`, `arch`, `arch_args`, `input` ("rgb", or "lab_l": lightness alone),
-            `size`, `mean` and `std` (of RGB in 0..1, or of L in 0..100), `epoch`, `state_dict` (`backbone.` and
-            `head.`) and `optimizer`.
+            `size`, `crop_fraction` and `intensity` (as in `View`), `mean` and `std` (of RGB in 0..1, or of L in
+            0..100), `epoch`, `state_dict` (`backbone.` and `head.`) and `optimizer`.
         recipe: its groups data, augment, optim and log, and the seed. Colorization leaves colours as they are.
         overwrite: replace `out`.
         resume: go on with `out`, from its last epoch.
@@ -272,17 +279,30 @@ def _train(
         raise OdcftError(
             f"{out} exists. Pass --resume to go on with it, --overwrite to replace it, or choose another --out."
         )
+    if not resume or out.is_symlink():
+        folders.refuse_file_of_others(out)
     images = find_images(data)
+    progress.say(f"Images      {len(images):,} in {images.source}")
+    if images.skipped:
+        progress.say(f"Not read    {images.not_read()}")
     state = _read_state(out, task, arch) if resume else {}
     torch.manual_seed(seeds.seed(recipe.seed, "pretext network"))
     backbone = new_backbone(arch, task, recipe)
-    recipe, device = resolve(recipe, [Loaded(backbone, f"scratch:{arch}", None)], images)
+    if state and recipe.data.range == "auto":
+        recipe = recipe.model_copy(deep=True)
+        recipe.data.range = tuple(state.get("intensity") or ()) or "full"
+    recipe, device = resolve(recipe, [Loaded(backbone, f"scratch:{arch}", None)], images, progress)
     allow_tf32(recipe.optim.tf32)
     optim, size = recipe.optim, recipe.data.size
     assert isinstance(size, int)
     assert isinstance(recipe.data.workers, int)
     if state and state["size"] != size:
         raise OdcftError(f"{out} was trained at {state['size']} pixels, not at {size}. Choose another --out.")
+    view = view_of(recipe)
+    if state and "intensity" in state and tuple(state["intensity"] or ()) != (view.intensity or ()):
+        raise OdcftError(
+            f"{out} was trained with data.range={state['intensity']}, not {recipe.data.range}. Choose another --out."
+        )
     then = {name: state.get(name) for name in ("arch_args", "mean", "std")}
     now = {"arch_args": backbone.kwargs, "mean": list(backbone.input.mean), "std": list(backbone.input.std)}
     for name in now if state else ():
@@ -293,10 +313,9 @@ def _train(
     if optim.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(network.backbone.parameters(), network.head.parameters(), optim)
-    _require_writable(out)
+    folders.refuse_unwritable(out)
     model = dist.parallel(network, device)
     order = TrainingOrder(len(images), optim.batch_size // dist.world_size(), optim.epochs, recipe.seed)
-    progress.say(f"Images      {len(images):,} in {images.source}")
     progress.say(
         f"Plan        {task} · {arch} from random weights · {optim.epochs} epochs · batch {optim.batch_size} · "
         f"{size} px · {optim.precision}"
@@ -310,12 +329,13 @@ def _train(
             raise OdcftError(f"{out} has had its {state['epoch']} epochs. Pass more with --epochs to prolong it.")
         progress.say(f"Resuming    {out} after {state['epoch']} epochs")
 
-    crops = Crops(images, View(size), recipe.augment, recipe.seed)
+    crops = Crops(images, view, recipe.augment, recipe.seed)
     sums_3 = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, puzzles since the epoch began
     figures: dict[str, float] = {}
     unreadable: dict[int, str] = {}
     network.train()
-    with explained(recipe), progress.phase(task.capitalize(), len(order) * order.batch * dist.world_size()) as advance:
+    puzzled = len(order) * order.batch * dist.world_size()
+    with explained(recipe), folders.made(out.parent), progress.phase(task.capitalize(), puzzled) as advance:
         batches = iter(loader(crops, order, recipe.data.workers, device))
         for step in range(order.first_step, order.steps):
             batch = next(batches)
@@ -352,7 +372,7 @@ def _train(
             advance(len(batch.index_B) * dist.world_size(), note)
             if epoch_ends:
                 sums_3.zero_()
-                _save(out, task, network, optimizer, size, (step + 1) // order.steps_per_epoch)
+                _save(out, task, network, optimizer, view, (step + 1) // order.steps_per_epoch)
     return {
         "out": str(out),
         "task": task,
@@ -378,29 +398,28 @@ def new_backbone(arch: str, task: str, recipe: Recipe) -> Backbone:
     return backbone
 
 
-def _save(out: Path, task: str, network: Task, optimizer: torch.optim.Optimizer, size: int, epoch: int) -> None:
+def _save(out: Path, task: str, network: Task, optimizer: torch.optim.Optimizer, view: View, epoch: int) -> None:
     """Write the file, whole or not at all."""
     if dist.rank() == 0:
         backbone = network.backbone
         weights = {f"backbone.{name}": tensor for name, tensor in backbone.net.state_dict().items()}
         weights |= {f"head.{name}": tensor for name, tensor in network.head.state_dict().items()}
-        unfinished = out.with_name(f".{out.name}.unfinished")
-        torch.save(
-            {
-                "task": task,
-                "arch": backbone.arch,
-                "arch_args": backbone.kwargs,
-                "input": backbone.input.color,
-                "size": size,
-                "mean": list(backbone.input.mean),
-                "std": list(backbone.input.std),
-                "epoch": epoch,
-                "state_dict": weights,
-                "optimizer": optimizer.state_dict(),
-            },
-            unfinished,
-        )
-        unfinished.replace(out)
+        tree = {
+            "task": task,
+            "arch": backbone.arch,
+            "arch_args": backbone.kwargs,
+            "input": backbone.input.color,
+            "size": view.size,
+            "crop_fraction": view.crop_fraction,
+            "intensity": None if view.intensity is None else list(view.intensity),
+            "mean": list(backbone.input.mean),
+            "std": list(backbone.input.std),
+            "epoch": epoch,
+            "state_dict": weights,
+            "optimizer": optimizer.state_dict(),
+        }
+        with folders.whole(out) as unfinished:
+            folders.save_checkpoint(tree, unfinished)
     dist.barrier()
 
 
@@ -421,13 +440,3 @@ def _read_state(out: Path, task: str, arch: str) -> dict[str, Any]:
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _require_writable(out: Path) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(out.parent, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise OdcftError(f"{out} cannot be written: {out.parent} is not a folder you may write to.")

@@ -7,6 +7,7 @@ images are known, and the recipe saved in the RUN has no `auto` left.
 
 import contextlib
 import difflib
+import math
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -26,6 +27,12 @@ class _Group(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
+def _black_to_white(pair: tuple[float, float]) -> tuple[float, float]:
+    if not (pair[0] < pair[1] and math.isfinite(pair[1] - pair[0])):
+        raise ValueError("a range of values is [black, white] with black < white")
+    return pair
+
+
 class DataRecipe(_Group):
     """Which pixels the network sees."""
 
@@ -35,6 +42,9 @@ class DataRecipe(_Group):
     crop_fraction: float = Field(
         0.875, gt=0, le=1
     )  # without augmentation: centre crop of the image resized to size / this
+    range: Literal["auto", "full"] | Annotated[tuple[float, float], AfterValidator(_black_to_white)] = (
+        "auto"  # [black, white] of images with more than 8 bits a channel; full: their type's; auto: the set's own
+    )
     workers: Auto | Annotated[int, Field(ge=0)] = "auto"  # loader processes a rank; auto: by cores and device
     mean: list[float] | None = None  # of each channel, in 0..1 of its range; null: the checkpoint's own
     std: list[Annotated[float, Field(gt=0)]] | None = None  # the deviation, likewise

@@ -62,7 +62,8 @@ def resumed_recipe(
             raise OdcftError(
                 f"{run} was started with {name}={then[name]}, not {value}. {how}, or choose another --out."
             )
-    recipe = make_recipe(saved["recipe"])
+    # A run of before there was a range has seen all of the type's.
+    recipe = make_recipe({**saved["recipe"], "data": {"range": "full", **saved["recipe"]["data"]}})
     recipe.log, recipe.data.workers = given.log, given.data.workers
     epochs = prolonged if epochs is None else epochs
     if epochs != recipe.optim.epochs:

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from odcft import dist
 from odcft.errors import OdcftError
-from odcft.folders import digest, sync, write_whole
+from odcft.folders import STEP, digest, remove, save_file, sync, write_whole
 
 KEPT = 2  # newest states
 PIECE = 65536  # rows read at a time
@@ -78,8 +78,8 @@ def save(run: Path, state: State) -> str:
 
     def begin() -> None:
         if dist.rank() == 0:
-            for leftover in folder.parent.glob(".*.unfinished"):
-                shutil.rmtree(leftover)
+            for leftover in folder.parent.glob(f".{STEP}.unfinished"):
+                remove(leftover)
             unfinished.mkdir(parents=True)
 
     def write() -> None:
@@ -96,7 +96,7 @@ def save(run: Path, state: State) -> str:
             text = json.dumps({**state.about, "ranks": ranks, "files": all_sums})
             write_whole(unfinished / "state.json", json.dumps({"sha256": _sum_of(text), "state": text}))
             if folder.exists():  # of an earlier life of this run, which the one that is gone on from did not reach
-                shutil.rmtree(folder)
+                remove(folder)
             unfinished.rename(folder)
             sync(folder.parent)
 
@@ -121,7 +121,7 @@ def save(run: Path, state: State) -> str:
 
 def exists(run: Path) -> bool:
     """Whether a RUN has a state, in whatever condition."""
-    return any((run / "checkpoints").glob("step-*"))
+    return any((run / "checkpoints").glob(STEP))
 
 
 def newest(run: Path, say: Callable[[str], None]) -> Path:
@@ -140,7 +140,7 @@ def newest(run: Path, say: Callable[[str], None]) -> Path:
         say(f"Warning     {folder} is damaged ({reason}); set aside, the state before it is tried.")
         if dist.rank() == 0:
             aside = folder.with_name(f"damaged-{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
             folder.rename(aside)
     what = "none of its states is intact" if states else "it has no state"
     raise OdcftError(f"{run} cannot be resumed: {what}. Start anew with --overwrite, or with another --out.")
@@ -201,7 +201,7 @@ def _take_rows(rows: dict[str, Tensor], name: str, part: Any, rank: int, before:
 
 def _states(run: Path) -> list[Path]:
     """The states of a RUN, oldest first, as rank 0 sees them: on a network disk others may see yesterday's folder."""
-    names = [path.name for path in sorted((run / "checkpoints").glob("step-*"))] if dist.rank() == 0 else []
+    names = [path.name for path in sorted((run / "checkpoints").glob(STEP))] if dist.rank() == 0 else []
     return [run / "checkpoints" / name for name in dist.gather_dict({0: names} if dist.rank() == 0 else {})[0]]
 
 

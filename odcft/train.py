@@ -9,6 +9,7 @@ import os
 import socket
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from odcft import dist, folders, seeds, snapshot, stopping
@@ -24,7 +25,7 @@ from odcft.advice import explained
 from odcft.augment import augment_batch
 from odcft.backbone import Backbone, Loaded, load_backbone, loading_line
 from odcft.card import about_run
-from odcft.data import Crops, Images, TrainingOrder, automatic_size, find_images, loader, usual_side
+from odcft.data import Crops, Images, TrainingOrder, automatic_size, find_images, loader, own_range, usual_side
 from odcft.description import read_json
 from odcft.errors import OdcftError
 from odcft.exports import write_timm
@@ -78,9 +79,10 @@ def begin(
     """Load the checkpoints, find the images, and build both memories, by K-Means or from an `init-memory` folder."""
     images = find_images(data)
     recipe = resolve_members(recipe, ckpts)
-    loaded = load_members(ckpts, arch, recipe)
+    with progress.waiting(f"Loading     {', '.join(ckpts)} …"):
+        loaded = load_members(ckpts, arch, recipe)
     resolve_clusters(recipe, len(images))  # refuse what cannot work before anything slow is done
-    recipe, device = resolve(recipe, loaded, images)
+    recipe, device = resolve(recipe, loaded, images, progress, memory)
     allow_tf32(recipe.optim.tf32)
     method = METHODS[recipe.method]
     necks, dim = make_necks(loaded, recipe)
@@ -112,10 +114,11 @@ def begin(
     recipe = resolve_clusters(recipe, len(images), progress)
     started = time.monotonic()
     K = _number(recipe.memory.clusters)
-    features_SD = method.compact(features_SD, recipe)
     seed = seeds.seed(recipe.seed, "kmeans", 0)
-    centroids_KD = kmeans(features_SD, K, seed, recipe.kmeans.iterations, recipe.kmeans.engine)
-    labels_S = assign(features_SD, centroids_KD)[0]
+    with progress.waiting(f"K-Means     {K:,} clusters of {len(images):,} images …"):
+        features_SD = method.compact(features_SD, recipe)
+        centroids_KD = kmeans(features_SD, K, seed, recipe.kmeans.iterations, recipe.kmeans.engine)
+        labels_S = assign(features_SD, centroids_KD)[0]
     state = method.start(features_SD, labels_S, recipe)
     sizes_K = state.memory.sizes_K
     progress.say(
@@ -169,7 +172,13 @@ def resolve_members(recipe: Recipe, ckpts: list[str]) -> Recipe:
     return recipe
 
 
-def resolve(recipe: Recipe, loaded: list[Loaded], images: Images) -> tuple[Recipe, torch.device]:
+def resolve(
+    recipe: Recipe,
+    loaded: list[Loaded],
+    images: Images,
+    progress: Progress | None = None,
+    memory: Path | None = None,
+) -> tuple[Recipe, torch.device]:
     """Replace every `auto` but the number of clusters, and choose the device."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", dist.local_rank()) if gpu else torch.device("cpu")
@@ -184,6 +193,7 @@ def resolve(recipe: Recipe, loaded: list[Loaded], images: Images) -> tuple[Recip
         side = usual_side(images)
         sizes = {b.size for b in backbones if b.fixed_size} or {automatic_size(b.size, False, side) for b in backbones}
         recipe.data.size = min(sizes)
+    _resolve_range(recipe, images, progress, memory)
     for backbone in backbones:
         if backbone.fixed_size and recipe.data.size != backbone.size:
             raise OdcftError(
@@ -213,6 +223,24 @@ def resolve(recipe: Recipe, loaded: list[Loaded], images: Images) -> tuple[Recip
     if recipe.optim.precision == "auto":
         recipe.optim.precision = "bfloat16" if gpu and has_bfloat16(device) else "float32"
     return recipe, device
+
+
+def _resolve_range(recipe: Recipe, images: Images, progress: Progress | None, memory: Path | None) -> None:
+    """Settle data.range: as the features of an `init-memory` folder were made, or by the images.
+
+    Numbers are written even for the full range of a type, so that nobody who sees the backbone's images later has to
+    guess; `full` is left where no image has more than 8 bits.
+    """
+    if memory is not None and recipe.data.range == "auto":
+        with suppress(OSError, ValueError, KeyError, TypeError):  # `_read_memory` says what is wrong with the folder
+            about = json.loads((memory / "memory.json").read_text(encoding="utf-8"))
+            recipe.data.range = about["recipe"]["data"].get("range", "full")
+    if recipe.data.range in ("auto", "full"):
+        looked = {0: own_range(images, recipe.data.range == "full")} if dist.rank() == 0 else {}
+        found, words = dist.gather_dict(looked)[0]  # one answer for all ranks
+        recipe.data.range = found or "full"
+        if progress and words:
+            progress.say(f"Note        {words}")
 
 
 def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = None) -> Recipe:
@@ -267,7 +295,9 @@ def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = Non
 
 def view_of(recipe: Recipe) -> View:
     """How a resolved recipe has images seen where they are not augmented."""
-    return View(_number(recipe.data.size), recipe.data.crop_fraction)
+    assert recipe.data.range != "auto", "the recipe is resolved by now"
+    intensity = None if recipe.data.range == "full" else recipe.data.range
+    return View(_number(recipe.data.size), recipe.data.crop_fraction, intensity=intensity)
 
 
 def _describe(loaded: list[Loaded], images: Images, recipe: Recipe, progress: Progress, training: bool) -> None:
@@ -281,6 +311,8 @@ def _describe(loaded: list[Loaded], images: Images, recipe: Recipe, progress: Pr
     if recipe.method == "codc" and len(loaded) == 1 and recipe.codc.members == [MemberRecipe()]:
         progress.say("Note        One plain member has no one to collaborate with: this is ODC.")
     progress.say(f"Images      {len(images):,} in {images.source}")
+    if images.skipped:
+        progress.say(f"Not read    {images.not_read()}")
     optim, ranks = recipe.optim, dist.world_size()
     plan = [recipe.method.upper(), count_of(optim.epochs, "epoch"), f"batch {optim.batch_size}"] if training else []
     plan += [f"{recipe.data.size} px", f"{ranks} process{'es' if ranks > 1 else ''}", optim.precision]
@@ -356,14 +388,15 @@ def init_memory(
             "centroids": memory.centroids_KD,
         }
         if dist.rank() == 0:
-            folders.clear(out, folders.MEMORY_FILES)
-            neck = start.necks[0].state_dict()
-            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, out / "memory.safetensors")
-            save_file({name: t.cpu().contiguous() for name, t in neck.items()}, out / "neck.safetensors")
-            folders.write_image_lists(start.images, start.unreadable, out)
             about = folders.about([ckpt], [start.loaded[0].backbone.arch], data, start.images)
             about |= {"seed": start.recipe.seed, "recipe": start.recipe.model_dump(mode="json"), **identity([ckpt])}
-            folders.write_whole(out / "memory.json", json.dumps(about, indent=2))
+            folders.clear(out, folders.MEMORY_FILES)
+            with folders.filling(out) as unfinished:
+                for name, part in {"memory": tensors, "neck": start.necks[0].state_dict()}.items():
+                    part = {key: tensor.cpu().contiguous() for key, tensor in part.items()}
+                    folders.save_file(part, unfinished / f"{name}.safetensors")
+                folders.write_image_lists(start.images, start.unreadable, unfinished)
+                folders.write_whole(unfinished / "memory.json", json.dumps(about, indent=2))
         dist.barrier()
     sizes_K = start.state.memory.sizes_K
     return {
@@ -423,6 +456,8 @@ def _read_memory(
             f"{folder} was made from {len(names):,} images that are not those of {images.source} now. "
             "Make it again with `odcft init-memory`."
         )
+    if made_with.data.range == "auto":  # of before there was a range: all of the type's
+        made_with.data.range = own_range(images, full=True)[0] or "full"
     random_weights = loaded[0].match is None or bool(loaded[0].match.missing)
     _refuse_other_features(folder, made_with, recipe, random_weights)
     if recipe.memory.clusters not in ("auto", clusters):
@@ -516,6 +551,9 @@ def fine_tune(
     begun = resume and folders.only_begun(out)
     if begun or not resume:
         folders.refuse_full(out, folders.RUN_FILES, overwrite or resume)
+    else:
+        folders.refuse_strange(out, folders.RUN_FILES, resumed=True)
+    folders.require_parquet()
     try:
         with folders.locked(out, progress.say), explained(recipe):
             if begun:
@@ -587,7 +625,8 @@ def _resume_point(
         # A later --resume need not say it again.
         folders.write_whole(out / "run.json", json.dumps({**about, "epochs": recipe.optim.epochs}, indent=2))
     refuse_other_checkpoint(ckpts, out, about)
-    loaded = load_members(ckpts, arch, recipe)
+    with progress.waiting(f"Loading     {', '.join(ckpts)} …"):
+        loaded = load_members(ckpts, arch, recipe)
     images = same_images(data, out, about)
     recipe, device = resolve(recipe, loaded, images)
     allow_tf32(recipe.optim.tf32)
@@ -919,7 +958,10 @@ def _other_versions(then: dict[str, str]) -> list[tuple[str, str, str]]:
 
 
 def write_clusters(state: odc.State, images: Images, path: Path) -> None:
-    """clusters.parquet: path, cluster, and distance of the stored feature to the cluster's centroid."""
+    """clusters.parquet: path, cluster, and distance of the stored feature to the cluster's centroid.
+
+    Rows are those of images.csv. Parquet's text is UTF-8: bytes of a path that are not are written as \\xNN.
+    """
     memory = state.memory
     distances = [
         (memory.features_SD[rows].float() - memory.centroids_KD[memory.labels_S[rows].long()]).norm(dim=1)
@@ -931,11 +973,10 @@ def write_clusters(state: odc.State, images: Images, path: Path) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        columns = {"path": images.names, "cluster": labels_N.cpu().numpy(), "distance": distance_N.cpu().numpy()}
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        pq.write_table(pa.table(columns), unfinished)
-        folders.sync(unfinished)
-        unfinished.replace(path)
+        paths = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in images.names]
+        columns = {"path": paths, "cluster": labels_N.cpu().numpy(), "distance": distance_N.cpu().numpy()}
+        with folders.whole(path) as unfinished:
+            pq.write_table(pa.table(columns), unfinished)
 
 
 def _number(value: Any) -> int:

@@ -553,10 +553,10 @@ def test_data_worker_that_dies_is_named(go, monkeypatch):
 
     whole, me = data.read_image, os.getpid()
 
-    def read(path):
+    def read(path, *more):
         if os.getpid() != me:
             os.kill(os.getpid(), signal.SIGKILL)
-        return whole(path)
+        return whole(path, *more)
 
     monkeypatch.setattr(data, "read_image", read)
     with pytest.raises(OdcftError, match=r"A data worker died \(DataLoader worker .*--set data.workers=1"):

@@ -229,11 +229,11 @@ def test_image_that_vanishes_during_the_run_is_skipped(tmp_path, checkpoint, ima
 
     whole, calls = data.read_image, []
 
-    def read(path):
+    def read(path, *more):
         calls.append(path)
         if len(calls) > 20 and path.endswith("000.png"):
             raise OSError("gone")
-        return whole(path)
+        return whole(path, *more)
 
     monkeypatch.setattr(data, "read_image", read)
     assert fine_tune(checkpoint, images, tmp_path / "run", quick())["steps"] == 6
@@ -289,12 +289,13 @@ SPEECH = {
 STEP = {"optim.final_epochs": 1, "optim.final_factor": 0.5}
 DC = {"dc.interval": 2, "dc.pca": 3, "dc.balance": "reweighting"}
 CODC = {"codc.members": [{"cluster": 1, "rotation": 1}], "codc.alpha": 0.2}
+DEEP = {"data.range"}  # of images of more than 8 bits: test_pixels.py
 
 
 def test_every_field_is_in_one_of_the_lists():
     from odcft.recipe import _all_paths
 
-    assert set(_all_paths()) == set(FIELDS) | SPEECH | set(STEP) | set(DC) | set(CODC)
+    assert set(_all_paths()) == set(FIELDS) | SPEECH | set(STEP) | set(DC) | set(CODC) | DEEP
 
 
 @pytest.fixture(scope="module")

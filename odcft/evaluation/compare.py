@@ -134,6 +134,8 @@ def evaluate(
     views = [view_of(one, labels.images, size) for one in loaded]
     for view in dict.fromkeys(views):
         progress.say(f"Images      {len(labels.images):,} in {labels.images.source} · {seen_as(view)}")
+    if labels.images.skipped:
+        progress.say(f"Not read    {labels.images.not_read()}")
     after_splits = [_features(one, labels, view, progress) for one, view in zip(loaded, views, strict=True)]
     before_splits = [
         _features(load_backbone(origin, **taken, member=member), labels, view, progress)
@@ -187,9 +189,11 @@ def view_of(loaded: "Loaded", images: "Images", size: int | None) -> "View":
         images: those to see.
         size: the user's word.
     """
-    from odcft.data import automatic_size, usual_side
+    from odcft.data import automatic_size, own_range, usual_side
 
     view, backbone = loaded.backbone.input.view, loaded.backbone
+    if view.intensity is None:  # it was trained on images of 8 bits, or somewhere else
+        view = replace(view, intensity=own_range(images)[0])
     if size is not None or loaded.told:
         return replace(view, size=size or view.size)
     size = automatic_size(view.size, backbone.fixed_size, usual_side(images))
@@ -212,6 +216,13 @@ def _features(loaded: "Loaded", labels: Any, view: "View", progress: Any) -> Spl
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     crops = Crops(labels.images, view)
     features, bad = extract(backbone.to(device).eval(), crops, 128, 0, device, progress or Progress(), "Features")
+    if bad:
+        name, reason = labels.images.names[min(bad)], bad[min(bad)]
+        if len(bad) == len(labels.images):
+            raise OdcftError(f"None of the {len(bad):,} images can be read; {name}: {reason}.")
+        progress.say(
+            f"            {len(bad):,} unreadable and left out: {name} ({reason}){', …' if len(bad) > 1 else ''}"
+        )
     good_N = np.array([i not in bad for i in range(len(labels.images))])
     train, test = labels.train_rows[good_N[labels.train_rows]], labels.test_rows[good_N[labels.test_rows]]
     rows = features.cpu().numpy()
