@@ -283,8 +283,8 @@ def export(
     backbone = run(source, out, format, arch, overwrite, input, allow_partial, size, _arguments(arch_args))
     seen = backbone.input
     lines = [f"Wrote {out} ({format}), read back and compared.", f"Images      {seen_as(seen.view)}"]
-    if format == "timm":
-        lines.append(f"  {loading_line(backbone, str(out))}")
+    if format != "onnx":
+        lines.append(f"  {loading_line(backbone, str(out), folder=format == 'timm')}")
     if seen.color != "rgb" and format != "onnx":
         lines.append(f"Note        It is shown {seen.color}, not RGB: odcft does that by itself, others do not.")
     lines += [
