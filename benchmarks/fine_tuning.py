@@ -118,7 +118,7 @@ def read(out: Path) -> dict[str, dict[str, Any]]:
 
 def judged(backbone: str | list[str], test: str) -> dict[str, Any]:
     """SVM and nearest neighbours of a backbone, or of several side by side and each alone."""
-    from odcft.evaluate import evaluate
+    from odcft.evaluation.compare import evaluate
 
     results = evaluate(backbone, test, None, ["svm", "knn"])
     figures = [{"svm": one["svm"]["mAP"], "knn": one["knn"]["top1"]} for one in (results, *results.get("members", []))]

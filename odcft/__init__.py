@@ -15,9 +15,8 @@ _VERBS = {
     "load_backbone": "odcft.backbone",
     "init_memory": "odcft.train",
     "fine_tune": "odcft.train",
-    "evaluate": "odcft.evaluate",
-    "export": "odcft.export",
-    "kmeans": "odcft.kmeans",
+    "evaluate": "odcft.evaluation.compare",
+    "export": "odcft.exports",
 }
 
 

@@ -6,25 +6,42 @@ pickles (Caffe2). Classes that neither knows (an argparse.Namespace, a config ob
 so that the tensors beside them load.
 """
 
-import json
 import re
-import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from odcft.description import Description, of_export, of_pretext, of_timm, of_transformers, read_json
 from odcft.errors import OdcftError
 from odcft.renames import combined
-from odcft.restricted import Refused, StandIn, load_pickle, load_tar, numpy_globals, stand_in
+from odcft.restricted import (
+    Endless,
+    Refused,
+    StandIn,
+    load_pickle,
+    load_tar,
+    numpy_globals,
+    refuse_endless,
+    refuse_endless_file,
+    stand_in,
+)
+from odcft.words import brief
 
-_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # torch.serialization.MAGIC_NUMBER, as it is pickled
 DEPTH = 12  # of nested dicts and lists that are looked into
+
+# More than any checkpoint has, and little enough to be looked through in seconds.
+TENSORS = 30_000  # with names
+NAME = 300  # letters of a tensor's name
+LEVELS = 40  # of a tensor's name, between dots
+MEMBERS = 200_000  # of a zip archive
+HEADER = 32 << 20  # bytes of what stands before the tensors of a safetensors file
+HINTS = 20  # strings that may name an architecture
 
 
 @dataclass
@@ -36,8 +53,9 @@ class Contents:
     state_dicts: dict[str, dict[str, Tensor]]  # by their path in the file, "" for the file itself
     names: list[str] = field(default_factory=list)  # all keys on the way to them
     hints: list[str] = field(default_factory=list)  # strings that may name an architecture
-    config: dict[str, Any] = field(default_factory=dict)  # of a timm folder, or what `odcft pretext` says of its input
+    told: Description = field(default_factory=Description)  # what it says of itself
     replaced: list[str] = field(default_factory=list)  # classes in it that were not loaded
+    strange: list[str] = field(default_factory=list)  # names of tensors that no network has: sparse, quantized
 
 
 def read(path: Path) -> Contents:
@@ -47,13 +65,15 @@ def read(path: Path) -> Contents:
     Raises:
         OdcftError: no such file, not a checkpoint (and what it is instead), or no tensors in it.
     """
-    if path.is_dir():
-        return _read_folder(path)
-    if not path.exists():
-        raise OdcftError(
-            f"{path}: no such checkpoint. Give a file, a timm folder, a RUN, or a name such as timm:resnet18."
-        )
     try:
+        if path.is_dir():
+            return _read_folder(path)
+        if not path.exists():
+            raise OdcftError(
+                f"{path}: no such checkpoint. Give a file, a timm folder, a RUN, or a name such as timm:resnet18."
+            )
+        if not path.is_file():
+            raise OdcftError(f"{path} is neither a file nor a folder, so it is no checkpoint.")
         with path.open("rb") as file:
             start = file.read(512)
     except OSError as error:
@@ -63,66 +83,74 @@ def read(path: Path) -> Contents:
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise OdcftError(
             f"{path} is an HTML page, not a checkpoint "
-            f"(it starts with {start.lstrip()[:15].decode(errors='replace')!r}). Was the download refused?"
+            f"(it starts with {brief(start.lstrip()[:15].decode(errors='replace'))}). Was the download refused?"
         )
     if start.startswith(b"version https://git-lfs"):
         raise OdcftError(f"{path} is a pointer of Git LFS, not the file itself. Fetch it with `git lfs pull`.")
 
     container = _container(path, start)
     replaced: list[str] = []
-    config: dict[str, Any] = {}
+    told = Description()
     try:
         if container == "safetensors":
-            tree, config = _load_safetensors(path)
+            tree, told = _load_safetensors(path)
         elif container == "torch tar":
             tree = load_tar(path, replaced)
         elif container == "pickle":
             tree = load_pickle(path, replaced)
         else:
             tree = _load_torch(path, replaced)
+        dicts = list(_dicts(tree))
     except Refused as refused:
         raise OdcftError(
             f"{path} asks to run code when it is opened ({refused}); odcft does not. "
             "Ask whoever made it for a plain state dict."
         ) from None
-    except MemoryError:
-        raise OdcftError(f"{path} asks for more memory than there is. Is it damaged?") from None
-    state_dicts = {where: combined(tensors) for where, tensors in _state_dicts(tree, "")}
+    except (Endless, MemoryError):
+        raise OdcftError(
+            f"{path} asks for far more time or memory than a file of its size needs, so it is refused."
+        ) from None
+    strange: list[str] = []
+    state_dicts: dict[str, dict[str, Tensor]] = {}
+    for where, _, inner in dicts:
+        if tensors := _tensors(inner, path, strange):
+            state_dicts[where] = tensors
+    if sum(map(len, state_dicts.values())) > TENSORS:
+        raise OdcftError(f"{path} holds more than {TENSORS:,} tensors with names, far more than any network.")
     if not state_dicts:
         raise OdcftError(f"{path} holds no tensors with names, so there is no backbone in it.")
-    config = config or _our_input(tree)
-    return Contents(path, container, state_dicts, list(_names(tree)), list(_hints(tree)), config, sorted(set(replaced)))
-
-
-def _our_input(tree: Any) -> dict[str, Any]:
-    """What `odcft pretext` wrote of the network's input, in the words of a timm folder."""
-    if not (isinstance(tree, dict) and isinstance(tree.get("input"), str) and {"size", "mean", "std"} <= set(tree)):
-        return {}
-    return {"odcft": {"input": {k: tree[k] for k in ("size", "mean", "std")} | {"color": tree["input"]}}}
+    metadata = getattr(tree, "_metadata", None)
+    words = metadata.get("odcft") if isinstance(metadata, dict) else None
+    if container != "safetensors":
+        told = of_export(words) if isinstance(words, dict) else of_pretext(tree)
+    return Contents(
+        path=path,
+        container=container,
+        state_dicts={where: combined(tensors) for where, tensors in state_dicts.items()},
+        names=_names(dicts),
+        hints=_hints(dicts),
+        told=told,
+        replaced=sorted(set(replaced)),
+        strange=strange,
+    )
 
 
 def _read_folder(folder: Path) -> Contents:
     config_file = folder / "config.json"
     names = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin", "model.bin")
-    weights = next((folder / name for name in names if (folder / name).exists()), None)
+    weights = next((folder / name for name in names if (folder / name).is_file()), None)
     if weights is None or not config_file.exists():
         raise OdcftError(
             f"{folder} is a folder without config.json and model.safetensors, "
             "so it is neither a timm folder nor a finished RUN."
         )
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        assert isinstance(config, dict)
-    except (ValueError, AssertionError):
-        raise OdcftError(f"{config_file} is damaged: it is no JSON object.") from None
+    config = read_json(config_file)
     contents = read(weights)
     contents.path = folder
-    if isinstance(config.get("architecture"), str):
-        contents.config = config
+    if "architecture" in config or isinstance(config.get("odcft"), dict):
+        contents.told = of_timm(config)
     elif (folder / "preprocessor_config.json").exists():  # of Hugging Face's transformers
-        with suppress(ValueError, KeyError, TypeError):
-            about = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-            contents.config = {"pretrained_cfg": {"mean": about["image_mean"], "std": about["image_std"]}}
+        contents.told = of_transformers(read_json(folder / "preprocessor_config.json"))
     return contents
 
 
@@ -132,7 +160,7 @@ def _container(path: Path, start: bytes) -> str:
     if start.startswith(b"PK\x03\x04"):
         _refuse_inflated(path)
         return "torch"
-    if tarfile.is_tarfile(path):
+    if start[257:262] == b"ustar":
         return "torch tar"
     # torch's files before 1.6 begin with a pickled magic number; any other pickle is somebody's own.
     if (
@@ -146,6 +174,8 @@ def _container(path: Path, start: bytes) -> str:
 
 def _refuse_inflated(path: Path) -> None:
     """torch stores tensors as they are; an archive that swells when opened is none of its own."""
+    if _listed(path) > MEMBERS:
+        raise OdcftError(f"{path} is a zip archive of {_listed(path):,} files, far more than PyTorch writes.")
     try:
         with zipfile.ZipFile(path) as archive:
             inflated = sum(member.file_size for member in archive.infolist())
@@ -158,25 +188,52 @@ def _refuse_inflated(path: Path) -> None:
         )
 
 
-def _load_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
-    """The tensors, and what `odcft export` wrote beside them, in the words of a timm folder."""
+def _listed(path: Path) -> int:
+    """Files in a zip archive, by the bytes their list takes: no entry is read."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 16) - 22))
+        tail = file.read()
+        end = tail.rfind(b"PK\x05\x06")
+        if end < 0 or len(tail) < end + 22:
+            return 0  # cut: said by the loader
+        size = int.from_bytes(tail[end + 12 : end + 16], "little")
+        if tail[end - 20 : end - 16] == b"PK\x06\x07":  # of the 64-bit kind
+            file.seek(int.from_bytes(tail[end - 12 : end - 4], "little"))
+            size = max(size if size < 0xFFFFFFFF else 0, int.from_bytes(file.read(56)[40:48], "little"))
+    return min(size, path.stat().st_size) // 46  # bytes of the shortest entry
+
+
+def _load_safetensors(path: Path) -> tuple[Any, Description]:
+    """The tensors, and what `odcft export` wrote beside them."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > HEADER:
+        raise OdcftError(
+            f"{path} is a damaged safetensors file (its header has {header:,} bytes). Copy or download it again."
+        )
     try:
         with safe_open(path, "pt") as file:
             words = file.metadata() or {}
-        config = {}
-        if {"architecture", "arch_args", "input"} <= set(words):
-            config = {"architecture": words["architecture"], "model_args": json.loads(words["arch_args"])}
-            config["odcft"] = {"input": json.loads(words["input"])}
-        return load_file(path), config
-    except SafetensorError as error:
-        raise OdcftError(f"{path} is a damaged safetensors file ({error}). Copy or download it again.") from None
+        return load_file(path), of_export(words)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        said = brief(str(error), 100, quotes=False)
+        raise OdcftError(f"{path} is a damaged safetensors file ({said}). Copy or download it again.") from None
 
 
 def _load_torch(path: Path, replaced: list[str]) -> Any:
     stand_ins: dict[str, type] = {}
+    try:
+        if _is_zip(path):
+            refuse_endless(BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")))
+        else:
+            refuse_endless_file(path, pickles=5)  # what torch wrote before 1.6: identity, versions, machine, tree, keys
+    except (Endless, MemoryError):
+        raise
+    except Exception:  # not what torch wrote
+        raise _no_checkpoint(path) from None
     while True:
         try:
             known = [*numpy_globals(), *((cls, name) for name, cls in stand_ins.items())]
@@ -186,6 +243,8 @@ def _load_torch(path: Path, replaced: list[str]) -> Any:
             return tree
         except (Refused, MemoryError):
             raise
+        except RecursionError:
+            raise Endless from None
         except Exception as error:  # torch raises many kinds for a file that is no checkpoint
             wanted = re.search(r"(?:GLOBAL|class|global) ([\w.]+) was not an allowed global", str(error))
             blocked = re.search(r"([\w.]+) whose module [\w.]+ is blocked", str(error))
@@ -198,9 +257,13 @@ def _load_torch(path: Path, replaced: list[str]) -> Any:
                 continue
             if name:
                 raise Refused(name) from None
-            raise OdcftError(
-                f"{path} is not a checkpoint that PyTorch or safetensors can read. Is it complete, and the right file?"
-            ) from None
+            raise _no_checkpoint(path) from None
+
+
+def _no_checkpoint(path: Path) -> OdcftError:
+    return OdcftError(
+        f"{path} is not a checkpoint that PyTorch or safetensors can read. Is it complete, and the right file?"
+    )
 
 
 def _is_zip(path: Path) -> bool:
@@ -217,47 +280,104 @@ def _inner(tree: Any) -> Any:
     return tree
 
 
-def _module_tensors(module: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
-    """The state dict of a network that was pickled whole."""
+def _module_tensors(module: Mapping[str, Any], made: dict[int, dict[str, Any]] | None = None) -> dict[str, Any]:
+    """The state dict of a network that was pickled whole; a layer in it may stand in several places."""
+    made = {} if made is None else made
     tensors: dict[str, Any] = {}
     for group in ("_parameters", "_buffers"):
-        tensors |= {k: v for k, v in dict(module.get(group) or {}).items() if isinstance(v, Tensor)}
-    for name, inner in dict(module.get("_modules") or {}).items():
-        if isinstance(inner, StandIn) and depth < 4 * DEPTH:
-            tensors |= {f"{name}.{key}": value for key, value in _module_tensors(vars(inner), depth + 1).items()}
+        tensors |= {name: tensor for name, tensor in _items(module, group) if isinstance(tensor, Tensor)}
+    for name, inner in _items(module, "_modules"):
+        if isinstance(inner, StandIn) and len(made) < TENSORS:
+            if id(inner) not in made:
+                made[id(inner)] = {}  # a network inside itself has no more
+                made[id(inner)] = _module_tensors(vars(inner), made)
+            tensors |= {f"{name}.{key}": value for key, value in made[id(inner)].items()}
+        if len(tensors) > TENSORS:
+            raise Endless
     return tensors
 
 
-def _state_dicts(tree: Any, path: str, depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    tree = _inner(tree)
-    if isinstance(tree, list | tuple):
-        tree = {str(place): value for place, value in enumerate(tree)} if len(tree) < 100 else {}
-    if not isinstance(tree, Mapping) or depth > DEPTH:
-        return
-    tensors = {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    if tensors:
-        yield path, tensors
-    for key, value in tree.items():
-        if isinstance(key, str) and not isinstance(value, Tensor):
-            yield from _state_dicts(value, f"{path}/{key}".lstrip("/"), depth + 1)
+def _items(module: Mapping[str, Any], group: str) -> list[tuple[str, Any]]:
+    held = module.get(group)
+    return [(name, one) for name, one in held.items() if isinstance(name, str)] if isinstance(held, Mapping) else []
 
 
-def _names(tree: Any, depth: int = 0) -> Iterator[str]:
-    """Keys of the dicts around the state dicts."""
-    tree = _inner(tree)
-    if isinstance(tree, Mapping) and depth < 4:
-        for key, value in tree.items():
-            if isinstance(key, str) and not (isinstance(value, Tensor) and depth):
-                yield key
-            yield from _names(value, depth + 1)
+def _dicts(tree: Any) -> Iterator[tuple[str, bool, Mapping[Any, Any]]]:
+    """Every dict in a file, each once: its path, whether only dicts lead to it, and the dict."""
+    least: dict[int, int] = {}  # depth at which a part of the tree was met
+    kept: list[Any] = []  # parts made here, whose ids must not be given to others
+
+    def walk(tree: Any, path: str, depth: int, plain: bool) -> Iterator[tuple[str, bool, Mapping[Any, Any]]]:
+        if depth > DEPTH or least.get(id(tree), DEPTH + 1) <= depth:
+            return
+        first, least[id(tree)] = id(tree) not in least, depth
+        inner = _inner(tree)
+        kept.append(inner)
+        if isinstance(inner, list | tuple):
+            inner, plain = ({str(place): value for place, value in enumerate(inner)} if len(inner) < 100 else {}), False
+        elif isinstance(inner, Mapping) and first:
+            yield path, plain, inner
+        if isinstance(inner, Mapping):
+            for key, value in inner.items():
+                if isinstance(key, str) and isinstance(value, Mapping | list | tuple | StandIn):
+                    yield from walk(value, f"{path}/{key[:NAME]}".lstrip("/"), depth + 1, plain)
+
+    return walk(tree, "", 0, True)
 
 
-def _hints(tree: Any, depth: int = 0) -> Iterator[str]:
+def _tensors(tree: Mapping[Any, Any], path: Path, strange: list[str]) -> dict[str, Tensor]:
+    """The tensors in a dict that a network can have; the names of others are added to `strange`.
+
+    Raises:
+        OdcftError: a name without end, or a tensor that the file is too small for.
+    """
+    tensors = {}
+    for name, tensor in tree.items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+            continue
+        if len(name) > NAME or name.count(".") > LEVELS:
+            raise OdcftError(f"{path}: a tensor's name has {len(name):,} letters, which no network has: {brief(name)}.")
+        if not _dense(tensor):
+            strange.append(name)
+            continue
+        if tensor.nbytes > 4 * path.stat().st_size + (1 << 20):
+            raise OdcftError(
+                f"{path} has {path.stat().st_size:,} bytes, and says that {brief(name)} in it takes "
+                f"{tensor.nbytes:,}. Is it damaged?"
+            )
+        tensors[name] = tensor.detach()
+    return tensors
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether these are plain numbers in memory: not sparse, nested, quantized or complex, nor without contents."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_complex():
+        return False
+    try:
+        return tensor.device.type == "cpu" and (not tensor.numel() or tensor.untyped_storage().nbytes() > 0)
+    except (NotImplementedError, RuntimeError):
+        return False
+
+
+def _names(dicts: list[tuple[str, bool, Mapping[Any, Any]]]) -> list[str]:
+    """Keys of the dicts around the state dicts; of the outermost also those of tensors."""
+    return [
+        key
+        for path, plain, tree in dicts
+        if plain and path.count("/") < 3
+        for key, value in tree.items()
+        if isinstance(key, str) and not (isinstance(value, Tensor) and path)
+    ]
+
+
+def _hints(dicts: list[tuple[str, bool, Mapping[Any, Any]]]) -> list[str]:
     """Values of fields that name an architecture, wherever they are."""
-    tree = _inner(tree)
-    if isinstance(tree, Mapping) and depth < 5:
-        for key, value in tree.items():
-            if key in ("arch", "architecture", "model", "model_name", "backbone", "network") and isinstance(value, str):
-                yield value
-            elif isinstance(value, Mapping | StandIn):
-                yield from _hints(value, depth + 1)
+    fields = ("arch", "architecture", "model", "model_name", "backbone", "network")
+    found = [
+        tree[key]
+        for path, plain, tree in dicts
+        if plain and path.count("/") < 4
+        for key in fields
+        if isinstance(tree.get(key), str) and len(tree[key]) < 100
+    ]
+    return list(dict.fromkeys(found))[:HINTS]

@@ -3,6 +3,7 @@
 Everything heavy is imported inside the commands, so that --help answers at once.
 """
 
+import json
 import os
 import shlex
 import sys
@@ -30,6 +31,12 @@ Ckpt = Annotated[
 ]
 Data = Annotated[str, typer.Argument(metavar="DATA", help="Folder of images, or a list file (.txt, .csv, .tsv).")]
 Arch = Annotated[str | None, typer.Option(help="The architecture, where the checkpoint does not tell.")]
+ArchArgs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME=VALUE,…", help="What the network is built with besides its name, for example patch_size=8."
+    ),
+]
 Input = Annotated[
     str | None,
     typer.Option(
@@ -44,7 +51,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="One field of the recipe, for example memory.momentum=0.3."),
 ]
-Clusters = Annotated[str | None, typer.Option(metavar="K|auto", help="Clusters; auto is images / 128.")]
+Clusters = Annotated[str | None, typer.Option(metavar="K|auto", help="Clusters; auto is images / 128, at most 10,000.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same machine: same backbone.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what odcft wrote there before.")]
@@ -60,12 +67,20 @@ def _recipe(
     seed: int | None,
     input: str | None = None,
     allow_partial: bool = False,
+    arch_args: str | None = None,
 ) -> Any:
     from odcft.recipe import load_recipe
 
     given = {"memory.clusters": clusters, "seed": seed, "backbone.input": input}
     given["backbone.allow_partial"] = "true" if allow_partial else None
+    given["backbone.arch_args"] = None if arch_args is None else json.dumps(_arguments(arch_args))
     return load_recipe(name, [*(overrides or []), *(f"{k}={v}" for k, v in given.items() if v is not None)])
+
+
+def _arguments(arch_args: str | None) -> dict[str, Any]:
+    from odcft.description import parse_arguments
+
+    return parse_arguments(arch_args) if arch_args else {}
 
 
 def _join(devices: int) -> None:
@@ -114,13 +129,22 @@ def demo(
 
 @app.command()
 def inspect(
-    ckpt: Ckpt, arch: Arch = None, input: Input = None, allow_partial: Partial = False, as_json: Json = False
+    ckpt: Ckpt,
+    arch: Arch = None,
+    arch_args: ArchArgs = None,
+    input: Input = None,
+    allow_partial: Partial = False,
+    as_json: Json = False,
 ) -> None:
     """What a checkpoint is: family, architecture, input, and how much of the backbone is matched."""
     from odcft.backbone import describe, load_backbone
 
-    loaded = load_backbone(ckpt, arch, input, allow_partial)
+    loaded = load_backbone(ckpt, arch, input, allow_partial, arch_args=_arguments(arch_args), finite=False)
     values, lines = describe(loaded)
+    recipe = "odc_vit" if loaded.backbone.is_transformer else None
+    given = {"arch": arch, "arch_args": arch_args, "input": input, "allow_partial": allow_partial, "recipe": recipe}
+    if not loaded.not_finite:
+        lines.append(f"Fine-tune it:   {command('finetune', ckpt, 'IMAGES/', out='RUN', **given)}")
     _tell(values, as_json, lines)
 
 
@@ -134,6 +158,7 @@ def init_memory(
     overrides: Set = None,
     seed: Seed = None,
     arch: Arch = None,
+    arch_args: ArchArgs = None,
     input: Input = None,
     allow_partial: Partial = False,
     devices: Devices = 1,
@@ -141,7 +166,7 @@ def init_memory(
     as_json: Json = False,
 ) -> None:
     """Features of all images, K-Means, and both memories on disk."""
-    resolved = _recipe(recipe, overrides, clusters, seed, input, allow_partial)
+    resolved = _recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args)
     _join(devices)
     from odcft.train import init_memory as run
 
@@ -152,7 +177,9 @@ def init_memory(
             f"{values['clusters']:,} clusters of {values['smallest']:,} … {values['largest']:,}"
         )
     ]
-    lines.append(f"Go on:      odcft finetune {ckpt} {data} --memory {out} --out RUN")
+    given = {"recipe": recipe if recipe != DEFAULT_RECIPE else None, "set": overrides, "seed": seed, "arch": arch}
+    given |= {"arch_args": arch_args, "input": input, "allow_partial": allow_partial}
+    lines.append(f"Go on:      {command('finetune', ckpt, data, memory=out, out='RUN', **given)}")
     _tell(values, as_json, lines)
 
 
@@ -181,6 +208,7 @@ def finetune(
     overwrite: Overwrite = False,
     seed: Seed = None,
     arch: Arch = None,
+    arch_args: ArchArgs = None,
     input: Input = None,
     allow_partial: Partial = False,
     as_json: Json = False,
@@ -193,7 +221,7 @@ def finetune(
     if recipe is None:
         usual = DC_RECIPE if "method=dc" in overrides else DEFAULT_RECIPE
         recipe = str(out / "recipe.yaml") if resume and (out / "recipe.yaml").exists() else usual
-    resolved = _recipe(recipe, overrides, clusters, seed, input, allow_partial)
+    resolved = _recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args)
     _join(devices)
     from odcft.log import duration
     from odcft.train import fine_tune
@@ -206,14 +234,32 @@ def finetune(
     lines = [
         f"Done in {duration(values['seconds'])}. Backbone: {', '.join(values.get('backbones', [values['backbone']]))}",
         f"  {values['load']}",
-        f"Did it get better?    odcft evaluate {out} LABELLED_IMAGES/ --protocol svm,knn",
+        f"Did it get better?    {command('evaluate', out, 'LABELLED_IMAGES/', protocol='svm,knn')}",
     ]
     _tell(values, as_json, lines)
 
 
 def _resuming(argv: list[str]) -> str:
     """The command that goes on where this one was stopped."""
-    return shlex.join(["odcft", *(a for a in argv[1:] if a not in ("--overwrite", "--resume")), "--resume"])
+    words = shlex.join(["odcft", *(a for a in argv[1:] if a not in ("--overwrite", "--resume")), "--resume"])
+    return f"the same torchrun …, now with --resume ({words})" if "TORCHELASTIC_RUN_ID" in os.environ else words
+
+
+def command(verb: str, *words: object, **options: Any) -> str:
+    """A command that can be pasted into a shell, whatever its paths are.
+
+    Args:
+        verb: of odcft.
+        words: its arguments.
+        options: by their names; None, False and empty lists are left out, True is a flag, a list comes several times.
+    """
+    parts = ["odcft", verb, *map(str, words)]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if one is not None and one is not False:
+                parts += [flag] if one is True else [flag, str(one)]
+    return shlex.join(parts)
 
 
 @app.command()
@@ -222,16 +268,23 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder (timm) or file (other formats).")],
     format: Annotated[str, typer.Option(help="timm, torchvision, safetensors or onnx.")] = "timm",
     arch: Arch = None,
+    arch_args: ArchArgs = None,
     input: Input = None,
     allow_partial: Partial = False,
+    size: Annotated[int | None, typer.Option(min=8, help="Pixels it is shown, where its source does not tell.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """The backbone without neck and head, also straight from somebody else's checkpoint."""
-    from odcft.export import export as run
+    from odcft.backbone import loading_line
+    from odcft.exports import export as run
+    from odcft.inputs import seen_as
 
-    seen = run(source, out, format, arch, overwrite, input, allow_partial).input
-    lines = [f"Wrote {out} ({format}), read back and compared."]
+    backbone = run(source, out, format, arch, overwrite, input, allow_partial, size, _arguments(arch_args))
+    seen = backbone.input
+    lines = [f"Wrote {out} ({format}), read back and compared.", f"Images      {seen_as(seen.view)}"]
+    if format == "timm":
+        lines.append(f"  {loading_line(backbone, str(out))}")
     if seen.color != "rgb" and format != "onnx":
         lines.append(f"Note        It is shown {seen.color}, not RGB: odcft does that by itself, others do not.")
     lines += [
@@ -257,12 +310,13 @@ def evaluate(
     ] = None,
     size: Annotated[int | None, typer.Option(min=8, help="Pixels; by default the RUN's or the network's own.")] = None,
     arch: Arch = None,
+    arch_args: ArchArgs = None,
     input: Input = None,
     allow_partial: Partial = False,
     as_json: Json = False,
 ) -> None:
     """How good a backbone's features are: VOC07 SVM mAP, nearest neighbours."""
-    from odcft import evaluate as evaluation
+    from odcft.evaluation import compare as evaluation
 
     protocols = evaluation.check_protocols(protocol)
     if features is not None:
@@ -272,7 +326,8 @@ def evaluate(
             "evaluate takes a checkpoint and labelled images (odcft evaluate CKPT DATA), or --features FILE.npz."
         )
     else:
-        results = evaluation.evaluate(ckpt, data, test, protocols, arch, size, input, allow_partial)
+        args = _arguments(arch_args)
+        results = evaluation.evaluate(ckpt, data, test, protocols, arch, size, input, allow_partial, arch_args=args)
     lines = evaluation_lines(evaluation.table(results))
     for member in results.get("members", []):
         lines += [f"{member['source']} alone:", *evaluation_lines(evaluation.table(member))]
@@ -316,7 +371,7 @@ def pretext(
     lines = [
         f"Done in {duration(values['seconds'])}: {values['accuracy']:.0%} right in the last epoch, "
         f"by chance {values['chance']:.1%}. Checkpoint: {out}",
-        f"Go on:      odcft finetune {out} {data} --out RUN",
+        f"Go on:      {command('finetune', out, data, out='RUN', recipe=values['recipe'])}",
     ]
     _tell(values, as_json, lines)
 

@@ -1,23 +1,31 @@
 """Images: which there are, how they are read, and in what order training sees them."""
 
 import csv
+import hashlib
+import io
+import math
 import os
 import random
+import re
+import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from odcft import dist, seeds, shared_memory, stopping
 from odcft.augment import centre_crop, random_crop
 from odcft.errors import OdcftError
 from odcft.inputs import View
+from odcft.pixels import image_size, read_deep, read_image, special
 from odcft.recipe import AugmentRecipe
+from odcft.words import shown
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".jp2")
 LISTS = {".txt": None, ".csv": ",", ".tsv": "\t"}
@@ -25,12 +33,16 @@ LISTS = {".txt": None, ".csv": ",", ".tsv": "\t"}
 
 @dataclass
 class Images:
-    """The images of a DATA argument, in a fixed order: image i is `names[i]`, under `root`."""
+    """The images of a DATA argument, in a fixed order: image i is `names[i]`, under `root`.
+
+    Names are as the file system has them: bytes that are no UTF-8 are surrogates (PEP 383).
+    """
 
     source: Path  # as the user named it
     root: Path
     names: list[str]  # relative to root
     labels: list[str] | None = None  # of a list file; several joined by ";"
+    skipped: dict[str, int] = field(default_factory=dict)  # what is not read (an ending, or words) to how often
 
     def __len__(self) -> int:
         return len(self.names)
@@ -43,19 +55,38 @@ class Images:
         """The images that are left when some are taken out."""
         keep = [i for i in range(len(self)) if i not in bad]
         labels = [self.labels[i] for i in keep] if self.labels else None
-        return Images(self.source, self.root, [self.names[i] for i in keep], labels)
+        return Images(self.source, self.root, [self.names[i] for i in keep], labels, self.skipped)
 
     def classes(self) -> list[str]:
         """What `evaluate` takes for labels: those of the list, or each image's folder."""
         return self.labels if self.labels is not None else [os.path.dirname(name) for name in self.names]
 
+    def not_read(self) -> str:
+        """What there is besides these images, for a sentence: "300 .heic, 2 .xml, 1 pipe"; "" if there is nothing."""
+        return _counted(self.skipped)
+
+
+def _counted(skipped: dict[str, int], most: int = 6) -> str:
+    often = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    words = []
+    for what, count in often[:most]:
+        noun, blank, rest = what.partition(" ")
+        words.append(f"{count:,} {noun}{'s' if count > 1 and not what.startswith('.') else ''}{blank}{rest}")
+    if others := sum(count for _, count in often[most:]):
+        words.append(f"{others:,} of {len(often) - most} other kinds")
+    return ", ".join(words)
+
 
 def find_images(data: str | Path) -> Images:
     """The images of a folder (searched recursively, sorted by path) or of a list file.
 
+    A folder that several links lead to is read once, under its own name where it has one here. What is no image to
+    odcft is counted in `skipped`.
+
     Args:
         data: a folder; a `.txt` with one path a line; or a `.csv`/`.tsv` with the header `path` or `path,label`.
-            Paths in a list are relative to the list file.
+            Paths in a list are relative to the list file; a path that is there again is one image, and its labels are
+            joined.
 
     Raises:
         OdcftError: nothing there, no image in it, or a list that is not one.
@@ -64,59 +95,136 @@ def find_images(data: str | Path) -> Images:
     if not path.exists():
         raise OdcftError(f"{path}: no such folder or list file of images.")
     if path.is_dir():
-        names = []
-        for folder, inner, files in os.walk(path, followlinks=True):
-            inner[:] = sorted(name for name in inner if not name.startswith("."))
-            at = os.path.relpath(folder, path)
-            names += [
-                os.path.normpath(os.path.join(at, name))
-                for name in files
-                if name.lower().endswith(ENDINGS) and not name.startswith(".")
-            ]
+        names, skipped = _walk(path)
         if not names:
-            what = "is empty" if not any(path.iterdir()) else "holds no images"
+            what = f"holds no images (but {_counted(skipped)})" if skipped else "is empty"
             raise OdcftError(f"{path} {what}. odcft looks for {', '.join(ENDINGS)}, also in sub-folders.")
-        return Images(path, path, sorted(names))
-    if path.suffix.lower() not in LISTS:
+        return Images(path, path, sorted(names), None, dict(skipped))
+    if path.suffix.lower() not in LISTS or not path.is_file():
         raise OdcftError(f"{path} is a file, not images. Give a folder, or a list file ({', '.join(LISTS)}).")
     return _read_list(path)
 
 
-def _read_list(path: Path) -> Images:
-    delimiter = LISTS[path.suffix.lower()]
-    labels: list[str] | None = None
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if delimiter is None:
-                names = [line.strip() for line in file if line.strip()]
+def _walk(top: Path) -> tuple[list[str], Counter[str]]:
+    """Names of all images under a folder, in no order, and what else there is."""
+    names: list[str] = []
+    skipped: Counter[str] = Counter()
+    met: set[tuple[int, int]] = set()
+    folders, links = [""], list[str]()
+    while folders or links:
+        links.sort()  # folders are looked into under their own names first, so links cannot change what they are called
+        at = folders.pop() if folders else links.pop(0)
+        try:
+            about = os.stat(os.path.join(top, at))
+            if (about.st_dev, about.st_ino) in met:
+                skipped["folder met again"] += 1
+                continue
+            met.add((about.st_dev, about.st_ino))
+            with os.scandir(os.path.join(top, at)) as entries:
+                found = list(entries)
+        except OSError:
+            skipped["folder not to be opened"] += 1
+            continue
+        for entry in found:
+            name = os.path.join(at, entry.name)
+            kind, is_image, hidden = _kind(entry), entry.name.lower().endswith(ENDINGS), entry.name.startswith(".")
+            if hidden:
+                if kind == "folder" or is_image:
+                    skipped["folder of a hidden name" if kind == "folder" else "image of a hidden name"] += 1
+            elif kind == "folder":
+                (links if entry.is_symlink() else folders).append(name)
+            elif kind != "file":
+                skipped[kind] += 1
+            elif is_image:
+                names.append(name)
             else:
-                rows = list(csv.DictReader(file, delimiter=delimiter))
-                if not rows or "path" not in rows[0]:
-                    raise OdcftError(
-                        f"{path} needs a header with a column `path` (and, for evaluate, `label`), "
-                        "and a line for each image."
-                    )
-                names = [row["path"] for row in rows]
-                labels = [row["label"] or "" for row in rows] if "label" in rows[0] else None
-    except UnicodeDecodeError:
-        raise OdcftError(f"{path} is not a text file of paths.") from None
-    if not names:
+                skipped[os.path.splitext(entry.name)[1].lower() or "file without an ending"] += 1
+    return names, skipped
+
+
+def _kind(entry: os.DirEntry) -> str:
+    """What an entry is: "folder", "file" (so is a link to nowhere, which cannot be read), or as `special` says."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        return "file" if entry.is_file() else special(entry.stat().st_mode)
+    except OSError:
+        return "file"
+
+
+def _read_list(path: Path) -> Images:
+    try:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            text = file.read()
+    except OSError as error:
+        raise OdcftError(f"{path} cannot be read: {error.strerror}.") from None
+    if "\0" in text:
+        raise OdcftError(f"{path} is not a text file of paths. If it is a table, save it as CSV, in UTF-8.")
+    lines = re.split("\r\n|\r|\n", text)
+    skipped: Counter[str] = Counter()
+    labelled = False
+    rows = [(line.strip(), "") for line in lines if line.strip()]
+    if path.suffix.lower() != ".txt":
+        rows, labelled = _read_table(path, text, lines[0])
+        skipped["line without a path"] = sum(not name for name, _ in rows)
+        rows = [row for row in rows if row[0]]
+    if not rows:
         raise OdcftError(f"{path} is empty: it should hold one image path a line, relative to {path.parent}.")
-    return Images(path, path.parent, names, labels)
+    labels: dict[str, list[str]] = {}
+    names: dict[str, str] = {}  # by what they lead to
+    for name, label in rows:
+        there = os.path.normpath(name)
+        parts = labels.setdefault(names.setdefault(there, name), [])
+        parts += [part for part in map(str.strip, label.split(";")) if part and part not in parts]
+    skipped["line met again"] = len(rows) - len(names)
+    joined = [";".join(parts) for parts in labels.values()] if labelled else None
+    return Images(path, path.parent, list(labels), joined, {what: n for what, n in skipped.items() if n})
 
 
-def read_image(path: str) -> Image.Image:
-    """One image as RGB.
+def _read_table(path: Path, text: str, header: str) -> tuple[list[tuple[str, str]], bool]:
+    """Path and label of each line of a .csv or .tsv, and whether it has labels."""
+    usual = LISTS[path.suffix.lower()] or ","
+    for delimiter in (usual, ",", ";", "\t"):
+        columns = [c.strip().lower() for c in next(csv.reader([header], delimiter=delimiter, skipinitialspace=True))]
+        if "path" in columns:
+            break
+    else:
+        found = ", ".join(next(csv.reader([header], delimiter=usual, skipinitialspace=True))) or "none"
+        raise OdcftError(
+            f"{path} needs a header with a column `path` (and, for evaluate, `label`), and a line for each image. "
+            f"Its columns are: {found[:200]}."
+        )
+    places = [columns.index("path"), *([columns.index("label")] if "label" in columns else [])]
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    try:
+        cells = [[*(line[p].strip() if p < len(line) else "" for p in places), ""] for line in lines if line]
+    except csv.Error as error:
+        raise OdcftError(f"{path}, line {lines.line_num}: {error}. Is it the table you mean?") from None
+    return [(cell[0], cell[1]) for cell in cells[1:]], "label" in columns
 
-    Raises:
-        OSError, ValueError, SyntaxError and others of PIL's, for a file that is no complete image.
+
+def same_content(images: Images) -> list[list[int]]:
+    """Images whose files are the same, byte by byte.
+
+    Only files of one size are read. Those that cannot be are in no group.
+
+    Returns:
+        The numbers of two and more images each, ascending; groups by their first image.
     """
-    with Image.open(path) as image:
-        if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # 16 bits a pixel: PIL's own conversion would clip to white
-            return Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8)).convert(
-                "RGB"
-            )
-        return image.convert("RGB")
+    sizes: dict[int, list[int]] = {}
+    for index in range(len(images)):
+        with suppress(OSError):
+            about = os.stat(images.path(index))
+            if stat.S_ISREG(about.st_mode):
+                sizes.setdefault(about.st_size, []).append(index)
+    groups: dict[bytes, list[int]] = {}
+    for index in sorted(i for rows in sizes.values() if len(rows) > 1 for i in rows):
+        with suppress(OSError), open(images.path(index), "rb") as file:
+            found = hashlib.blake2b(digest_size=16)
+            while piece := file.read(1 << 20):
+                found.update(piece)
+            groups.setdefault(found.digest(), []).append(index)
+    return [rows for rows in groups.values() if len(rows) > 1]
 
 
 @dataclass
@@ -125,7 +233,7 @@ class Crops:
 
     Attributes:
         images: the images.
-        view: how they are seen; with `augment` its size alone plays a part.
+        view: how they are seen; with `augment` its size and intensity alone play a part.
         augment: random crops (of the recipe's strengths), or None for the middle of the image.
         seed: of the run; without `augment`, seed and epoch play no part.
     """
@@ -139,14 +247,16 @@ class Crops:
         """(3, size, size) uint8, or why the image cannot be read; and the image's number."""
         epoch, index = key
         try:
-            image = read_image(self.images.path(index))
+            image = read_image(self.images.path(index), self.view.intensity)
             if self.augment is not None:
                 draw = random.Random(seeds.seed(self.seed, "crop", epoch, index))
                 image = random_crop(image, self.view.size, self.augment, draw)
             else:
                 image = centre_crop(image, self.view)
+        except OdcftError as error:
+            return shown(error), index
         except Exception as error:  # PIL raises a dozen kinds for broken files; none may end a run of days
-            return f"{type(error).__name__}: {error}", index
+            return shown(f"{type(error).__name__}: {error}"), index
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), index
 
 
@@ -250,11 +360,69 @@ def usual_side(images: Images, sample: int = 32) -> int:
     sides = []
     for index in range(0, len(images), max(1, len(images) // sample)):
         try:
-            with Image.open(images.path(index)) as image:
-                sides.append(min(image.size))
+            sides.append(min(image_size(images.path(index))))
         except Exception:  # it will be reported when it is its turn
             continue
     return int(np.median(sides)) if sides else 0
+
+
+def own_range(images: Images, full: bool = False, sample: int = 256) -> tuple[tuple[float, float] | None, str]:
+    """Which values of images with more than 8 bits a channel to show as black and white, where nobody has said.
+
+    Cameras of 12 bits write files of 16: their own range is taken where it is less than half of what the type could
+    hold, and for floating point also where it is beyond 0..1. Up to a pixel in a thousand of an image and one image in
+    fifty may lie beyond it at either end: hot pixels, frames gone wrong.
+
+    Args:
+        images: those to show.
+        full: take the type's limits, whatever use is made of them.
+        sample: how many of them, spread over the set, are looked at; only those of more than 8 bits are decoded.
+
+    Returns:
+        (low, high), the type's own limits where the images make use of it; None for images of 8 bits, and of several
+        types that are all made use of. And what to tell of it, "" where nothing is changed.
+    """
+    found: dict[tuple[str, tuple[float, float]], list[tuple[float, float]]] = {}
+    looked_at = range(0, len(images), max(1, -(-len(images) // sample)))
+    for index in looked_at:
+        with suppress(Exception):  # it will be reported when it is its turn
+            deep = read_deep(images.path(index))
+            if deep is not None and len(extremes := _extremes(deep.values)):
+                found.setdefault((deep.kind, deep.full), []).append((extremes[0], extremes[1]))
+    if full or all(_uses(ends, limits) for (_, limits), ends in found.items()):
+        return (next(iter(found))[1] if len(found) == 1 else None), ""
+    low, high = _ends([pair for pairs in found.values() for pair in pairs])
+    count = f"{sum(map(len, found.values())):,} images of {' and of '.join(sorted({kind for kind, _ in found}))}"
+    if len(looked_at) < len(images):
+        count += f" (of {len(looked_at):,} looked at)"
+    least, largest = next(iter(found))[1]
+    inside = len(found) == 1 and least <= low < high <= largest
+    use = f" use {100 * (high - low) / (largest - least):.2g} % of their range" if inside else ""
+    return (low, high), f"{count}{use}: scaled by the set's own, {low:,.6g} is black and {high:,.6g} white."
+
+
+def _extremes(values: np.ndarray, most: int = 1 << 20) -> list[float]:
+    """The least and the largest value but for a thousandth at either end; [] where there is no number."""
+    step = max(1, math.ceil(math.sqrt(values.size / most)))
+    some = values[::step, ::step].ravel()
+    if some.dtype.kind == "f":
+        some = some[np.isfinite(some)]
+    if not len(some):
+        return []
+    spare = len(some) // 1000
+    some = np.partition(some, [spare, len(some) - 1 - spare])
+    return [float(some[spare]), float(some[len(some) - 1 - spare])]
+
+
+def _ends(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    spare = len(pairs) // 50
+    return sorted(low for low, _ in pairs)[spare], sorted(high for _, high in pairs)[-1 - spare]
+
+
+def _uses(pairs: list[tuple[float, float]], full: tuple[float, float]) -> bool:
+    """Whether images make use of the range of their type, or there is nothing to tell apart in them."""
+    low, high = _ends(pairs)
+    return low >= high or (full[0] <= low and high <= full[1] and high - low >= (full[1] - full[0]) / 2)
 
 
 def automatic_size(network_size: int, fixed: bool, side: int) -> int:

@@ -36,7 +36,7 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
         Figures (ODC's, and DC's under `dc`), and lines for people.
     """
     from odcft.cli import evaluation_lines
-    from odcft.evaluate import evaluate, public, table
+    from odcft.evaluation.compare import evaluate, public, table
     from odcft.train import fine_tune, init_memory
 
     progress = Progress()

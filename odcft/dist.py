@@ -123,6 +123,37 @@ def in_dataset_order(rows: Tensor, count: int) -> Tensor:
     return torch.empty_like(gathered).index_copy_(0, order, gathered)
 
 
+PIECE = 65536  # images at a time that travel when some leave
+
+
+def without(rows: Tensor, left_out: set[int], count: int) -> Tensor:
+    """The rows of this rank when some images leave: all others move up, and so most change their rank.
+
+    Args:
+        rows: (S, D), this rank's, in row order; a rank that knows none of its rows may have D = 0.
+        left_out: images that leave, the same on every rank.
+        count: N, how many images there were in all.
+
+    Returns:
+        (S', D), this rank's among those that are left.
+    """
+    ranks, width = world_size(), torch.tensor([rows.shape[1]], device=rows.device)
+    if ranks > 1:
+        torch.distributed.all_reduce(width, torch.distributed.ReduceOp.MAX)
+    if rows.shape[1] < int(width):
+        rows = rows.new_zeros(len(rows), int(width))
+    kept, place = [], 0
+    for start in range(0, count, PIECE):
+        images = range(start, min(start + PIECE, count))
+        mine = rows[-(-(start - rank()) // ranks) : -(-(images.stop - rank()) // ranks)]
+        order = torch.tensor([image for r in range(ranks) for image in images if image % ranks == r])
+        stay = torch.tensor([image for image in images if image not in left_out], dtype=torch.int64)
+        piece = gather_rows(mine)[torch.argsort(order)][stay - start]  # in the order of the images
+        kept.append(piece[(rank() - place) % ranks :: ranks].clone())
+        place += len(stay)
+    return torch.cat(kept)
+
+
 def gather_dict(mine: dict) -> dict:
     """The entries of all ranks' dicts; meant for few and small ones."""
     if world_size() == 1:

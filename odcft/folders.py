@@ -47,6 +47,10 @@ UNFINISHED = ".unfinished"  # being written: .NAME.unfinished a file, .unfinishe
 KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 
 
+# A file system's names are bytes: those that are no UTF-8 come out of Python, and into a table, as the same bytes.
+NAMES: Any = {"encoding": "utf-8", "errors": "surrogateescape"}
+
+
 # ---------------------------------------------------------------- what may be written to
 
 
@@ -347,14 +351,14 @@ def sample(images: Images, count: int = 64) -> dict[str, str]:
 
 
 def write_image_lists(images: Images, unreadable: dict[str, str], out: Path) -> None:
-    """images.csv, and quarantine.csv where an image could not be read (name: reason)."""
+    """images.csv, and quarantine.csv where an image could not be read (name: reason); names byte by byte."""
     _write_table(out / "images.csv", ["row", "path"], enumerate(images.names))
     if unreadable:
         _write_table(out / "quarantine.csv", ["path", "reason"], unreadable.items())
 
 
 def _write_table(path: Path, header: list[str], rows: Iterable[tuple]) -> None:
-    with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as unfinished, unfinished.open("w", newline="", **NAMES) as file:
         table = csv.writer(file)
         table.writerow(header)
         table.writerows(rows)
@@ -362,7 +366,7 @@ def _write_table(path: Path, header: list[str], rows: Iterable[tuple]) -> None:
 
 def read_column(path: Path, column: str) -> list[str]:
     """One column of a .csv of ours."""
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", **NAMES) as file:
         return [row[column] for row in csv.DictReader(file)]
 
 

@@ -165,11 +165,12 @@ def nmi(before_S: Tensor, after_S: Tensor) -> float:
 def summary(figures: dict[str, Any], method: str) -> str:
     """The figures of a line, in words; dc's labels move between epochs only."""
     moving = "" if method == "dc" else f"labels moving {figures['change_ratio']:.0%} · "
+    condition = "not learning yet" if figures["loss_over_ln_k"] >= CHANCE else "healthy"
     kept = f"NMI with the epoch before {figures['nmi_previous']:.2f} · " if "nmi_previous" in figures else ""
     return (
         f"loss {figures['loss']:.2f} ({figures['loss_over_ln_k']:.2f} of ln K) · {moving}{kept}"
         f"clusters {figures['smallest']} … {figures['largest']} · data wait {figures['data_wait']:.0%} · "
-        + (", ".join(figures.get("warnings", [])) or "healthy")
+        + (", ".join(figures.get("warnings", [])) or condition)
     )
 
 

@@ -1,5 +1,6 @@
 """What a network is shown: from RGB images in 0..1 to the colours, range and normalisation it was trained with."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,9 +41,11 @@ class View:
 
 
 def seen_as(view: View) -> str:
-    """A view in words."""
-    crop = "whole" if view.crop_fraction == 1 else f"the middle {view.crop_fraction:.4g}"
-    return f"seen at {view.size} pixels, {crop}, {view.interpolation}"
+    """A view in words, for a line that says how images are shown."""
+    resized = math.floor(view.size / view.crop_fraction)
+    crop = "shorter side resized to that" if resized == view.size else f"shorter side resized to {resized}"
+    seen = f"seen at {view.size} pixels ({crop}, {view.interpolation}, then the centre)"
+    return seen if view.intensity is None else f"{seen}, {view.intensity[0]:,.6g} black, {view.intensity[1]:,.6g} white"
 
 
 @dataclass(frozen=True)

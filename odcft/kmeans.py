@@ -19,6 +19,7 @@ from torch import Tensor
 from odcft import dist
 from odcft.errors import OdcftError
 from odcft.memory import UNIT, half_squares
+from odcft.precision import exact_products, has_bfloat16
 
 ROWS = 8192  # at a time, in passes over all rows
 SCORES = 1 << 21  # at a time: they should stay in the processor's cache
@@ -26,6 +27,7 @@ PLACES = 32  # centroids whose scores are looked through together
 FASTEST = 64
 
 
+@exact_products()
 def kmeans(features_SD: Tensor, k: int, seed: int, iterations: int = 20, engine: str = "torch") -> Tensor:
     """Centroids of K-Means.
 
@@ -65,6 +67,7 @@ def kmeans(features_SD: Tensor, k: int, seed: int, iterations: int = 20, engine:
     return centroids_KD
 
 
+@exact_products()
 def assign(features_SD: Tensor, centroids_KD: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest centroid of each row, and how far it is.
 
@@ -96,8 +99,9 @@ class _Members:
     def __init__(self, features_SD: Tensor, label_S: Tensor, k: int) -> None:
         self.features_SD, self.label_S = features_SD, label_S.clone()
         self.sums_KD = torch.zeros(k, features_SD.shape[1], dtype=torch.float64, device=features_SD.device)
-        for rows_BD, label_B in zip(features_SD.split(ROWS), label_S.split(ROWS), strict=True):
-            self.sums_KD.index_add_(0, label_B, _whole_units(rows_BD))
+        for start in range(0, len(features_SD), ROWS):
+            rows = slice(start, start + ROWS)
+            self.sums_KD.index_add_(0, label_S[rows], _whole_units(features_SD[rows]))
         self.counts_K = dist.all_sum(torch.bincount(label_S, minlength=k))  # of all ranks
 
     def follow(self, label_S: Tensor) -> int:
@@ -138,7 +142,7 @@ class _Nearest:
             self.square_S[rows] = rows_BD.square().sum(1)
             self.coarse_SD[rows], self.length_S[rows], self.rounding_S[rows] = self._round(rows_BD)
         # Bounds and distances are compared with a margin far above the rounding of float32 scores.
-        self.margin = 1e-3 * float(self.square_S.mean().sqrt()) if S else 0.0
+        self.margin = 1e-3 * float(self.square_S.mean().sqrt())  # NaN, and needed nowhere, where a rank has no rows
         self.label_S = torch.zeros(S, dtype=torch.int64, device=device)
         self.distance_S = torch.empty(S, device=device)  # to the row's own centroid; an upper bound
         self.others_S = torch.empty(S, device=device)  # to all other centroids; a lower bound
@@ -236,8 +240,7 @@ class _Nearest:
 
 def _coarse_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where it is faster than float32 to multiply."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
 def _start(features_SD: Tensor, k: int, seed: int) -> Tensor:
@@ -253,11 +256,14 @@ def _start(features_SD: Tensor, k: int, seed: int) -> Tensor:
 
 
 def _fill_empty(centroids_KD: Tensor, counts_K: Tensor, features_SD: Tensor, distance_S: Tensor) -> None:
-    """Put the centroids of empty clusters onto the rows that lie farthest from their own."""
+    """Put the centroids of empty clusters onto the rows that lie farthest from their own; of equally far, the first."""
     empty = (counts_K == 0).nonzero()[:, 0]
-    far_E, row_E = distance_S.topk(min(len(empty), len(distance_S)))
-    far, rows = dist.gather_rows(far_E), dist.gather_rows(features_SD[row_E].float())
-    best = far.argsort(descending=True, stable=True)[: len(empty)]
+    row_E = distance_S.argsort(descending=True, stable=True)[: len(empty)]
+    image_E = row_E * dist.world_size() + dist.rank()
+    far, images = dist.gather_rows(distance_S[row_E]), dist.gather_rows(image_E)
+    rows = dist.gather_rows(features_SD[row_E].float())
+    by_image = images.argsort()
+    best = by_image[far[by_image].argsort(descending=True, stable=True)][: len(empty)]
     centroids_KD[empty[: len(best)]] = rows[best]
 
 

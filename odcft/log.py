@@ -3,14 +3,18 @@
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from odcft import dist, folders
 from odcft.words import shown
+
+LONG = 5.0  # seconds of silence before something without a bar is named
 
 
 class Progress:
@@ -27,6 +31,24 @@ class Progress:
         """One line for the person, whatever names are in it."""
         if not self.quiet:
             self.console.print(shown(line), markup=False)
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Show that something goes on that has no bar: a spinner on a terminal, else a line where it takes long."""
+        from rich.text import Text
+
+        if self.quiet:
+            yield
+        elif self.console.is_terminal:
+            with self.console.status(Text(shown(what))):
+                yield
+        else:
+            line = threading.Timer(LONG, self.say, [what])
+            line.start()
+            try:
+                yield
+            finally:
+                line.cancel()
 
     @contextmanager
     def phase(self, title: str, total: int, unit: str = "img") -> Iterator[Callable[..., None]]:
@@ -122,7 +144,7 @@ class Metrics:
         """One JSON object of figures of a step; the numbers among them to TensorBoard, too."""
         if self._file is None:
             return
-        self._lines.append({"step": step, **values})
+        self._lines.append({"step": step, "time": now(), **values})
         self._unwritten += (json.dumps(self._lines[-1]) + "\n").encode()
         with suppress(OSError):  # the disk is full: the lines wait until there is room
             self._drain()
@@ -179,6 +201,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         with suppress(ValueError):
             lines.append(json.loads(line))
     return lines
+
+
+def now() -> str:
+    """The time in UTC, as logs and files have it: "2026-11-25T11:02:03+00:00"."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def count_of(number: float, thing: str) -> str:
+    """ "1 epoch", "2 epochs", "1,797 images"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """The part of a checkpoint that fits a network: by names and shapes, under any prefix, through a few renames."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -128,15 +129,24 @@ def _preference(where: str) -> int:
     return max((len(_PREFERRED) - rank for rank, good in enumerate(_PREFERRED) if good in where), default=0)
 
 
-def doubtful(tensors: Mapping[str, Tensor]) -> list[str]:
-    """What is odd about which tensors: numbers that are not finite, weights that are all the same number."""
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors that hold NaN or infinity."""
+    return [name for name, tensor in tensors.items() if not all(map(math.isfinite, _range(tensor)))]
+
+
+def constant(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Which weights are all the same number, and which."""
     found = []
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        low, high = torch.aminmax(tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor)
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            found.append(f"{name} is not finite")
-        elif low == high and tensor.ndim > 1 and tensor.shape[-1] * tensor.shape[0] > 1 and not name.endswith("token"):
-            found.append(f"{name} is all {float(low):g}")
+        low, high = _range(tensor)
+        if low == high and tensor.ndim > 1 and tensor.shape[-1] * tensor.shape[0] > 1 and not name.endswith("token"):
+            found.append(f"{name} is all {low:g}")
     return found
+
+
+def _range(tensor: Tensor) -> tuple[float, float]:
+    """The least and the largest number; 0 and 1 of what has none, or no fractions."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0.0, 1.0
+    low, high = torch.aminmax(tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float())
+    return float(low), float(high)

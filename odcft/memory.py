@@ -25,7 +25,7 @@ class Rules:
     renormalise: bool  # samples-memory features back to unit length after eq. 2
     nearest: str  # "euclidean" (eq. 3), or "dot": the largest product with the mean, not normalised, centroid
     threshold_is_small: bool  # a cluster of exactly `min_cluster` images is small
-    until_none_is_small: bool  # repeat the handling of small clusters, instead of one pass
+    until_none_is_small: bool  # halves are cut so that neither is small, instead of as they fall
     random_half: bool  # the new cluster is a random half of the split one, instead of always the second
     normalised_weights: bool  # loss weights sum to 1 (the scale cancels in a weighted mean)
 

@@ -8,13 +8,16 @@ the classifier of the pretext task is not.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from odcft.errors import OdcftError, ran_out_of_memory
 from odcft.inputs import IMAGENET, Input
+from odcft.words import brief
 
 Layers = list[tuple[str, nn.Module]]
 
@@ -183,10 +186,20 @@ NETWORKS: dict[str, tuple[Callable[[int], Layers], Input, bool]] = {
 
 
 def is_network(arch: str) -> bool:
-    """Whether odcft can build a network of this name: one of ours, or timm's."""
+    """Whether odcft can build a network of this name: one of ours, or timm's, also with the tag of its weights."""
     import timm
 
-    return arch in NETWORKS or timm.is_model(arch.split(".")[0])
+    name, dot, _ = arch.partition(".")
+    if arch in NETWORKS or not dot:
+        return arch in NETWORKS or timm.is_model(arch)
+    return timm.is_model(name) and arch in _tagged()
+
+
+@cache
+def _tagged() -> frozenset[str]:
+    import timm
+
+    return frozenset(timm.list_pretrained())
 
 
 def timm_builds(arch: str, kwargs: dict[str, Any]) -> bool:
@@ -207,8 +220,15 @@ def build(arch: str, last_stride: int = 2, small_stem: bool = False, **kwargs: A
 
     Returns:
         A network from images as it takes them to features (B, F).
+
+    Raises:
+        OdcftError: it does not take these words.
     """
     if arch in NETWORKS:
+        foreign = [name for name in kwargs if name != "in_chans"]
+        foreign += ["last_stride"] * (last_stride != 2) + ["small_stem"] * small_stem
+        if foreign:
+            raise OdcftError(f"{arch} takes no {foreign[0]}, only in_chans.")
         make, input, _ = NETWORKS[arch]
         plain = Plain(make(kwargs.get("in_chans", input.channels)))
         for module in plain.modules():
@@ -220,10 +240,19 @@ def build(arch: str, last_stride: int = 2, small_stem: bool = False, **kwargs: A
     if timm.models.is_model_in_modules(arch.split(".")[0], {"resnet"}):
         # timm would start the last norm of each block at zero, which the networks of the papers do not.
         kwargs = {"zero_init_last": False, **kwargs}
-    net: nn.Module = timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
+    try:
+        net: nn.Module = timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
+    except Exception as error:  # timm's networks say in many ways that they do not take a word
+        if not kwargs or ran_out_of_memory(error):
+            raise
+        said = ", ".join(f"{name}={value}" for name, value in kwargs.items() if name != "zero_init_last")
+        raise OdcftError(f"{arch} cannot be built with {said} ({brief(str(error), 90, quotes=False)}).") from None
+    if last_stride == 1 and not hasattr(net, "layer4"):
+        raise OdcftError(f"{arch} takes no last_stride: that is for ResNets.")
     if small_stem:
-        first = net.get_submodule("conv1")
-        assert isinstance(first, nn.Conv2d)
+        first = getattr(net, "conv1", None)
+        if not (isinstance(first, nn.Conv2d) and hasattr(net, "maxpool")):
+            raise OdcftError(f"{arch} takes no small_stem: that is for ResNets whose first layer is one convolution.")
         net.add_module("conv1", nn.Conv2d(first.in_channels, first.out_channels, 3, 1, 1, bias=False))
         net.add_module("maxpool", nn.Identity())
     if last_stride == 1:
@@ -233,12 +262,17 @@ def build(arch: str, last_stride: int = 2, small_stem: bool = False, **kwargs: A
     return net
 
 
+# torch.nn.init's own as well: what they call inside is not seen from here.
+_RANDOM = {"normal_", "uniform_", "trunc_normal_", "erfinv_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_"}
+_RANDOM |= {"xavier_normal_", "orthogonal_", "bernoulli_"}
+
+
 class WithoutRandom(TorchFunctionMode):
     """Networks are built without drawing random weights, where every one of them is about to be replaced."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Leave tensors as they are where they would be filled at random."""
-        if getattr(func, "__name__", "") in ("normal_", "uniform_", "trunc_normal_", "erfinv_"):
+        if getattr(func, "__name__", "") in _RANDOM:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 
@@ -247,3 +281,10 @@ def shapes(arch: str, **kwargs: Any) -> dict[str, Tensor]:
     """Names and shapes of a network, on the meta device: nothing is allocated."""
     with torch.device("meta"):
         return build(arch, **kwargs).state_dict()
+
+
+def elements(arch: str, **kwargs: Any) -> int:
+    """Numbers that a network holds, told without allocating them."""
+    with torch.device("meta"):
+        net = build(arch, **kwargs)
+    return sum(tensor.numel() for tensors in (net.parameters(), net.buffers()) for tensor in tensors)

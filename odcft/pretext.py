@@ -19,17 +19,19 @@ from torch import Tensor, nn
 from odcft import dist, folders, seeds
 from odcft.advice import explained
 from odcft.augment import augment_batch, turned
-from odcft.backbone import Backbone, Loaded, refuse_unknown
+from odcft.backbone import Backbone, Loaded, normalise, refuse_unknown
 from odcft.color import colours, lab, nearest_colour
 from odcft.data import Crops, Images, TrainingOrder, find_images, in_order, loader
+from odcft.description import check_arguments
 from odcft.errors import OdcftError
 from odcft.features import to_float
 from odcft.inputs import Input, View
 from odcft.log import Progress
 from odcft.optim import lr_at, make_optimizer, set_lr
+from odcft.precision import allow_tf32
 from odcft.recipe import Recipe
 from odcft.stopping import Stopped
-from odcft.train import resolve, set_precision
+from odcft.train import fitting_recipe, resolve, view_of
 
 
 class Rotation(nn.Module):
@@ -165,7 +167,8 @@ class Colorization(nn.Module):
         self.colours_Q2: Tensor
         self.weight_C: Tensor
         self.register_buffer("colours_Q2", colours(), persistent=False)
-        self.register_buffer("weight_C", rebalancing(images, size, self.colours_Q2), persistent=False)
+        weight_C = rebalancing(images, size, self.colours_Q2, intensity=view_of(recipe).intensity)
+        self.register_buffer("weight_C", weight_C, persistent=False)
         self.head = nn.Conv2d(maps.shape[1], len(self.colours_Q2) * self.CELL**2, 1)
 
     def forward(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -179,7 +182,13 @@ class Colorization(nn.Module):
         return net.forward_features(self.backbone.adapter(images))
 
 
-def rebalancing(images: Images, size: int, colours_Q2: Tensor, most: int = 2000) -> Tensor:
+def rebalancing(
+    images: Images,
+    size: int,
+    colours_Q2: Tensor,
+    most: int = 2000,
+    intensity: tuple[float, float] | None = None,
+) -> Tensor:
     """How much each colour weighs in the loss (Zhang et al., sec. 2.2): 1 over a mixture of its share and 1 / Q.
 
     Args:
@@ -187,12 +196,13 @@ def rebalancing(images: Images, size: int, colours_Q2: Tensor, most: int = 2000)
         size: pixels of the input.
         colours_Q2: (Q, 2).
         most: images to look at.
+        intensity: as in `View`.
 
     Returns:
         (Q,) float32; the mean weight of a place is 1.
     """
     rows = range(0, len(images), max(1, len(images) // most))
-    crops = Crops(images, View(size, 1.0))
+    crops = Crops(images, View(size, 1.0, intensity=intensity))
     counts_Q = torch.zeros(len(colours_Q2))
     for batch in loader(crops, in_order(rows, 128), 0, torch.device("cpu")):
         if len(batch.index_B):
@@ -228,9 +238,9 @@ def train_pretext(
         task: one of TASKS.
         data: what `find_images` takes; labels are never read.
         arch: a timm name.
-        out: the .pth to write: a dict with `task`, `arch`, `input` ("rgb", or "lab_l": lightness alone), `size`, `mean`
-            and `std` (of RGB in 0..1, or of L in 0..100), `epoch`, `state_dict` (`backbone.` and `head.`) and
-            `optimizer`.
+        out: the .pth to write: a dict with `task`, `arch`, `arch_args`, `input` ("rgb", or "lab_l": lightness alone),
+            `size`, `crop_fraction` and `intensity` (as in `View`), `mean` and `std` (of RGB in 0..1, or of L in
+            0..100), `epoch`, `state_dict` (`backbone.` and `head.`) and `optimizer`.
         recipe: its groups data, augment, optim and log, and the seed. Colorization leaves colours as they are.
         overwrite: replace `out`.
         resume: go on with `out`, from its last epoch.
@@ -238,7 +248,7 @@ def train_pretext(
 
     Returns:
         out, task, arch, images, unreadable, epochs, loss, accuracy (0..1, over the last epoch, on augmented training
-        images), chance (of an answer), seconds.
+        images), chance (of an answer), recipe (to fine-tune with), seconds.
 
     Raises:
         OdcftError: for anything the user can mend.
@@ -272,16 +282,32 @@ def _train(
     if not resume or out.is_symlink():
         folders.refuse_file_of_others(out)
     images = find_images(data)
+    progress.say(f"Images      {len(images):,} in {images.source}")
+    if images.skipped:
+        progress.say(f"Not read    {images.not_read()}")
     state = _read_state(out, task, arch) if resume else {}
     torch.manual_seed(seeds.seed(recipe.seed, "pretext network"))
-    backbone = new_backbone(arch, task)
-    recipe, device = resolve(recipe, [Loaded(backbone, f"scratch:{arch}", None)], images)
-    set_precision(recipe)
+    backbone = new_backbone(arch, task, recipe)
+    if state and recipe.data.range == "auto":
+        recipe = recipe.model_copy(deep=True)
+        recipe.data.range = tuple(state.get("intensity") or ()) or "full"
+    recipe, device = resolve(recipe, [Loaded(backbone, f"scratch:{arch}", None)], images, progress)
+    allow_tf32(recipe.optim.tf32)
     optim, size = recipe.optim, recipe.data.size
     assert isinstance(size, int)
     assert isinstance(recipe.data.workers, int)
     if state and state["size"] != size:
         raise OdcftError(f"{out} was trained at {state['size']} pixels, not at {size}. Choose another --out.")
+    view = view_of(recipe)
+    if state and "intensity" in state and tuple(state["intensity"] or ()) != (view.intensity or ()):
+        raise OdcftError(
+            f"{out} was trained with data.range={state['intensity']}, not {recipe.data.range}. Choose another --out."
+        )
+    then = {name: state.get(name) for name in ("arch_args", "mean", "std")}
+    now = {"arch_args": backbone.kwargs, "mean": list(backbone.input.mean), "std": list(backbone.input.std)}
+    for name in now if state else ():
+        if then[name] not in (now[name], None):
+            raise OdcftError(f"{out} was trained with {name}={then[name]}, not {now[name]}. Choose another --out.")
     network: Task = TASKS[task](backbone, images, size, recipe)
     network.to(device)
     if optim.channels_last:
@@ -290,7 +316,6 @@ def _train(
     folders.refuse_unwritable(out)
     model = dist.parallel(network, device)
     order = TrainingOrder(len(images), optim.batch_size // dist.world_size(), optim.epochs, recipe.seed)
-    progress.say(f"Images      {len(images):,} in {images.source}")
     progress.say(
         f"Plan        {task} · {arch} from random weights · {optim.epochs} epochs · batch {optim.batch_size} · "
         f"{size} px · {optim.precision}"
@@ -304,7 +329,7 @@ def _train(
             raise OdcftError(f"{out} has had its {state['epoch']} epochs. Pass more with --epochs to prolong it.")
         progress.say(f"Resuming    {out} after {state['epoch']} epochs")
 
-    crops = Crops(images, View(size), recipe.augment, recipe.seed)
+    crops = Crops(images, view, recipe.augment, recipe.seed)
     sums_3 = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, puzzles since the epoch began
     figures: dict[str, float] = {}
     unreadable: dict[int, str] = {}
@@ -347,7 +372,7 @@ def _train(
             advance(len(batch.index_B) * dist.world_size(), note)
             if epoch_ends:
                 sums_3.zero_()
-                _save(out, task, network, optimizer, size, (step + 1) // order.steps_per_epoch)
+                _save(out, task, network, optimizer, view, (step + 1) // order.steps_per_epoch)
     return {
         "out": str(out),
         "task": task,
@@ -357,19 +382,23 @@ def _train(
         "epochs": optim.epochs,
         **figures,
         "chance": 1 / logits_MC.shape[1],
+        "recipe": fitting_recipe([backbone], len(images)),
         "seconds": round(time.monotonic() - began, 1),
     }
 
 
-def new_backbone(arch: str, task: str) -> Backbone:
+def new_backbone(arch: str, task: str, recipe: Recipe) -> Backbone:
     """A network with random weights, for three colours, or for lightness alone where colour is the question."""
     refuse_unknown(arch)
+    arch_args = check_arguments(recipe.backbone.arch_args or {})
+    backbone = Backbone(arch, **arch_args)
     if task == "colorization":
-        return Backbone(arch, Input("lab_l", Backbone(arch).size, (50.0,), (50.0,)), in_chans=1)
-    return Backbone(arch)
+        backbone = Backbone(arch, Input("lab_l", backbone.size, (50.0,), (50.0,)), **{**arch_args, "in_chans": 1})
+    normalise(backbone, recipe.data.mean, recipe.data.std)
+    return backbone
 
 
-def _save(out: Path, task: str, network: Task, optimizer: torch.optim.Optimizer, size: int, epoch: int) -> None:
+def _save(out: Path, task: str, network: Task, optimizer: torch.optim.Optimizer, view: View, epoch: int) -> None:
     """Write the file, whole or not at all."""
     if dist.rank() == 0:
         backbone = network.backbone
@@ -378,8 +407,11 @@ def _save(out: Path, task: str, network: Task, optimizer: torch.optim.Optimizer,
         tree = {
             "task": task,
             "arch": backbone.arch,
+            "arch_args": backbone.kwargs,
             "input": backbone.input.color,
-            "size": size,
+            "size": view.size,
+            "crop_fraction": view.crop_fraction,
+            "intensity": None if view.intensity is None else list(view.intensity),
             "mean": list(backbone.input.mean),
             "std": list(backbone.input.std),
             "epoch": epoch,

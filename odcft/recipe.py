@@ -7,6 +7,7 @@ images are known, and the recipe saved in the RUN has no `auto` left.
 
 import contextlib
 import difflib
+import math
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -15,12 +16,21 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from odcft.errors import OdcftError
+from odcft.words import brief
+
+LARGEST, LONGEST, DEEPEST = 1 << 20, 10_000, 30  # bytes of a recipe, letters of a value, levels
 
 Auto = Literal["auto"]
 
 
 class _Group(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+
+def _black_to_white(pair: tuple[float, float]) -> tuple[float, float]:
+    if not (pair[0] < pair[1] and math.isfinite(pair[1] - pair[0])):
+        raise ValueError("a range of values is [black, white] with black < white")
+    return pair
 
 
 class DataRecipe(_Group):
@@ -32,7 +42,12 @@ class DataRecipe(_Group):
     crop_fraction: float = Field(
         0.875, gt=0, le=1
     )  # without augmentation: centre crop of the image resized to size / this
+    range: Literal["auto", "full"] | Annotated[tuple[float, float], AfterValidator(_black_to_white)] = (
+        "auto"  # [black, white] of images with more than 8 bits a channel; full: their type's; auto: the set's own
+    )
     workers: Auto | Annotated[int, Field(ge=0)] = "auto"  # loader processes a rank; auto: by cores and device
+    mean: list[float] | None = None  # of each channel, in 0..1 of its range; null: the checkpoint's own
+    std: list[Annotated[float, Field(gt=0)]] | None = None  # the deviation, likewise
 
 
 def _range(pair: tuple[float, float]) -> tuple[float, float]:
@@ -60,6 +75,7 @@ class BackboneRecipe(_Group):
 
     input: Literal["rgb", "bgr", "gray", "lab_l", "sobel"] | None = None  # the colours it is shown
     allow_partial: bool = False  # accept less than 90 % of the backbone; the rest starts random
+    arch_args: dict[str, Any] | None = None  # what the network is built with besides its name: {patch_size: 8}
 
 
 class NeckRecipe(_Group):
@@ -74,7 +90,7 @@ class NeckRecipe(_Group):
 class MemoryRecipe(_Group):
     """The samples and the centroids memory (paper, sec. 3.1 and 3.2)."""
 
-    clusters: Auto | Annotated[int, Field(ge=2)] = 10000  # K; auto: images / 128
+    clusters: Auto | Annotated[int, Field(ge=2)] = "auto"  # K; auto: images / 128, at most 10,000
     momentum: float = Field(0.5, gt=0, le=1)  # m of eq. 2
     centroid_interval: int = Field(10, ge=1)  # steps between two refreshes of the centroids
     min_cluster: int = Field(20, ge=-1)  # clusters of no more images than this are dispersed and refilled
@@ -202,25 +218,67 @@ def load_recipe(name: str | Path = DEFAULT, overrides: list[str] | None = None) 
     if str(name) in recipes:
         text, origin = recipes[str(name)], str(name)
     else:
-        try:
-            text, origin = Path(name).read_text(encoding="utf-8"), str(name)
-        except (OSError, UnicodeDecodeError):
-            raise OdcftError(
-                f"{name}: no such recipe{_did_you_mean(str(name), recipes)}. "
-                f"Give a YAML file, or one of: {', '.join(recipes)}."
-            ) from None
-    try:
-        fields = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" (line {where.line + 1})" if where else ""
-        what = getattr(error, "problem", None) or getattr(error, "reason", "it cannot be read")
-        raise OdcftError(f"{origin} is not valid YAML{line}: {what}.") from None
+        text, origin = _read_text(Path(name), recipes), str(name)
+    fields = parse_yaml(text, origin) or {}
     if not isinstance(fields, dict):
         raise OdcftError(f"{origin} is not a recipe: it holds no fields. `odcft recipes {DEFAULT}` shows one.")
     for override in overrides or []:
         _apply(fields, override)
     return make_recipe(fields, origin)
+
+
+def _read_text(path: Path, recipes: Any) -> str:
+    try:
+        if path.exists() and not path.is_file():
+            raise OdcftError(
+                f"{path} is no file, so it is no recipe. Give a YAML file, or one of: {', '.join(recipes)}."
+            )
+        if path.is_file() and path.stat().st_size > LARGEST:
+            raise OdcftError(f"{path} has {path.stat().st_size:,} bytes: too many for a recipe.")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        raise OdcftError(
+            f"{path}: no such recipe{_did_you_mean(str(path), recipes)}. "
+            f"Give a YAML file, or one of: {', '.join(recipes)}."
+        ) from None
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML without aliases, which a few lines can make a billion values of, and without what is nested out of sight."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed", mark)
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.composer.ComposerError(None, None, "it is nested too deep", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if isinstance(node, yaml.ScalarNode) and len(node.value) > LONGEST:
+            raise yaml.composer.ComposerError(None, None, "a value is too long", node.start_mark)
+        return node
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """What YAML says, of values that anybody may have written.
+
+    Raises:
+        OdcftError: it is no YAML, has aliases, is nested too deep, or has a value too long.
+    """
+    if len(text) > LARGEST:
+        raise OdcftError(f"{origin} has {len(text):,} letters: too many for a recipe.")
+    try:
+        return yaml.load(text, _Plain)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where and "\n" in text.strip() else ""
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise OdcftError(f"{origin} is not valid YAML{line}: {brief(problem, 100, quotes=False)}.") from None
+    except Exception as error:  # a date of the 40th, a number of 5,000 digits
+        raise OdcftError(f"{origin} is not valid YAML: {brief(str(error), 100, quotes=False)}.") from None
 
 
 def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
@@ -229,6 +287,10 @@ def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
     Raises:
         OdcftError: names the first unknown field and the nearest known one, or the first value that will not do.
     """
+    if not isinstance(fields, dict):
+        raise OdcftError(f"{origin} is not a recipe: it holds no fields. `odcft recipes {DEFAULT}` shows one.")
+    if not isinstance(fields, dict):
+        raise OdcftError(f"{origin} is no recipe, but {brief(fields)}.")
     _refuse_unknown(fields, Recipe, "")
     try:
         return Recipe.model_validate(fields)
@@ -243,7 +305,7 @@ def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
             )
         )
         raise OdcftError(
-            f"{place}={first['input']!r} will not do: {problems} "
+            f"{place}={brief(first['input'])} will not do: {brief(problems, 300, quotes=False)} "
             f"({origin}; `odcft recipes {DEFAULT}` shows the fields)."
         ) from None
 
@@ -253,6 +315,20 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
+def flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a dumped recipe as "group.field": value."""
+    return {
+        f"{group}.{name}" if name else group: value
+        for group, inner in fields.items()
+        for name, value in (inner.items() if isinstance(inner, dict) else [("", inner)])
+    }
+
+
+def taken_as(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe tells `load_backbone` of how a checkpoint is taken."""
+    return {**recipe.backbone.model_dump(), "mean": recipe.data.mean, "std": recipe.data.std}
+
+
 def _apply(fields: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     if not equals:
@@ -260,11 +336,10 @@ def _apply(fields: dict[str, Any], override: str) -> None:
     *groups, field = path.strip().split(".")
     _refuse_unknown_path(path.strip())
     for group in groups:
-        fields = fields.setdefault(group, {})
-    try:
-        fields[field] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise OdcftError(f"--set {override}: {value!r} is not a value YAML can read.") from None
+        if not isinstance(fields.setdefault(group, {}), dict):
+            raise OdcftError(f"{group}={brief(fields[group])}: this is a group of fields, for example {path.strip()}.")
+        fields = fields[group]
+    fields[field] = parse_yaml(value, f"--set {brief(override, quotes=False)}")
     if isinstance(fields[field], str):  # YAML 1.1 takes 1e-5 for text; people mean the number
         with contextlib.suppress(ValueError):
             fields[field] = float(fields[field])
@@ -284,8 +359,9 @@ def _refuse_unknown_path(path: str) -> None:
 def _refuse_unknown(fields: dict[str, Any], model: Any, prefix: str) -> None:
     for name, value in fields.items():
         path = f"{prefix}.{name}" if prefix else str(name)
+        path = brief(path, quotes=False)
         if name not in model.model_fields:
-            nearest = difflib.get_close_matches(str(name), model.model_fields, n=1)
+            nearest = difflib.get_close_matches(str(name)[:100], model.model_fields, n=1)
             if nearest:
                 hint = f" Did you mean {prefix + '.' if prefix else ''}{nearest[0]}?"
             else:
@@ -296,7 +372,8 @@ def _refuse_unknown(fields: dict[str, Any], model: Any, prefix: str) -> None:
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             if not isinstance(value, dict | None):
                 raise OdcftError(
-                    f"{path}={value!r}: this is a group of fields, for example {path}.{next(iter(inner.model_fields))}."
+                    f"{path}={brief(value)}: this is a group of fields, "
+                    f"for example {path}.{next(iter(inner.model_fields))}."
                 )
             _refuse_unknown(value or {}, inner, path)
         entry = _model_within(inner)
@@ -331,5 +408,5 @@ def _all_fields() -> set[str]:
 
 
 def _did_you_mean(name: str, known: Any) -> str:
-    nearest = difflib.get_close_matches(name, list(known), n=1)
+    nearest = difflib.get_close_matches(name[:100], list(known), n=1)
     return f" (did you mean {nearest[0]}?)" if nearest else ""

@@ -11,12 +11,13 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from odcft.checkpoint import Contents
 from odcft.errors import OdcftError
-from odcft.inputs import IMAGENET, INTERPOLATIONS, Input, default, load
+from odcft.inputs import IMAGENET, INTERPOLATIONS, Input, default
 from odcft.matching import Match, match, views
 from odcft.networks import NETWORKS, is_network, shapes
 
@@ -30,29 +31,40 @@ COMMON = (
 )
 
 FEWEST = 10  # tensors of any backbone
+MOST = 100  # networks that are compared in full
 
 Kwargs = dict[str, Any]
 NamedShapes = set[tuple[str, tuple[int, ...]]]
 
 
-def recognise(contents: Contents, arch: str | None = None) -> tuple[str, Kwargs, Match]:
+def recognise(
+    contents: Contents, arch: str | None = None, arch_args: Mapping[str, Any] | None = None
+) -> tuple[str, Kwargs, Match]:
     """The network that a file's tensors cover best.
 
     Args:
         contents: of the file.
         arch: the user's word for it, which is followed.
+        arch_args: the user's word for what it is built with, which is followed, over the file's own.
 
     Returns:
         Its name, what `networks.build` needs besides (in_chans, img_size, num_heads), and the match.
 
     Raises:
-        OdcftError: `arch` is unknown, or nothing fits.
+        OdcftError: `arch` is unknown, cannot be built with these arguments, or nothing fits.
     """
+    given = dict(arch_args or {})
     if arch is not None and not is_network(arch):
         raise OdcftError(f"--arch {arch}: timm has no such network{nearest_name(arch)}.")
     best: tuple[str, Kwargs, Match] | None = None
-    for candidate, kwargs in [(arch, {})] if arch else _candidates(contents):
-        found = candidate, *_fitted(contents, candidate, kwargs)
+    sure = arch or contents.told.architecture
+    for candidate, kwargs in islice(_candidates(contents, arch), MOST):
+        try:
+            found = candidate, *_fitted(contents, candidate, {**kwargs, **given}, given)
+        except OdcftError:  # not every network takes the user's words
+            if sure:
+                raise
+            continue
         rank = (*_rank(found[2]), -len(found[1]))
         if best is None or rank > (*_rank(best[2]), -len(best[1])):
             best = found
@@ -63,7 +75,7 @@ def recognise(contents: Contents, arch: str | None = None) -> tuple[str, Kwargs,
             f"{contents.path} fits no backbone odcft knows. If you know its timm architecture, say --arch NAME."
         )
     name, kwargs, found_match = best
-    return name, _as_trained(contents, name, kwargs, found_match), found_match
+    return name, {**_as_trained(contents, name, kwargs, found_match), **given}, found_match
 
 
 def _rank(found: Match) -> tuple[bool, int, float]:
@@ -71,11 +83,12 @@ def _rank(found: Match) -> tuple[bool, int, float]:
     return found.share == 1, len(found.tensors) if found.share > 0.9 else 0, found.share
 
 
-def _candidates(contents: Contents) -> Iterator[tuple[str, Kwargs]]:
-    """Names to try, the likeliest first: what the file says, what its tensors say, what is common."""
+def _candidates(contents: Contents, arch: str | None) -> Iterator[tuple[str, Kwargs]]:
+    """Names to try, the likeliest first: what the user says, the file, its tensors, and then what is common."""
     seen: set[str] = set()
-    if "architecture" in contents.config:
-        yield contents.config["architecture"], dict(contents.config.get("model_args") or {})
+    if name := arch or contents.told.architecture:
+        same = name == contents.told.architecture
+        yield name, dict(contents.told.arguments) if same else {}
         return
     told = [hint for hint in contents.hints if is_network(hint)]
     there = _named_shapes(contents)
@@ -147,32 +160,38 @@ def _by_tensors(there: NamedShapes) -> list[str]:
     return sorted(known, key=lambda name: (-_index()[name][0], common.get(name, 99), len(name), name))
 
 
-def _fitted(contents: Contents, arch: str, kwargs: Kwargs) -> tuple[Kwargs, Match]:
-    """The network with the file's number of input channels and size of position embedding, and its match."""
+def _fitted(contents: Contents, arch: str, kwargs: Kwargs, given: Kwargs) -> tuple[Kwargs, Match]:
+    """The network with the file's number of input channels and size of position embedding, and its match.
+
+    Raises:
+        OdcftError: the network does not take these arguments.
+    """
     network = shapes(arch, **kwargs)
-    found = match(contents, network)
+    found, fitted = match(contents, network), kwargs
     for name, tensor in found.misfits.items():
         own = network[name]
         if tensor.ndim == own.ndim == 4 and tensor.shape[0] == own.shape[0] and tensor.shape[2:] == own.shape[2:]:
-            if tensor.shape[1] < 8 and own.shape[1] < 8:  # the first convolution
-                kwargs = {**kwargs, "in_chans": tensor.shape[1]}
+            if 0 < tensor.shape[1] < 8 and own.shape[1] < 8:  # the first convolution
+                fitted = {**fitted, "in_chans": tensor.shape[1]}
         elif arch.startswith("resnet") and name == "conv1.weight" and tensor.shape[2:] == (3, 3):
-            kwargs = {**kwargs, "small_stem": True}
+            fitted = {**fitted, "small_stem": True}
             if tensor.shape[1] != 3:
-                kwargs["in_chans"] = tensor.shape[1]
+                fitted["in_chans"] = tensor.shape[1]
         elif name.endswith("pos_embed") and tensor.ndim == own.ndim == 3 and tensor.shape[2] == own.shape[2]:
-            patch = network[name.replace("pos_embed", "patch_embed.proj.weight")].shape[-1]
+            patches = network.get(name.replace("pos_embed", "patch_embed.proj.weight"))
             extra = own.shape[1] - math.isqrt(own.shape[1]) ** 2  # tokens that are no patches
-            side = math.isqrt(tensor.shape[1] - extra)
-            if side * side + extra == tensor.shape[1]:
-                kwargs = {**kwargs, "img_size": side * patch}
-    if not found.misfits or not kwargs:
+            side = math.isqrt(max(0, tensor.shape[1] - extra))
+            patch = 0 if patches is None else patches.shape[-1]
+            if side * side + extra == tensor.shape[1] and 8 <= side * patch <= 4096:
+                fitted = {**fitted, "img_size": side * patch}
+    fitted = {**fitted, **given}
+    if fitted == kwargs:
         return kwargs, found
     try:
-        refound = match(contents, shapes(arch, **kwargs))
-    except Exception:  # timm's networks do not all take these words
-        return {}, found
-    return (kwargs, refound) if len(refound.tensors) > len(found.tensors) else ({}, found)
+        refound = match(contents, shapes(arch, **fitted))
+    except OdcftError:  # timm's networks do not all take these words
+        return kwargs, found
+    return (fitted, refound) if len(refound.tensors) > len(found.tensors) else (kwargs, found)
 
 
 def _as_trained(contents: Contents, arch: str, kwargs: Kwargs, found: Match) -> Kwargs:
@@ -197,9 +216,10 @@ def family(contents: Contents, arch: str, found: Match) -> str:
         return any(key.startswith(starts) for key in keys)
 
     vit = arch.startswith("vit_")
+    bare = vit and not has("head.", "fc.")
     marks = {
-        "odcft": isinstance(contents.config.get("odcft"), dict),
-        "timm": "architecture" in contents.config or "state_dict_ema" in names,
+        "odcft": contents.told.ours,
+        "timm": contents.told.architecture is not None or "state_dict_ema" in names,
         "fair_caffe2": contents.container == "pickle" and "blobs" in names,
         "colorization_zhang": arch in ("colorization_eccv16", "colorization_siggraph17"),
         "vissl": bool({"classy_state_dict", "model_state_dict"} & names) and has("_feature_blocks."),
@@ -213,8 +233,11 @@ def family(contents: Contents, arch: str, found: Match) -> str:
         "moco": "encoder_q." in where,
         "simsiam": has("module.predictor.") and "encoder." in where,
         "dinov2": vit and has("mask_token") and any(".ls1.gamma" in key for key in keys),
-        "dino": "teacher" in names or (vit and where == "the file itself" and not has("head.", "fc.")),
-        "mae": has("decoder_") or (vit and where == "model" and not has("head.", "fc.")),
+        "dino": "teacher" in names,
+        "mae": has("decoder_"),
+        # Their released backbones are a plain vision transformer without head, as anybody's may be.
+        "dino or timm": bare and where == "the file itself",
+        "mae or timm": bare and where == "model",
         "training script": "arch" in names and "state_dict" in names and bool({"optimizer", "args", "epoch"} & names),
         "torchvision": where == "the file itself" and bool(arch.startswith(("resnet", "alexnet"))),
     }
@@ -237,41 +260,48 @@ def input_of(contents: Contents, arch: str, kwargs: Kwargs, found: Match, cfg: M
     Returns:
         The file's own word, or else what the number of channels and the file's writer imply.
     """
-    told = contents.config.get("odcft", {}).get("input")
-    if isinstance(told, dict):
-        return load(told)
+    told = contents.told
+    if told.input is not None:
+        channels = kwargs.get("in_chans", NETWORKS[arch][1].channels if arch in NETWORKS else 3)
+        if told.input.channels == channels:
+            return told.input
+        told.left_out.append(f"input of {told.input.channels} channels: the first convolution takes {channels}")
     if arch in NETWORKS:
         input = NETWORKS[arch][1]
         if contents.container == "pickle" and input.color == "rgb":
             input = Input("bgr", input.size, input.mean[::-1], input.std[::-1])
         channels = kwargs.get("in_chans", input.channels)
-        return input if channels == input.channels else default("rgb" if channels == 3 else "gray", input.size)
-    size = kwargs.get("img_size") or cfg["input_size"][-1]
+        return input if channels == input.channels else default(_color(contents, channels), input.size)
+    size = kwargs.get("img_size") or {**cfg, **told.cfg}["input_size"][-1]
     if "last_stride" in kwargs:
         return default("lab_l", size)
     channels = kwargs.get("in_chans", 3)
     if kwargs.get("small_stem"):
         size = 32
-    if channels == 2:
-        return default("sobel", size)
-    if channels == 1:
-        return default("gray", size)
     if channels != 3:
-        raise OdcftError(
-            f"{contents.path}: the first convolution takes {channels} channels, and nothing tells which. "
-            "odcft shows networks images of 1 (gray, lab_l), 2 (sobel) or 3 (rgb, bgr) channels."
-        )
+        return default(_color(contents, channels), size)
     if contents.container == "pickle" and "blobs" in contents.names:
         return default("bgr", size)
-    pretrained = contents.config.get("pretrained_cfg")
-    if pretrained or "architecture" in contents.config:
-        cfg = {**cfg, **(pretrained or {})}
-        return timm_input(cfg, cfg["input_size"][-1])
+    if told.cfg or told.architecture is not None:
+        if len(told.cfg.get("mean", cfg["mean"])) != 3:
+            told.left_out.append("mean and std should have 3 numbers")
+            told.cfg = {name: value for name, value in told.cfg.items() if name not in ("mean", "std")}
+        return timm_input({**cfg, **told.cfg}, size)
     # timm's own files have timm's classifier; self-supervised code uses ImageNet's mean and deviation everywhere.
     classifier = cfg.get("classifier") or ""
     classifiers = classifier if isinstance(classifier, tuple | list) else (classifier,)
     timms = any(f"{name}.weight" in key for name in classifiers if name for key in found.dropped)
     return timm_input(cfg, size) if timms else Input("rgb", size, *IMAGENET)
+
+
+def _color(contents: Contents, channels: int) -> str:
+    """The colours that so many channels stand for, where nothing tells."""
+    if channels not in (1, 2, 3):
+        raise OdcftError(
+            f"{contents.path}: the first convolution takes {channels} channels, and nothing tells which. "
+            "odcft shows networks images of 1 (gray, lab_l), 2 (sobel) or 3 (rgb, bgr) channels."
+        )
+    return {1: "gray", 2: "sobel", 3: "rgb"}[channels]
 
 
 def timm_input(cfg: Mapping[str, Any], size: int) -> Input:
@@ -285,7 +315,7 @@ def overridden(input: Input, color: str) -> Input:
     """The user's word for other colours (`--input`), with the file's own normalisation where it still applies."""
     if {color, input.color} == {"rgb", "bgr"}:
         return replace(input, color=color, mean=input.mean[::-1], std=input.std[::-1])
-    return default(color, input.size)
+    return default(color, input.size).seen(input.view)
 
 
 def nearest_name(arch: str) -> str:
@@ -294,5 +324,5 @@ def nearest_name(arch: str) -> str:
 
     import timm
 
-    close = difflib.get_close_matches(arch, [*timm.list_models(), *NETWORKS], n=1)
+    close = difflib.get_close_matches(arch[:100], [*timm.list_models(), *NETWORKS], n=1)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -134,7 +134,10 @@ def combined(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors = _huggingface_transformer(tensors)
     if "register_tokens" in tensors and "pos_embed" in tensors and "cls_token" in tensors:
         tensors = dict(tensors)
-        embedding = tensors.pop("pos_embed")
+        embedding = tensors["pos_embed"]
+        if embedding.ndim != 3 or tensors["cls_token"].shape != embedding[:, :1].shape:
+            return tensors
+        del tensors["pos_embed"]
         tensors["cls_token"] = tensors["cls_token"] + embedding[:, :1]
         tensors["pos_embed"] = embedding[:, 1:]
         tensors["reg_token"] = tensors.pop("register_tokens")
@@ -149,7 +152,7 @@ def _huggingface_transformer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             if part := re.fullmatch(r"attention\.attention\.(query|key|value)\.(\w+)", rest):
                 if part[1] == "query":
                     parts = [tensors.get(key.replace(".query.", f".{one}.")) for one in ("query", "key", "value")]
-                    if all(one is not None for one in parts):
+                    if all(one is not None and one.shape == tensor.shape and one.ndim for one in parts):
                         named[f"{prefix}blocks.{number}.attn.qkv.{part[2]}"] = torch.cat(parts)  # type: ignore[arg-type]
                 continue
             for theirs, timms in _LAYER:

@@ -3,9 +3,15 @@
 A pickle is a program. It can name any function there is and have it called. Here, names of what arrays and tensors are
 made of stand for the real thing; every other name stands for an empty class of ours, so that calling it makes an empty
 object. A name whose only purpose can be harm (os.system) is refused outright.
+
+A few bytes can also ask for work without end: a key that is a tuple of the same tuple twice, forty levels deep, is
+hashed 2^40 times. So the program is looked through before it is run.
 """
 
+import mmap
 import pickle  # noqa: TID251 - the one place: a restricted unpickler is made of it
+import pickletools
+import re
 import struct
 import tarfile
 from collections import OrderedDict, defaultdict
@@ -18,6 +24,7 @@ import torch
 from torch import Tensor
 
 from odcft.errors import OdcftError
+from odcft.words import brief
 
 # No checkpoint needs these, and code that wants to run does. What is not listed becomes a stand-in, and does not run.
 _DANGEROUS_MODULES = {
@@ -75,7 +82,117 @@ def refuse_dangerous(name: str) -> None:
     """Raise Refused for names such as os.system and builtins.eval."""
     module, _, rest = name.partition(".")
     if module in _DANGEROUS_MODULES or (module in ("builtins", "__builtin__") and rest in _DANGEROUS_BUILTINS):
-        raise Refused(name)
+        raise Refused(brief(name, quotes=False))
+
+
+class Endless(Exception):
+    """The file is small, and the work it asks for is not."""
+
+
+class _Value:
+    """What looking a pickle through knows of a value: how many it is made of, shared ones counted each time."""
+
+    __slots__ = ("name", "weight")
+
+    def __init__(self, weight: int, name: str = "") -> None:
+        self.weight, self.name = min(weight, 1 << 40), name
+
+
+_REAL = ("builtins", "__builtin__", "collections", "numpy", "torch", "_codecs")  # modules whose names do something
+_CALLS, _CHANGES = (
+    {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"},
+    {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS"},
+)
+_HASHES = {"ADDITEMS", "FROZENSET", "PERSID", "BINPERSID", "INST"}
+_PUTS, _GETS = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}, {"GET", "BINGET", "LONG_BINGET"}
+
+
+def _is_real(items: list[_Value]) -> bool:
+    """Whether what is called does something: stand-ins do nothing, whatever they are called with."""
+    return not items or not items[0].name or items[0].name.startswith(_REAL)
+
+
+def refuse_endless(program: Any) -> None:
+    """Look through one pickle, and leave the file where it ends.
+
+    Keys, members of sets, and what real functions are called with are walked through when the program runs, shared
+    parts again and again; together that may be no more than a hundred times the length of the file.
+
+    Args:
+        program: a file, or an mmap.
+
+    Raises:
+        Endless: running it would take time or memory far beyond the file's length.
+        ValueError: it is no pickle.
+    """
+    start, work, ops = program.tell(), 0, 0
+    stack: list[_Value | None] = []  # None is a mark
+    memo: dict[int, _Value] = {}
+    for op, argument, _ in pickletools.genops(program):
+        ops += 1
+        if op.name in _PUTS:
+            place = len(memo) if op.name == "MEMOIZE" else int(argument or 0)
+            if place > 10 * ops + 1000:  # the unpickler makes room up to there
+                raise Endless
+            memo[place] = _top(stack)
+            continue
+        if op.name in _GETS:
+            stack.append(memo[int(argument or 0)])
+            continue
+        if op.name == "DUP":
+            stack.append(_top(stack))
+            continue
+        if op.name == "MARK":
+            stack.append(None)
+            continue
+        if op.name == "POP" and stack and stack[-1] is None:
+            stack.pop()
+            continue
+        items = _popped(stack, op)
+        if op.name in ("SETITEM", "SETITEMS"):
+            work += sum(item.weight for item in items[1::2])
+        elif op.name == "DICT":
+            work += sum(item.weight for item in items[::2])
+        elif op.name in _HASHES or (op.name in _CALLS and _is_real(items)):
+            work += sum(item.weight for item in items)
+        if work > 10_000_000 + 100 * (program.tell() - start):
+            raise Endless
+        if op.name in _CHANGES:
+            items[0].weight = min(sum(item.weight for item in items), 1 << 40)
+            stack.append(items[0])
+        elif op.name == "BUILD":
+            stack.append(items[0])
+        elif op.stack_after:
+            names = [item.name for item in items] if op.name == "STACK_GLOBAL" else [argument]
+            name = ".".join(one for one in names if isinstance(one, str) and len(one) < 200)
+            stack.append(_Value(1 + sum(item.weight for item in items), name))
+
+
+def _top(stack: list[_Value | None]) -> _Value:
+    if not stack or stack[-1] is None:
+        raise ValueError("a value is missing")
+    return stack[-1]
+
+
+def _popped(stack: list[_Value | None], op: pickletools.OpcodeInfo) -> list[_Value]:
+    """Take from the stack what an instruction takes."""
+    fixed, items = len(op.stack_before), []
+    if pickletools.markobject in op.stack_before:
+        fixed = op.stack_before.index(pickletools.markobject)
+        while stack and stack[-1] is not None:
+            items.append(stack.pop())
+        stack.pop()
+    for _ in range(fixed):
+        items.append(_top(stack))
+        stack.pop()
+    return [item for item in reversed(items) if item is not None]
+
+
+def refuse_endless_file(path: Path, pickles: int = 1) -> None:
+    """`refuse_endless` of the pickles at the start of a file."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as program:
+        for _ in range(pickles):
+            refuse_endless(program)
 
 
 def numpy_globals() -> list[tuple[Any, str]]:
@@ -85,7 +202,7 @@ def numpy_globals() -> list[tuple[Any, str]]:
         (_array, "numpy.core.multiarray._reconstruct"),
         (_array, "numpy._core.multiarray._reconstruct"),
         (np.ndarray, "numpy.ndarray"),
-        (np.dtype, "numpy.dtype"),
+        (_dtype, "numpy.dtype"),
         (_scalar, "numpy.core.multiarray.scalar"),
         (_scalar, "numpy._core.multiarray.scalar"),
         *((kind, f"numpy.dtypes.{kind.__name__}") for kind in kinds),
@@ -95,6 +212,14 @@ def numpy_globals() -> list[tuple[Any, str]]:
 
 def _array(kind: type, shape: tuple[int, ...], typecode: Any) -> np.ndarray:
     return np.ndarray.__new__(np.ndarray, (0,), "b")
+
+
+def _dtype(kind: Any, *_: Any) -> np.dtype:
+    """Of a number, text or objects; never of a table, whose columns may be tables without end."""
+    text = kind.decode("latin1") if isinstance(kind, bytes) else kind
+    if not (isinstance(text, str) and re.fullmatch(r"[<>=|]?[?A-Za-z]\d{0,4}", text)):
+        raise ValueError("a table")
+    return np.dtype(text, copy=True)
 
 
 def _scalar(kind: np.dtype, data: Any = None) -> Any:
@@ -136,7 +261,7 @@ _KNOWN: dict[str, Any] = {
             "int": int,
             "long": int,
             "float": float,
-            "str": str,
+            "str": lambda text="", *_: text if isinstance(text, str) else "",
             "bool": bool,
         }.items()
     },
@@ -174,22 +299,30 @@ def load_pickle(path: Path, replaced: list[str]) -> Any:
         Refused: it names code that only harm has a use for.
     """
     try:
+        refuse_endless_file(path)
         with path.open("rb") as file:
-            return _tensors(_Unpickler(file, replaced).load())
-    except (Refused, MemoryError):
+            return _tensors(_Unpickler(file, replaced).load(), {})
+    except (Refused, Endless, MemoryError):
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise OdcftError(f"{path} is a damaged pickle ({type(error).__name__}). Copy or download it again.") from None
 
 
-def _tensors(tree: Any, depth: int = 0) -> Any:
+def _tensors(tree: Any, seen: dict[int, Any], depth: int = 0) -> Any:
+    """The tree with tensors for its arrays; what is shared stays shared."""
+    if id(tree) in seen:
+        return seen[id(tree)]
+    made: Any = tree
     if isinstance(tree, np.ndarray):
-        return torch.from_numpy(np.array(tree)) if tree.dtype.kind in "fiub" and tree.dtype.isnative else None
-    if isinstance(tree, dict) and depth < 12:
-        return {key: _tensors(value, depth + 1) for key, value in tree.items()}
-    if isinstance(tree, list | tuple) and depth < 12:
-        return [_tensors(value, depth + 1) for value in tree]
-    return tree
+        made = torch.from_numpy(np.array(tree)) if tree.dtype.kind in "fiub" and tree.dtype.isnative else None
+    elif isinstance(tree, dict) and depth < 12:
+        made = seen[id(tree)] = {}
+        made |= {key: _tensors(value, seen, depth + 1) for key, value in tree.items()}
+    elif isinstance(tree, list | tuple) and depth < 12:
+        made = seen[id(tree)] = []
+        made += [_tensors(value, seen, depth + 1) for value in tree]
+    seen[id(tree)] = made
+    return made
 
 
 _ELEMENTS = {
@@ -216,29 +349,38 @@ def load_tar(path: Path, replaced: list[str]) -> Any:
             for name in ("storages", "tensors", "pickle"):
                 member = archive.extractfile(name)
                 assert member is not None
+                assert not archive.getmember(name).issparse()  # it could swell
                 parts[name] = BytesIO(member.read())
         storages: dict[Any, Tensor] = {}
         file = parts["storages"]
-        for _ in range(_Unpickler(file, replaced).load()):
-            key, _, kind = _Unpickler(file, replaced).load()
+        for _ in range(_load_next(file, replaced)):
+            key, _, kind = _load_next(file, replaced)
             (count,) = struct.unpack("<q", file.read(8))
             dtype = _ELEMENTS[kind]
             data = file.read(count * dtype.itemsize)
             storages[key] = torch.frombuffer(bytearray(data), dtype=dtype) if count else torch.empty(0, dtype=dtype)
-        for key, root, offset, size in _Unpickler(file, replaced).load():  # views of storages
+        for key, root, offset, size in _load_next(file, replaced):  # views of storages
             storages[key] = storages[root][offset : offset + size]
         tensors: dict[str, Tensor] = {}
         file = parts["tensors"]
-        for _ in range(_Unpickler(file, replaced).load()):
-            key, storage, _ = _Unpickler(file, replaced).load()
+        for _ in range(_load_next(file, replaced)):
+            key, storage, _ = _load_next(file, replaced)
             (dims,) = struct.unpack("<i4x", file.read(8))
             shape, stride = (struct.unpack(f"<{dims}q", file.read(8 * dims)) for _ in range(2))
             (start,) = struct.unpack("<q", file.read(8))
             tensors[str(key)] = storages[storage].as_strided(shape, stride, start)
-        return _Unpickler(parts["pickle"], replaced, tensors).load()
-    except (Refused, MemoryError):
+        return _load_next(parts["pickle"], replaced, tensors)
+    except (Refused, Endless, MemoryError):
         raise
     except Exception as error:  # a damaged archive can raise anything
         raise OdcftError(
             f"{path} is a tar archive, but none that PyTorch wrote, or a damaged one ({type(error).__name__})."
         ) from None
+
+
+def _load_next(file: BinaryIO, replaced: list[str], tensors: dict[str, Tensor] | None = None) -> Any:
+    """The next of several pickles, one after another in a file."""
+    start = file.tell()
+    refuse_endless(file)
+    file.seek(start)
+    return _Unpickler(file, replaced, tensors).load()

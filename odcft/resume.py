@@ -1,13 +1,14 @@
 """Whether a RUN can go on: with the recipe, the checkpoint and the images it was started with, and nothing else."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from odcft.data import Images, find_images
+from odcft.description import read_json
 from odcft.errors import OdcftError
 from odcft.folders import digest, read_column, sha256
-from odcft.recipe import Recipe, make_recipe
+from odcft.recipe import Recipe, flat, make_recipe
+from odcft.words import brief
 
 FREE = ("data.workers", "log")  # how fast, how often it speaks: may change, for they change no result
 
@@ -19,9 +20,12 @@ def read_about(run: Path) -> dict[str, Any]:
         OdcftError: it is not there, or of another version of odcft.
     """
     try:
-        about = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        return {name: about[name] for name in ("checkpoint", "sha256", "asked", "sample")} | about
-    except (OSError, ValueError, KeyError) as error:
+        about = read_json(run / "run.json")
+        for name, kind in (("checkpoint", str | list), ("sha256", str | list), ("asked", dict), ("sample", dict)):
+            if not isinstance(about[name], kind):
+                raise ValueError(f"{name}={brief(about[name])}")
+        return about
+    except (OdcftError, ValueError, KeyError) as error:
         raise OdcftError(
             f"{run} cannot be resumed: its run.json is missing or not of this version of odcft ({error}). "
             "Start anew with --overwrite, or with another --out."
@@ -37,38 +41,57 @@ def resumed_recipe(
         given: what is asked for now, `auto` fields and all.
         epochs: how many in all now, or None for as many as before.
         run: for the message.
-        about: its run.json, with the recipe as it was asked for then.
+        about: its run.json, with the recipe as it was asked for then, and the epochs of an earlier prolongation.
         saved: what its state says, with the recipe as it was resolved and the steps that are done.
 
     Raises:
         OdcftError: names the first field that differs.
     """
-    then, asked, now = _fields(saved["recipe"]), _fields(about["asked"]), _fields(given.model_dump(mode="json"))
-    follows = ["optim.epochs"] if epochs is not None else []
-    if epochs is not None and asked.get("optim.final_epochs") == "auto":
-        follows.append("optim.final_epochs")
+    then, asked, now = flat(saved["recipe"]), flat(about["asked"]), flat(given.model_dump(mode="json"))
+    prolonged = about.get("epochs")
+    if not isinstance(prolonged, int) or prolonged < 1:
+        prolonged = then["optim.epochs"]
+    follows = set() if epochs is None else {"optim.epochs"}
+    if epochs is not None or prolonged != then["optim.epochs"]:
+        follows.add("optim.final_epochs")
     for name, value in now.items():
-        if name in follows:
+        if name.split(".")[0] in FREE or name in FREE or name not in then or name in follows:
             continue
-        if name.split(".")[0] in FREE or name in FREE or name not in then:
-            continue
-        if value not in (then[name], asked[name]):
+        if value not in ("auto", then[name], asked.get(name), prolonged if name == "optim.epochs" else then[name]):
             how = "Pass --epochs to change it" if name == "optim.epochs" else "Resume without that"
             raise OdcftError(
                 f"{run} was started with {name}={then[name]}, not {value}. {how}, or choose another --out."
             )
-    recipe = make_recipe(saved["recipe"])
+    # A run of before there was a range has seen all of the type's.
+    recipe = make_recipe({**saved["recipe"], "data": {"range": "full", **saved["recipe"]["data"]}})
     recipe.log, recipe.data.workers = given.log, given.data.workers
-    if epochs is not None:
-        done = saved["step"] / saved["steps_per_epoch"]
-        if epochs < done:
-            raise OdcftError(
-                f"{run} has done {done:.1f} epochs already: --epochs {epochs} is less. Leave it away, or choose more."
-            )
-        recipe.optim.epochs = epochs
-        if "optim.final_epochs" in follows:
-            recipe.optim.final_epochs = "auto"
+    epochs = prolonged if epochs is None else epochs
+    if epochs != recipe.optim.epochs:
+        _prolong(recipe, epochs, saved["step"] / saved["steps_per_epoch"], asked["optim.final_epochs"] == "auto", run)
     return recipe
+
+
+def _prolong(recipe: Recipe, epochs: int, done: float, automatic: bool, run: Path) -> None:
+    """Let a recipe run for another number of epochs.
+
+    Args:
+        recipe: resolved; changed in place.
+        epochs: how many in all.
+        done: how many of them are done.
+        automatic: whether the recipe leaves the last epochs at a lower rate to us.
+        run: for the message.
+    """
+    if epochs < done:
+        raise OdcftError(
+            f"{run} has done {done:.1f} epochs already: --epochs {epochs} is less. Drop it, or choose more."
+        )
+    assert recipe.optim.final_epochs != "auto", "the recipe is resolved by now"
+    dropped = recipe.optim.epochs - recipe.optim.final_epochs
+    recipe.optim.epochs = epochs
+    if recipe.optim.schedule == "step" and done > dropped:  # the rate has dropped, and does not rise again
+        recipe.optim.final_epochs = epochs - dropped
+    elif automatic:
+        recipe.optim.final_epochs = "auto"
 
 
 def refuse_other_checkpoint(ckpts: list[str], run: Path, about: dict[str, Any]) -> None:
@@ -117,11 +140,3 @@ def read_quarantine(run: Path) -> list[str]:
     """The images that could not be read when the RUN was started."""
     path = run / "quarantine.csv"
     return read_column(path, "path") if path.exists() else []
-
-
-def _fields(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {
-        f"{group}.{name}" if name else group: value
-        for group, fields in recipe.items()
-        for name, value in (fields.items() if isinstance(fields, dict) else [("", fields)])
-    }

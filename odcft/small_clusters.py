@@ -13,6 +13,8 @@ from odcft import dist
 from odcft.late import LateReader
 from odcft.memory import UNIT, Memory, Rules, half_squares, move, nearest_centroid, small_clusters, to_units
 
+ROWS = 4096  # at a time
+
 
 class SmallClusterWatch:
     """Tells, step by step, whether some cluster is small, without making the host wait for an accelerator.
@@ -33,8 +35,8 @@ class SmallClusterWatch:
 def handle_small_clusters(memory: Memory, min_cluster: int, rules: Rules, generator: torch.Generator) -> int:
     """Empty every small cluster into its members' nearest normal ones, and refill it with half of the largest.
 
-    `paper` repeats until no cluster is small, and cuts the largest so that neither half is; `official` makes one pass
-    and takes the halves as they fall. A cluster stays small only where none is large enough to give two normal ones.
+    `paper` cuts the largest so that neither half is small, and so is done in one pass; `official` takes the halves as
+    they fall. A cluster stays small only where none is large enough to give two normal ones.
 
     Args:
         memory: changed in place, on every rank alike.
@@ -45,20 +47,13 @@ def handle_small_clusters(memory: Memory, min_cluster: int, rules: Rules, genera
     Returns:
         How many clusters were refilled.
     """
+    small_K = small_clusters(memory.sizes_K, min_cluster, rules)
     smallest_normal = min_cluster + 1 if rules.threshold_is_small else min_cluster
-    refilled = 0
-    while True:
-        small_K = small_clusters(memory.sizes_K, min_cluster, rules)
-        if not small_K.any() or small_K.all():
-            return refilled
-        largest = int(memory.sizes_K.max())
-        if largest < 2 * max(smallest_normal, 1):
-            return refilled
-        _disperse(memory, small_K, rules)
-        at_least = smallest_normal if rules.until_none_is_small else 1
-        refilled += _refill(memory, small_K.nonzero()[:, 0].tolist(), at_least, rules, generator)
-        if not rules.until_none_is_small:
-            return refilled
+    if not small_K.any() or int(memory.sizes_K.max()) < 2 * smallest_normal:
+        return 0
+    _disperse(memory, small_K, rules)
+    at_least = smallest_normal if rules.until_none_is_small else 1
+    return _refill(memory, small_K.nonzero()[:, 0].tolist(), at_least, rules, generator)
 
 
 def members(memory: Memory, clusters: list[int]) -> dict[int, Tensor]:
@@ -85,7 +80,7 @@ def _disperse(memory: Memory, small_K: Tensor, rules: Rules) -> None:
     normal_C = (~small_K).nonzero()[:, 0]  # labels of the C normal clusters
     row_M = small_K[memory.labels_S].nonzero()[:, 0]
     centroids_CD, half_squares_C = memory.centroids_KD[normal_C], memory.half_squares_K[normal_C]
-    for row_B in row_M.split(4096):
+    for row_B in row_M.split(ROWS):
         features_BD = memory.features_SD[row_B].float()
         move(memory, row_B, normal_C[nearest_centroid(features_BD, centroids_CD, half_squares_C, rules)])
     memory.sizes_K = dist.all_sum(memory.counts_K)
@@ -96,9 +91,8 @@ def _refill(memory: Memory, empty: list[int], at_least: int, rules: Rules, gener
     # Splitting E times takes no cluster beyond the E largest of now, so their members are found once. The halves are
     # pushed back, and may be the largest again.
     sizes = memory.sizes_K.tolist()
-    largest = heapq.nsmallest(len(empty), ((-size, label) for label, size in enumerate(sizes)))
+    largest = heapq.nsmallest(len(empty), ((-size, label) for label, size in enumerate(sizes)))  # sorted: a heap
     rows = members(memory, [label for _, label in largest])
-    heapq.heapify(largest)
     filled = 0
     for label in empty:
         size, source = largest[0]
@@ -111,7 +105,7 @@ def _refill(memory: Memory, empty: list[int], at_least: int, rules: Rules, gener
         if rules.random_half and torch.rand((), generator=generator) < 0.5:
             second_M, sums_2D, sizes_2 = ~second_M, sums_2D.flip(0), sizes_2[::-1]
         move(memory, row_M[second_M], torch.full_like(row_M[second_M], label))
-        size_21 = torch.tensor(sizes_2, device=sums_2D.device).clamp(min=1).unsqueeze(1)
+        size_21 = torch.tensor(sizes_2, device=sums_2D.device).unsqueeze(1)
         memory.centroids_KD[[source, label]] = sums_2D.float() * UNIT / size_21
         rows[source], rows[label] = row_M[~second_M], row_M[second_M]
         heapq.heapreplace(largest, (-sizes_2[0], source))
@@ -159,21 +153,19 @@ def split_in_two(
     score_M = (centred_MD * direction_D).sum(1)
     second_M = score_M > 0
 
+    before_D1 = total_D1
     for _ in range(iterations):
         second_D1 = torch.cat([(units_MD * second_M.unsqueeze(1)).sum(0), second_M.sum().unsqueeze(0)])
         dist.all_sum_(second_D1)
         second_size = int(second_D1[-1])
-        if second_size in (0, size):
+        if second_size in (0, size) or torch.equal(second_D1, before_D1):  # the same sums give the same cut again
             break
+        before_D1 = second_D1
         second_mean_D = second_D1[:-1].float() * (UNIT / second_size)
         first_mean_D = (total_D1 - second_D1)[:-1].float() * (UNIT / (size - second_size))
         middle_D = (first_mean_D + second_mean_D) / 2
         score_M = ((features_MD - middle_D) * (second_mean_D - first_mean_D)).sum(1)
-        changed = (second_M != (score_M > 0)).sum()
-        dist.all_sum_(changed)
         second_M = score_M > 0
-        if int(changed) == 0:
-            break
 
     second_M = _enough_on_both_sides(score_M, second_M, row_M, at_least)
     second_D1 = torch.cat([(units_MD * second_M.unsqueeze(1)).sum(0), second_M.sum().unsqueeze(0)])
@@ -187,12 +179,12 @@ def _enough_on_both_sides(score_M: Tensor, second_M: Tensor, row_M: Tensor, at_l
     sizes = torch.stack([(~second_M).sum(), second_M.sum()])
     dist.all_sum_(sizes)
     first, second = sizes.tolist()
-    if min(first, second) >= at_least:
+    second_size = min(max(second, at_least), first + second - at_least)
+    if second_size == second:
         return second_M
     # The members' scores and image numbers, not their features, go to every rank, and all sort alike.
     image_M = row_M * dist.world_size() + dist.rank()
     scores, images = dist.gather_rows(score_M), dist.gather_rows(image_M)
     by_image = torch.argsort(images)
     order = by_image[torch.argsort(scores[by_image], stable=True)]  # ties: by image number
-    second_size = at_least if second < at_least else first + second - at_least
     return torch.isin(image_M, images[order[len(order) - second_size :]])

@@ -6,7 +6,10 @@ Shapes: N images, S of them on this rank, B batch, K clusters, D embedding.
 import json
 import math
 import os
+import socket
 import time
+import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,25 +23,30 @@ from torch import Tensor, nn
 from odcft import dist, folders, seeds, snapshot, stopping
 from odcft.advice import explained
 from odcft.augment import augment_batch
-from odcft.backbone import Loaded, load_backbone, loading_line
-from odcft.data import Crops, Images, TrainingOrder, automatic_size, find_images, loader, usual_side
+from odcft.backbone import Backbone, Loaded, load_backbone, loading_line
+from odcft.card import about_run
+from odcft.data import Crops, Images, TrainingOrder, automatic_size, find_images, loader, own_range, usual_side
+from odcft.description import read_json
 from odcft.errors import OdcftError
-from odcft.export import write_timm
+from odcft.exports import write_timm
 from odcft.features import extract, to_float
 from odcft.health import Window, all_finite, cluster_figures, finite_gradients, nmi, summary, warnings
 from odcft.inputs import View
 from odcft.kmeans import assign, kmeans
 from odcft.late import LateReader
-from odcft.log import Metrics, Progress, duration, read_lines
+from odcft.log import Metrics, Progress, count_of, duration, now, read_lines
 from odcft.methods import METHODS, codc, odc
 from odcft.model import Members, Model
 from odcft.optim import lr_at, make_optimizer, set_lr
 from odcft.optim import restore as restore_optimizer
 from odcft.optim import stored as stored_optimizer
-from odcft.recipe import MemberRecipe, Recipe, dump
+from odcft.precision import allow_tf32, has_bfloat16
+from odcft.recipe import MemberRecipe, Recipe, dump, flat, load_recipe, make_recipe, taken_as
 from odcft.resume import read_about, read_quarantine, refuse_other_checkpoint, resumed_recipe, same_images
 from odcft.stopping import Stopped
 
+MOST_CLUSTERS = 10_000  # that `auto` takes (paper, sec. 3.4)
+FEW_STEPS, LARGE_BATCH = 200, 256  # an epoch of fewer steps with larger batches: the recipe is for more images
 FEW = 20  # images a cluster: with fewer, DC's classifier has little to learn from
 
 
@@ -66,17 +74,19 @@ def begin(
     progress: Progress,
     arch: str | None = None,
     memory: Path | None = None,
+    training: bool = True,
 ) -> Start:
     """Load the checkpoints, find the images, and build both memories, by K-Means or from an `init-memory` folder."""
     images = find_images(data)
     recipe = resolve_members(recipe, ckpts)
-    loaded = load_members(ckpts, arch, recipe)
+    with progress.waiting(f"Loading     {', '.join(ckpts)} …"):
+        loaded = load_members(ckpts, arch, recipe)
     resolve_clusters(recipe, len(images))  # refuse what cannot work before anything slow is done
-    recipe, device = resolve(recipe, loaded, images)
-    set_precision(recipe)
+    recipe, device = resolve(recipe, loaded, images, progress, memory)
+    allow_tf32(recipe.optim.tf32)
     method = METHODS[recipe.method]
     necks, dim = make_necks(loaded, recipe)
-    _describe(loaded, images, recipe, progress)
+    _describe(loaded, images, recipe, progress, training)
 
     if memory is not None:
         return _read_memory(memory, ckpts, loaded, necks, dim, images, recipe, device)
@@ -86,25 +96,17 @@ def begin(
     def network(images: Tensor) -> Tensor:
         return codc.side_by_side([network(images) for network in networks])
 
-    unreadable: dict[str, str] = {}
-    while True:
-        crops = Crops(images, view_of(recipe))
-        batch = max(1, recipe.optim.batch_size // dist.world_size())
-        features_SD, bad_here = extract(network, crops, batch, _number(recipe.data.workers), device, progress)
-        bad = dist.gather_dict(bad_here)
-        if not bad:
-            break
-        unreadable |= {images.names[i]: reason for i, reason in sorted(bad.items())}
-        keep = torch.tensor([i not in bad for i in range(len(images))])
-        if not keep.any():
-            raise OdcftError(
-                f"None of the {len(images):,} images in {data} can be read; {next(iter(unreadable.items()))}."
-            )
+    batch = max(1, recipe.optim.batch_size // dist.world_size())
+    crops = Crops(images, view_of(recipe))
+    features_SD, bad_here = extract(network, crops, batch, _number(recipe.data.workers), device, progress)
+    bad = dist.gather_dict(bad_here)
+    unreadable = {images.names[i]: reason for i, reason in sorted(bad.items())}
+    if len(bad) == len(images):
+        name, reason = next(iter(unreadable.items()))
+        raise OdcftError(f"None of the {len(images):,} images in {data} can be read. The first is {name}: {reason}.")
+    if bad:
+        features_SD = dist.without(features_SD, set(bad), len(images))
         images = images.without(set(bad))
-        if dist.world_size() == 1:
-            features_SD = features_SD[keep.to(device)]
-            break
-        # Every rank owns other images now, so the features are made once more, of images that can all be read.
     if unreadable:
         some = ", ".join(list(unreadable)[:3]) + (", …" if len(unreadable) > 3 else "")
         progress.say(f"            {len(unreadable):,} unreadable and skipped: {some} (all in quarantine.csv)")
@@ -112,10 +114,11 @@ def begin(
     recipe = resolve_clusters(recipe, len(images), progress)
     started = time.monotonic()
     K = _number(recipe.memory.clusters)
-    features_SD = method.compact(features_SD, recipe)
     seed = seeds.seed(recipe.seed, "kmeans", 0)
-    centroids_KD = kmeans(features_SD, K, seed, recipe.kmeans.iterations, recipe.kmeans.engine)
-    labels_S = assign(features_SD, centroids_KD)[0]
+    with progress.waiting(f"K-Means     {K:,} clusters of {len(images):,} images …"):
+        features_SD = method.compact(features_SD, recipe)
+        centroids_KD = kmeans(features_SD, K, seed, recipe.kmeans.iterations, recipe.kmeans.engine)
+        labels_S = assign(features_SD, centroids_KD)[0]
     state = method.start(features_SD, labels_S, recipe)
     sizes_K = state.memory.sizes_K
     progress.say(
@@ -128,7 +131,7 @@ def begin(
 def load_members(ckpts: list[str], arch: str | None, recipe: Recipe) -> list[Loaded]:
     """The backbone of each checkpoint, as the recipe wants them taken."""
     return [
-        load_backbone(ckpt, arch, **recipe.backbone.model_dump(), seed=recipe.seed, member=member)
+        load_backbone(ckpt, arch, **taken_as(recipe), seed=recipe.seed, member=member)
         for member, ckpt in enumerate(ckpts)
     ]
 
@@ -169,7 +172,13 @@ def resolve_members(recipe: Recipe, ckpts: list[str]) -> Recipe:
     return recipe
 
 
-def resolve(recipe: Recipe, loaded: list[Loaded], images: Images) -> tuple[Recipe, torch.device]:
+def resolve(
+    recipe: Recipe,
+    loaded: list[Loaded],
+    images: Images,
+    progress: Progress | None = None,
+    memory: Path | None = None,
+) -> tuple[Recipe, torch.device]:
     """Replace every `auto` but the number of clusters, and choose the device."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", dist.local_rank()) if gpu else torch.device("cpu")
@@ -184,6 +193,7 @@ def resolve(recipe: Recipe, loaded: list[Loaded], images: Images) -> tuple[Recip
         side = usual_side(images)
         sizes = {b.size for b in backbones if b.fixed_size} or {automatic_size(b.size, False, side) for b in backbones}
         recipe.data.size = min(sizes)
+    _resolve_range(recipe, images, progress, memory)
     for backbone in backbones:
         if backbone.fixed_size and recipe.data.size != backbone.size:
             raise OdcftError(
@@ -211,15 +221,33 @@ def resolve(recipe: Recipe, loaded: list[Loaded], images: Images) -> tuple[Recip
     if recipe.memory.dtype == "auto":
         recipe.memory.dtype = "float16" if gpu else "float32"
     if recipe.optim.precision == "auto":
-        recipe.optim.precision = "bfloat16" if gpu and torch.cuda.is_bf16_supported() else "float32"
+        recipe.optim.precision = "bfloat16" if gpu and has_bfloat16(device) else "float32"
     return recipe, device
+
+
+def _resolve_range(recipe: Recipe, images: Images, progress: Progress | None, memory: Path | None) -> None:
+    """Settle data.range: as the features of an `init-memory` folder were made, or by the images.
+
+    Numbers are written even for the full range of a type, so that nobody who sees the backbone's images later has to
+    guess; `full` is left where no image has more than 8 bits.
+    """
+    if memory is not None and recipe.data.range == "auto":
+        with suppress(OSError, ValueError, KeyError, TypeError):  # `_read_memory` says what is wrong with the folder
+            about = json.loads((memory / "memory.json").read_text(encoding="utf-8"))
+            recipe.data.range = about["recipe"]["data"].get("range", "full")
+    if recipe.data.range in ("auto", "full"):
+        looked = {0: own_range(images, recipe.data.range == "full")} if dist.rank() == 0 else {}
+        found, words = dist.gather_dict(looked)[0]  # one answer for all ranks
+        recipe.data.range = found or "full"
+        if progress and words:
+            progress.say(f"Note        {words}")
 
 
 def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = None) -> Recipe:
     """The recipe with a number of clusters that can work for `count` images.
 
-    `auto` is count / 128 (10,000 for ImageNet), at least 2, and no more than leaves every cluster above the
-    small-cluster threshold. Where even two clusters would be below it, the threshold is lowered.
+    `auto` is count / 128, at least 2, at most 10,000 (which the paper has for ImageNet), and no more than leaves every
+    cluster above the small-cluster threshold. Where even two clusters would be below it, the threshold is lowered.
 
     Raises:
         OdcftError: a given number of clusters that leaves some of them small whatever happens.
@@ -239,7 +267,7 @@ def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = Non
             )
         memory.min_cluster = lowered
     most = count // (memory.min_cluster + 1) if memory.min_cluster >= 0 else count
-    automatic = max(2, min(count // 128, most))
+    automatic = max(2, min(count // 128, MOST_CLUSTERS, most))
     if memory.clusters == "auto":
         memory.clusters = automatic
     elif memory.clusters > most:
@@ -267,15 +295,13 @@ def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = Non
 
 def view_of(recipe: Recipe) -> View:
     """How a resolved recipe has images seen where they are not augmented."""
-    return View(_number(recipe.data.size), recipe.data.crop_fraction)
+    assert recipe.data.range != "auto", "the recipe is resolved by now"
+    intensity = None if recipe.data.range == "full" else recipe.data.range
+    return View(_number(recipe.data.size), recipe.data.crop_fraction, intensity=intensity)
 
 
-def set_precision(recipe: Recipe) -> None:
-    """Whether float32 products on a GPU may use TF32."""
-    torch.set_float32_matmul_precision("high" if recipe.optim.tf32 else "highest")
-
-
-def _describe(loaded: list[Loaded], images: Images, recipe: Recipe, progress: Progress) -> None:
+def _describe(loaded: list[Loaded], images: Images, recipe: Recipe, progress: Progress, training: bool) -> None:
+    """Say what was found and what will be done, before anything slow is."""
     for one in loaded:
         found = one.match
         cover = f"{len(found.tensors)}/{found.expected} tensors under {found.where}" if found else one.source
@@ -285,12 +311,41 @@ def _describe(loaded: list[Loaded], images: Images, recipe: Recipe, progress: Pr
     if recipe.method == "codc" and len(loaded) == 1 and recipe.codc.members == [MemberRecipe()]:
         progress.say("Note        One plain member has no one to collaborate with: this is ODC.")
     progress.say(f"Images      {len(images):,} in {images.source}")
-    optim = recipe.optim
-    progress.say(
-        f"Plan        {recipe.method.upper()} · {optim.epochs} epochs · batch {optim.batch_size} · "
-        f"{recipe.data.size} px · "
-        f"{dist.world_size()} process{'es' if dist.world_size() > 1 else ''} · {optim.precision}"
-    )
+    if images.skipped:
+        progress.say(f"Not read    {images.not_read()}")
+    optim, ranks = recipe.optim, dist.world_size()
+    plan = [recipe.method.upper(), count_of(optim.epochs, "epoch"), f"batch {optim.batch_size}"] if training else []
+    plan += [f"{recipe.data.size} px", f"{ranks} process{'es' if ranks > 1 else ''}", optim.precision]
+    progress.say(f"Plan        {' · '.join(plan)}")
+    if training:
+        for note in unfit(loaded, len(images), recipe):
+            progress.say(f"Note        {note}")
+
+
+def fitting_recipe(backbones: list[Backbone], count: int) -> str | None:
+    """The shipped recipe that suits such networks and so many images; None for the default."""
+    if any(backbone.is_transformer for backbone in backbones):
+        return "odc_vit"
+    return "small" if count < FEW_STEPS * load_recipe().optim.batch_size else None
+
+
+def unfit(loaded: list[Loaded], count: int, recipe: Recipe) -> list[str]:
+    """Where another recipe is made for such networks or so few images, a sentence each."""
+    notes = []
+    transformers = [one.backbone.arch for one in loaded if one.backbone.is_transformer]
+    if transformers and recipe.optim.optimizer == "sgd":
+        notes.append(
+            f"{transformers[0]} is a transformer, and this recipe trains by SGD, which suits convolutional networks: "
+            "--recipe odc_vit is made for transformers."
+        )
+    steps = count // recipe.optim.batch_size
+    if steps < FEW_STEPS and recipe.optim.batch_size >= LARGE_BATCH and not transformers:
+        notes.append(
+            f"{count:,} images are {count_of(max(1, steps), 'step')} an epoch with batches of "
+            f"{recipe.optim.batch_size}: --recipe {'dc_small' if recipe.method == 'dc' else 'small'} is made for "
+            "thousands of images."
+        )
+    return notes
 
 
 # ---------------------------------------------------------------- init-memory
@@ -325,7 +380,7 @@ def init_memory(
     progress = progress or Progress()
     folders.refuse_full(out, folders.MEMORY_FILES, overwrite)
     with folders.locked(out, progress.say), explained(recipe):
-        start = begin([ckpt], data, recipe, progress, arch)
+        start = begin([ckpt], data, recipe, progress, arch, training=False)
         memory, count = start.state.memory, len(start.images)
         tensors = {
             "features": dist.in_dataset_order(memory.features_SD, count),
@@ -334,7 +389,7 @@ def init_memory(
         }
         if dist.rank() == 0:
             about = folders.about([ckpt], [start.loaded[0].backbone.arch], data, start.images)
-            about |= {"seed": start.recipe.seed, "recipe": start.recipe.model_dump(mode="json")}
+            about |= {"seed": start.recipe.seed, "recipe": start.recipe.model_dump(mode="json"), **identity([ckpt])}
             folders.clear(out, folders.MEMORY_FILES)
             with folders.filling(out) as unfinished:
                 for name, part in {"memory": tensors, "neck": start.necks[0].state_dict()}.items():
@@ -366,20 +421,31 @@ def _read_memory(
 ) -> Start:
     """The start that `init-memory` wrote, for the same checkpoint and images."""
     if len(ckpts) > 1:
-        raise OdcftError(f"{folder} is of one checkpoint; several together make their memory. Leave --memory away.")
+        raise OdcftError(
+            f"{folder} holds the memory of one checkpoint; several checkpoints make theirs together. Drop --memory."
+        )
     (ckpt,), (neck,) = ckpts, necks
     try:
-        about = json.loads((folder / "memory.json").read_text())
+        about = read_json(folder / "memory.json")
+        made_from, sha256 = str(about["checkpoint"]), str(about["sha256"])
+        made_with = make_recipe(about["recipe"], str(folder / "memory.json"))
         tensors = load_file(folder / "memory.safetensors")
         neck_tensors = load_file(folder / "neck.safetensors")
         names = folders.read_column(folder / "images.csv", "path")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        (count, length), clusters = tensors["features"].shape, len(tensors["centroids"])
+        if not (tensors["labels"].shape == (count,) == (len(names),) and tensors["centroids"].shape[1] == length):
+            raise ValueError("its tensors do not fit each other")
+        if not (count and 0 <= int(tensors["labels"].min()) <= int(tensors["labels"].max()) < clusters):
+            raise ValueError("its labels are not those of its clusters")
+        if not tensors["features"].isfinite().all():
+            raise ValueError("its features are not finite")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise OdcftError(
             f"{folder} is not a complete folder of `odcft init-memory` ({error}). Make it again."
         ) from None
-    if about["sha256"] != folders.sha256(ckpt):
+    if sha256 != folders.sha256(ckpt):
         raise OdcftError(
-            f"{folder} was made from another checkpoint ({about['checkpoint']}), not from {ckpt}. "
+            f"{folder} was made from another checkpoint ({made_from}), not from {ckpt}. "
             "Make it again with `odcft init-memory`."
         )
     known = set(names)
@@ -390,21 +456,27 @@ def _read_memory(
             f"{folder} was made from {len(names):,} images that are not those of {images.source} now. "
             "Make it again with `odcft init-memory`."
         )
-    clusters, length = tensors["centroids"].shape
-    if recipe.memory.clusters not in ("auto", clusters) and recipe.memory.clusters != type(recipe.memory)().clusters:
+    if made_with.data.range == "auto":  # of before there was a range: all of the type's
+        made_with.data.range = own_range(images, full=True)[0] or "full"
+    random_weights = loaded[0].match is None or bool(loaded[0].match.missing)
+    _refuse_other_features(folder, made_with, recipe, random_weights)
+    if recipe.memory.clusters not in ("auto", clusters):
         raise OdcftError(
-            f"{folder} has {clusters:,} clusters, the recipe asks for {recipe.memory.clusters:,}. "
-            "Leave --clusters away, or make the memory again."
-        )
-    made_for = about["recipe"]["method"]
-    if (made_for == "dc") != (recipe.method == "dc") or (recipe.method != "dc" and length != dim):
-        raise OdcftError(
-            f"{folder} was made for {made_for} with features of {length} numbers, not for {recipe.method} with {dim}. "
-            "Make the memory again with this recipe and method."
+            f"{folder} has {clusters:,} clusters, and {recipe.memory.clusters:,} are asked for. "
+            "Drop --clusters, or make the memory again."
         )
     recipe.memory.clusters = clusters
     recipe = resolve_clusters(recipe, len(images))
-    neck.load_state_dict(neck_tensors)
+    try:
+        neck.load_state_dict(neck_tensors)
+    except RuntimeError:
+        raise OdcftError(
+            f"{folder / 'neck.safetensors'} is not the neck of this recipe. Make the memory again."
+        ) from None
+    if recipe.method != "dc" and length != dim:
+        raise OdcftError(
+            f"{folder} has features of {length} numbers, and this recipe's neck gives {dim}. Make it again."
+        )
     neck.to(device)
     loaded[0].backbone.to(device)
     owned = torch.tensor(dist.owned(len(images)))
@@ -412,6 +484,26 @@ def _read_memory(
         tensors["features"][owned].to(device), tensors["labels"][owned].to(device), recipe
     )
     return Start(loaded, necks, dim, images, recipe, state, device, unreadable)
+
+
+# What the features in a memory depend on, besides checkpoint and images; `dc.pca` for dc, the neck for odc.
+FEATURES = (
+    *("method", "data.size", "data.crop_fraction", "data.range", "data.mean", "data.std", "backbone.input"),
+    *("backbone.arch_args", "neck.hidden", "neck.dim", "dc.pca"),
+)
+
+
+def _refuse_other_features(folder: Path, made_with: Recipe, recipe: Recipe, random_weights: bool) -> None:
+    """Refuse a memory whose features this recipe would not have made."""
+    then, now = flat(made_with.model_dump(mode="json")), flat(recipe.model_dump(mode="json"))
+    others = "neck." if recipe.method == "dc" else "dc."
+    names = [name for name in FEATURES if name in then and not name.startswith(others)]
+    for name in [*names, *(["seed"] if random_weights else [])]:
+        if then[name] != now[name]:
+            raise OdcftError(
+                f"{folder} was made with {name}={then[name]}, and this run has {name}={now[name]}: its features would "
+                "be others. Give the same recipe and settings as for `odcft init-memory`, or make the memory again."
+            )
 
 
 # ---------------------------------------------------------------- finetune
@@ -477,6 +569,18 @@ def fine_tune(
         raise
 
 
+def identity(ckpts: list[str]) -> dict[str, Any]:
+    """By which, where, when and from which files something is made: for run.json and memory.json."""
+    paths = [str(Path(ckpt).absolute()) if Path(ckpt).exists() else ckpt for ckpt in ckpts]
+    return {
+        "odcft": version("odcft"),
+        "id": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "started": now(),
+        "checkpoint_path": paths if len(paths) > 1 else paths[0],
+    }
+
+
 def _new_run(
     ckpts: list[str],
     data: str,
@@ -492,7 +596,7 @@ def _new_run(
         folders.clear(out, folders.RUN_FILES)
         about = folders.about(ckpts, [one.backbone.arch for one in start.loaded], data, start.images)
         about |= {"asked": recipe.model_dump(mode="json"), "sample": folders.sample(start.images)}
-        about |= {"arch_given": arch}
+        about |= {"arch_given": arch, **identity(ckpts)}
         folders.write_whole(out / "run.json", json.dumps(about, indent=2))
         folders.write_image_lists(start.images, start.unreadable, out)
     dist.barrier()
@@ -517,21 +621,37 @@ def _resume_point(
     about = read_about(out)
     arch = arch or about.get("arch_given")
     recipe = resumed_recipe(recipe, epochs, out, about, saved.about)
+    if dist.rank() == 0 and recipe.optim.epochs != saved.about["recipe"]["optim"]["epochs"]:
+        # A later --resume need not say it again.
+        folders.write_whole(out / "run.json", json.dumps({**about, "epochs": recipe.optim.epochs}, indent=2))
     refuse_other_checkpoint(ckpts, out, about)
-    loaded = load_members(ckpts, arch, recipe)
+    with progress.waiting(f"Loading     {', '.join(ckpts)} …"):
+        loaded = load_members(ckpts, arch, recipe)
     images = same_images(data, out, about)
     recipe, device = resolve(recipe, loaded, images)
-    set_precision(recipe)
+    allow_tf32(recipe.optim.tf32)
     necks, dim = make_necks(loaded, recipe)
     rows = len(dist.owned(len(images)))
     nothing_SD = torch.zeros(rows, len(necks) * dim, device=device)
     state = METHODS[recipe.method].start(nothing_SD, torch.zeros(rows, dtype=torch.int32, device=device), recipe)
     unreadable = dict.fromkeys(read_quarantine(out), "")
     progress.say(f"Resuming    {out} after {saved.about['step']:,} steps")
+    _tell_new_rate(saved.about, recipe, progress)
     changed = [f"{name} {then} then, {now} now" for name, then, now in _other_versions(saved.about["versions"])]
     if changed:
         progress.say(f"Note        {'; '.join(changed)}: it goes on, but perhaps not to the same bits.")
     return Start(loaded, necks, dim, images, recipe, state, device, unreadable), saved
+
+
+def _tell_new_rate(saved: dict[str, Any], recipe: Recipe, progress: Progress) -> None:
+    """Say how a prolonged schedule goes on."""
+    before, epochs = make_recipe(saved["recipe"]).optim, recipe.optim.epochs
+    if before.epochs != epochs:
+        was, now = (
+            lr_at(max(0, saved["step"] - 1), saved["steps_per_epoch"], optim) for optim in (before, recipe.optim)
+        )
+        rate = f"goes from {was:.3g} to {now:.3g}" if was != now else f"stays at {now:.3g}"
+        progress.say(f"Note        {epochs} epochs instead of {before.epochs}: the learning rate {rate}.")
 
 
 def _train(
@@ -698,7 +818,8 @@ def _train(
                 if not math.isfinite(figures["loss"]):
                     raise _not_finite(step, optimizer, out)
                 figures["lr"] = optimizer.param_groups[0]["lr"]
-                if epoch_ends and not torch.equal(labels_before_S, state.memory.labels_S):
+                # dc's first labels have none before them.
+                if epoch_ends and not (recipe.method == "dc" and torch.equal(labels_before_S, state.memory.labels_S)):
                     figures["nmi_previous"] = nmi(labels_before_S, state.memory.labels_S)
                     labels_before_S = state.memory.labels_S.clone()
                 troubles = warnings([*metrics.lines(), figures], K, recipe.method)
@@ -719,16 +840,18 @@ def _train(
     if _asked_anywhere(device):
         raise Stopped("All steps are done and saved; the backbone is still to be written.")
 
+    metrics.sync()
     if dist.rank() == 0:
-        for member, ckpt, name in zip(network, ckpts, folders.BACKBONES, strict=False):
-            write_timm(member.backbone, out / name, {"checkpoint": ckpt, "clusters": K, "epochs": optim.epochs})
+        for m, (member, name) in enumerate(zip(network, folders.BACKBONES, strict=False)):
+            member.backbone.show(view_of(recipe))
+            write_timm(member.backbone, out / name, about_run(out, m))
     write_clusters(state, images, out / "clusters.parquet")
     metrics.close()
     if dist.rank() == 0:
         for name in folders.BACKBONES[: len(ckpts)]:
             for file in (out / name).iterdir():
                 folders.sync(file)
-        about = {**json.loads((out / "run.json").read_text()), "finished": order.steps}
+        about = {**json.loads((out / "run.json").read_text()), "finished": order.steps, "ended": now()}
         folders.write_whole(out / "run.json", json.dumps(about, indent=2))
     dist.barrier()
     return _result(start, out, order.steps, time.monotonic() - began)
@@ -737,7 +860,7 @@ def _train(
 def _finished(out: Path) -> int | None:
     """After how many steps a RUN was completed, backbone and all, if it was."""
     there = (out / "clusters.parquet").exists() and (out / "backbone" / "model.safetensors").exists()
-    return json.loads((out / "run.json").read_text()).get("finished") if there else None
+    return read_json(out / "run.json").get("finished") if there else None
 
 
 def _result(start: Start, out: Path, steps: int, seconds: float) -> dict[str, Any]:
@@ -835,7 +958,10 @@ def _other_versions(then: dict[str, str]) -> list[tuple[str, str, str]]:
 
 
 def write_clusters(state: odc.State, images: Images, path: Path) -> None:
-    """clusters.parquet: path, cluster, and distance of the stored feature to the cluster's centroid."""
+    """clusters.parquet: path, cluster, and distance of the stored feature to the cluster's centroid.
+
+    Rows are those of images.csv. Parquet's text is UTF-8: bytes of a path that are not are written as \\xNN.
+    """
     memory = state.memory
     distances = [
         (memory.features_SD[rows].float() - memory.centroids_KD[memory.labels_S[rows].long()]).norm(dim=1)
@@ -847,7 +973,8 @@ def write_clusters(state: odc.State, images: Images, path: Path) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        columns = {"path": images.names, "cluster": labels_N.cpu().numpy(), "distance": distance_N.cpu().numpy()}
+        paths = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in images.names]
+        columns = {"path": paths, "cluster": labels_N.cpu().numpy(), "distance": distance_N.cpu().numpy()}
         with folders.whole(path) as unfinished:
             pq.write_table(pa.table(columns), unfinished)
 

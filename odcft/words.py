@@ -4,6 +4,7 @@ Nothing is left out: what cannot be shown as it is, is written as Python writes 
 """
 
 import re
+import reprlib
 
 # Controls (C0, DEL, C1), separators of lines, what turns the direction of writing around or has no width, surrogates.
 _HIDDEN = re.compile(
@@ -26,6 +27,19 @@ def _escaped(found: re.Match[str]) -> str:
     if "\udc80" <= letter <= "\udcff":  # a byte of a file name that is not UTF-8
         return f"\\x{ord(letter) - 0xDC00:02x}"
     return letter.encode("unicode_escape", "backslashreplace").decode("ascii")
+
+
+def brief(value: object, most: int = 60, quotes: bool = True) -> str:
+    """A value that a file holds, for a message: on one line, as Python writes it, and not longer than `most`."""
+    if isinstance(value, dict | list | tuple) and len(value) > most:
+        return f"a {type(value).__name__} of {len(value):,}"
+    if isinstance(value, str):
+        text = repr(value[: most + 1]) if quotes else shown(value[: most + 1])
+    elif isinstance(value, int) and value.bit_length() > 200:
+        text = f"a number of {value.bit_length():,} bits"
+    else:
+        text = reprlib.repr(value)
+    return text if len(text) <= most + 2 else f"{text[:most]}…"
 
 
 def code_span(text: object) -> str:

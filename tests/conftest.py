@@ -1,5 +1,8 @@
 """Images and checkpoints that tests make for themselves: nothing is downloaded."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -59,3 +62,62 @@ def odcft_command(capfd):
             sys.argv = old
 
     return run
+
+
+@pytest.fixture
+def on_threads(monkeypatch):
+    """A function that runs `work()` on so many ranks, threads of this process, and returns what each of them returned.
+
+    A collective that not every rank joins, or not in the same order, fails.
+    """
+    from odcft import dist
+
+    def run(count, work):
+        this, gate, board = threading.local(), threading.Barrier(count, timeout=10), [None] * count
+
+        def exchange(kind, mine):
+            board[this.rank] = (kind, mine)
+            gate.wait()
+            kinds, parts = zip(*board, strict=True)
+            assert set(kinds) == {kind}
+            gate.wait()
+            return parts
+
+        def all_sum_(*tensors):
+            for tensor in tensors:
+                tensor.copy_(sum(exchange(f"sum {tuple(tensor.shape)} {tensor.dtype}", tensor.clone())))
+
+        def broadcast_(*tensors):
+            for tensor in tensors:
+                tensor.copy_(exchange("broadcast", tensor.clone())[0])
+
+        def gather_dict(mine):
+            return {key: value for part in exchange("dict", dict(mine)) for key, value in part.items()}
+
+        def one(rank):
+            this.rank = rank
+            try:
+                return work()
+            except BaseException:
+                gate.abort()
+                raise
+
+        with monkeypatch.context() as patched, ThreadPoolExecutor(count) as pool:
+            patched.setattr(dist, "rank", lambda: this.rank)
+            patched.setattr(dist, "world_size", lambda: count)
+            patched.setattr(dist, "all_sum_", all_sum_)
+            patched.setattr(dist, "broadcast_", broadcast_)
+            patched.setattr(dist, "gather_dict", gather_dict)
+            patched.setattr(dist, "gather_rows", lambda rows: torch.cat(exchange("rows", rows.clone())))
+            patched.setattr(dist, "barrier", lambda: exchange("barrier", None))
+            ranks = [pool.submit(one, rank) for rank in range(count)]
+            errors = sorted(filter(None, (rank.exception() for rank in ranks)), key=_is_broken_barrier)
+            if errors:
+                raise errors[0]  # of the rank that failed first; the others only missed it
+            return [rank.result() for rank in ranks]
+
+    return run
+
+
+def _is_broken_barrier(error):
+    return isinstance(error, threading.BrokenBarrierError)

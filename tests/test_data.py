@@ -1,21 +1,24 @@
+import os
+import socket
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from odcft.augment import augment_batch, centre_crop
-from odcft.data import Crops, TrainingOrder, automatic_size, collate, find_images, read_image, usual_side
+from odcft.data import (
+    Crops,
+    TrainingOrder,
+    automatic_size,
+    collate,
+    find_images,
+    read_image,
+    same_content,
+    usual_side,
+)
 from odcft.errors import OdcftError
 from odcft.inputs import View
 from odcft.recipe import AugmentRecipe
-
-STILL = AugmentRecipe(
-    crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, rotation=0, brightness=0, contrast=0, saturation=0, hue=0, gray=0
-)
-
-
-def only(**changes):
-    return STILL.model_copy(update=changes)
 
 
 def test_folder_is_searched_recursively_and_sorted(tmp_path, make_images):
@@ -44,6 +47,174 @@ def test_what_is_no_image_set_is_refused(tmp_path, name):
     (tmp_path / "l.txt").write_text("\n")
     with pytest.raises(OdcftError):
         find_images(tmp_path / name)
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+@pytest.mark.parametrize(("ending", "delimiter"), [(".csv", ","), (".csv", ";"), (".csv", "\t"), (".tsv", "\t")])
+def test_blanks_case_and_delimiters_of_a_table_are_forgiven(tmp_path, make_images, ending, delimiter, quote):
+    make_images(tmp_path, 2)
+    labels = "cat" if delimiter == ";" else "cat ; dog"
+    rows = [("Path ", " LABEL"), ("a/000.png", labels), ("", ""), ("b/001.png", "dog ")]
+    lines = [f"{quote}{a}{quote}{delimiter} {quote}{b}{quote}" if a else "" for a, b in rows]
+    (tmp_path / f"l{ending}").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+    listed = find_images(tmp_path / f"l{ending}")
+    assert listed.names == ["a/000.png", "b/001.png"]
+    assert listed.classes() == [labels.replace(" ", ""), "dog"]
+    assert not listed.skipped
+
+
+def test_table_without_paths_is_refused_with_the_columns_it_has(tmp_path):
+    (tmp_path / "l.csv").write_text("file, class\na.png,cat\n")
+    with pytest.raises(OdcftError, match=r"needs a header with a column `path`.* Its columns are: file, class\."):
+        find_images(tmp_path / "l.csv")
+
+
+@pytest.mark.parametrize(
+    "bad", [b"p\0a\0t\0h\0", "path,label\n".encode("utf-16"), b'path\n"' + 200_000 * b"a" + b'"\n']
+)
+def test_what_is_no_text_is_no_list(tmp_path, bad):
+    (tmp_path / "l.csv").write_bytes(bad)
+    with pytest.raises(OdcftError, match=r"UTF-8|field larger than field limit"):
+        find_images(tmp_path / "l.csv")
+
+
+def test_lines_of_a_list_that_give_no_new_image_are_counted(tmp_path, make_images):
+    make_images(tmp_path, 2)
+    (tmp_path / "l.csv").write_text(
+        "path,label\na/000.png,cat\n,dog\n./a/000.png,dog\na/000.png,cat\nb/001.png\n , x\n"
+    )
+    listed = find_images(tmp_path / "l.csv")
+    assert listed.names == ["a/000.png", "b/001.png"]
+    assert listed.labels == ["cat;dog", ""]
+    assert listed.not_read() == "2 lines met again, 2 lines without a path"
+    (tmp_path / "l.txt").write_text("a/000.png\n\nb/001.png\na//000.png\n")
+    assert find_images(tmp_path / "l.txt").skipped == {"line met again": 1}
+    assert find_images(tmp_path / "l.txt").without({0}).skipped == {"line met again": 1}
+
+
+def test_folder_that_links_lead_to_is_read_once_under_its_own_name(tmp_path, make_images):
+    make_images(tmp_path / "set", 6)
+    make_images(tmp_path / "elsewhere", 2)
+    names = find_images(tmp_path / "set").names
+    for link, target in {"set/0": "set", "set/a/again": "set/b", "set/b/up": "set", "set/A": "set/a"}.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+    assert find_images(tmp_path / "set").names == names
+    assert find_images(tmp_path / "set").skipped == {"folder met again": 4}
+    for link in ("z", "c", "m"):  # three ways to one folder: the first by name
+        (tmp_path / "set" / link).symlink_to(tmp_path / "elsewhere")
+    assert find_images(tmp_path / "set").names == sorted([*names, "c/a/000.png", "c/b/001.png"])
+    (tmp_path / "other").symlink_to(tmp_path / "set")
+    assert find_images(tmp_path / "other").names == sorted([*names, "c/a/000.png", "c/b/001.png"])
+
+
+def test_what_a_folder_holds_besides_images_is_counted_by_its_ending(tmp_path, make_images):
+    make_images(tmp_path, 4)
+    for i in range(1200):
+        (tmp_path / f"{i}.HEIC").touch()
+    for name in ("a/x.xml", "a/y.XML", "README", "b/v.mp4", ".hidden.png", ".DS_Store", ".git/x.png", "a/d.dcm"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    images = find_images(tmp_path)
+    assert len(images) == 6  # links to nowhere are images that cannot be read
+    assert images.not_read().startswith("1,200 .heic, 2 .xml, 1 .dcm, 1 .mp4, 1 file without an ending, 1 folder of a")
+    assert images.not_read().endswith("1 of 1 other kinds")
+    assert images.skipped["image of a hidden name"] == images.skipped["folder of a hidden name"] == 1
+    assert sum(images.skipped.values()) == 1207
+
+
+def test_folder_without_images_says_what_it_holds(tmp_path):
+    (tmp_path / "a").mkdir()
+    for i in range(3):
+        (tmp_path / "a" / f"{i}.heic").touch()
+    with pytest.raises(OdcftError, match=r"holds no images \(but 3 \.heic\)\. odcft looks for \.jpg"):
+        find_images(tmp_path)
+
+
+def test_only_regular_files_are_images(tmp_path, make_images):
+    make_images(tmp_path, 2)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    os.mkfifo(tmp_path / "list.txt")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(tmp_path / "s.jpg"))
+        images = find_images(tmp_path)
+    assert images.names == ["a/000.png", "b/001.png"]
+    assert images.skipped == {"pipe": 2, "socket": 1, "device": 1}
+    with pytest.raises(OdcftError, match="not images"):
+        find_images(tmp_path / "list.txt")
+    (tmp_path / "l.csv").write_text("path\npipe.jpg\nzero.jpg\ns.jpg\na\ngone.jpg\na/000.png\n")
+    listed = find_images(tmp_path / "l.csv")
+    assert usual_side(listed) == 32
+    batch = collate([Crops(listed, View(8))[0, i] for i in range(len(listed))])
+    assert batch.index_B.tolist() == [5]
+    assert [reason for _, reason in sorted(batch.unreadable.items())][:4] == [
+        f"a {kind}, no file" for kind in ("pipe", "device", "socket", "folder")
+    ]
+    assert same_content(listed) == []
+
+
+ODD = [
+    b"\xff\xfe.png",
+    b"caf\xe9.png",
+    "caf\u00e9 \U0001f600.png".encode(),
+    b"a\nb.png",
+    b"c,'d\" .png",
+    b"\x1b[31mred.png",
+]
+ODD += [b"-x.png", b"back\\slash.png", b"cr\r.png", b"=1+1.png", b"{x}%s.png", b"[bold]x.png"]
+
+
+def test_names_that_are_no_utf8_and_others_of_any_bytes_go_through_a_whole_run(tmp_path, make_images, make_checkpoint):
+    import pyarrow.parquet as pq
+
+    from odcft.evaluation.compare import evaluate
+    from odcft.folders import read_column
+    from odcft.recipe import load_recipe
+    from odcft.train import fine_tune, init_memory
+
+    make_images(tmp_path / "plain", 12)
+    for i, name in enumerate(ODD):
+        folder = os.fsencode(tmp_path / "set") + (b"/\xe9t\xe9/", b"/b\xfc/")[i % 2]
+        os.makedirs(folder, exist_ok=True)
+        os.link(tmp_path / "plain" / "ab"[i % 2] / f"{i:03d}.png", folder + name)
+    with open(os.fsencode(tmp_path / "set") + b"/broken\xff\n.png", "wb") as file:
+        file.write(b"no image")
+    images = find_images(tmp_path / "set")
+    good = [name for name in images.names if "broken" not in name]
+    assert {os.path.basename(os.fsencode(name)) for name in good} == set(ODD)
+    checkpoint, data, run = str(make_checkpoint(tmp_path / "c.pth")), str(tmp_path / "set"), tmp_path / "run"
+    quick = ["optim.batch_size=4", "optim.epochs=1", "neck.hidden=16", "neck.dim=8", "log.tensorboard=false"]
+    recipe = load_recipe("small", quick)
+    init_memory(checkpoint, data, tmp_path / "memory", recipe)
+    fine_tune(checkpoint, data, run, recipe, memory=tmp_path / "memory")
+    assert fine_tune(checkpoint, data, run, recipe, resume=True, epochs=2)["unreadable"] == 1
+    for folder in (run, tmp_path / "memory"):
+        assert read_column(folder / "images.csv", "path") == good
+        assert read_column(folder / "quarantine.csv", "path") == ["broken\udcff\n.png"]
+    written = pq.read_table(run / "clusters.parquet").to_pydict()["path"]
+    assert written == [os.fsencode(name).decode("utf-8", "backslashreplace") for name in good]
+    assert evaluate(str(run), data, None, ["knn"])["classes"] == ["b\udcfc", "\udce9t\udce9"]
+    (tmp_path / "l.txt").write_bytes(
+        b"\n".join(b"set/" + os.fsencode(n) for n in good if "\n" not in n and "\r" not in n)
+    )
+    listed = find_images(tmp_path / "l.txt")
+    assert len(listed) == len(good) - 2
+    assert all(isinstance(Crops(listed, View(8))[0, i][0], torch.Tensor) for i in range(len(listed)))
+
+
+def test_images_of_the_same_content_are_found(tmp_path, make_images):
+    make_images(tmp_path, 6)
+    (tmp_path / "a" / "003.png").write_bytes((tmp_path / "a" / "000.png").read_bytes())
+    (tmp_path / "b" / "copy.png").write_bytes((tmp_path / "b" / "005.png").read_bytes())
+    (tmp_path / "z.png").symlink_to(tmp_path / "a" / "000.png")
+    for name in ("x.png", "y.png"):  # as long, but not the same
+        (tmp_path / name).write_bytes(os.urandom((tmp_path / "a" / "000.png").stat().st_size))
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    images = find_images(tmp_path)
+    groups = [[images.names[i] for i in rows] for rows in same_content(images)]
+    assert groups == [["a/000.png", "a/003.png", "z.png"], ["b/005.png", "b/copy.png"]]
 
 
 def test_unreadable_image_is_told_and_not_raised(tmp_path, make_images):
@@ -101,81 +272,74 @@ def test_size_follows_small_images_but_not_beyond_the_network(tmp_path, make_ima
     assert automatic_size(224, True, 40) == 224
 
 
-def test_centre_crop():
-    pixels = np.zeros((8, 16, 3), np.uint8)
-    pixels[:, 4:12] = 200
-    assert np.array(centre_crop(Image.fromarray(pixels), View(8, 1.0))).min() == 200
+def test_broken_images_are_the_same_with_data_workers(tmp_path, make_images, make_checkpoint):
+    from odcft.folders import read_column
+    from odcft.recipe import load_recipe
+    from odcft.train import fine_tune
 
-
-@pytest.mark.parametrize("size", [(8, 16), (16, 8), (37, 50), (224, 224), (500, 333), (31, 33)])
-@pytest.mark.parametrize("view", [View(32), View(32, 1.0), View(40, 0.95, "bicubic"), View(33, 0.9, "nearest")])
-def test_centre_crop_is_what_timm_does_for_evaluation(size, view):
-    from timm.data.transforms_factory import create_transform
-
-    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3)).astype(np.uint8)
-    theirs = create_transform(view.size, crop_pct=view.crop_fraction, interpolation=view.interpolation, normalize=False)
-    image = Image.fromarray(pixels)
-    assert np.array_equal(np.array(centre_crop(image, view)), np.array(theirs(image).permute(1, 2, 0)))
-
-
-def test_a_very_long_image_takes_no_more_memory_than_a_long_one():
-    assert centre_crop(Image.new("RGB", (200_000, 10)), View(64)).size == (64, 64)
-
-
-def draw():
-    return torch.Generator().manual_seed(0)
-
-
-def test_no_strength_no_change():
-    images = torch.rand(4, 3, 8, 8)
-    assert torch.equal(augment_batch(images, STILL, draw()), images)
-
-
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        only(brightness=0.4),
-        only(contrast=0.4),
-        only(saturation=1.0),
-        only(hue=0.5),
-        only(gray=1.0),
-        only(rotation=90.0),
-    ],
-)
-def test_every_strength_changes_something_and_stays_in_range(recipe):
-    images = torch.rand(16, 3, 8, 8)
-    changed = augment_batch(images, recipe, draw())
-    assert changed.shape == images.shape
-    assert (changed != images).flatten(1).any(1).float().mean() > 0.7
-    assert changed.min() >= 0
-    assert changed.max() <= 1
-
-
-def test_every_image_has_factors_of_its_own():
-    images = torch.full((8, 3, 4, 4), 0.5)
-    means = augment_batch(images, only(brightness=0.4), draw()).mean((1, 2, 3))
-    assert len(means.unique()) == 8
-    assert means.min() >= 0.3
-    assert means.max() <= 0.7
-
-
-@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
-def test_color_changes_are_torchvisions(name):
-    from torchvision.transforms.v2 import functional as tv
-
-    from odcft import augment
-
-    images = torch.rand(4, 3, 8, 8)
-    factors = torch.tensor([-0.4, -0.1, 0.2, 0.5]) if name == "hue" else torch.tensor([0.6, 0.9, 1.2, 1.4])
-    ours = getattr(augment, f"_{name}")(images, factors.view(4, 1, 1, 1))
-    theirs = torch.stack([getattr(tv, f"adjust_{name}")(i, float(f)) for i, f in zip(images, factors, strict=True)])
-    assert torch.allclose(ours, theirs, atol=2e-3)
-
-
-def test_rotation_turns_by_the_angle():
-    from odcft.augment import _rotate
-
-    images = torch.rand(1, 3, 9, 9)
-    assert torch.allclose(_rotate(images, torch.tensor([90.0])), images.rot90(1, (2, 3)), atol=1e-5) or torch.allclose(
-        _rotate(images, torch.tensor([90.0])), images.rot90(-1, (2, 3)), atol=1e-5
+    make_images(tmp_path / "set", 16)
+    for i in (0, 5, 6, 11):
+        path = tmp_path / "set" / "ab"[i % 2] / f"{i:03d}.png"
+        path.write_bytes(path.read_bytes()[: 40 + 10 * i])
+    os.mkfifo(tmp_path / "set" / "pipe.png")
+    (tmp_path / "l.txt").write_text(
+        "\n".join(["set/pipe.png", *(f"set/{n}" for n in find_images(tmp_path / "set").names)])
     )
+    checkpoint = str(make_checkpoint(tmp_path / "c.pth"))
+    told = []
+    for workers in (0, 2):
+        quick = ["optim.batch_size=4", "optim.epochs=1", "neck.hidden=16", "neck.dim=8", "log.tensorboard=false"]
+        run = tmp_path / f"run{workers}"
+        done = fine_tune(
+            checkpoint, str(tmp_path / "l.txt"), run, load_recipe("small", [*quick, f"data.workers={workers}"])
+        )
+        told.append((done["images"], done["unreadable"], done["loss"], (run / "quarantine.csv").read_text()))
+    assert told[0] == told[1]
+    assert told[0][:2] == (12, 5)
+    assert read_column(tmp_path / "run0" / "quarantine.csv", "reason")[0] == "a pipe, no file"
+
+
+def test_evaluation_without_one_readable_image_says_so(tmp_path, make_images):
+    from odcft.evaluation.compare import evaluate
+
+    make_images(tmp_path, 16)
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(OdcftError, match=r"None of the 16 images can be read; a/000\.png: .*not an image of a format"):
+        evaluate("scratch:test_resnet", str(tmp_path), None, ["svm", "knn"])
+
+
+def test_evaluation_says_what_it_left_out(tmp_path, make_images, capfd):
+    from odcft.evaluation.compare import evaluate
+
+    make_images(tmp_path, 24)
+    (tmp_path / "a" / "000.png").write_bytes(b"no image")
+    (tmp_path / "a" / "x.heic").touch()
+    evaluate("scratch:test_resnet", str(tmp_path), str(tmp_path), ["knn"])
+    said = capfd.readouterr().err
+    assert "Not read    2 .heic" in said
+    assert "2 unreadable and left out: " in said
+
+
+@pytest.mark.parametrize("size", [None, 16, 40])
+def test_images_too_small_for_a_network_are_refused_in_evaluation(tmp_path, make_images, size):
+    from odcft.evaluation.compare import evaluate
+
+    with pytest.raises(OdcftError, match=r"cannot look at images of \d+ pixels"):
+        evaluate("scratch:alexnet", str(make_images(tmp_path, 8)), None, ["knn"], size=size)
+
+
+def test_what_is_not_read_is_said_once_by_training_and_pretext(tmp_path, make_images, make_checkpoint, capfd):
+    from odcft.pretext import train_pretext
+    from odcft.recipe import load_recipe
+    from odcft.train import init_memory
+
+    data = make_images(tmp_path / "set", 12)
+    for i in range(3):
+        (data / f"{i}.heic").touch()
+    (data / "again").symlink_to(data)
+    quick = ["optim.batch_size=4", "optim.epochs=1", "data.size=32"]
+    init_memory(str(make_checkpoint(tmp_path / "c.pth")), str(data), tmp_path / "m", load_recipe("small", quick))
+    assert capfd.readouterr().err.count("Not read    3 .heic, 1 folder met again\n") == 1
+    train_pretext("rotation", str(data), "test_resnet", tmp_path / "p.pth", load_recipe("pretext", quick))
+    assert capfd.readouterr().err.count("Not read    3 .heic, 1 folder met again\n") == 1

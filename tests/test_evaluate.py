@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 
 from odcft.errors import OdcftError
-from odcft.evaluate import check_protocols, evaluate, evaluate_file
-from odcft.evaluate.knn import knn
-from odcft.evaluate.labels import labelled
-from odcft.evaluate.svm import average_precision
+from odcft.evaluation.compare import check_protocols, evaluate, evaluate_file
+from odcft.evaluation.knn import knn
+from odcft.evaluation.labels import labelled
+from odcft.evaluation.svm import average_precision
 
 
 def test_average_precision_is_the_area_under_the_envelope():

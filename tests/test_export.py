@@ -1,11 +1,37 @@
+import json
+import re
+
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from odcft.backbone import load_backbone
+from odcft.data import Crops, find_images
 from odcft.errors import OdcftError
-from odcft.export import export
+from odcft.evaluation.compare import view_of
+from odcft.exports import export
+from odcft.features import to_float
+from odcft.folders import digest
+from odcft.inputs import View
+from odcft.inputs import load as load_input
 from odcft.networks import build
+from odcft.recipe import load_recipe
+from odcft.train import fine_tune
+
+
+@pytest.fixture
+def finished_run(tmp_path, make_checkpoint, make_images):
+    """A function: overrides in, a RUN of a dozen images out."""
+
+    def run(*overrides):
+        quick = ["optim.batch_size=4", "optim.epochs=1", "neck.hidden=16", "neck.dim=8", "log.tensorboard=false"]
+        checkpoint, images = make_checkpoint(tmp_path / "start.pth.tar"), make_images(tmp_path / "images")
+        fine_tune(str(checkpoint), str(images), tmp_path / "run", load_recipe("small", [*quick, *overrides]))
+        return tmp_path / "run"
+
+    return run
 
 
 @pytest.mark.parametrize("arch", ["test_resnet", "test_vit", "test_convnext"])
@@ -116,3 +142,88 @@ def test_what_cannot_be_is_refused_and_nothing_is_overwritten(tmp_path, make_che
     assert not (tmp_path / "o.pth").exists()
     with pytest.raises(OdcftError, match="cannot be written"):
         export(checkpoint, checkpoint / "inside" / "a file")
+
+
+def photograph(path, size=(50, 40)):
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def as_evaluation_sees(path, source):
+    """The tensor that evaluation shows the network."""
+    loaded = load_backbone(source)
+    crops = Crops(find_images(path.parent), view_of(loaded, find_images(path.parent), None))
+    with torch.no_grad():
+        return loaded.backbone.adapter(to_float(crops[(0, 0)][0].unsqueeze(0), torch.device("cpu")))[0]
+
+
+@pytest.mark.parametrize("source", ["run", "out", "again"])
+def test_timms_own_transform_of_an_exported_folder_gives_what_evaluation_sees(tmp_path, finished_run, source):
+    """Trained at 24 pixels; the folder used to say 64, the network's own."""
+    from timm.data import create_transform, resolve_model_data_config
+
+    run = finished_run("data.size=24", "data.crop_fraction=0.75")
+    export(run, tmp_path / "out")
+    export(tmp_path / "out", tmp_path / "again")
+    folder = {"run": run / "backbone", "out": tmp_path / "out", "again": tmp_path / "again"}[source]
+    net = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+    config = resolve_model_data_config(net)
+    assert (tuple(config["input_size"]), config["crop_pct"], config["interpolation"]) == ((3, 24, 24), 0.75, "bilinear")
+    (tmp_path / "one").mkdir()
+    image = photograph(tmp_path / "one" / "x.png")
+    theirs = create_transform(**config)(Image.open(image))
+    for told in (run, folder):
+        assert torch.allclose(as_evaluation_sees(image, told), theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("format", ["timm", "safetensors", "torchvision", "onnx"])
+def test_how_images_are_seen_travels_with_every_format(tmp_path, format):
+    torch.manual_seed(0)
+    torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "c.pth")
+    export(tmp_path / "c.pth", tmp_path / "out", format, size=64)
+    if format == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        session = onnxruntime.InferenceSession(str(tmp_path / "out"))
+        told = load_input(json.loads(session.get_modelmeta().custom_metadata_map["input"]))
+        assert session.run(None, {"images": np.zeros((2, 3, 64, 64), np.float32)})[0].shape == (2, 512)
+    else:
+        loaded = load_backbone(tmp_path / "out")
+        told = loaded.backbone.input
+        assert loaded.told
+    assert told == load_backbone(tmp_path / "c.pth").backbone.input.seen(View(64))
+
+
+def test_a_size_that_a_network_cannot_take_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(OdcftError, match=r"takes images of 160 pixels only, not 64"):
+        export("scratch:test_vit", tmp_path / "out", size=64)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_of_a_run_has_title_figures_recipe_and_hash_and_no_path_of_this_machine(tmp_path, finished_run):
+    run = finished_run()
+    export(run, tmp_path / "out")
+    for folder in (run / "backbone", tmp_path / "out"):
+        card = (folder / "README.md").read_text()
+        assert card.startswith("# test_resnet, fine-tuned by ODC\n")
+        assert "12 unlabelled images" in card
+        assert "| loss |" in card
+        assert "centroid_interval:" in card
+        assert digest(tmp_path / "start.pth.tar") in card
+        assert str(tmp_path) not in card.replace("THIS_FOLDER", "")
+        assert str(tmp_path) not in (folder / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["a`b", "``` </code>", "x\n# Not a title", "<script>alert(1)</script>", "``", "[a](b)"]
+)
+def test_no_name_breaks_out_of_the_card(name):
+    from odcft.card import card
+
+    backbone = load_backbone("scratch:test_resnet").backbone
+    text = card(backbone, {"checkpoint": name, "data": name, "method": "odc", "sha256": name, "recipe": f"x: {name}"})
+    for block in re.split(r"(?s)(`{3,})(?:yaml|python)\n.*?\n\1", text)[0::2]:
+        spans_left_out = re.sub(r"(?s)(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", block)
+        assert not set("<[") & set(spans_left_out), spans_left_out
+        titles = [line for line in block.splitlines() if line.startswith("# ")]
+        assert titles in ([], ["# test_resnet, fine-tuned by ODC"])

@@ -32,7 +32,7 @@ def test_the_variants_are_not_the_same():
 
 
 def test_svm_equals_the_reference_scripts():
-    from odcft.evaluate.svm import voc07_svm
+    from odcft.evaluation.svm import voc07_svm
 
     golden = np.load(ROOT / "tests" / "data" / "voc07_svm.npz")
     names = ("train_features", "train_targets", "test_features", "test_targets")

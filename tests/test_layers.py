@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "odcft"
 LAYERS = [
-    {"errors", "_torchvision", "recipe", "dist", "launch", "late", "stopping", "color", "seeds"},
+    {"errors", "_torchvision", "recipe", "dist", "launch", "late", "stopping", "color", "seeds", "precision", "words"},
     {"inputs", "renames", "restricted", "networks", "checkpoint", "matching", "recognition"},
     {
         "memory",
@@ -21,9 +21,9 @@ LAYERS = [
         "health",
         "advice",
     },
-    {"methods", "folders", "card", "export"},
+    {"methods", "folders", "card", "exports"},
     {"snapshot", "resume"},
-    {"train", "evaluate", "pretext"},
+    {"train", "evaluation", "pretext"},
     {"demo", "cli", "__main__", "__init__"},
 ]
 

@@ -19,7 +19,7 @@ def on_ranks(ranks, case, out):
     )
 
 
-@pytest.mark.parametrize("case", ["small_clusters", "clustering", "steps"])
+@pytest.mark.parametrize("case", ["small_clusters", "clustering", "steps", "leaving"])
 def test_two_ranks_end_with_the_memory_of_one(tmp_path, case):
     for ranks in (1, 2):
         result = on_ranks(ranks, case, tmp_path / f"{ranks}.safetensors")

@@ -25,7 +25,7 @@ from odcft.stopping import Stopped
 from odcft.train import fine_tune
 
 ROOT = Path(__file__).parent.parent
-TIMES = ("images_per_second", "data_wait")
+TIMES = ("images_per_second", "data_wait", "time")
 QUICK = [
     *("optim.batch_size=4", "log.interval=2", "neck.hidden=16", "neck.dim=8", "neck.dropout=0.5"),
     *("log.tensorboard=false", "log.snapshot_share=1", "optim.epochs=2", "memory.centroid_interval=2"),
@@ -297,6 +297,41 @@ def test_epochs_prolong_and_workers_and_lines_may_change(stopped_run, go):
         go(resume=True, epochs=2)
 
 
+def test_a_prolonged_run_that_is_stopped_goes_on_without_being_told_again(stopped_run, go, monkeypatch, listening):
+    at_step(monkeypatch, (5,), ask_to_stop)
+    monkeypatch.setattr(snapshot, "save", lambda *args: "No space left on device")  # no state knows of the new epochs
+    with pytest.raises(Stopped):
+        go(resume=True, epochs=4)
+    forget()
+    monkeypatch.undo()
+    assert "4 epochs instead of 2: the learning rate goes from" in "".join(go.said)
+    assert go(load_recipe(stopped_run / "recipe.yaml"), resume=True)["epochs"] == 4
+    with pytest.raises(OdcftError, match=r"optim.epochs=4, not 9"):
+        go(quick("optim.epochs=9"), resume=True)
+
+
+def prolonged(recipe, epochs, step, steps_per_epoch=3):
+    """The recipe of a run that has done so many steps and is to have so many epochs."""
+    from odcft.resume import resumed_recipe
+
+    asked = recipe.model_dump(mode="json")
+    resolved = {**asked, "optim": {**asked["optim"]}}
+    if resolved["optim"]["final_epochs"] == "auto":
+        resolved["optim"]["final_epochs"] = recipe.optim.epochs / 6
+    saved = {"recipe": resolved, "step": step, "steps_per_epoch": steps_per_epoch}
+    return resumed_recipe(recipe, epochs, Path("run"), {"asked": asked}, saved).optim
+
+
+@pytest.mark.parametrize(
+    ("final", "step", "expected"),
+    [("auto", 15, "auto"), ("auto", 16, 7.0), ("auto", 18, 7.0), (2, 12, 2), (2, 13, 8), (0, 18, 0)],
+)
+def test_a_rate_that_has_dropped_does_not_rise_again_when_a_run_is_prolonged(final, step, expected):
+    """Six epochs of three steps; the last sixth, or as many as are given, at the lower rate."""
+    recipe = quick("optim.schedule=step", "optim.epochs=6", f"optim.final_epochs={final}")
+    assert prolonged(recipe, 12, step).final_epochs == expected
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [
@@ -518,10 +553,10 @@ def test_data_worker_that_dies_is_named(go, monkeypatch):
 
     whole, me = data.read_image, os.getpid()
 
-    def read(path):
+    def read(path, *more):
         if os.getpid() != me:
             os.kill(os.getpid(), signal.SIGKILL)
-        return whole(path)
+        return whole(path, *more)
 
     monkeypatch.setattr(data, "read_image", read)
     with pytest.raises(OdcftError, match=r"A data worker died \(DataLoader worker .*--set data.workers=1"):

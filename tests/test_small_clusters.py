@@ -1,22 +1,40 @@
 """Small clusters are emptied and refilled (paper, sec. 3.2)."""
 
+import random
+from collections import Counter
+from fractions import Fraction
+
 import pytest
 import torch
 
+from odcft import dist, small_clusters
 from odcft.memory import UNIT, VARIANTS, new_memory, set_centroids
-from odcft.small_clusters import handle_small_clusters, members, split_in_two
+from odcft.small_clusters import SmallClusterWatch, handle_small_clusters, members, split_in_two
 
 PAPER, OFFICIAL = VARIANTS["paper"], VARIANTS["official"]
 
 
-def generator():
-    return torch.Generator().manual_seed(0)
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
-def make(features, labels, clusters):
-    mem = new_memory(torch.tensor(features), torch.tensor(labels), clusters)
+def make(features, labels, clusters, normalise=True):
+    mem = new_memory(torch.tensor(features), torch.tensor(labels), clusters, normalise=normalise)
     set_centroids(mem, mem.sums_KD)
     return mem
+
+
+def on_a_line(clusters, empty=0):
+    """A memory of these clusters of numbers, and some empty ones after them."""
+    labels = [label for label, numbers in enumerate(clusters) for _ in numbers]
+    return make([[float(x)] for numbers in clusters for x in numbers], labels, len(clusters) + empty, normalise=False)
+
+
+def contents(mem):
+    """The numbers of each cluster, sorted."""
+    by_label = [sorted(mem.features_SD[mem.labels_S == k, 0].tolist()) for k in range(len(mem.counts_K))]
+    assert mem.sizes_K.tolist() == mem.counts_K.tolist() == [len(numbers) for numbers in by_label]
+    return by_label
 
 
 # Six images to the east in two bunches, four to the north, one lost to the north-west.
@@ -98,3 +116,309 @@ def test_members_of_several_clusters():
     mem = make([[1.0, 0.0]] * 6, [2, 0, 2, 1, 0, 2], 4)
     found = members(mem, [2, 3, 0])
     assert {label: rows.tolist() for label, rows in found.items()} == {0: [1, 4], 2: [0, 2, 5], 3: []}
+    with pytest.raises(ValueError, match="shorter"):
+        members(mem, [2, 2])
+    mem = make([[1.0, 0.0]] * 500, [row % 3 for row in range(500)], 3)
+    assert members(mem, [1])[1].tolist() == list(range(1, 500, 3))
+    assert members(mem, [2, 0])[0].tolist() == list(range(0, 500, 3))
+
+
+# ---------------------------------------------------------------- when, and which
+
+
+def test_watch_tells_of_this_step_on_a_cpu_and_nothing_where_no_answer_has_come_yet(monkeypatch):
+    watch = SmallClusterWatch()
+    assert watch.any_small(torch.tensor([3, 9]), 3, PAPER) is True
+    assert watch.any_small(torch.tensor([4, 9]), 3, PAPER) is False
+    assert watch.any_small(torch.tensor([3, 9]), 3, OFFICIAL) is False
+    monkeypatch.setattr(watch.late, "read", lambda value: None)
+    assert watch.any_small(torch.tensor([3, 9]), 3, PAPER) is False
+
+
+@pytest.mark.parametrize(("rules", "min_cluster"), [(PAPER, 2), (OFFICIAL, 3)])
+def test_largest_is_cut_from_twice_the_smallest_normal_size_on(rules, min_cluster):
+    """The smallest normal cluster has 3 images for both: more than 2 (paper), at least 3 (official code)."""
+    mem = on_a_line([[0, 1, 2, 10, 11, 12], [50, 50, 50], [47, 47]])
+    assert handle_small_clusters(mem, min_cluster, rules, generator()) == 1
+    assert sorted(contents(mem)) == [[0, 1, 2], [10, 11, 12], [47, 47, 50, 50, 50]]
+    mem = on_a_line([[0, 1, 2, 10, 11], [50, 50, 50], [47, 47]])
+    assert handle_small_clusters(mem, min_cluster, rules, generator()) == 0
+    assert contents(mem) == [[0, 1, 2, 10, 11], [50, 50, 50], [47, 47]]
+
+
+def test_two_images_make_two_clusters_where_only_an_empty_one_is_small():
+    mem = on_a_line([[3, 5]], empty=1)
+    assert handle_small_clusters(mem, 0, PAPER, generator()) == 1
+    assert sorted(contents(mem)) == [[3], [5]]
+
+
+def test_nothing_happens_where_no_cluster_is_small():
+    mem = on_a_line([[1, 2, 3, 4], [5, 6]])
+    assert handle_small_clusters(mem, 1, PAPER, generator()) == 0
+    assert contents(mem) == [[1, 2, 3, 4], [5, 6]]
+
+
+@pytest.mark.parametrize("rows", [1, 4096])
+def test_members_of_small_clusters_go_to_the_nearest_normal_one_by_the_rules(monkeypatch, rows):
+    """From 30, 12 is nearer than 100, but the product with 100 is larger; 99 goes to 100 in either case."""
+    monkeypatch.setattr(small_clusters, "ROWS", rows)
+    clusters = [[99], [12] * 4, [30], [100] * 4, [-50] * 6 + [-90] * 6]
+    mem = on_a_line(clusters)
+    handle_small_clusters(mem, 1, PAPER, generator())
+    assert contents(mem)[1] == [12, 12, 12, 12, 30]
+    assert contents(mem)[3] == [99, 100, 100, 100, 100]
+    mem = on_a_line(clusters)
+    handle_small_clusters(mem, 2, OFFICIAL, generator())
+    assert contents(mem)[1] == [12] * 4
+    assert contents(mem)[3] == [30, 99, 100, 100, 100, 100]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_halves_of_a_split_cluster_may_be_split_again(seed):
+    """9 is cut into 4 and 5, 5 into 2 and 3, and only then it is the turn of a cluster that had 4 from the start."""
+    line = [0, 1, 10, 11, 1000, 1001, 1010, 1011, 1012]
+    mem = on_a_line([line, [70, 71, 90, 91]], empty=1)
+    handle_small_clusters(mem, 0, PAPER, generator(seed))
+    assert sorted(contents(mem)) == [[0, 1, 10, 11], [70, 71, 90, 91], line[4:]]
+    mem = on_a_line([[60, 60, 60], line, [70, 70, 70]], empty=2)
+    assert handle_small_clusters(mem, 0, PAPER, generator(seed)) == 2
+    assert sorted(contents(mem)) == [line[:4], [60] * 3, [70] * 3, line[4:6], line[6:]]
+    mem = on_a_line([[60, 60, 60], line, [70, 70, 70]], empty=3)
+    assert handle_small_clusters(mem, 0, PAPER, generator(seed)) == 3
+    assert sorted(contents(mem)) == [[0, 1], [10, 11], [60] * 3, [70] * 3, line[4:6], line[6:]]
+    assert mem.centroids_KD.flatten().tolist() == [sum(numbers) / len(numbers) for numbers in contents(mem)]
+    assert mem.half_squares_K.tolist() == pytest.approx([-(float(c) ** 2) / 2 for c in mem.centroids_KD])
+
+
+def test_of_two_largest_the_first_is_split():
+    mem = on_a_line([[1, 2], [10, 11, 20, 21], [30, 31, 40, 41], [50]], empty=1)
+    handle_small_clusters(mem, 0, PAPER, generator())
+    assert sorted(contents(mem)) == [[1, 2], [10, 11], [20, 21], [30, 31, 40, 41], [50]]
+
+
+@pytest.mark.parametrize("rules", [PAPER, OFFICIAL])
+def test_fewer_images_than_clusters_leave_clusters_empty(rules):
+    mem = on_a_line([[1, 2, 3]], empty=4)
+    assert handle_small_clusters(mem, int(rules is OFFICIAL), rules, generator()) == 2
+    assert sorted(contents(mem)) == [[], [], [1], [2], [3]]
+
+
+def test_rather_a_small_cluster_than_an_empty_one():
+    """Two are empty, and 8 can be cut into two normal ones (4 and 4) once: the other takes half of a half."""
+    mem = on_a_line([[0, 0, 0, 0, 8, 8, 8, 8]], empty=2)
+    assert handle_small_clusters(mem, 3, PAPER, generator()) == 2
+    assert sorted(mem.sizes_K.tolist()) == [2, 2, 4]
+    mem = on_a_line([[0, 1, 2, 3, 4, 5, 6]], empty=2)  # 3 and 4, and 4 gives 2 and 2
+    assert handle_small_clusters(mem, 2, PAPER, generator()) == 2
+    assert sorted(mem.sizes_K.tolist()) == [2, 2, 3]
+
+
+def test_half_may_be_a_single_image_in_the_code_and_is_never_small_in_the_paper():
+    clusters = [[0, 0, 0, 0, 0, 0, 90], [-40, -40, -40]]
+    mem = on_a_line(clusters, empty=1)
+    handle_small_clusters(mem, 3, OFFICIAL, generator())
+    assert sorted(contents(mem)) == [[-40] * 3, [0] * 6, [90]]  # and one pass it is: the single one stays
+    mem = on_a_line(clusters, empty=1)
+    handle_small_clusters(mem, 2, PAPER, generator())
+    assert sorted(contents(mem)) == [[-40] * 3, [0] * 4, [0, 0, 90]]
+
+
+def test_either_half_is_as_often_the_new_one(monkeypatch):
+    """Whatever the cut calls the second side: here it is always the 8 and the 9."""
+
+    def cut(features_MD, row_M, at_least, generator):
+        second_M = features_MD[:, 0] > 5
+        sums_2D = torch.stack([features_MD[~second_M].sum(0), features_MD[second_M].sum(0)]).double() / UNIT
+        return second_M, sums_2D.long(), [int((~second_M).sum()), int(second_M.sum())]
+
+    monkeypatch.setattr(small_clusters, "split_in_two", cut)
+    seen = Counter()
+    for seed in range(400):
+        mem = on_a_line([[1, 2, 3, 8, 9]], empty=1)
+        handle_small_clusters(mem, 0, PAPER, generator(seed))
+        assert mem.centroids_KD.flatten().tolist() == [sum(numbers) / len(numbers) for numbers in contents(mem)]
+        seen[tuple(contents(mem)[1])] += 1
+    assert set(seen) == {(1, 2, 3), (8, 9)}
+    assert 160 < seen[8, 9] < 240  # 200, give or take four standard deviations
+    mem = on_a_line([[1, 2, 3, 8, 9]], empty=1)
+    handle_small_clusters(mem, 1, OFFICIAL, generator())
+    assert contents(mem) == [[1, 2, 3], [8, 9]]
+
+
+def test_the_code_draws_its_start_from_seed_0_whatever_the_run_s_generator():
+    """On a circle every start gives another cut."""
+    angles = torch.arange(32) * torch.pi / 16
+    points = torch.stack([angles.cos(), angles.sin()], 1)
+    drawn = generator(5)
+    state = drawn.get_state()
+    mem = make(points.tolist(), [0] * 32, 2, normalise=False)
+    handle_small_clusters(mem, 1, OFFICIAL, drawn)
+    assert torch.equal(drawn.get_state(), state)
+    assert torch.equal(mem.labels_S == 1, split_in_two(points, torch.arange(32), 1, generator(0))[0])
+    assert not torch.equal(mem.labels_S == 1, split_in_two(points, torch.arange(32), 1, generator(1))[0])
+
+
+# ---------------------------------------------------------------- the cut
+
+
+def cut(numbers, at_least=1, seed=0, **kwargs):
+    """Which of these numbers are on the second side; row i is number i."""
+    features = torch.tensor(numbers, dtype=torch.float32).reshape(len(numbers), -1)
+    second, sums, sizes = split_in_two(features, torch.arange(len(numbers)), at_least, generator(seed), **kwargs)
+    assert sizes == [int((~second).sum()), int(second.sum())]
+    assert torch.allclose(sums[0] * UNIT, features[~second].sum(0), atol=1e-4)
+    assert torch.allclose(sums[1] * UNIT, features[second].sum(0), atol=1e-4)
+    return second.tolist()
+
+
+def two_means(numbers, direction, at_least, iterations):
+    """Two-means on a line by its definition, in fractions; None where rounding may decide.
+
+    It starts from the two sides of the mean; what lies on the border is of the first side; then, where a side has not
+    enough, the nearest of the other side join it, of equal ones the first in row (second side: the last).
+    """
+    border, exact = Fraction(sum(numbers), len(numbers)), True
+    second = [direction * (x - border) > 0 for x in numbers]
+    for _ in range(iterations):
+        if all(second) or not any(second):
+            break
+        means = []
+        for side in (False, True):
+            part = [x for x, s in zip(numbers, second, strict=True) if s == side]
+            means.append(Fraction(sum(part), len(part)))
+        border, direction = sum(means) / 2, means[1] - means[0]
+        if border in numbers and any(mean.denominator & (mean.denominator - 1) for mean in means):
+            exact = False
+        before, second = second, [direction * (x - border) > 0 for x in numbers]
+        if second == before:
+            break
+    wanted = sum(second)
+    if wanted < at_least:
+        wanted = at_least
+    elif len(numbers) - wanted < at_least:
+        wanted = len(numbers) - at_least
+    order = sorted(range(len(numbers)), key=lambda i: (direction * numbers[i], i))
+    if wanted != sum(second):
+        second = [i in order[len(order) - wanted :] for i in range(len(numbers))]
+    return second if exact else None
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 2, 20])
+def test_cut_on_a_line_is_that_of_two_means(iterations):
+    """Border, ties, number of iterations and what is shifted, on 400 small sets of whole numbers."""
+    draw, directions = random.Random(0), Counter()
+    for trial in range(400):
+        if trial % 2:
+            numbers = [draw.choice([0, 1, 2, 3, 4, 8, 16, 31, 32, 64]) for _ in range(draw.randint(2, 14))]
+        else:
+            numbers = [round(draw.expovariate(0.01)) for _ in range(draw.randint(15, 40))]  # takes several iterations
+        at_least = draw.randint(1, max(1, len(numbers) // draw.choice([2, 5])))
+        expected = [two_means(numbers, direction, at_least, iterations) for direction in (-1, 1)]
+        if None not in expected and len(set(numbers)) > 1:
+            found = cut(numbers, at_least, trial, iterations=iterations)
+            assert found in expected, numbers
+            directions[expected.index(found)] += 1
+    assert min(directions.values()) > 100
+
+
+def test_hand_worked_cuts():
+    """-4 0 | 1 3 has the means -2 and 2 and the border 0: what lies on it stays on the first side."""
+    assert {tuple(cut([-4, 0, 1, 3], seed=seed)) for seed in range(9)} == {
+        (False, False, True, True),  # second side to the right
+        (True, False, False, False),  # to the left: {-4} and {0, 1, 3} have their border at -4/3
+    }
+    # 0 0 0 0 9 10: means 0 and 9.5, border 4.75; three on either side: the last in row of the equal ones joins
+    assert [i for i, s in enumerate(cut([0, 0, 0, 0, 9, 10], 3)) if s] in ([3, 4, 5], [1, 2, 3], [0, 1, 2])
+
+
+def reference_start(points, seed):
+    """The sides of the main direction: two power iterations from a random direction."""
+    centred = (points - points.mean(0)).double()
+    direction = torch.randn(points.shape[1], generator=generator(seed)).double()
+    for _ in range(2):
+        direction = centred.T @ (centred @ direction)
+        direction /= direction.norm()
+    return centred @ direction
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cut_starts_from_the_main_direction_after_two_power_iterations(seed):
+    points = torch.randn(600, 3, generator=generator(seed)) * torch.tensor([1.0, 1.2, 0.8]) + 3
+    score = reference_start(points, seed)
+    found = torch.tensor(cut(points.tolist(), seed=seed, iterations=0))
+    clear = score.abs() > 1e-4
+    assert clear.sum() > 590
+    assert torch.equal(found[clear], (score > 0)[clear])
+
+
+@pytest.mark.parametrize("at_least", [1, 140])
+@pytest.mark.parametrize("iterations", [1, 3, 20])
+def test_cut_in_space_is_that_of_two_means(iterations, at_least):
+    """Lloyd's iterations in float64 from the same start; then the cut is shifted along the line through both means."""
+    points = torch.cat([torch.randn(200, 3, generator=generator(1)), torch.randn(80, 3, generator=generator(2)) + 2])
+    far = points.double()
+    second = torch.tensor(cut(points.tolist(), iterations=0))
+    for _ in range(iterations):
+        first_mean, second_mean = far[~second].mean(0), far[second].mean(0)
+        score = (far - first_mean).norm(dim=1) ** 2 - (far - second_mean).norm(dim=1) ** 2
+        second = score > 0
+    if second.sum() < at_least:
+        second = score >= score.sort().values[-at_least]
+    elif (~second).sum() < at_least:
+        second = score > score.sort().values[at_least - 1]
+    assert cut(points.tolist(), at_least, iterations=iterations) == second.tolist()
+
+
+def test_of_equal_images_the_last_are_on_the_second_side():
+    rows = torch.randperm(3000, generator=generator())
+    second, _, sizes = split_in_two(torch.full((3000, 2), 0.3), rows, 1400, generator())
+    assert sizes in ([1400, 1600], [1600, 1400])
+    assert rows[second].min() == sizes[0]
+
+
+# ---------------------------------------------------------------- any number of ranks
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("case", ["spread", "equal", "few"])
+@pytest.mark.parametrize("rules", [PAPER, OFFICIAL])
+def test_ranks_come_to_what_one_comes_to(on_threads, ranks, case, rules):
+    """Images spread out, all the same (so that their numbers decide), and so few that a rank has no member of some."""
+    images = 14 if case == "few" else 203
+    features = torch.randn(images, 4, generator=generator(1)) if case != "equal" else torch.full((images, 4), 0.3)
+    labels = torch.randint(7, (images,), generator=generator(2))
+    labels[labels > 3] = 2
+
+    def work():
+        mine = list(dist.owned(images))
+        mem = new_memory(features[mine], labels[mine], 9)
+        mem.sizes_K = dist.all_sum(mem.counts_K)
+        set_centroids(mem, dist.all_sum(mem.sums_KD))
+        filled = handle_small_clusters(mem, 1 if case == "few" else 18, rules, generator(3))
+        return filled, mem.sizes_K, mem.centroids_KD, dist.all_sum(mem.counts_K), mem.labels_S
+
+    alone = work()
+    assert alone[0] >= 4
+    parts = on_threads(ranks, work)
+    for filled, sizes_K, centroids_KD, counts_K, _ in parts:
+        assert filled == alone[0]
+        assert torch.equal(sizes_K, alone[1])
+        assert torch.equal(centroids_KD, alone[2])
+        assert torch.equal(counts_K, sizes_K)
+    for rank, part in enumerate(parts):
+        assert torch.equal(part[4], alone[4][rank::ranks])
+
+
+def test_ranks_stop_cutting_together(on_threads):
+    """Rank 0's members settle at once, rank 1's do not: it is the last that decides for both."""
+    numbers = torch.tensor([0.0, 0, 1, 3, 0, 7, 0, 9, 100, 30, 100, 40, 100, 45, 100, 50]).unsqueeze(1)
+
+    def work():
+        mine = list(dist.owned(len(numbers)))
+        return split_in_two(numbers[mine], torch.arange(len(mine)), 1, generator())
+
+    second, sums, sizes = work()
+    for rank, part in enumerate(on_threads(2, work)):
+        assert torch.equal(part[0], second[rank::2])
+        assert torch.equal(part[1], sums)
+        assert part[2] == sizes

@@ -1,20 +1,23 @@
 """Whole runs, cut short, on a dozen images that the test makes."""
 
 import json
+import shutil
+from datetime import datetime
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from odcft import snapshot
 from odcft.backbone import load_backbone
 from odcft.errors import OdcftError
 from odcft.health import all_finite
-from odcft.recipe import load_recipe
-from odcft.train import fine_tune, init_memory, resolve_clusters
+from odcft.log import Progress
+from odcft.recipe import load_recipe, shipped
+from odcft.train import fine_tune, init_memory, resolve_clusters, unfit
 
 QUICK = ["optim.batch_size=4", "log.interval=1", "neck.hidden=16", "neck.dim=8", "log.tensorboard=false"]
 
@@ -57,7 +60,7 @@ def test_a_run_leaves_what_the_interface_says(tmp_path, checkpoint, images):
     written = lines(run)
     assert [line["step"] for line in written] == list(range(6))
     assert set(written[-1]) - {"warnings"} == {
-        *("epoch", "step", "loss", "loss_over_ln_k", "change_ratio", "lr", "images_per_second", "data_wait"),
+        *("epoch", "step", "time", "loss", "loss_over_ln_k", "change_ratio", "lr", "images_per_second", "data_wait"),
         *("empty", "smallest", "largest", "nmi_previous", "largest_share", "entropy", "centroid_spread"),
     }
     assert written[-1]["epoch"] == 2
@@ -111,6 +114,75 @@ def test_memory_folder_gives_the_same_run_as_no_folder(tmp_path, checkpoint, ima
     assert all(torch.allclose(first[name].float(), second[name].float(), atol=1e-5) for name in first)
 
 
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("neck.dim=16", "was made with neck.dim=8, and this run has neck.dim=16"),
+        ("neck.hidden=32", "neck.hidden=16"),
+        ("data.size=40", "data.size=32, and this run has data.size=40"),
+        ("data.crop_fraction=0.5", "data.crop_fraction=1.0"),
+        ("backbone.input=bgr", "backbone.input=None, and this run has backbone.input=bgr"),
+        ("memory.clusters=3", "has 2 clusters, and 3 are asked for"),
+        ("memory.clusters=10000", "10,000 clusters for 12 images cannot work"),
+    ],
+)
+def test_memory_of_another_recipe_is_refused(memory_folder, tmp_path, field, message):
+    checkpoint, images, memory = memory_folder
+    with pytest.raises(OdcftError, match=message):
+        fine_tune(checkpoint, images, tmp_path / "run", quick(field), memory=memory)
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_of_another_seed_is_refused_where_weights_are_random(tmp_path, images):
+    init_memory("scratch:test_resnet", images, tmp_path / "memory", quick("seed=1"))
+    with pytest.raises(OdcftError, match="was made with seed=1, and this run has seed=0"):
+        fine_tune("scratch:test_resnet", images, tmp_path / "run", quick(), memory=tmp_path / "memory")
+
+
+@pytest.fixture(scope="module")
+def memory_folder(tmp_path_factory):
+    """A checkpoint, a dozen images, and their memory; only read."""
+    import timm
+
+    folder, draw = tmp_path_factory.mktemp("memory"), np.random.default_rng(0)
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet").state_dict(), folder / "c.pth")
+    (folder / "images").mkdir()
+    for i in range(12):
+        Image.fromarray(draw.integers(0, 255, (32, 32, 3)).astype(np.uint8)).save(folder / "images" / f"{i:02d}.png")
+    init_memory(str(folder / "c.pth"), str(folder / "images"), folder / "memory", quick())
+    return str(folder / "c.pth"), str(folder / "images"), folder / "memory"
+
+
+DAMAGE = {
+    "labels beyond the clusters": lambda t: {**t, "labels": t["labels"] + 2},
+    "negative labels": lambda t: {**t, "labels": t["labels"] - 1},
+    "fewer labels": lambda t: {**t, "labels": t["labels"][:-1].clone()},
+    "other width": lambda t: {**t, "centroids": t["centroids"][:, :-1].contiguous()},
+    "nothing": lambda t: {},
+    "not finite": lambda t: {**t, "features": t["features"] * float("nan")},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_memory_that_was_tampered_with_is_refused(memory_folder, tmp_path, damage):
+    checkpoint, images, memory = memory_folder
+    shutil.copytree(memory, tmp_path / "memory")
+    path = tmp_path / "memory" / "memory.safetensors"
+    save_file(DAMAGE[damage](load_file(path)), path)
+    with pytest.raises(OdcftError, match="is not a complete folder of `odcft init-memory`"):
+        fine_tune(checkpoint, images, tmp_path / "run", quick(), memory=tmp_path / "memory")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"sha256": 1, "checkpoint": [], "recipe": "x"}', "null"])
+def test_memory_without_its_description_is_refused(memory_folder, tmp_path, content):
+    checkpoint, images, memory = memory_folder
+    shutil.copytree(memory, tmp_path / "memory")
+    (tmp_path / "memory" / "memory.json").write_text(content)
+    with pytest.raises(OdcftError):
+        fine_tune(checkpoint, images, tmp_path / "run", quick(), memory=tmp_path / "memory")
+
+
 def test_memory_of_another_checkpoint_is_refused(tmp_path, checkpoint, images, make_checkpoint):
     init_memory(checkpoint, images, tmp_path / "memory", quick())
     other = make_checkpoint(tmp_path / "other.pth", seed=9)
@@ -157,23 +229,26 @@ def test_image_that_vanishes_during_the_run_is_skipped(tmp_path, checkpoint, ima
 
     whole, calls = data.read_image, []
 
-    def read(path):
+    def read(path, *more):
         calls.append(path)
         if len(calls) > 20 and path.endswith("000.png"):
             raise OSError("gone")
-        return whole(path)
+        return whole(path, *more)
 
     monkeypatch.setattr(data, "read_image", read)
     assert fine_tune(checkpoint, images, tmp_path / "run", quick())["steps"] == 6
 
 
-@pytest.mark.parametrize(("count", "clusters"), [(20_000, 156), (1_280_000, 10_000), (400, 3), (100, 2), (43, 2)])
-def test_automatic_clusters(count, clusters):
-    assert resolve_clusters(load_recipe("small"), count).memory.clusters == clusters
+@pytest.mark.parametrize("recipe", [name for name in shipped() if name not in ("demo", "pretext")])
+@pytest.mark.parametrize(
+    ("count", "clusters"), [(1_281_167, 10_000), (10_000_000, 10_000), (20_000, 156), (400, 3), (100, 2), (43, 2)]
+)
+def test_automatic_clusters_are_the_papers_on_imagenet_and_work_for_any_set(recipe, count, clusters):
+    assert resolve_clusters(load_recipe(recipe), count).memory.clusters == clusters
 
 
 def test_too_many_clusters_are_refused_with_a_number_that_works():
-    recipe = load_recipe("odc_r50_finetune")
+    recipe = load_recipe("odc_r50_finetune", ["memory.clusters=10000"])
     with pytest.raises(OdcftError, match=r"10,000 clusters for 1,300 images cannot work.*would use 10; 61 is the most"):
         resolve_clusters(recipe, 1300)
     recipe.memory.clusters = 61
@@ -214,12 +289,13 @@ SPEECH = {
 STEP = {"optim.final_epochs": 1, "optim.final_factor": 0.5}
 DC = {"dc.interval": 2, "dc.pca": 3, "dc.balance": "reweighting"}
 CODC = {"codc.members": [{"cluster": 1, "rotation": 1}], "codc.alpha": 0.2}
+DEEP = {"data.range"}  # of images of more than 8 bits: test_pixels.py
 
 
 def test_every_field_is_in_one_of_the_lists():
     from odcft.recipe import _all_paths
 
-    assert set(_all_paths()) == set(FIELDS) | SPEECH | set(STEP) | set(DC) | set(CODC)
+    assert set(_all_paths()) == set(FIELDS) | SPEECH | set(STEP) | set(DC) | set(CODC) | DEEP
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +367,7 @@ def test_the_last_epochs_are_a_sixth_or_as_many_as_leave_some_at_the_full_rate(t
     rates = [0.03] * 8 + [0.003]  # 3 steps an epoch
     assert [line["lr"] for line in lines(tmp_path / "run")] == pytest.approx(rates)
     fine_tune(checkpoint, images, tmp_path / "run", quick(*step), resume=True, epochs=6)
-    rates += [0.03] * 6 + [0.003] * 3
+    rates += [0.003] * 9  # the rate has dropped, and does not rise again
     assert [line["lr"] for line in lines(tmp_path / "run")] == pytest.approx(rates)
     with pytest.raises(OdcftError, match=r"optim\.final_epochs=3 of 3 epochs leaves none at the full learning rate"):
         fine_tune(checkpoint, images, tmp_path / "none", quick(*step, "optim.final_epochs=3"))
@@ -305,10 +381,47 @@ def test_images_too_small_for_a_network_are_refused_with_a_size_that_works(tmp_p
     assert load_backbone("scratch:alexnet").backbone.takes(224)
 
 
+def test_another_recipe_is_named_before_a_run_that_it_suits_better():
+    transformer, convolutions = load_backbone("scratch:test_vit"), load_backbone("scratch:test_resnet")
+    (note,) = unfit([transformer], 20_000, load_recipe("small"))
+    assert "test_vit is a transformer" in note
+    assert "--recipe odc_vit" in note
+    assert not unfit([transformer], 20_000, load_recipe("odc_vit"))
+    (note,) = unfit([convolutions], 20_000, load_recipe())
+    assert "20,000 images are 39 steps an epoch with batches of 512: --recipe small" in note
+    (note,) = unfit([convolutions], 300, load_recipe("dc_r50_finetune"))
+    assert "300 images are 1 step an epoch" in note
+    assert "--recipe dc_small" in note
+    assert not unfit([convolutions], 1_281_167, load_recipe())
+    assert not unfit([convolutions], 2_000, load_recipe("small"))
+
+
+def test_a_run_says_who_made_it_where_and_when(tmp_path, checkpoint, images):
+    fine_tune(checkpoint, images, tmp_path / "run", quick())
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert {"odcft", "id", "host", "started", "ended", "finished"} <= set(about)
+    assert about["checkpoint_path"] == checkpoint
+    assert datetime.fromisoformat(about["started"]) <= datetime.fromisoformat(about["ended"])
+    times = [datetime.fromisoformat(line["time"]) for line in lines(tmp_path / "run")]
+    assert times == sorted(times)
+    init_memory(checkpoint, images, tmp_path / "memory", quick())
+    assert {"odcft", "id", "host", "started"} <= set(json.loads((tmp_path / "memory" / "memory.json").read_text()))
+
+
+def test_init_memory_announces_no_epochs(tmp_path, checkpoint, images):
+    said = []
+    progress = Progress(quiet=True)
+    progress.say = said.append
+    init_memory(checkpoint, images, tmp_path / "memory", quick(), progress=progress)
+    assert not any("epoch" in line for line in said)
+    fine_tune(checkpoint, images, tmp_path / "run", quick("optim.epochs=1"), progress=progress)
+    assert any("· 1 epoch ·" in line for line in said)
+
+
 def test_dc_says_when_clusters_would_have_few_images():
     said = []
     progress = SimpleNamespace(say=said.append)
-    resolve_clusters(load_recipe("dc_r50_finetune"), 20_000, progress)
+    resolve_clusters(load_recipe("dc_r50_finetune", ["memory.clusters=10000"]), 20_000, progress)
     assert "leave 2 for each of 10,000 clusters, few to learn from: --clusters auto would use 156" in said[0]
     resolve_clusters(load_recipe("dc_r50_finetune"), 1_281_167, progress)
     resolve_clusters(load_recipe("dc_small"), 20_000, progress)

@@ -15,6 +15,7 @@ from odcft import dist, memory, seeds
 from odcft.kmeans import assign, kmeans
 from odcft.memory import VARIANTS, Memory
 from odcft.methods import odc
+from odcft.precision import exact_products
 from odcft.recipe import Recipe
 from odcft.small_clusters import handle_small_clusters
 
@@ -47,6 +48,7 @@ def compact(features_SF: Tensor, recipe: Recipe) -> Tensor:
     return F.normalize(whiten(features_SF, recipe.dc.pca), dim=1, eps=1e-10)
 
 
+@exact_products()
 def whiten(features_SF: Tensor, components: int) -> Tensor:
     """Coordinates along the main directions of all ranks' features, each with variance 1.
 
@@ -82,6 +84,7 @@ def whiten(features_SF: Tensor, components: int) -> Tensor:
     return torch.cat([(piece_SF.float() - mean_F) @ turn_FD for piece_SF in features_SF.split(ROWS)])
 
 
+@exact_products()
 def start(features_SD: Tensor, labels_S: Tensor, recipe: Recipe, epoch: int = 0) -> State:
     """The state after a K-Means. A cluster that is empty takes half of the largest.
 

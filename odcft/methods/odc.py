@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from odcft import dist, memory, seeds
 from odcft.memory import VARIANTS, Memory, Rules
 from odcft.model import make_neck
+from odcft.precision import exact_products
 from odcft.recipe import Recipe
 from odcft.small_clusters import SmallClusterWatch, handle_small_clusters
 
@@ -134,6 +135,7 @@ def targets(state: State, row_B: Tensor) -> tuple[Tensor, Tensor]:
     return label_B, weight_K if state.reweight else torch.ones_like(weight_K)
 
 
+@exact_products()
 def update(state: State, row_B: Tensor, features_BD: Tensor, step: int) -> dict[str, Tensor]:
     """Steps 3 and 4 of an iteration: the samples memory, then the centroids memory, then the small clusters.
 

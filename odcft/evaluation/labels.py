@@ -1,5 +1,6 @@
 """The labels that evaluations need, and which images are for training and which for the test."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +35,8 @@ def labelled(data: str, test: str | None) -> Labelled:
     if test is not None:
         other = find_images(test)
         names = [train.path(i) for i in range(len(train))] + [other.path(i) for i in range(len(other))]
-        images = Images(train.source, train.root.__class__(""), names, [*train.classes(), *other.classes()])
+        skipped = dict(Counter(train.skipped) + Counter(other.skipped))
+        images = Images(train.source, train.root.__class__(""), names, [*train.classes(), *other.classes()], skipped)
     per_image = [[part for part in label.split(";") if part] for label in images.classes()]
     classes = sorted({name for names in per_image[:train_count] for name in names})
     if len(classes) < 2:

@@ -4,7 +4,7 @@ Every export is read back and compared before it is called done.
 """
 
 import json
-from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from odcft import __version__, folders
+from odcft import folders
 from odcft.backbone import Backbone, load_backbone
-from odcft.card import about_run, card
+from odcft.card import about_run, card, name_of
 from odcft.errors import OdcftError
 from odcft.networks import timm_builds
 
@@ -29,6 +29,8 @@ def export(
     overwrite: bool = False,
     input: str | None = None,
     allow_partial: bool = False,
+    size: int | None = None,
+    arch_args: dict[str, Any] | None = None,
 ) -> Backbone:
     """Write the backbone of a RUN or of anybody's checkpoint.
 
@@ -40,6 +42,8 @@ def export(
         overwrite: replace what is there.
         input: the colours it is shown, where the checkpoint's own are not to be followed.
         allow_partial: accept a checkpoint that covers less than 90 % of the backbone.
+        size: pixels it is to be shown, where that is another size than its source says.
+        arch_args: what the network is built with besides its name.
 
     Returns:
         The backbone that was written.
@@ -51,9 +55,11 @@ def export(
         raise OdcftError(f"--format {format}: no such format. Choose from {', '.join(FORMATS)}.")
     _refuse_others(out, format, overwrite)
     folders.refuse_unwritable(out / "model.safetensors" if format == "timm" else out)
-    backbone = load_backbone(source, arch, input, allow_partial).backbone
+    backbone = load_backbone(source, arch, input, allow_partial, arch_args=arch_args).backbone
+    if size is not None:
+        backbone.show(replace(backbone.input.view, size=size))
     try:
-        _write(backbone, out, format, {"checkpoint": str(source), **about_run(Path(source))})
+        _write(backbone, out, format, {"checkpoint": name_of(str(source)), **about_run(Path(source))})
     except OSError as error:
         raise OdcftError(f"{out} cannot be written: {error.strerror or error}. Choose another place.") from None
     return backbone
@@ -100,15 +106,17 @@ def _write(backbone: Backbone, out: Path, format: str, about: dict[str, Any]) ->
 
 
 def _write_tensors(backbone: Backbone, out: Path, format: str) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in backbone.net.state_dict().items()}
+    tensors = backbone.net.state_dict()
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.contiguous()
+    words = {"arch_args": json.dumps(backbone.kwargs), "input": json.dumps(backbone.input.dump())}
+    words["architecture"] = backbone.arch
     if format == "safetensors":
-        words = {"arch_args": json.dumps(backbone.kwargs), "input": json.dumps(backbone.input.dump())}
-        folders.save_file(tensors, out, metadata={"format": "pt", "architecture": backbone.arch, **words})
+        folders.save_file(tensors, out, metadata={"format": "pt", **words})
         written = load_file(out)
     else:
-        named = OrderedDict(tensors)
-        vars(named)["_metadata"] = {"odcft": {"version": __version__}}  # where torch keeps versions of layers
-        folders.save_checkpoint(named, out)
+        tensors._metadata["odcft"] = words  # type: ignore[attr-defined]  # torch's place for what is no tensor
+        folders.save_checkpoint(tensors, out)
         written = torch.load(out, weights_only=True)
     for name, tensor in tensors.items():
         assert torch.equal(written[name], tensor), f"{out}: {name} did not survive being written"
@@ -126,19 +134,22 @@ def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = 
         about: said of it in config.json, under "odcft", and in the card.
     """
     input, cfg = backbone.input, getattr(backbone.net, "pretrained_cfg", {})
-    kept = ("pool_size", "interpolation", "crop_mode", "classifier", "fixed_input_size", "crop_pct", "first_conv")
+    kept = ("pool_size", "classifier", "fixed_input_size", "first_conv")
     config: dict[str, Any] = {
         "architecture": backbone.arch.split(".")[0],
         "num_classes": 0,
         "num_features": backbone.width,
         "pretrained_cfg": {
             **{key: cfg[key] for key in kept if key in cfg},
-            "input_size": [input.channels, backbone.size, backbone.size],
+            "input_size": [input.channels, input.size, input.size],
+            "crop_pct": input.crop_fraction,
+            "crop_mode": "center",
+            "interpolation": input.interpolation,
             "mean": list(input.mean),
             "std": list(input.std),
             "num_classes": 0,
         },
-        "odcft": {**(about or {}), "input": input.dump()},
+        "odcft": {**_summary(about or {}), "input": input.dump()},
     }
     if input.channels != 3:
         config["pretrained_cfg"]["first_conv"] = None  # or timm would adapt a first convolution that fits already
@@ -150,6 +161,11 @@ def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = 
         (unfinished / "config.json").write_text(json.dumps(config, indent=2))
         _compare(backbone, unfinished)
         (unfinished / "README.md").write_text(card(backbone, about or {}), encoding="utf-8")
+
+
+def _summary(about: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of where a backbone came from; the card has the recipe and the figures, too."""
+    return {key: value for key, value in about.items() if key not in ("recipe", "figures")}
 
 
 def _compare(backbone: Backbone, folder: Path) -> None:

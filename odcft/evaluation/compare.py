@@ -3,7 +3,6 @@
 Shapes: N images, F features, C classes.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,11 +61,11 @@ def evaluate_arrays(split: Split, protocols: list[str]) -> dict[str, Any]:
     """
     results: dict[str, Any] = {}
     if "svm" in protocols:
-        from odcft.evaluate.svm import voc07_svm
+        from odcft.evaluation.svm import voc07_svm
 
         results["svm"] = voc07_svm(split.train_features, split.train_targets, split.test_features, split.test_targets)
     if "knn" in protocols:
-        from odcft.evaluate.knn import knn
+        from odcft.evaluation.knn import knn
 
         train_N, test_N = _one_class(split.train_targets), _one_class(split.test_targets)
         results["knn"] = knn(split.train_features, train_N, split.test_features, test_N)
@@ -102,6 +101,7 @@ def evaluate(
     input: str | None = None,
     allow_partial: bool = False,
     progress: Any = None,
+    arch_args: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Every protocol on the features of labelled images.
 
@@ -116,26 +116,27 @@ def evaluate(
         input: the colours it is shown, where the checkpoint's own are not to be followed.
         allow_partial: accept a checkpoint that covers less than 90 % of the backbone.
         progress: where to speak.
+        arch_args: what the network is built with besides its name.
 
     Returns:
         `evaluate_arrays`'s dict; for a RUN also `before`, the same of its checkpoint, and `change`. For a RUN of
         several members this is of all of them side by side, and `members` has the same of each.
     """
     from odcft.backbone import load_backbone
-    from odcft.evaluate.labels import labelled
+    from odcft.evaluation.labels import labelled
     from odcft.inputs import seen_as
     from odcft.log import Progress
 
     progress = progress or Progress()
     labels = labelled(data, test)
-    sources, origins = (ckpt, []) if isinstance(ckpt, list) else (_sources(ckpt), _origins(ckpt))
-    run = {} if isinstance(ckpt, list) else _run_recipe(ckpt)
-    loaded = [load_backbone(source, arch, input, allow_partial) for source in sources]
+    sources, (origins, taken) = (ckpt, ([], {})) if isinstance(ckpt, list) else (_sources(ckpt), _origins(ckpt))
+    loaded = [load_backbone(source, arch, input, allow_partial, arch_args=arch_args) for source in sources]
     views = [view_of(one, labels.images, size) for one in loaded]
     for view in dict.fromkeys(views):
         progress.say(f"Images      {len(labels.images):,} in {labels.images.source} · {seen_as(view)}")
+    if labels.images.skipped:
+        progress.say(f"Not read    {labels.images.not_read()}")
     after_splits = [_features(one, labels, view, progress) for one, view in zip(loaded, views, strict=True)]
-    taken = {"input": input, "allow_partial": allow_partial, **run.get("backbone", {}), "seed": run.get("seed", 0)}
     before_splits = [
         _features(load_backbone(origin, **taken, member=member), labels, view, progress)
         for member, (origin, view) in enumerate(zip(origins, views, strict=False))
@@ -188,9 +189,11 @@ def view_of(loaded: "Loaded", images: "Images", size: int | None) -> "View":
         images: those to see.
         size: the user's word.
     """
-    from odcft.data import automatic_size, usual_side
+    from odcft.data import automatic_size, own_range, usual_side
 
     view, backbone = loaded.backbone.input.view, loaded.backbone
+    if view.intensity is None:  # it was trained on images of 8 bits, or somewhere else
+        view = replace(view, intensity=own_range(images)[0])
     if size is not None or loaded.told:
         return replace(view, size=size or view.size)
     size = automatic_size(view.size, backbone.fixed_size, usual_side(images))
@@ -213,35 +216,44 @@ def _features(loaded: "Loaded", labels: Any, view: "View", progress: Any) -> Spl
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     crops = Crops(labels.images, view)
     features, bad = extract(backbone.to(device).eval(), crops, 128, 0, device, progress or Progress(), "Features")
+    if bad:
+        name, reason = labels.images.names[min(bad)], bad[min(bad)]
+        if len(bad) == len(labels.images):
+            raise OdcftError(f"None of the {len(bad):,} images can be read; {name}: {reason}.")
+        progress.say(
+            f"            {len(bad):,} unreadable and left out: {name} ({reason}){', …' if len(bad) > 1 else ''}"
+        )
     good_N = np.array([i not in bad for i in range(len(labels.images))])
     train, test = labels.train_rows[good_N[labels.train_rows]], labels.test_rows[good_N[labels.test_rows]]
     rows = features.cpu().numpy()
     return Split(rows[train], labels.targets[train], rows[test], labels.targets[test])
 
 
-def _origins(ckpt: str) -> list[str]:
-    """The checkpoints a RUN was started from, where they are still the same; else none."""
+def _origins(ckpt: str) -> tuple[list[str], dict[str, Any]]:
+    """The checkpoints a RUN was started from, where they are still the same, and how it took them; else none.
+
+    Raises:
+        OdcftError: its files are there, and cannot be those of a RUN.
+    """
+    from odcft.description import read_json
     from odcft.folders import sha256
+    from odcft.recipe import load_recipe, taken_as
 
+    run = Path(ckpt)
+    if not ((run / "run.json").is_file() and (run / "recipe.yaml").is_file()):
+        return [], {}
+    about, recipe = read_json(run / "run.json"), load_recipe(run / "recipe.yaml")
+    arch = about.get("arch_given")
+    ckpts: list[Any]
+    sums: list[Any]
+    ckpts, sums = (one if isinstance(one, list) else [one] for one in (about.get("checkpoint"), about.get("sha256")))
+    if not all(isinstance(one, str) for one in (*ckpts, *sums, arch or "")):
+        raise OdcftError(f"{run / 'run.json'} does not name a checkpoint as `odcft finetune` does. Is it damaged?")
     try:
-        about = json.loads((Path(ckpt) / "run.json").read_text())
-        several = isinstance(about["checkpoint"], list)
-        ckpts = about["checkpoint"] if several else [about["checkpoint"]]
-        sums = about["sha256"] if several else [about["sha256"]]
-        return ckpts if [sha256(one) for one in ckpts] == sums else []
-    except (OSError, ValueError, KeyError):
-        return []
-
-
-def _run_recipe(ckpt: str) -> dict[str, Any]:
-    """The recipe of a RUN; empty for anything else."""
-    import yaml
-
-    try:
-        recipe: Any = yaml.safe_load((Path(ckpt) / "recipe.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return recipe if isinstance(recipe, dict) else {}
+        same = [sha256(one) for one in ckpts] == sums
+    except (OSError, ValueError):
+        same = False
+    return (ckpts if same else []), {**taken_as(recipe), "seed": recipe.seed, "arch": arch}
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any], targets_NC: np.ndarray, draws: int = 200) -> dict[str, Any]:
@@ -260,7 +272,7 @@ def _changes(before: dict[str, Any], after: dict[str, Any], targets_NC: np.ndarr
 def _figure(protocol: str, results: dict[str, Any], targets_NC: np.ndarray, rows: np.ndarray) -> float:
     if protocol == "knn":
         return 100 * float((results["knn"]["predicted"][rows] == _one_class(targets_NC[rows])).mean())
-    from odcft.evaluate.svm import average_precision
+    from odcft.evaluation.svm import average_precision
 
     present, scores = targets_NC[rows], results["svm"]["scores"][rows]
     counted = present != -1
