@@ -1,4 +1,4 @@
-"""Data workers where shared memory is short, full, or cannot be used: the run goes on without it, or ends in a sentence."""
+"""Data workers where shared memory is short, full or unusable: the run goes on without it, or ends in a sentence."""
 
 import errno
 import multiprocessing
@@ -108,9 +108,9 @@ def test_worker_that_shared_memory_kills_is_told_of_with_the_cure(crops, monkeyp
             os.kill(os.getpid(), signal.SIGBUS)
 
     monkeypatch.setattr(data, "read_image", read_image)
-    with pytest.raises(OdcftError, match=r"A data worker died .*--shm-size=8g.*--set data.workers="):
-        with explained(load_recipe("small")):
-            read(crops, 2)
+    cure = pytest.raises(OdcftError, match=r"A data worker died .*--shm-size=8g.*--set data.workers=")
+    with cure, explained(load_recipe("small")):
+        read(crops, 2)
 
 
 @pytest.mark.slow
