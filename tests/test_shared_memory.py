@@ -103,11 +103,11 @@ def test_batch_that_cannot_be_handed_over_at_all_ends_the_run_in_a_sentence(crop
 def test_worker_that_shared_memory_kills_is_told_of_with_the_cure(crops, monkeypatch):
     me = os.getpid()
 
-    def read_image(path):
+    def centre_crop(image, view):
         if os.getpid() != me:
             os.kill(os.getpid(), signal.SIGBUS)
 
-    monkeypatch.setattr(data, "read_image", read_image)
+    monkeypatch.setattr(data, "centre_crop", centre_crop)
     cure = pytest.raises(OdcftError, match=r"A data worker died .*--shm-size=8g.*--set data.workers=")
     with cure, explained(load_recipe("small")):
         read(crops, 2)
