@@ -415,7 +415,8 @@ def _options(
 
 def _in_a_line(message: Warning | str, category: type[Warning], *place: object, **more: object) -> str:
     """A warning of a library, as it is printed."""
-    return f"{category.__name__}: {shown(message)}\n"
+    kind = "Warning" if category is UserWarning else category.__name__
+    return f"{kind:<11} {shown(message)}\n"
 
 
 def main() -> NoReturn:

@@ -297,6 +297,10 @@ def _lock(path: Path) -> tuple[TextIO, str]:
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            os.close(descriptor)
+            raise FileExistsError
         file = os.fdopen(descriptor, "r+", encoding="utf-8")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -305,7 +309,7 @@ def _lock(path: Path) -> tuple[TextIO, str]:
                 raise BlockingIOError from None
             return file, f"{path.parent} cannot be locked ({error.strerror}): let no other run write to it."
         found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or not "process ".startswith(file.read(8)):
+        if not "process ".startswith(file.read(8)):
             raise FileExistsError
         if found.st_nlink > 1:
             path.unlink()
