@@ -88,7 +88,7 @@ def _is_export(folder: Path) -> bool:
     """Whether a folder is of `write_timm`, as its config.json says."""
     try:
         return "odcft" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
