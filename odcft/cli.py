@@ -220,7 +220,8 @@ def finetune(
     overrides = [*(overrides or []), *([f"method={method}"] if method else [])]
     if recipe is None:
         usual = DC_RECIPE if "method=dc" in overrides else DEFAULT_RECIPE
-        recipe = str(out / "recipe.yaml") if resume and (out / "recipe.yaml").exists() else usual
+        own = out / "recipe.yaml"
+        recipe = str(own) if resume and os.path.isfile(own) and not os.path.islink(own) else usual
     resolved = _recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args)
     _join(devices)
     from odcft.log import duration
