@@ -33,6 +33,7 @@ LAYERS = [
         "small_clusters",
         "health",
         "folders",
+        "shared_memory",
         "advice",
     },
     {"methods", "card", "exports"},
