@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odcft import inputs, seeds
+from odcft import seeds
 from odcft.checkpoint import Contents, read
 from odcft.description import check_arguments
 from odcft.errors import OdcftError, ran_out_of_memory
@@ -242,9 +242,7 @@ def _notes(contents: Contents, found: Match) -> list[str]:
     if found.unexpected:
         notes.append(f"{len(found.unexpected)} tensors have another shape and were left out: {_some(found.unexpected)}")
     if contents.strange:
-        notes.append(
-            f"{len(contents.strange)} tensors are sparse, quantized or complex, and left out: {_some(contents.strange)}"
-        )
+        notes.append(f"sparse, quantized and complex tensors were left out: {_some(contents.strange)}")
     if odd := [f"{name} is not finite" for name in not_finite(found.tensors)] + constant(found.tensors):
         notes.append(f"look at these tensors: {_some(odd)}")
     if replaced := [name for name in contents.replaced if not name.startswith(_HARMLESS)]:
@@ -317,12 +315,18 @@ def normalise(backbone: Backbone, mean: Sequence[float] | None, std: Sequence[fl
     backbone.adapter = Adapter(replace(input, mean=told["mean"], std=told["std"]))
 
 
-def loading_line(backbone: Backbone, folder: str) -> str:
-    """The Python line that loads an exported folder: timm's, or ours where timm lacks the network or its colours."""
-    if timm_builds(backbone.arch, backbone.kwargs) and backbone.input.color == "rgb":
-        name = json.dumps(f"local-dir:{folder}", ensure_ascii=False)
+def loading_line(backbone: Backbone, path: str, folder: bool = True) -> str:
+    """The Python line that loads what was exported: timm's, or ours where timm lacks the network or its colours.
+
+    Args:
+        backbone: what was exported.
+        path: where.
+        folder: whether that is a folder, or a file of tensors, whose network timm does not know.
+    """
+    if folder and timm_builds(backbone.arch, backbone.kwargs) and backbone.input.color == "rgb":
+        name = json.dumps(f"local-dir:{path}", ensure_ascii=False)
         return f"import timm; net = timm.create_model({name}, pretrained=True, num_classes=0).eval()"
-    name = json.dumps(folder, ensure_ascii=False)
+    name = json.dumps(path, ensure_ascii=False)
     return f"import odcft; net = odcft.load_backbone({name}).backbone  # takes RGB images in 0..1"
 
 
@@ -386,25 +390,24 @@ def _load_named(name: str, scheme: str, rest: str, input: str | None, arch_args:
     refuse_unknown(arch, name)
     if scheme != "scratch":
         return Loaded(_from_hub(name, scheme, arch, arch_args).eval(), name, None, scheme, told=True)
-    shown_as = None
+    usual = NETWORKS[arch][1] if arch in NETWORKS else None
     if name == "scratch:alexnet":  # the papers' (sec. 3.4, after DeepCluster): batch norm, and here RGB for Sobel
-        arch, shown_as, arch_args = "alexnet_deepcluster", RGB, {"in_chans": 3, **arch_args}
-    usual = shown_as or (NETWORKS[arch][1] if arch in NETWORKS else inputs.default("rgb", 224))
-    channels = arch_args.get("in_chans", usual.channels)
-    if input is not None and "in_chans" not in arch_args and CHANNELS[input] != channels:
-        channels = CHANNELS[input]
-    if channels != usual.channels:  # colours are chosen here, and not adapted to, for nothing is lost
-        color = input or {1: "gray", 2: "sobel", 3: "rgb"}.get(channels)
-        if color is None or CHANNELS[color] != channels:
-            raise OdcftError(
-                f"{name}: odcft shows networks images of 1 (gray, lab_l), 2 (sobel) or 3 (rgb, bgr) channels, "
-                f"not {channels}{f' for --input {input}' if input else ''}."
-            )
-        arch_args = {**arch_args, "in_chans": channels}
-        backbone = Backbone(arch, **arch_args)
-        backbone.adapter = Adapter(overridden(backbone.input, color))
-    else:
-        backbone = Backbone(arch, shown_as, **arch_args)
+        arch, usual, arch_args = "alexnet_deepcluster", RGB, {"in_chans": 3, **arch_args}
+    here = usual.channels if usual else 3
+    wanted = here if input is None or (usual and input == usual.color) else CHANNELS[input]
+    if arch_args.get("in_chans", here) == here and wanted != here:
+        arch_args = {**arch_args, "in_chans": wanted}
+    channels = arch_args.get("in_chans", here)
+    if channels == here:
+        return Loaded(Backbone(arch, usual, **arch_args).eval(), name, None, scheme)
+    color = input or {1: "gray", 2: "sobel", 3: "rgb"}.get(channels)
+    if color is None or CHANNELS[color] != channels:
+        raise OdcftError(
+            f"{name}: odcft shows networks images of 1 (gray, lab_l), 2 (sobel) or 3 (rgb, bgr) channels, "
+            f"not {channels}{f' for --input {input}' if input else ''}."
+        )
+    backbone = Backbone(arch, usual, **arch_args)  # drawn for these colours: nothing needs to be adapted
+    backbone.adapter = Adapter(overridden(backbone.input, color))
     return Loaded(backbone.eval(), name, None, scheme)
 
 

@@ -220,7 +220,8 @@ def finetune(
     overrides = [*(overrides or []), *([f"method={method}"] if method else [])]
     if recipe is None:
         usual = DC_RECIPE if "method=dc" in overrides else DEFAULT_RECIPE
-        recipe = str(out / "recipe.yaml") if resume and (out / "recipe.yaml").exists() else usual
+        own = out / "recipe.yaml"
+        recipe = str(own) if resume and os.path.isfile(own) and not os.path.islink(own) else usual
     resolved = _recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args)
     _join(devices)
     from odcft.log import duration
@@ -283,8 +284,8 @@ def export(
     backbone = run(source, out, format, arch, overwrite, input, allow_partial, size, _arguments(arch_args))
     seen = backbone.input
     lines = [f"Wrote {out} ({format}), read back and compared.", f"Images      {seen_as(seen.view)}"]
-    if format == "timm":
-        lines.append(f"  {loading_line(backbone, str(out))}")
+    if format != "onnx":
+        lines.append(f"  {loading_line(backbone, str(out), folder=format == 'timm')}")
     if seen.color != "rgb" and format != "onnx":
         lines.append(f"Note        It is shown {seen.color}, not RGB: odcft does that by itself, others do not.")
     lines += [
@@ -316,32 +317,27 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """How good a backbone's features are: VOC07 SVM mAP, nearest neighbours."""
-    from odcft.evaluation import compare as evaluation
+    from odcft.evaluation.arrays import check_protocols, evaluate_file
+    from odcft.evaluation.table import lines, public, summary
+    from odcft.log import Progress
 
-    protocols = evaluation.check_protocols(protocol)
+    protocols = check_protocols(protocol)
     if features is not None:
-        results = evaluation.evaluate_file(features, protocols)
+        results = evaluate_file(features, protocols, Progress())
     elif ckpt is None or data is None:
         raise OdcftError(
             "evaluate takes a checkpoint and labelled images (odcft evaluate CKPT DATA), or --features FILE.npz."
         )
     else:
+        from odcft.evaluation.compare import evaluate as run
+
         args = _arguments(arch_args)
-        results = evaluation.evaluate(ckpt, data, test, protocols, arch, size, input, allow_partial, arch_args=args)
-    lines = evaluation_lines(evaluation.table(results))
-    for member in results.get("members", []):
-        lines += [f"{member['source']} alone:", *evaluation_lines(evaluation.table(member))]
-    if "members" in results:
-        lines.insert(0, f"All {len(results['members'])} members side by side:")
-    _tell(evaluation.public(results), as_json, lines)
-
-
-def evaluation_lines(rows: list[tuple[str, float | None, float, str]]) -> list[str]:
-    """The table of an evaluation: figures, before and after where there are both."""
-    if not any(before is not None for _, before, _, _ in rows):
-        return [f"  {title:<12}{after:>7.1f}" for title, _, after, _ in rows]
-    lines = [f"  {'':<12}{'before':>8}{'after':>8}    change (95 % interval)"]
-    return lines + [f"  {title:<12}{before:>8.1f}{after:>8.1f}    {change}" for title, before, after, change in rows]
+        results = run(ckpt, data, test, protocols, arch, size, input, allow_partial, arch_args=args)
+    members = results.get("members", [])
+    said = [summary(results), *([f"All {len(members)} members side by side:"] if members else []), *lines(results)]
+    for member in members:
+        said += [f"{member['source']} alone:", *lines(member)]
+    _tell(public(results), as_json, said)
 
 
 @app.command()
@@ -420,7 +416,8 @@ def _options(
 
 def _in_a_line(message: Warning | str, category: type[Warning], *place: object, **more: object) -> str:
     """A warning of a library, as it is printed."""
-    return f"{category.__name__}: {shown(message)}\n"
+    kind = "Warning" if category is UserWarning else category.__name__
+    return f"{kind:<11} {shown(message)}\n"
 
 
 def main() -> NoReturn:

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from odcft import dist, seeds, stopping
+from odcft import dist, seeds, shared_memory, stopping
 from odcft.augment import centre_crop, random_crop
 from odcft.errors import OdcftError
 from odcft.inputs import View
@@ -271,6 +272,15 @@ class Batch:
         """(called by the loader)"""
         return Batch(self.pixels.pin_memory(), self.index_B.pin_memory(), self.unreadable)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """(called in a worker)"""
+        pixels = shared_memory.handed_over(self.pixels)
+        return _received, (pixels, tuple(self.pixels.shape), self.index_B.tolist(), self.unreadable)
+
+
+def _received(pixels: Tensor | bytes, shape: tuple[int, ...], index: list[int], unreadable: dict[int, str]) -> Batch:
+    return Batch(shared_memory.received(pixels, shape), torch.tensor(index, dtype=torch.int64), unreadable)
+
 
 def collate(items: list[tuple[Tensor | str, int]]) -> Batch:
     """Stack what was read, and list what was not."""
@@ -327,6 +337,7 @@ def in_order(indices: range, batch: int) -> list[list[tuple[int, int]]]:
 
 def loader(crops: Crops, batches: object, workers: int, device: torch.device) -> torch.utils.data.DataLoader:
     """A loader of `Batch`es; batches are lists of (epoch, index)."""
+    workers = shared_memory.usable_workers(workers)
     return torch.utils.data.DataLoader(
         crops,  # type: ignore[arg-type]
         batch_sampler=batches,  # type: ignore[arg-type]
@@ -341,6 +352,7 @@ def loader(crops: Crops, batches: object, workers: int, device: torch.device) ->
 def _in_worker(worker: int) -> None:
     torch.set_num_threads(1)
     stopping.ignore_in_worker()
+    shared_memory.end_rather_than_wait()
 
 
 def usual_side(images: Images, sample: int = 32) -> int:

@@ -190,7 +190,7 @@ def of_pretext(tree: Any) -> Description:
 def _architecture(told: Description, name: Any) -> None:
     if isinstance(name, str) and is_network(name):
         told.architecture = name
-    elif isinstance(name, str) and is_network(name.split(".")[0]):
+    elif isinstance(name, str) and re.fullmatch(r"\w+\.[\w-]+", name) and is_network(name.split(".")[0]):
         told.architecture = name.split(".")[0]
         told.left_out.append(f"architecture={brief(name)}: {told.architecture} is known, that tag of it is not")
     elif name is not None:
@@ -200,8 +200,10 @@ def _architecture(told: Description, name: Any) -> None:
 def _arguments(told: Description, arguments: Any, where: str) -> None:
     if isinstance(arguments, dict):
         arguments = {name: value for name, value in arguments.items() if name != "num_classes"}  # of the head
-        told.arguments, wrong = _sound(Arguments, arguments)
-        told.arguments = _square(told.arguments)
+        sound, wrong = _sound(Arguments, arguments)
+        told.arguments = _square(sound)
+        if "img_size" in sound and "img_size" not in told.arguments:
+            wrong.append(f"img_size={sound['img_size']} should be a square")
         told.left_out += [f"{where}.{one}" for one in wrong]
     elif arguments is not None:
         told.left_out.append(f"{where}={brief(arguments)} should be an object")
@@ -268,10 +270,12 @@ def _wrong(error: ValidationError, words: Mapping[str, Any]) -> list[tuple[str, 
 
 
 def _square(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with one number for the size of a square, without that of another shape, and without our defaults."""
     size = arguments.get("img_size")
     if isinstance(size, list):
         arguments = {**arguments, "img_size": size[0]} if size[0] == size[1] else _without(arguments, "img_size")
-    return arguments
+    usual = {"last_stride": 2, "small_stem": False}  # words that timm does not know
+    return {name: value for name, value in arguments.items() if name not in usual or value != usual[name]}
 
 
 def _without(words: dict[str, Any], name: str) -> dict[str, Any]:
@@ -340,7 +344,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if wrong:
         raise OdcftError(f"--arch-args {wrong[0]}.")
     squared = _square(sound)
-    if len(squared) < len(sound):
+    if "img_size" in sound and "img_size" not in squared:
         raise OdcftError("--arch-args img_size: odcft shows networks squares; give one number.")
     return squared
 

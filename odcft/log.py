@@ -198,9 +198,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """What metrics.jsonl says, without half a line that a killed run may have left."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             lines.append(json.loads(line))
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def now() -> str:

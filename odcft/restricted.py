@@ -85,6 +85,9 @@ def refuse_dangerous(name: str) -> None:
         raise Refused(brief(name, quotes=False))
 
 
+INSTRUCTIONS = 5_000_000  # of a pickle; a checkpoint of 1,000 tensors has 50,000
+
+
 class Endless(Exception):
     """The file is small, and the work it asks for is not."""
 
@@ -98,7 +101,8 @@ class _Value:
         self.weight, self.name = min(weight, 1 << 40), name
 
 
-_REAL = ("builtins", "__builtin__", "collections", "numpy", "torch", "_codecs")  # modules whose names do something
+# Modules whose names do something, also under the names they had in Python 2.
+_REAL = ("builtins", "__builtin__", "exceptions", "itertools", "collections", "User", "numpy", "torch", "_codecs")
 _CALLS, _CHANGES = (
     {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"},
     {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS"},
@@ -139,11 +143,15 @@ def refuse_endless(program: Any) -> None:
         if op.name in _GETS:
             stack.append(memo[int(argument or 0)])
             continue
-        if op.name == "DUP":
-            stack.append(_top(stack))
-            continue
         if op.name == "MARK":
             stack.append(None)
+            continue
+        if not op.stack_before:  # a number, a text, the name of a class
+            if op.stack_after:
+                stack.append(_Value(1, argument if isinstance(argument, str) and len(argument) < 200 else ""))
+            continue
+        if op.name == "DUP":
+            stack.append(_top(stack))
             continue
         if op.name == "POP" and stack and stack[-1] is None:
             stack.pop()
@@ -155,7 +163,7 @@ def refuse_endless(program: Any) -> None:
             work += sum(item.weight for item in items[::2])
         elif op.name in _HASHES or (op.name in _CALLS and _is_real(items)):
             work += sum(item.weight for item in items)
-        if work > 10_000_000 + 100 * (program.tell() - start):
+        if ops > INSTRUCTIONS or (work > 10_000_000 and work > 100 * (program.tell() - start)):
             raise Endless
         if op.name in _CHANGES:
             items[0].weight = min(sum(item.weight for item in items), 1 << 40)
@@ -163,8 +171,8 @@ def refuse_endless(program: Any) -> None:
         elif op.name == "BUILD":
             stack.append(items[0])
         elif op.stack_after:
-            names = [item.name for item in items] if op.name == "STACK_GLOBAL" else [argument]
-            name = ".".join(one for one in names if isinstance(one, str) and len(one) < 200)
+            named = op.name == "STACK_GLOBAL" and all(item.name for item in items)
+            name = ".".join(item.name for item in items) if named else ""
             stack.append(_Value(1 + sum(item.weight for item in items), name))
 
 

@@ -211,7 +211,7 @@ def _about(folder: Path) -> dict[str, Any]:
         if _sum_of(sealed["state"]) != sealed["sha256"]:
             raise ValueError
         return json.loads(sealed["state"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise OSError("state.json is not what was written") from None
 
 

@@ -232,8 +232,9 @@ def _resolve_range(recipe: Recipe, images: Images, progress: Progress | None, me
     guess; `full` is left where no image has more than 8 bits.
     """
     if memory is not None and recipe.data.range == "auto":
-        with suppress(OSError, ValueError, KeyError, TypeError):  # `_read_memory` says what is wrong with the folder
-            about = json.loads((memory / "memory.json").read_text(encoding="utf-8"))
+        # `_read_memory` says what is wrong with the folder.
+        with suppress(OdcftError, ValueError, KeyError, TypeError, AttributeError):
+            about = read_json(memory / "memory.json")
             recipe.data.range = about["recipe"]["data"].get("range", "full")
     if recipe.data.range in ("auto", "full"):
         looked = {0: own_range(images, recipe.data.range == "full")} if dist.rank() == 0 else {}
@@ -548,6 +549,7 @@ def fine_tune(
     if epochs is not None:
         recipe = recipe.model_copy(deep=True)
         recipe.optim.epochs = epochs
+    folders.refuse_unreachable(out)
     begun = resume and folders.only_begun(out)
     if begun or not resume:
         folders.refuse_full(out, folders.RUN_FILES, overwrite or resume)

@@ -1,6 +1,10 @@
 import argparse
+import collections
+import datetime
 import pickle  # noqa: TID251 - to write what others wrote
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -91,12 +95,108 @@ def test_too_little_of_a_backbone_is_refused_unless_it_is_allowed(tmp_path, stat
 
 
 def test_odd_tensors_are_named(tmp_path, state):
-    state["layer1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
     state["layer2.0.conv1.weight"].zero_()
     torch.save(state, tmp_path / "c.pth")
     (note,) = load_backbone(tmp_path / "c.pth").notes
-    assert "layer1.0.conv1.weight is not finite" in note
     assert "layer2.0.conv1.weight is all 0" in note
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["layer1.0.conv1.weight", "bn1.running_var", "bn1.bias"])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_backbone_that_is_not_finite_is_refused_by_name(tmp_path, odcft_command, state, name, value, half):
+    name = name if name in state else next(key for key in state if key.endswith(name.split(".", 1)[1]))
+    state[name].view(-1)[-1] = value
+    torch.save({key: t.half() if half and t.is_floating_point() else t for key, t in state.items()}, tmp_path / "c.pth")
+    with pytest.raises(OdcftError, match=f"not finite .{name}.*Take an earlier checkpoint"):
+        load_backbone(tmp_path / "c.pth")
+    code, _, told = odcft_command("inspect", tmp_path / "c.pth")
+    assert code == 0
+    assert f"{name} is not finite" in told
+    assert "Fine-tune it" not in told
+    for command in (("export", tmp_path / "c.pth", tmp_path / "out"), ("finetune", tmp_path / "c.pth", tmp_path)):
+        code, _, told = odcft_command(*command, *(["--out", tmp_path / "RUN"] if command[0] == "finetune" else []))
+        assert code == 2
+        assert "Traceback" not in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.pth"]
+
+
+def test_a_head_or_a_copy_that_is_not_finite_does_not_matter(tmp_path, state):
+    state["fc.weight"].fill_(float("nan"))
+    torch.save({"teacher": state, "student": {name: t / 0.0 for name, t in state.items()}}, tmp_path / "c.pth")
+    assert equal(load_backbone(tmp_path / "c.pth").backbone, state)
+
+
+def test_what_is_left_of_a_replaced_class_is_said_where_it_can_matter(tmp_path, state):
+    """Settings, numbers and optimizers beside the weights are in nearly every file, and say nothing of a network."""
+    plain = {"args": argparse.Namespace(lr=0.1), "best": np.float64(0.5), "when": datetime.datetime(2020, 1, 1)}
+    torch.save({"state_dict": state, **plain, "path": Path("x"), "hist": collections.Counter("a")}, tmp_path / "c.pth")
+    loaded = load_backbone(tmp_path / "c.pth")
+    assert not loaded.notes
+    torch.save({"state_dict": state, "args": argparse.Namespace(), "net": torch.nn.Linear(1, 1)}, tmp_path / "c.pth")
+    (note,) = load_backbone(tmp_path / "c.pth").notes
+    assert "classes were not loaded" in note
+    assert "Linear" in note
+    assert "Namespace" not in note
+
+
+def test_what_stands_beside_the_backbone_has_a_name(tmp_path, state):
+    whole = {f"encoder_q.{name}": tensor for name, tensor in state.items()}
+    torch.save({"teacher": whole, "extra": torch.zeros(2)}, tmp_path / "c.pth")
+    _, lines = describe(load_backbone(tmp_path / "c.pth"))
+    (beside,) = (line for line in lines if "beside it" in line)
+    assert beside.split("beside it")[1].strip() == "the file itself"
+
+
+def test_whose_a_plain_vision_transformer_is_is_not_guessed(tmp_path):
+    """DINO's and MAE's released backbones have the tensors that anybody's headless ViT has."""
+    bare = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
+    headed = timm.create_model("vit_tiny_patch16_224", num_classes=3).state_dict()
+    for tree, family in (
+        (bare, "dino or timm"),
+        ({"model": bare}, "mae or timm"),
+        ({"teacher": bare}, "dino"),
+        ({"model": {**bare, "decoder_embed.weight": torch.zeros(2, 2)}}, "mae"),
+        (headed, "state_dict"),
+    ):
+        torch.save(tree, tmp_path / "c.pth")
+        assert load_backbone(tmp_path / "c.pth").family == family
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.zeros(3, 3, dtype=torch.complex64),
+        torch.zeros(3, 3).to_sparse(),
+        torch.empty(3, 3, device="meta"),
+        torch.quantize_per_tensor(torch.ones(3, 3), 0.1, 0, torch.quint8),
+    ],
+    ids=["complex", "sparse", "meta", "quantized"],
+)
+def test_tensors_that_no_network_holds_are_left_out_and_counted(tmp_path, state, odd):
+    torch.save({**state, "extra.weight": odd}, tmp_path / "c.pth")
+    loaded = load_backbone(tmp_path / "c.pth")
+    assert equal(loaded.backbone, state)
+    assert loaded.notes == ["sparse, quantized and complex tensors were left out: extra.weight"]
+
+
+def test_a_state_dict_of_transformers_with_odd_pieces_is_answered(tmp_path):
+    """What is put together from pieces first looks whether they fit."""
+    pieces = {f"encoder.layer.0.attention.attention.{part}.weight": torch.zeros(2, 2) for part in ("query", "key")}
+    pieces["encoder.layer.0.attention.attention.value.weight"] = torch.zeros(3)
+    registers = {"register_tokens": torch.zeros(1), "pos_embed": torch.zeros(4), "cls_token": torch.zeros(2, 1, 9)}
+    for tree in (pieces, registers, {**registers, "pos_embed": torch.zeros(1, 0, 3), "arch": "vit_tiny_patch16_224"}):
+        torch.save(tree, tmp_path / "c.pth")
+        with pytest.raises(OdcftError, match=r"fits no backbone|has only"):
+            load_backbone(tmp_path / "c.pth")
+
+
+def test_a_position_embedding_of_nothing_is_answered(tmp_path):
+    state = timm.create_model("test_vit", num_classes=0).state_dict()
+    for length in (0, 1, 2, 70_000):
+        state["pos_embed"] = torch.zeros(1, length, 64)
+        torch.save(state, tmp_path / "c.pth")
+        assert load_backbone(tmp_path / "c.pth", "test_vit").match.missing == (["pos_embed"] if length != 2 else [])
 
 
 def test_a_network_pickled_whole_gives_its_tensors(tmp_path):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -5,7 +7,7 @@ from torch import nn
 
 from odcft.backbone import load_backbone
 from odcft.errors import OdcftError
-from odcft.inputs import IMAGENET, Adapter, Input, default, load
+from odcft.inputs import CHANNELS, IMAGENET, Adapter, Input, View, default, load
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in IMAGENET)
@@ -62,5 +64,107 @@ def test_the_users_word_is_followed_and_a_first_convolution_adapted_only_then(tm
     assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
     with pytest.raises(OdcftError, match="no way to adapt"):
         load_backbone(tmp_path / "rgb.pth", input="sobel")
-    with pytest.raises(OdcftError, match="no such input"):
-        load_backbone(tmp_path / "rgb.pth", input="infrared")
+    for ckpt in (tmp_path / "rgb.pth", "scratch:test_resnet"):
+        with pytest.raises(OdcftError, match="no such input"):
+            load_backbone(ckpt, input="infrared")
+
+
+def test_other_colours_are_seen_as_before(tmp_path):
+    """A view is not of the colours: which part is seen, how it is resized and what is black and white stay."""
+    shown = Input("rgb", 48, *IMAGENET, crop_fraction=0.9, interpolation="bicubic", intensity=(0.0, 4095.0))
+    assert load(shown.dump()) == shown
+    save(tmp_path / "c.safetensors", shown)
+    for color in CHANNELS:
+        seen = load_backbone(tmp_path / "c.safetensors", input=color, allow_partial=True).backbone.input
+        assert seen.color == color
+        assert seen.view == View(48, 0.9, "bicubic", (0.0, 4095.0))
+
+
+def save(path, shown, arch="test_resnet"):
+    import json
+
+    from safetensors.torch import save_file
+
+    told = {"architecture": arch, "arch_args": "{}", "input": json.dumps(shown.dump())}
+    save_file(timm.create_model(arch, num_classes=0).state_dict(), path, metadata=told)
+
+
+@pytest.mark.parametrize("color", CHANNELS)
+@pytest.mark.parametrize("arch", ["test_resnet", "test_vit", "alexnet"])
+def test_random_weights_are_made_for_the_colours_they_are_shown(arch, color):
+    """Fig. 1 of the paper and DC from scratch: a ResNet of two channels whose filters are drawn for two."""
+    loaded = load_backbone(f"scratch:{arch}", input=color)
+    assert not loaded.notes
+    backbone = loaded.backbone
+    first = next(module for module in backbone.net.modules() if isinstance(module, nn.Conv2d))
+    assert first.in_channels == CHANNELS[color] == backbone.input.channels
+    assert backbone.input.color == color
+    side = backbone.size
+    with torch.no_grad():
+        assert torch.isfinite(backbone.eval()(torch.rand(1, 3, side, side))).all()
+    again = load_backbone(f"scratch:{arch}", input=color).backbone.net.state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in backbone.net.state_dict().items())
+
+
+def test_filters_for_two_channels_are_drawn_as_for_two():
+    weight = load_backbone("scratch:resnet50", input="sobel").backbone.net.conv1.weight
+    assert weight.shape == (64, 2, 7, 7)
+    assert weight.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.05)  # Kaiming, by what comes out
+
+
+def test_trained_filters_for_colours_are_no_filters_for_gradients(tmp_path):
+    """The rule: refused; where the user allows a partial backbone, that layer starts random, and the rest is kept."""
+    torch.manual_seed(0)
+    state = timm.create_model("test_resnet", num_classes=0).state_dict()
+    torch.save(state, tmp_path / "rgb.pth")
+    with pytest.raises(OdcftError, match=r"no way to adapt its first convolution.*--allow-partial"):
+        load_backbone(tmp_path / "rgb.pth", input="sobel")
+    loaded = load_backbone(tmp_path / "rgb.pth", input="sobel", allow_partial=True)
+    (note,) = loaded.notes
+    assert "(conv1.0.weight) takes 2 channels now and starts random, as --input sobel asks" in note
+    told = loaded.backbone.net.state_dict()
+    assert told["conv1.0.weight"].shape[1] == 2
+    assert all(torch.equal(told[name], tensor) for name, tensor in state.items() if name != "conv1.0.weight")
+    assert loaded.backbone(torch.rand(1, 3, 64, 64)).shape == (1, loaded.backbone.width)
+    again = load_backbone(tmp_path / "rgb.pth", input="sobel", allow_partial=True).backbone.net.state_dict()
+    assert torch.equal(again["conv1.0.weight"], told["conv1.0.weight"])
+    other = load_backbone(tmp_path / "rgb.pth", input="sobel", allow_partial=True, seed=1).backbone.net.state_dict()
+    assert not torch.equal(other["conv1.0.weight"], told["conv1.0.weight"])
+
+
+@pytest.mark.parametrize("color", CHANNELS)
+def test_the_users_mean_and_deviation_are_of_the_range(color):
+    """In 0..1 of the range, whatever that is: 1, 255, or 100 of lightness."""
+    count = 3 if color == "sobel" else CHANNELS[color]
+    mean, std = [0.1 * (c + 1) for c in range(count)], [0.2] * count
+    loaded = load_backbone("scratch:test_resnet", input=color, mean=mean, std=std)
+    shown, usual = loaded.backbone.input, default(color, 64)
+    assert shown.mean == pytest.approx([m * usual.range for m in mean])
+    assert shown.std == pytest.approx([s * usual.range for s in std])
+    own = load_backbone("scratch:test_resnet", input=color).backbone.input
+    assert load_backbone("scratch:test_resnet", input=color, std=std).backbone.input.mean == own.mean
+    plain = Adapter(replace(usual, mean=(0.0,) * count, std=(1.0,) * count))
+    if color != "sobel":
+        assert torch.allclose(
+            Adapter(replace(shown, size=8))(IMAGES),
+            (plain(IMAGES) / usual.range - torch.tensor(mean).view(1, -1, 1, 1)) / 0.2,
+            atol=1e-5,
+        )
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "said"),
+    [
+        ([0.5], None, "data.mean=[0.5]: test_resnet is shown rgb; give 3 numbers, one a channel"),
+        (None, [0.2] * 4, "give 3 numbers"),
+        ([], None, "give 3 numbers"),
+        ([0.5, 0.5, float("nan")], None, "give finite numbers"),
+        (None, [0.2, 0.2, 0.0], "give finite numbers above 0"),
+        (None, [0.2, 0.2, -1.0], "give finite numbers above 0"),
+        (None, [0.2, 0.2, float("inf")], "give finite numbers above 0"),
+    ],
+)
+def test_a_mean_or_deviation_that_cannot_be_is_refused(mean, std, said):
+    with pytest.raises(OdcftError) as refusal:
+        load_backbone("scratch:test_resnet", mean=mean, std=std)
+    assert said in str(refusal.value)

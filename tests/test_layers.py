@@ -5,8 +5,21 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "odcft"
 LAYERS = [
-    {"errors", "_torchvision", "recipe", "dist", "launch", "late", "stopping", "color", "seeds", "precision", "words"},
-    {"inputs", "renames", "restricted", "networks", "checkpoint", "matching", "recognition"},
+    {
+        "errors",
+        "hub",
+        "_torchvision",
+        "recipe",
+        "dist",
+        "launch",
+        "late",
+        "stopping",
+        "color",
+        "seeds",
+        "precision",
+        "words",
+    },
+    {"inputs", "renames", "restricted", "networks", "description", "checkpoint", "matching", "recognition"},
     {
         "memory",
         "backbone",
@@ -19,9 +32,10 @@ LAYERS = [
         "kmeans",
         "small_clusters",
         "health",
+        "folders",
         "advice",
     },
-    {"methods", "folders", "card", "exports"},
+    {"methods", "card", "exports"},
     {"snapshot", "resume"},
     {"train", "evaluation", "pretext"},
     {"demo", "cli", "__main__", "__init__"},

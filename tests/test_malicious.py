@@ -2,24 +2,31 @@
 
 import builtins
 import importlib
+import itertools
 import logging
 import os
 import pickle  # noqa: TID251 - to write what must not be read
 import runpy
 import shutil
+import socket
 import sqlite3
+import struct
 import subprocess
 import tarfile
 import timeit
 import zipfile
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from odcft.backbone import load_backbone
+from odcft.checkpoint import LEVELS, MEMBERS, NAME, TENSORS
 from odcft.errors import OdcftError
+from odcft.recipe import load_recipe
+from odcft.restricted import Endless, refuse_endless
 
 MKDIR = "__import__('os').mkdir('HACKED')"
 
@@ -154,3 +161,283 @@ def test_an_archive_that_swells_is_refused(tmp_path):
         archive.writestr("archive/data.pkl", bytes(50_000_000))
     with pytest.raises(OdcftError, match="swells"):
         load_backbone(tmp_path / "bomb.pth")
+
+
+# ---------------------------------------------------------------- small files that ask for work without end
+
+
+def doubled(start, join, times=40):
+    """The same value twice, in the same value twice …: 2^40 of them in a few hundred bytes."""
+    for _ in range(times):
+        start = join(start)
+    return start
+
+
+class Named:
+    """Pickled as a call of a function, by its name alone."""
+
+    def __init__(self, name, *args):
+        self.name, self.args = name, args
+
+
+class Writer(pickle._Pickler):
+    """Writes a tuple of one and the same tuple as pickle programs can, and `pickle` does not: without hashing it."""
+
+    def save(self, value, *args, **kwargs):
+        if isinstance(value, Named):
+            self.write(b"c" + value.name.encode() + b"\n")
+            super().save(tuple(value.args))
+            self.write(b"R")
+        elif isinstance(value, Keyed):
+            self.write(b"}")
+            self.save(value.key)
+            self.write(b"K\x01s")
+        else:
+            super().save(value, *args, **kwargs)
+
+
+class Keyed:
+    """A dict with one key, which Python would hash here already."""
+
+    def __init__(self, key):
+        self.key = key
+
+
+LISTS = doubled([], lambda inner: [inner, inner])
+DICTS = doubled({}, lambda inner: {"a": inner, "b": inner})
+TUPLES = doubled((), lambda inner: (inner, inner))
+ENDLESS = {
+    "lists": LISTS,
+    "dicts": DICTS,
+    "tuples": TUPLES,
+    "lists beside": {"state_dict": {}, "more": LISTS},
+    "a key of tuples": Keyed(TUPLES),
+    "a set of tuples": Named("builtins\nset", [TUPLES]),
+    "a frozen set of tuples": Named("__builtin__\nfrozenset", [TUPLES]),
+    "a dict of tuples": Named("builtins\ndict", [[TUPLES, 1]]),
+    "an ordered dict of tuples": Named("collections\nOrderedDict", [[TUPLES, 1]]),
+    "an ordered dict of Python 2": Named("UserList\nOrderedDict", [[TUPLES, 1]]),
+    "the text of lists": Named("builtins\nstr", LISTS),
+    "a type of lists": Named("numpy\ndtype", doubled("f4", lambda inner: [("a", inner), ("b", inner)], 30)),
+    "a tensor of lists": Named("torch\nFloatTensor", doubled([0.0], lambda inner: [inner, inner], 33)),
+    "a huge byte array": Named("builtins\nbytearray", 10**15),
+    "layers in layers": doubled(
+        {"_parameters": {}}, lambda inner: {"_parameters": {}, "_modules": {"a": inner, "b": inner}}
+    ),
+}
+
+
+@pytest.mark.parametrize("container", ["zip", "legacy", "tar", "pickle 2"])
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_small_file_that_asks_for_work_without_end_gets_one_sentence(name, container, tmp_path):
+    file = BytesIO()
+    Writer(file, 2).dump(ENDLESS[name])
+    path, program = tmp_path / "c.pth", file.getvalue()
+    assert len(program) < 10_000
+    if container == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for part, data in {"data.pkl": program, "version": b"3\n", "byteorder": b"little"}.items():
+                archive.writestr(f"a/{part}", data)
+    elif container == "legacy":
+        torch.save({}, path, _use_new_zipfile_serialization=False)
+        empty = pickle.dumps({}, 2)
+        assert path.read_bytes().count(empty) == 1
+        path.write_bytes(path.read_bytes().replace(empty, program))
+    elif container == "tar":
+        with tarfile.open(path, "w:") as archive:
+            parts = {"tensors": pickle.dumps(0), "storages": pickle.dumps(0) + pickle.dumps([]), "pickle": program}
+            for part, data in parts.items():
+                info = tarfile.TarInfo(part)
+                info.size = len(data)
+                archive.addfile(info, BytesIO(data))
+    else:
+        path.write_bytes(program)
+    with pytest.raises(OdcftError) as refusal:
+        load_backbone(path)
+    assert str(path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"]r\xff\xff\xff\x7f.",  # a memo of 2^31 places
+        b"]" * 1001 + b".",
+    ],
+    ids=["memo", "instructions"],
+)
+def test_a_program_that_asks_for_room_or_time_is_refused(program, monkeypatch):
+    monkeypatch.setattr("odcft.restricted.INSTRUCTIONS", 1000)
+    with pytest.raises(Endless):
+        refuse_endless(BytesIO(b"\x80\x02" + program))
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_program_of_ordinary_things_is_looked_through_to_its_end(protocol):
+    shared = ["x"] * 100
+    cycle = {"shared": shared}
+    cycle["self"] = cycle
+    things = [{"a": 1, 2: (3.5, None, True, b"x" * 300)}, {1, 2}, frozenset([3]), shared, [shared] * 1000, cycle]
+    things += [np.zeros((2, 3)), np.float64(2), os.stat_result(range(10)), Calls(dict), itertools.count(3), -(2**70)]
+    things += [(cycle, cycle), "x" * 70_000, bytearray(5), {"k": {"k": {}}}]
+    file = BytesIO(pickle.dumps(things, protocol) + pickle.dumps("next", protocol))
+    refuse_endless(file)
+    assert pickle.load(file) == "next"
+
+
+def test_shared_lists_of_arrays_load_once(tmp_path, make_checkpoint):
+    """What stands in several places is one thing, and is looked at once."""
+    state = torch.load(make_checkpoint(tmp_path / "c.pth"), weights_only=True)["state_dict"]
+    arrays = {name: tensor.numpy() for name, tensor in state.items()}
+    tree = doubled([arrays], lambda inner: [inner, inner], 30)
+    (tmp_path / "c.pkl").write_bytes(pickle.dumps({"model": arrays, "again": tree}))
+    loaded = load_backbone(tmp_path / "c.pkl")
+    assert loaded.match.share == 1
+    assert loaded.match.where.startswith("model")
+
+
+def write_view(path, container, shape, stride):
+    """A tensor of a file of a few hundred bytes that shows its four numbers again and again."""
+    if container == "zip":
+        torch.save({"conv1.weight": torch.zeros(4).as_strided((1, 1), (0, 0))}, path)
+        with zipfile.ZipFile(path) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        (name,) = (name for name in parts if name.endswith("data.pkl"))
+        for old, new in (((b"K\x01K\x01\x86"), shape), ((b"K\x00K\x00\x86"), stride)):
+            assert parts[name].count(old) == 1
+            written = b"".join(b"\x8a\x08" + struct.pack("<q", number) for number in new)
+            parts[name] = parts[name].replace(old, written + b"\x86")
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in parts.items():
+                archive.writestr(name, data)
+        return
+    parts = {"storages": pickle.dumps(1) + pickle.dumps((1, "cpu", torch.FloatStorage), 2) + struct.pack("<q", 4)}
+    parts["storages"] += bytes(16) + pickle.dumps([])
+    parts["tensors"] = pickle.dumps(1) + pickle.dumps((1, 1, None)) + struct.pack("<i4x4qq", 2, *shape, *stride, 0)
+
+    class Refers(pickle.Pickler):
+        def persistent_id(self, value):
+            return "1" if value == "tensor" else None
+
+    file = BytesIO()
+    Refers(file, 2).dump({"conv1.weight": "tensor"})
+    parts["pickle"] = file.getvalue()
+    with tarfile.open(path, "w:") as archive:
+        for name, data in parts.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, BytesIO(data))
+
+
+@pytest.mark.parametrize("container", ["zip", "tar"])
+@pytest.mark.parametrize(("shape", "stride"), [((10**6, 172_750), (0, 0)), ((10**6, 4), (0, 1)), ((10**9, 1), (0, 1))])
+def test_a_tensor_larger_than_its_file_gets_one_sentence(shape, stride, container, tmp_path):
+    write_view(tmp_path / "c.pth", container, shape, stride)
+    with pytest.raises(OdcftError, match=r"says that 'conv1.weight' in it takes .* Is it damaged") as refusal:
+        load_backbone(tmp_path / "c.pth")
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_the_last_test_wrote_would_load_if_it_were_not_so_large(tmp_path):
+    for container in ("zip", "tar"):
+        write_view(tmp_path / "c.pth", container, (2, 2), (0, 1))
+        with pytest.raises(OdcftError, match="fits no backbone"):
+            load_backbone(tmp_path / "c.pth")
+
+
+def test_an_archive_of_very_many_files_is_not_listed(tmp_path):
+    """The list at an archive's end says how long it is; nothing else of it is read."""
+    entry = struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 20, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    many = entry * (MEMBERS + 1)
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, len(many), 4, 0)
+    (tmp_path / "c.pth").write_bytes(b"PK\x03\x04" + many + end)
+    with pytest.raises(OdcftError, match="far more than PyTorch writes"):
+        load_backbone(tmp_path / "c.pth")
+    long = struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, MEMBERS + 1, MEMBERS + 1, len(many), 4)
+    where = struct.pack("<4sIQI", b"PK\x06\x07", 0, 4 + len(many), 1)
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    (tmp_path / "c.pth").write_bytes(b"PK\x03\x04" + many + long + where + end)
+    with pytest.raises(OdcftError, match="far more than PyTorch writes"):
+        load_backbone(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([f"x{number}" for number in range(TENSORS + 1)], "far more than any network"),
+        (["x" * (NAME + 1)], "which no network has"),
+        (["x." * (LEVELS + 1)], "which no network has"),
+    ],
+    ids=["many", "long", "deep"],
+)
+def test_names_without_end_are_refused(names, said, tmp_path):
+    torch.save(dict.fromkeys(names, torch.zeros(1)), tmp_path / "c.pth")
+    with pytest.raises(OdcftError, match=said):
+        load_backbone(tmp_path / "c.pth")
+
+
+def test_a_safetensors_file_with_a_huge_head_is_not_read(tmp_path):
+    with (tmp_path / "c.safetensors").open("wb") as file:
+        file.write((400_000_000).to_bytes(8, "little") + b"{")
+        file.truncate(400_000_008)
+    with pytest.raises(OdcftError, match="its header has 400,000,000 bytes"):
+        load_backbone(tmp_path / "c.safetensors")
+    head = b'{"a":' + b"[" * 1_000_000
+    (tmp_path / "d.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
+    with pytest.raises(OdcftError, match="damaged safetensors file") as refusal:
+        load_backbone(tmp_path / "d.safetensors")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_sparse_tar_archive_is_not_filled_up(tmp_path):
+    """GNU's tar writes holes as their length alone."""
+    info = tarfile.TarInfo("storages")
+    info.type = tarfile.GNUTYPE_SPARSE
+    head = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    head[483:495] = b"77777777777\0"  # its length with holes: 8 gigabytes
+    head[148:156] = b"        "
+    head[148:156] = f"{sum(head):06o}\0 ".encode()
+    (tmp_path / "c.pth").write_bytes(bytes(head) + bytes(10_240))
+    with pytest.raises(OdcftError, match="is a tar archive, but none that PyTorch wrote"):
+        load_backbone(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("what", ["pipe", "socket", "device", "pipe in a folder", "pipe as config", "a long name"])
+def test_what_is_no_file_is_not_waited_for(what, tmp_path):
+    path = tmp_path / "c"
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    elif what == "device":
+        path = Path("/dev/zero")
+    elif what == "pipe in a folder":
+        path.mkdir()
+        os.mkfifo(path / "model.safetensors")
+        (path / "config.json").write_text("{}")
+    elif what == "pipe as config":
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(b"x")
+        os.mkfifo(path / "config.json")
+    else:
+        path = tmp_path / ("x" * 5000)
+    with pytest.raises(OdcftError) as refusal:
+        load_backbone(path)
+    assert "\n" not in str(refusal.value)
+    if what == "pipe":
+        with pytest.raises(OdcftError, match="is no recipe"):
+            load_recipe(path)
+
+
+def test_names_of_classes_and_tensors_forge_no_lines(tmp_path):
+    """A class of any name can be asked for, and a key be any text."""
+    program = b"\x80\x04\x8c\x0eos.x\nodcft: ok\x8c\x06system\x93."
+    (tmp_path / "c.pkl").write_bytes(program)
+    with pytest.raises(OdcftError, match="asks to run code") as refusal:
+        load_backbone(tmp_path / "c.pkl")
+    assert "\n" not in str(refusal.value)
+    (tmp_path / "d.pkl").write_bytes(pickle.dumps({"x\n\x1b[2J" * 50: np.ones(3)}))
+    with pytest.raises(OdcftError) as refusal:
+        load_backbone(tmp_path / "d.pkl")
+    assert "\n" not in str(refusal.value)
+    assert "\x1b" not in str(refusal.value)
