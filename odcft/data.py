@@ -376,13 +376,15 @@ def own_range(images: Images, full: bool = False, sample: int = 256) -> tuple[tu
     Args:
         images: those to show.
         full: take the type's limits, whatever use is made of them.
-        sample: how many of them, spread over the set, are looked at; only those of more than 8 bits are decoded.
+        sample: how many of them at most, spread over the set, are looked at; fewer, but 16, where they are of more than
+            a million pixels. Only those of more than 8 bits are decoded.
 
     Returns:
         (low, high), the type's own limits where the images make use of it; None for images of 8 bits, and of several
         types that are all made use of. And what to tell of it, "" where nothing is changed.
     """
     found: dict[tuple[str, tuple[float, float]], list[tuple[float, float]]] = {}
+    sample = min(sample, max(16, (1 << 28) // max(1, usual_side(images) ** 2)))  # some seconds of decoding
     looked_at = range(0, len(images), max(1, -(-len(images) // sample)))
     for index in looked_at:
         with suppress(Exception):  # it will be reported when it is its turn
@@ -401,7 +403,7 @@ def own_range(images: Images, full: bool = False, sample: int = 256) -> tuple[tu
     return (low, high), f"{count}{use}: scaled by the set's own, {low:,.6g} is black and {high:,.6g} white."
 
 
-def _extremes(values: np.ndarray, most: int = 1 << 20) -> list[float]:
+def _extremes(values: np.ndarray, most: int = 1 << 18) -> list[float]:
     """The least and the largest value but for a thousandth at either end; [] where there is no number."""
     step = max(1, math.ceil(math.sqrt(values.size / most)))
     some = values[::step, ::step].ravel()
