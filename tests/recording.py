@@ -3,8 +3,8 @@
     python tests/recording.py              compare with tests/data/recording.json, and say what differs
     python tests/recording.py --write      record anew (a commit of its own says why)
 
-Images and weights are made here from numpy's generator, whose numbers do not depend on its version; images are PNG files,
-which every library reads alike.
+Images and weights are made here from numpy's generator, whose numbers do not depend on its version. Images are PNG
+files, which every library reads alike.
 """
 
 import argparse

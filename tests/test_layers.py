@@ -34,6 +34,7 @@ LAYERS = [
         "health",
         "folders",
         "shared_memory",
+        "pixels",
         "advice",
     },
     {"methods", "card", "exports"},
