@@ -135,18 +135,20 @@ def test_a_state_that_took_long_is_not_the_reason_for_the_next(monkeypatch):
     """What counts is the time since a state was there, and how long that one took from its beginning to its end."""
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    pace = snapshot.Pace(minutes=1, share=1.0)
-    clock[0] = 59.9
+    pace = snapshot.Pace(minutes=2, share=0.5)
+    clock[0] = 119.9
     assert not pace.due(epoch_ends=False)
-    clock[0] = 60
+    clock[0] = 120
     assert pace.due(epoch_ends=False)
-    clock[0] = 100
-    pace.wrote(began=60)  # 40 seconds
-    clock[0] = 139
+    clock[0] = 160
+    pace.wrote(began=120)  # 40 seconds
+    clock[0] = 239
     assert not pace.due(epoch_ends=True)
-    clock[0] = 140
+    clock[0] = 240
     assert pace.due(epoch_ends=True)
     assert not pace.due(epoch_ends=False)
+    clock[0] = 280
+    assert pace.due(epoch_ends=False)
 
 
 # ---------------------------------------------------------------- written
