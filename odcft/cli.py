@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import time
 import traceback
 import warnings
 from contextlib import suppress
@@ -57,6 +58,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what odcft wrote there before.")]
 Devices = Annotated[int, typer.Option(min=1, help="Processes on this machine: GPUs, or shares of the CPU.")]
 
+LOST = 5.0  # seconds: who launched the processes ends this one before it has said what another says better
 DEFAULT_RECIPE, DC_RECIPE = "odc_r50_finetune", "dc_r50_finetune"
 
 
@@ -420,9 +422,20 @@ def _in_a_line(message: Warning | str, category: type[Warning], *place: object, 
     return f"{kind:<11} {shown(message)}\n"
 
 
+def _lost_another(error: Exception) -> str:
+    """What there is to say where another process is gone or cannot be reached, or ""."""
+    if "RANK" not in os.environ:
+        return ""
+    from odcft import dist
+
+    if not dist.lost_another(error):
+        return ""
+    return f"process {dist.rank()} has lost another ({shown(str(error).splitlines()[0])}). --resume goes on."
+
+
 def main() -> NoReturn:
     """Run the command line and leave with its exit code: 0 done, 2 the user can fix it, 75 stopped, 1 anything else."""
-    code = 0
+    code, lost = 0, ""
     warnings.formatwarning = _in_a_line  # type: ignore[assignment]
     with stopping.listening():
         try:
@@ -438,10 +451,13 @@ def main() -> NoReturn:
                     how = str(stopped) or "Nothing was saved. Start it again with the same command."
                     print(f"odcft: {stopping.asked()}: stopped. {shown(how)}", file=sys.stderr, flush=True)
             os._exit(stopping.EXIT)  # without waiting for data workers that are in the middle of reading
-        except Exception:  # a fault of ours
-            for line in traceback.format_exc().splitlines():
+        except Exception as error:  # a fault of ours, or of another process
+            code, lost = 1, _lost_another(error)
+            for line in traceback.format_exc().splitlines() if not lost else ():
                 print(shown(line), file=sys.stderr)
-            code = 1
+    if lost:
+        time.sleep(LOST)
+        print(f"odcft: {lost}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         from odcft import dist
 
