@@ -13,7 +13,7 @@ def inputs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("ranks", recording.RANKS)
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", recording.METHODS)
 def test_thirty_steps_are_as_recorded(inputs, method, ranks):
     kept = json.loads(recording.RECORDING.read_text())

@@ -160,6 +160,7 @@ def test_run_that_was_killed_while_its_first_state_was_written_begins_again(inpu
     assert outcome(tmp_path / "run") == outcome(inputs / "whole")
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_processes_end_with_the_same_bits():
     """A short version of what docs/reliability.md reports."""
     command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--json", "--sigkill", "2", "--sigterm", "1"]
@@ -173,6 +174,7 @@ def test_killed_and_stopped_processes_end_with_the_same_bits():
     assert figures["sigterm"]["slowest_s"] < 30
 
 
+@pytest.mark.slow
 def test_two_ranks_one_killed_then_asked_to_stop_then_alone(inputs, go, tmp_path):
     run = tmp_path / "run"
     settings = [part for override in (*QUICK, "log.snapshot_minutes=0.001") for part in ("--set", override)]
