@@ -5,8 +5,21 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "odcft"
 LAYERS = [
-    {"errors", "_torchvision", "recipe", "dist", "launch", "late", "stopping", "color", "seeds", "precision", "words"},
-    {"inputs", "renames", "restricted", "networks", "checkpoint", "matching", "recognition"},
+    {
+        "errors",
+        "_torchvision",
+        "recipe",
+        "dist",
+        "launch",
+        "late",
+        "stopping",
+        "color",
+        "seeds",
+        "precision",
+        "words",
+        "hub",
+    },
+    {"inputs", "renames", "restricted", "networks", "description", "checkpoint", "matching", "recognition"},
     {
         "memory",
         "backbone",
