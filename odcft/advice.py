@@ -4,13 +4,11 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from safetensors import SafetensorError
-
 from odcft import dist
 from odcft.errors import OdcftError, ran_out_of_memory
 from odcft.recipe import Recipe
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -28,17 +26,14 @@ def explained(recipe: Recipe) -> Iterator[None]:
         if "DataLoader worker" in str(error):
             raise OdcftError(worker_died(str(error), recipe)) from None
         raise
-    except SafetensorError as error:
-        if "os error" in str(error):
-            raise OdcftError(f"A file cannot be written: {error}. Make room and go on with --resume.") from None
-        raise
     except OSError as error:
         if error.errno in FULL:
-            raise OdcftError(
-                f"{error.filename or 'The output'} cannot be written: {error.strerror}. "
-                "Make room and go on with --resume."
-            ) from None
-        raise
+            what = f"{error.filename or 'The output'} cannot be written: {error.strerror}. Make room"
+        elif error.errno is not None and error.filename is not None:
+            what = f"{error.filename}: {error.strerror}. Mend that"
+        else:
+            raise
+        raise OdcftError(f"{what} and go on with --resume.") from None
 
 
 def out_of_memory(recipe: Recipe) -> str:

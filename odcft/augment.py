@@ -76,19 +76,19 @@ def augment_batch(images: Tensor, recipe: AugmentRecipe, generator: torch.Genera
     """
     B, device = len(images), images.device
 
+    def there(drawn: Tensor) -> Tensor:
+        return drawn.to(device, non_blocking=True)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return there(torch.empty(B).uniform_(low, high, generator=generator).view(B, 1, 1, 1))
+
     def factors(strength: float) -> Tensor:
-        drawn = torch.empty(B).uniform_(max(0.0, 1 - strength), 1 + strength, generator=generator)
-        return drawn.view(B, 1, 1, 1).to(device, non_blocking=True)
+        return uniform(max(0.0, 1 - strength), 1 + strength)
 
     if recipe.rotation:
         degrees = torch.empty(B).uniform_(-recipe.rotation, recipe.rotation, generator=generator)
         images = _rotate(images, degrees)
-    hue = (
-        torch.empty(B)
-        .uniform_(-recipe.hue, recipe.hue, generator=generator)
-        .view(B, 1, 1, 1)
-        .to(device, non_blocking=True)
-    )
+    hue = uniform(-recipe.hue, recipe.hue)
     changes = [
         (recipe.brightness, _brightness, factors(recipe.brightness)),
         (recipe.contrast, _contrast, factors(recipe.contrast)),
@@ -101,10 +101,10 @@ def augment_batch(images: Tensor, recipe: AugmentRecipe, generator: torch.Genera
     for place in range(len(changes)):
         for number, (strength, change, factor) in enumerate(changes):
             if strength:
-                rows = (order_B4[:, place] == number).nonzero()[:, 0].to(device, non_blocking=True)
+                rows = there((order_B4[:, place] == number).nonzero()[:, 0])
                 images = images.index_copy(0, rows, change(images[rows], factor[rows]))
     if recipe.gray:
-        is_gray = (torch.rand(B, generator=generator) < recipe.gray).view(B, 1, 1, 1).to(device, non_blocking=True)
+        is_gray = there((torch.rand(B, generator=generator) < recipe.gray).view(B, 1, 1, 1))
         images = torch.where(is_gray, _gray(images), images)
     return images
 

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import time
 import traceback
 import warnings
 from contextlib import suppress
@@ -57,6 +58,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what odcft wrote there before.")]
 Devices = Annotated[int, typer.Option(min=1, help="Processes on this machine: GPUs, or shares of the CPU.")]
 
+LOST = 5.0  # seconds: who launched the processes ends this one before it has said what another says better
 DEFAULT_RECIPE, DC_RECIPE = "odc_r50_finetune", "dc_r50_finetune"
 
 
@@ -220,7 +222,8 @@ def finetune(
     overrides = [*(overrides or []), *([f"method={method}"] if method else [])]
     if recipe is None:
         usual = DC_RECIPE if "method=dc" in overrides else DEFAULT_RECIPE
-        recipe = str(out / "recipe.yaml") if resume and (out / "recipe.yaml").exists() else usual
+        own = out / "recipe.yaml"
+        recipe = str(own) if resume and os.path.isfile(own) and not os.path.islink(own) else usual
     resolved = _recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args)
     _join(devices)
     from odcft.log import duration
@@ -316,32 +319,27 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """How good a backbone's features are: VOC07 SVM mAP, nearest neighbours."""
-    from odcft.evaluation import compare as evaluation
+    from odcft.evaluation.arrays import check_protocols, evaluate_file
+    from odcft.evaluation.table import lines, public, summary
+    from odcft.log import Progress
 
-    protocols = evaluation.check_protocols(protocol)
+    protocols = check_protocols(protocol)
     if features is not None:
-        results = evaluation.evaluate_file(features, protocols)
+        results = evaluate_file(features, protocols, Progress())
     elif ckpt is None or data is None:
         raise OdcftError(
             "evaluate takes a checkpoint and labelled images (odcft evaluate CKPT DATA), or --features FILE.npz."
         )
     else:
+        from odcft.evaluation.compare import evaluate as run
+
         args = _arguments(arch_args)
-        results = evaluation.evaluate(ckpt, data, test, protocols, arch, size, input, allow_partial, arch_args=args)
-    lines = evaluation_lines(evaluation.table(results))
-    for member in results.get("members", []):
-        lines += [f"{member['source']} alone:", *evaluation_lines(evaluation.table(member))]
-    if "members" in results:
-        lines.insert(0, f"All {len(results['members'])} members side by side:")
-    _tell(evaluation.public(results), as_json, lines)
-
-
-def evaluation_lines(rows: list[tuple[str, float | None, float, str]]) -> list[str]:
-    """The table of an evaluation: figures, before and after where there are both."""
-    if not any(before is not None for _, before, _, _ in rows):
-        return [f"  {title:<12}{after:>7.1f}" for title, _, after, _ in rows]
-    lines = [f"  {'':<12}{'before':>8}{'after':>8}    change (95 % interval)"]
-    return lines + [f"  {title:<12}{before:>8.1f}{after:>8.1f}    {change}" for title, before, after, change in rows]
+        results = run(ckpt, data, test, protocols, arch, size, input, allow_partial, arch_args=args)
+    members = results.get("members", [])
+    said = [summary(results), *([f"All {len(members)} members side by side:"] if members else []), *lines(results)]
+    for member in members:
+        said += [f"{member['source']} alone:", *lines(member)]
+    _tell(public(results), as_json, said)
 
 
 @app.command()
@@ -420,12 +418,24 @@ def _options(
 
 def _in_a_line(message: Warning | str, category: type[Warning], *place: object, **more: object) -> str:
     """A warning of a library, as it is printed."""
-    return f"{category.__name__}: {shown(message)}\n"
+    kind = "Warning" if category is UserWarning else category.__name__
+    return f"{kind:<11} {shown(message)}\n"
+
+
+def _lost_another(error: Exception) -> str:
+    """What there is to say where another process is gone or cannot be reached, or ""."""
+    if "RANK" not in os.environ:
+        return ""
+    from odcft import dist
+
+    if not dist.lost_another(error):
+        return ""
+    return f"process {dist.rank()} has lost another ({shown(str(error).splitlines()[0])}). --resume goes on."
 
 
 def main() -> NoReturn:
     """Run the command line and leave with its exit code: 0 done, 2 the user can fix it, 75 stopped, 1 anything else."""
-    code = 0
+    code, lost = 0, ""
     warnings.formatwarning = _in_a_line  # type: ignore[assignment]
     with stopping.listening():
         try:
@@ -441,10 +451,13 @@ def main() -> NoReturn:
                     how = str(stopped) or "Nothing was saved. Start it again with the same command."
                     print(f"odcft: {stopping.asked()}: stopped. {shown(how)}", file=sys.stderr, flush=True)
             os._exit(stopping.EXIT)  # without waiting for data workers that are in the middle of reading
-        except Exception:  # a fault of ours
-            for line in traceback.format_exc().splitlines():
+        except Exception as error:  # a fault of ours, or of another process
+            code, lost = 1, _lost_another(error)
+            for line in traceback.format_exc().splitlines() if not lost else ():
                 print(shown(line), file=sys.stderr)
-            code = 1
+    if lost:
+        time.sleep(LOST)
+        print(f"odcft: {lost}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         from odcft import dist
 

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from odcft import dist, seeds, stopping
+from odcft import dist, seeds, shared_memory, stopping
 from odcft.augment import centre_crop, random_crop
 from odcft.errors import OdcftError
 from odcft.inputs import View
@@ -271,6 +272,15 @@ class Batch:
         """(called by the loader)"""
         return Batch(self.pixels.pin_memory(), self.index_B.pin_memory(), self.unreadable)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """(called in a worker)"""
+        pixels = shared_memory.handed_over(self.pixels)
+        return _received, (pixels, tuple(self.pixels.shape), self.index_B.tolist(), self.unreadable)
+
+
+def _received(pixels: Tensor | bytes, shape: tuple[int, ...], index: list[int], unreadable: dict[int, str]) -> Batch:
+    return Batch(shared_memory.received(pixels, shape), torch.tensor(index, dtype=torch.int64), unreadable)
+
 
 def collate(items: list[tuple[Tensor | str, int]]) -> Batch:
     """Stack what was read, and list what was not."""
@@ -327,6 +337,7 @@ def in_order(indices: range, batch: int) -> list[list[tuple[int, int]]]:
 
 def loader(crops: Crops, batches: object, workers: int, device: torch.device) -> torch.utils.data.DataLoader:
     """A loader of `Batch`es; batches are lists of (epoch, index)."""
+    workers = shared_memory.usable_workers(workers)
     return torch.utils.data.DataLoader(
         crops,  # type: ignore[arg-type]
         batch_sampler=batches,  # type: ignore[arg-type]
@@ -341,6 +352,7 @@ def loader(crops: Crops, batches: object, workers: int, device: torch.device) ->
 def _in_worker(worker: int) -> None:
     torch.set_num_threads(1)
     stopping.ignore_in_worker()
+    shared_memory.end_rather_than_wait()
 
 
 def usual_side(images: Images, sample: int = 32) -> int:
@@ -364,13 +376,15 @@ def own_range(images: Images, full: bool = False, sample: int = 256) -> tuple[tu
     Args:
         images: those to show.
         full: take the type's limits, whatever use is made of them.
-        sample: how many of them, spread over the set, are looked at; only those of more than 8 bits are decoded.
+        sample: how many of them at most, spread over the set, are looked at; fewer, but 16, where they are of more than
+            a million pixels. Only those of more than 8 bits are decoded.
 
     Returns:
         (low, high), the type's own limits where the images make use of it; None for images of 8 bits, and of several
         types that are all made use of. And what to tell of it, "" where nothing is changed.
     """
     found: dict[tuple[str, tuple[float, float]], list[tuple[float, float]]] = {}
+    sample = min(sample, max(16, (1 << 28) // max(1, usual_side(images) ** 2)))  # some seconds of decoding
     looked_at = range(0, len(images), max(1, -(-len(images) // sample)))
     for index in looked_at:
         with suppress(Exception):  # it will be reported when it is its turn
@@ -389,7 +403,7 @@ def own_range(images: Images, full: bool = False, sample: int = 256) -> tuple[tu
     return (low, high), f"{count}{use}: scaled by the set's own, {low:,.6g} is black and {high:,.6g} white."
 
 
-def _extremes(values: np.ndarray, most: int = 1 << 20) -> list[float]:
+def _extremes(values: np.ndarray, most: int = 1 << 18) -> list[float]:
     """The least and the largest value but for a thousandth at either end; [] where there is no number."""
     step = max(1, math.ceil(math.sqrt(values.size / most)))
     some = values[::step, ::step].ravel()

@@ -35,8 +35,9 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
     Returns:
         Figures (ODC's, and DC's under `dc`), and lines for people.
     """
-    from odcft.cli import evaluation_lines
-    from odcft.evaluation.compare import evaluate, public, table
+    from odcft.evaluation.compare import evaluate
+    from odcft.evaluation.table import lines as table
+    from odcft.evaluation.table import public
     from odcft.train import fine_tune, init_memory
 
     progress = Progress()
@@ -71,9 +72,9 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
     lines = [
         "",
         f"Before and after ODC ({duration(run['seconds'])}), on {len(images) // 2:,} held-out digits:",
-        *evaluation_lines(table(after_odc)),
+        *table(after_odc),
         f"Before and after DeepCluster ({duration(run_dc['seconds'])}):",
-        *evaluation_lines(table(after_dc)),
+        *table(after_dc),
         "",
         f"Everything is in {out} ({duration(seconds)}):",
         "  digits/         the images, a folder a class (training never looks at the folders)",

@@ -41,6 +41,13 @@ def start(device: torch.device) -> None:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
+def lost_another(error: BaseException) -> bool:
+    """Whether this is torch's way to say that another process is gone, which says itself why, or cannot be reached."""
+    if not _started() or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)
+
+
 def leave(code: int) -> NoReturn:
     """End this process with an exit code; one of several ends on the spot, having left the group if all is well.
 

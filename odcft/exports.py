@@ -67,6 +67,7 @@ def export(
 
 def _refuse_others(out: Path, format: str, overwrite: bool) -> None:
     """Refuse an output that is there, but for one that odcft wrote and that is to be replaced."""
+    folders.refuse_unreachable(out)
     if out.is_dir():
         there = folders.contents(out, folders.BACKBONE_FILES)
         if there and not overwrite:

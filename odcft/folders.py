@@ -56,6 +56,7 @@ NAMES: Any = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 def refuse_full(out: Path, ours: Layout, overwrite: bool) -> None:
     """Refuse an output that would be written over, or through which other places would be."""
+    refuse_unreachable(out)
     if out.is_symlink() and not out.exists():
         raise OdcftError(f"{out} is a link that leads nowhere. Make the folder it leads to, or choose another --out.")
     if out.exists() and not out.is_dir():
@@ -70,6 +71,16 @@ def refuse_full(out: Path, ours: Layout, overwrite: bool) -> None:
     dist.barrier()  # every rank has looked before one writes
 
 
+def refuse_unreachable(path: Path) -> None:
+    """Refuse an output that may not even be looked at: its name is too long, or a folder above it is closed."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise OdcftError(f"{path} cannot be written: {error.strerror}. Choose another place.") from None
+
+
 def refuse_unwritable(path: Path) -> None:
     """Refuse a file that cannot be written, before hours are spent on what goes into it; nothing stays of the trial."""
     refused = ""
@@ -78,7 +89,9 @@ def refuse_unwritable(path: Path) -> None:
             with made(path.parent):
                 _new(path).unlink()
         except OSError as error:
-            refused = f"{path} cannot be written: {error.strerror}. Choose another place for it."
+            in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+            why = "something else is where its folder would be" if in_the_way else error.strerror
+            refused = f"{path} cannot be written: {why}. Choose another place."
     refused = dist.gather_dict({0: refused} if refused else {}).get(0, "")
     if refused:
         raise OdcftError(refused)
@@ -297,6 +310,10 @@ def _lock(path: Path) -> tuple[TextIO, str]:
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            os.close(descriptor)
+            raise FileExistsError
         file = os.fdopen(descriptor, "r+", encoding="utf-8")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -305,7 +322,7 @@ def _lock(path: Path) -> tuple[TextIO, str]:
                 raise BlockingIOError from None
             return file, f"{path.parent} cannot be locked ({error.strerror}): let no other run write to it."
         found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or not "process ".startswith(file.read(8)):
+        if not "process ".startswith(file.read(8)):
             raise FileExistsError
         if found.st_nlink > 1:
             path.unlink()

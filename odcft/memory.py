@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 UNIT = 2.0**-32  # of the fixed-point sums: finer than float32 for anything above 2**-8, room for 2**31 unit members
+ROWS = 65536  # at a time
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ def new_memory(
     stored_SD = features_SD if features_SD.dtype == dtype else torch.empty(S, D, dtype=dtype, device=device)
     sums_KD = torch.zeros(clusters, D, dtype=torch.int64, device=device)
     labels_S = labels_S.to(torch.int32)
-    for start in range(0, S, 65536):  # in pieces, so that nothing else N-sized is ever made
-        rows = slice(start, start + 65536)
+    for start in range(0, S, ROWS):  # in pieces, so that nothing else N-sized is ever made
+        rows = slice(start, start + ROWS)
         piece_SD = features_SD[rows].float()
         stored_SD[rows] = (F.normalize(piece_SD, dim=1, eps=1e-10) if normalise else piece_SD).to(dtype)
         sums_KD.index_add_(0, labels_S[rows], to_units(stored_SD[rows]))

@@ -83,7 +83,7 @@ def restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> Non
     """Put back what was `stored`: what has a parameter's shape, laid out in memory as the parameter is."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
-        number, slot = name.split(".", 1)
+        number, _, slot = name.partition(".")
         parameter = parameters[int(number)]
         like = value.shape == parameter.shape
         optimizer.state[parameter][slot] = torch.empty_like(parameter).copy_(value) if like else value.clone()

@@ -275,12 +275,14 @@ def _train(
     began = time.monotonic()
     if task not in TASKS:
         raise OdcftError(f"{task}: no such pretext task. Choose from {', '.join(TASKS)}.")
+    folders.refuse_unreachable(out)
     if out.is_dir() or (out.exists() and not (overwrite or resume)):
         raise OdcftError(
             f"{out} exists. Pass --resume to go on with it, --overwrite to replace it, or choose another --out."
         )
     if not resume or out.is_symlink():
         folders.refuse_file_of_others(out)
+    folders.refuse_unwritable(out)
     images = find_images(data)
     progress.say(f"Images      {len(images):,} in {images.source}")
     if images.skipped:
@@ -313,7 +315,6 @@ def _train(
     if optim.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(network.backbone.parameters(), network.head.parameters(), optim)
-    folders.refuse_unwritable(out)
     model = dist.parallel(network, device)
     order = TrainingOrder(len(images), optim.batch_size // dist.world_size(), optim.epochs, recipe.seed)
     progress.say(

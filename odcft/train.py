@@ -549,6 +549,7 @@ def fine_tune(
     if epochs is not None:
         recipe = recipe.model_copy(deep=True)
         recipe.optim.epochs = epochs
+    folders.refuse_unreachable(out)
     begun = resume and folders.only_begun(out)
     if begun or not resume:
         folders.refuse_full(out, folders.RUN_FILES, overwrite or resume)

@@ -1,3 +1,7 @@
+import pytest
+
+
+@pytest.mark.slow
 def test_demo_ends_above_the_checkpoint_it_started_from(tmp_path):
     from odcft.demo import run_demo
 

@@ -76,8 +76,14 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("format", ["timm", "safetensors", "onnx"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "format"),
+    [
+        pytest.param(kind, format, marks=[pytest.mark.slow] if format == "onnx" and kind != "timm resnet" else [])
+        for kind in KINDS
+        for format in ("timm", "safetensors", "onnx")
+    ],
+)
 def test_reloaded_features_are_those_of_the_checkpoint(kind, format, tmp_path):
     torch.manual_seed(1)
     torch.save({"model_state_dict": KINDS[kind]()}, tmp_path / "c.pth")

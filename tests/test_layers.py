@@ -7,6 +7,7 @@ PACKAGE = Path(__file__).parent.parent / "odcft"
 LAYERS = [
     {
         "errors",
+        "hub",
         "_torchvision",
         "recipe",
         "dist",
@@ -17,7 +18,6 @@ LAYERS = [
         "seeds",
         "precision",
         "words",
-        "hub",
     },
     {"inputs", "renames", "restricted", "networks", "description", "checkpoint", "matching", "recognition"},
     {
@@ -32,9 +32,12 @@ LAYERS = [
         "kmeans",
         "small_clusters",
         "health",
+        "folders",
+        "shared_memory",
+        "pixels",
         "advice",
     },
-    {"methods", "folders", "card", "exports"},
+    {"methods", "card", "exports"},
     {"snapshot", "resume"},
     {"train", "evaluation", "pretext"},
     {"demo", "cli", "__main__", "__init__"},

@@ -24,7 +24,22 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+# One of each container and kind of rename; the others are large, and slow.
+QUICK = {
+    *(
+        "dino_vits16_backbone",
+        "mocov3_vits16",
+        "moco_v2_rn50",
+        "rotnet_nin_cifar10",
+        "timm_hf_dir_vit_small_safetensors",
+    ),
+    *("fair_caffe2_rn50_jigsaw", "torchvision_resnet50_2017_tar", "vissl_alexnet_rotnet", "openselfsup_odc_full"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+)
 def test_layout_loads_and_computes_what_its_owners_did(name, tmp_path):
     layout, wanted = write(name, tmp_path / "model")  # no ending: the bytes tell
     loaded = load_backbone(tmp_path / "model")

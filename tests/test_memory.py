@@ -29,9 +29,45 @@ def test_centroid_is_the_mean_of_normalised_members():
 
 def test_empty_cluster_keeps_its_centroid():
     mem = plane_memory([[1, 0], [0, 1]], [0, 1], 2)
+    memory.move(mem, torch.tensor([1]), torch.tensor([0]))
     mem.sizes_K = torch.tensor([2, 0])
     set_centroids(mem, mem.sums_KD)
-    assert mem.centroids_KD[1].tolist() == [0, 1]
+    assert mem.centroids_KD.tolist() == [[0.5, 0.5], [0, 1]]
+    assert mem.half_squares_K.tolist() == [-0.25, -0.5]
+
+
+@pytest.mark.parametrize("rows", [3, 65536])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_memory_is_made_of_so_many_rows_at_a_time_and_takes_over_what_it_can(monkeypatch, rows, dtype):
+    monkeypatch.setattr(memory, "ROWS", rows)
+    given = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0])
+    for features in (given.clone(), given.half()):
+        expected = features.double() / features.double().norm(dim=1, keepdim=True)
+        mem = new_memory(features, labels, 4, dtype)
+        assert mem.features_SD.dtype == dtype
+        assert (mem.features_SD.data_ptr() == features.data_ptr()) is (features.dtype == dtype)
+        assert torch.allclose(
+            mem.features_SD.double(), expected, atol=1e-3 if torch.float16 in (dtype, features.dtype) else 1e-6
+        )
+        assert torch.equal(mem.sums_KD, fresh_sums(mem))
+        assert mem.counts_K.tolist() == mem.sizes_K.tolist() == [4, 2, 2, 0]
+        assert not mem.centroids_KD.any()
+        assert not mem.half_squares_K.any()
+
+
+def test_features_have_unit_length_however_short_they_were():
+    mem = plane_memory([[3e-6, 4e-6], [0, 0]], [0, 1], 2)
+    assert mem.features_SD.flatten().tolist() == pytest.approx([0.6, 0.8, 0, 0])
+    kept = plane_memory([[3e-6, 4e-6], [7, 0]], [0, 1], 2, normalise=False)
+    assert kept.features_SD.flatten().tolist() == pytest.approx([3e-6, 4e-6, 7, 0])
+    for rules in (PAPER, OFFICIAL):
+        mem = plane_memory([[1, 0]], [0], 2)
+        update_samples(mem, torch.tensor([0]), torch.tensor([[0.0, 5e-6]]), 1.0, rules)
+        assert mem.features_SD[0].tolist() == pytest.approx([0, 1])
+    mem = plane_memory([[1, 0]], [0], 2)  # halves that cancel but for a hundredth: that is what is left, at full length
+    update_samples(mem, torch.tensor([0]), torch.tensor([[-0.9998, 0.02]]), 0.5, OFFICIAL)
+    assert mem.features_SD[0].tolist() == pytest.approx([0.01, 1], abs=1e-3)
 
 
 def test_blend_is_equation_2():
@@ -72,8 +108,39 @@ def test_image_twice_in_a_batch_the_last_wins_and_counts_once():
     assert torch.equal(mem.sums_KD, fresh_sums(mem))
 
 
+def test_nearest_centroid_is_the_one_at_the_least_distance():
+    """Centroids of all lengths, in float64 and by the definition (eq. 3)."""
+    draw = torch.Generator().manual_seed(0)
+    features = torch.randn(300, 3, generator=draw)
+    centroids = torch.randn(20, 3, generator=draw) * torch.arange(1, 21).unsqueeze(1) / 8
+    square = (features.double().unsqueeze(1) - centroids.double()).square().sum(2)
+    halves = memory.half_squares(centroids)
+    assert torch.allclose(halves.double(), -centroids.double().square().sum(1) / 2)
+    assert torch.equal(memory.nearest_centroid(features, centroids, halves, PAPER), square.argmin(1))
+    product = features.double() @ centroids.double().T
+    assert torch.equal(memory.nearest_centroid(features, centroids, halves, OFFICIAL), product.argmax(1))
+
+
 def test_last_of_each_row():
     assert memory.last_of_each(torch.tensor([5, 3, 5, 9, 3, 5])).tolist() == [5, 4, 5, 3, 4, 5]
+    rows = torch.randint(40, (500,), generator=torch.Generator().manual_seed(0)).tolist()
+    last = {row: place for place, row in enumerate(rows)}
+    assert memory.last_of_each(torch.tensor(rows)).tolist() == [last[row] for row in rows]
+
+
+def test_moved_rows_take_their_sums_and_counts_with_them():
+    mem = plane_memory([[2, 0], [0, 3], [3, 4], [1, 0]], [0, 0, 1, 1], 3)
+    before, centroids = mem.features_SD.clone(), mem.centroids_KD.clone()
+    memory.move(mem, torch.tensor([2, 0]), torch.tensor([2, 1]))
+    assert mem.labels_S.tolist() == [1, 0, 2, 1]
+    assert mem.labels_S.dtype == torch.int32
+    assert mem.counts_K.tolist() == [1, 2, 1]
+    assert (mem.sums_KD.double() * UNIT).flatten().tolist() == pytest.approx([0, 1, 2, 0, 0.6, 0.8], abs=1e-6)
+    assert torch.equal(mem.sums_KD, fresh_sums(mem))
+    assert torch.equal(mem.features_SD, before)
+    assert torch.equal(mem.centroids_KD, centroids)
+    memory.move(mem, torch.tensor([], dtype=torch.int64), torch.tensor([], dtype=torch.int64))
+    assert mem.counts_K.tolist() == [1, 2, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -116,6 +183,8 @@ def test_fixed_point_is_exact_for_half_precision():
 def test_loss_weights():
     sizes = torch.tensor([1, 4, 16, 0])
     assert memory.loss_weights(sizes, PAPER).tolist() == [1, 0.5, 0.25, 1]
+    empty = memory.loss_weights(torch.tensor([0, 1]), OFFICIAL)
+    assert float(empty[0] / empty[1]) == pytest.approx(1e5**0.5, rel=1e-4)
     official = memory.loss_weights(sizes[:3], OFFICIAL)
     assert official.sum().item() == pytest.approx(1)
     assert (official / official[0]).tolist() == pytest.approx([1, 0.5, 0.25], rel=1e-4)

@@ -461,13 +461,16 @@ def test_types_in_one_set_are_told_of_together(tmp_path):
     assert own_range(find_images(tmp_path)) == (None, "")
 
 
-def test_a_bounded_sample_spread_over_the_set_is_looked_at(tmp_path):
+def test_a_bounded_sample_spread_over_the_set_is_looked_at(tmp_path, monkeypatch):
+    """The fewer, the larger the images are."""
     images = find_images(twelve_bits(tmp_path, 20))
     Image.fromarray(np.full((32, 32), 30_000, np.uint16)).save(images.path(1))
     found, words = own_range(images, sample=10)
     assert found[1] < 4096
     assert words.startswith("10 images of 16 bits (of 10 looked at) use")
     assert own_range(images, sample=10) == (found, words)
+    monkeypatch.setattr("odcft.data.usual_side", lambda images: 100_000)
+    assert "(of 10 looked at)" in own_range(images)[1]
 
 
 # ---------------------------------------------------------------- a whole run

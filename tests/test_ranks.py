@@ -49,6 +49,7 @@ def odcft(*args, launcher=("-m", "odcft")):
     return result
 
 
+@pytest.mark.slow
 def test_memory_written_by_two_ranks_is_in_dataset_order(tmp_path, inputs):
     for ranks in (1, 2):
         odcft("init-memory", *inputs, "--out", tmp_path / f"m{ranks}", "--recipe", "small", "--devices", ranks)
@@ -58,6 +59,7 @@ def test_memory_written_by_two_ranks_is_in_dataset_order(tmp_path, inputs):
     assert (tmp_path / "m1" / "images.csv").read_text() == (tmp_path / "m2" / "images.csv").read_text()
 
 
+@pytest.mark.slow
 def test_torchrun_and_devices_are_the_same_run_and_read_any_memory(tmp_path, inputs):
     odcft("init-memory", *inputs, "--out", tmp_path / "m", "--recipe", "small")
     quick = ["--memory", tmp_path / "m", "--recipe", "small", "--epochs", 1, "--set", "optim.batch_size=4", "--json"]
@@ -84,6 +86,7 @@ def test_unreadable_image_on_one_of_two_ranks(tmp_path, inputs):
     assert (summary["images"], summary["unreadable"]) == (13, 1)
 
 
+@pytest.mark.slow
 def test_three_ranks_stop_skip_and_go_on_together(tmp_path, inputs):
     result = on_ranks(3, "goes_on", tmp_path / "x.safetensors")
     assert result.returncode == 0, result.stderr

@@ -8,7 +8,7 @@ from odcft.recipe import DEFAULT, Recipe, dump, load_recipe, make_recipe, shippe
 def test_default_is_the_papers_fine_tuning():
     recipe = load_recipe()
     assert recipe.optim.epochs == 120
-    assert recipe.memory.clusters == 10000
+    assert recipe.memory.clusters == "auto"  # 10,000 for ImageNet
     assert recipe == load_recipe(DEFAULT)
 
 

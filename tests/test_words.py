@@ -140,7 +140,7 @@ def test_notes_on_a_bar_do_nothing_to_the_terminal(capsys, monkeypatch):
 def test_warnings_and_faults_of_libraries_are_shown_in_lines_of_their_own(odcft_command, monkeypatch, kind):
     from odcft import backbone
 
-    def load(*args):
+    def load(*args, **kwargs):
         if kind == "fault":
             raise AssertionError(f"{EVIL}: a fault of ours")
         warnings.warn(f"{EVIL}: mind this", stacklevel=1)

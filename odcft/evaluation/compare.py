@@ -1,101 +1,32 @@
-"""Is a backbone good? Features once, then each protocol as a function of arrays.
+"""A backbone, or several, on labelled images; a RUN beside the checkpoint it came from.
 
 Shapes: N images, F features, C classes.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from odcft.errors import OdcftError
+from odcft.evaluation.arrays import PROTOCOLS, Split, evaluate_arrays, name_left_out, one_class
+from odcft.evaluation.origin import given, origins, seen
+from odcft.evaluation.table import FIGURES
 
 if TYPE_CHECKING:
     from odcft.backbone import Loaded
     from odcft.data import Images
+    from odcft.evaluation.labels import Labelled
     from odcft.inputs import View
-
-PROTOCOLS = ("svm", "knn")
-_FIGURE = {"svm": ("SVM mAP", "mAP"), "knn": ("kNN top-1", "top1")}
-
-
-@dataclass
-class Split:
-    """Features and targets of training and test images: what every protocol takes.
-
-    Targets are (N, C) of 1, 0 and -1.
-    """
-
-    train_features: np.ndarray
-    train_targets: np.ndarray
-    test_features: np.ndarray
-    test_targets: np.ndarray
-
-
-def check_protocols(protocols: str) -> list[str]:
-    """The protocols of "svm,knn".
-
-    Raises:
-        OdcftError: one that odcft does not have.
-    """
-    wanted = [name.strip() for name in protocols.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in PROTOCOLS]
-    if unknown or not wanted:
-        raise OdcftError(f"--protocol {protocols}: choose from {', '.join(PROTOCOLS)}, several joined by commas.")
-    return wanted
-
-
-def evaluate_arrays(split: Split, protocols: list[str]) -> dict[str, Any]:
-    """Every protocol on the same features.
-
-    Args:
-        split: of features and targets.
-        protocols: of PROTOCOLS.
-
-    Returns:
-        A dict a protocol (INTERFACE: evaluate --json), with `scores` (svm) and `predicted` (knn) of the test images.
-
-    Raises:
-        OdcftError: several labels an image where a protocol needs one.
-    """
-    results: dict[str, Any] = {}
-    if "svm" in protocols:
-        from odcft.evaluation.svm import voc07_svm
-
-        results["svm"] = voc07_svm(split.train_features, split.train_targets, split.test_features, split.test_targets)
-    if "knn" in protocols:
-        from odcft.evaluation.knn import knn
-
-        train_N, test_N = _one_class(split.train_targets), _one_class(split.test_targets)
-        results["knn"] = knn(split.train_features, train_N, split.test_features, test_N)
-    return results
-
-
-def evaluate_file(path: Path, protocols: list[str]) -> dict[str, Any]:
-    """`evaluate_arrays` on an .npz of train_features, train_targets, test_features, test_targets.
-
-    Targets may be (N, C) of 1, 0, -1, or (N,) class numbers.
-    """
-    try:
-        with np.load(path) as arrays:  # refuses pickled objects
-            split = Split(*(arrays[n] for n in ("train_features", "train_targets", "test_features", "test_targets")))
-    except (OSError, ValueError, KeyError) as error:
-        raise OdcftError(
-            f"{path} is not an .npz with train_features, train_targets, test_features and test_targets ({error})."
-        ) from None
-    if split.train_targets.ndim == 1:
-        classes = np.unique(split.train_targets)
-        split.train_targets = (split.train_targets[:, None] == classes).astype(np.int64)
-        split.test_targets = (split.test_targets[:, None] == classes).astype(np.int64)
-    return evaluate_arrays(split, protocols)
 
 
 def evaluate(
     ckpt: str | list[str],
     data: str,
-    test: str | None,
-    protocols: list[str],
+    test: str | None = None,
+    protocols: Sequence[str] = PROTOCOLS,
     arch: str | None = None,
     size: int | None = None,
     input: str | None = None,
@@ -106,8 +37,8 @@ def evaluate(
     """Every protocol on the features of labelled images.
 
     Args:
-        ckpt: what `load_backbone` takes. A RUN is evaluated beside the checkpoint it came from, where that is still
-            there. Several are evaluated side by side, and each alone.
+        ckpt: what `load_backbone` takes. A RUN is evaluated beside the checkpoint it came from, where that is found.
+            Several are evaluated side by side, and each alone.
         data: labelled images: sub-folders are classes, or a list with labels.
         test: others to test on; without, a stratified half of `data` is held out.
         protocols: of PROTOCOLS.
@@ -120,34 +51,54 @@ def evaluate(
 
     Returns:
         `evaluate_arrays`'s dict; for a RUN also `before`, the same of its checkpoint, and `change`. For a RUN of
-        several members this is of all of them side by side, and `members` has the same of each.
+        several members this is of all of them side by side, and `members` has the same of each. `classes` are their
+        names; `images` is how many were found, of which `train_images` were learned from and `test_images` tested on;
+        the others are counted by why they were left out (labels.py): `unreadable`, `unlabelled`, `overlap`, `copies`,
+        `contradictory`. `view` is how they were seen.
+
+    Raises:
+        OdcftError: labels or images that cannot be evaluated on, or a checkpoint that cannot be loaded.
     """
     from odcft.backbone import load_backbone
-    from odcft.evaluation.labels import labelled
+    from odcft.evaluation.labels import labelled, told, without_unreadable
     from odcft.inputs import seen_as
     from odcft.log import Progress
 
     progress = progress or Progress()
     labels = labelled(data, test)
-    sources, (origins, taken) = (ckpt, ([], {})) if isinstance(ckpt, list) else (_sources(ckpt), _origins(ckpt))
+    if "knn" in protocols:  # refused before anything slow is done
+        one_class(labels.targets[np.concatenate([labels.train_rows, labels.test_rows])])
+    sources = ckpt if isinstance(ckpt, list) else _sources(ckpt)
     loaded = [load_backbone(source, arch, input, allow_partial, arch_args=arch_args) for source in sources]
-    views = [view_of(one, labels.images, size) for one in loaded]
+    befores = [] if isinstance(ckpt, list) else _befores(ckpt, len(sources), progress)
+    of_run = None if isinstance(ckpt, list) else seen(ckpt)
+    views = [view_of(one, labels.images, size, of_run) for one in loaded]
+    found = ", ".join(f"{count:,} in {name}" for name, count in labels.sets)
     for view in dict.fromkeys(views):
-        progress.say(f"Images      {len(labels.images):,} in {labels.images.source} · {seen_as(view)}")
+        progress.say(f"Images      {found} · {seen_as(view)}")
     if labels.images.skipped:
         progress.say(f"Not read    {labels.images.not_read()}")
-    after_splits = [_features(one, labels, view, progress) for one, view in zip(loaded, views, strict=True)]
-    before_splits = [
-        _features(load_backbone(origin, **taken, member=member), labels, view, progress)
-        for member, (origin, view) in enumerate(zip(origins, views, strict=False))
-    ]
+    features: list[np.ndarray] = []
+    unreadable: dict[int, str] = {}
+    for one, view in zip([*loaded, *befores], views + views, strict=False):
+        rows, bad = _features(one, labels, view, progress)
+        features.append(rows)
+        unreadable |= bad
+    labels = without_unreadable(labels, unreadable)
+    for place, line in enumerate(told(labels.left_out, labels, unreadable)):
+        progress.say(f"{'Left out' if place == 0 else '':<12}{line}")
+    splits = [_split(rows, labels, one.source) for rows, one in zip(features, [*loaded, *befores], strict=True)]
+    after_splits, before_splits = splits[: len(loaded)], splits[len(loaded) :]
 
     def compared(after_split: Split, before_split: Split | None) -> dict[str, Any]:
-        after = evaluate_arrays(after_split, protocols)
-        if before_split is None:
-            return after
-        before = evaluate_arrays(before_split, protocols)
-        return {**after, "before": before, "change": _changes(before, after, after_split.test_targets)}
+        after = evaluate_arrays(after_split, protocols, progress)
+        results = {**after}
+        if before_split is not None:
+            before = evaluate_arrays(before_split, protocols, progress, "SVM before")
+            results |= {"before": before, "change": changes(before, after, after_split.test_targets)}
+            name_left_out(before, labels.classes)
+        name_left_out(results, labels.classes)
+        return results
 
     results = compared(_side_by_side(after_splits), _side_by_side(before_splits) if before_splits else None)
     if len(sources) > 1:
@@ -155,7 +106,38 @@ def evaluate(
             {"source": source, **compared(split, before_splits[m] if before_splits else None)}
             for m, (source, split) in enumerate(zip(sources, after_splits, strict=True))
         ]
-    return {**results, "classes": labels.classes, "view": vars(views[0])}
+    counts = {"images": len(labels.images)}
+    counts |= {"train_images": len(labels.train_rows), "test_images": len(labels.test_rows)}
+    counts |= {reason: len(rows) for reason, rows in labels.left_out.items()}
+    return {**results, "classes": labels.classes, **counts, "view": vars(views[0])}
+
+
+def _split(rows: np.ndarray, labels: "Labelled", source: str) -> Split:
+    """Features of all images, as a split."""
+    train, test = labels.train_rows, labels.test_rows
+    used = np.concatenate([train, test])
+    if bad := len(used) - int(np.isfinite(rows[used]).all(1).sum()):
+        raise OdcftError(
+            f"{source} gives features that are NaN or infinite for {bad:,} of {len(used):,} images: its weights are "
+            "damaged. Take another checkpoint, for example an earlier state."
+        )
+    few = {c: f"{size} image{'s' if size > 1 else ''}, too few to hold a half out" for c, size in labels.few.items()}
+    return Split(rows[train], labels.targets[train], rows[test], labels.targets[test], few)
+
+
+def _befores(run: str, members: int, progress: Any) -> list["Loaded"]:
+    """The checkpoints that a RUN was started from; none, and a sentence that says why, where they cannot be had."""
+    from odcft.backbone import load_backbone
+
+    ckpts, reason = origins(run, members)
+    try:
+        taken = given(run) if ckpts else {}
+        loaded = [load_backbone(one, **taken, member=member) for member, one in enumerate(ckpts)]
+    except OdcftError as error:
+        loaded, reason = [], str(error).rstrip(".")
+    if reason:
+        progress.say(f"Before      no column: {reason}. To compare, evaluate that checkpoint by itself.")
+    return loaded
 
 
 def _side_by_side(splits: list[Split]) -> Split:
@@ -167,7 +149,7 @@ def _side_by_side(splits: list[Split]) -> Split:
         parts = [getattr(split, name) for split in splits]
         return np.concatenate([part / (np.linalg.norm(part, axis=1, keepdims=True) + 1e-5) for part in parts], axis=1)
 
-    return Split(joined("train_features"), splits[0].train_targets, joined("test_features"), splits[0].test_targets)
+    return replace(splits[0], train_features=joined("train_features"), test_features=joined("test_features"))
 
 
 def _sources(ckpt: str) -> list[str]:
@@ -178,7 +160,7 @@ def _sources(ckpt: str) -> list[str]:
     return members if len(members) > 1 else [ckpt]
 
 
-def view_of(loaded: "Loaded", images: "Images", size: int | None) -> "View":
+def view_of(loaded: "Loaded", images: "Images", size: int | None, run: "View | None" = None) -> "View":
     """How labelled images are seen: as the recipe that trained the backbone says, where its file tells.
 
     A network that was made for larger images is not shown small ones enlarged, but whole and as they are, unless its
@@ -188,25 +170,26 @@ def view_of(loaded: "Loaded", images: "Images", size: int | None) -> "View":
         loaded: the backbone.
         images: those to see.
         size: the user's word.
+        run: how the RUN it is of saw its images.
     """
     from odcft.data import automatic_size, own_range, usual_side
 
-    view, backbone = loaded.backbone.input.view, loaded.backbone
+    backbone = loaded.backbone
+    view = run or backbone.input.view
     if view.intensity is None:  # it was trained on images of 8 bits, or somewhere else
         view = replace(view, intensity=own_range(images)[0])
-    if size is not None or loaded.told:
+    if size is not None or run is not None or loaded.told:
         return replace(view, size=size or view.size)
     size = automatic_size(view.size, backbone.fixed_size, usual_side(images))
     return replace(view, size=size, crop_fraction=1.0 if size < view.size else view.crop_fraction)
 
 
-def _features(loaded: "Loaded", labels: Any, view: "View", progress: Any) -> Split:
-    """Backbone features of labelled images, as a split; images that cannot be read are left out."""
+def _features(loaded: "Loaded", labels: "Labelled", view: "View", progress: Any) -> tuple[np.ndarray, dict[int, str]]:
+    """Backbone features (N, F) of all images, zero where one cannot be read; and those: number to reason."""
     import torch
 
     from odcft.data import Crops
     from odcft.features import extract
-    from odcft.log import Progress
 
     backbone = loaded.backbone
     if backbone.fixed_size and view.size != backbone.size:
@@ -215,99 +198,49 @@ def _features(loaded: "Loaded", labels: Any, view: "View", progress: Any) -> Spl
         raise OdcftError(f"{backbone.arch} cannot look at images of {view.size} pixels. Try --size {backbone.size}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     crops = Crops(labels.images, view)
-    features, bad = extract(backbone.to(device).eval(), crops, 128, 0, device, progress or Progress(), "Features")
-    if bad:
-        name, reason = labels.images.names[min(bad)], bad[min(bad)]
-        if len(bad) == len(labels.images):
-            raise OdcftError(f"None of the {len(bad):,} images can be read; {name}: {reason}.")
-        progress.say(
-            f"            {len(bad):,} unreadable and left out: {name} ({reason}){', …' if len(bad) > 1 else ''}"
-        )
-    good_N = np.array([i not in bad for i in range(len(labels.images))])
-    train, test = labels.train_rows[good_N[labels.train_rows]], labels.test_rows[good_N[labels.test_rows]]
-    rows = features.cpu().numpy()
-    return Split(rows[train], labels.targets[train], rows[test], labels.targets[test])
+    features, bad = extract(backbone.to(device).eval(), crops, 128, 0, device, progress)
+    return features.cpu().numpy(), bad
 
 
-def _origins(ckpt: str) -> tuple[list[str], dict[str, Any]]:
-    """The checkpoints a RUN was started from, where they are still the same, and how it took them; else none.
+def changes(before: dict[str, Any], after: dict[str, Any], targets_NC: np.ndarray, draws: int = 200) -> dict[str, Any]:
+    """By how much each figure changed, and the 95 % interval over test images drawn again (a paired bootstrap).
 
-    Raises:
-        OdcftError: its files are there, and cannot be those of a RUN.
+    A class that a draw has lost, or that every image of it has, counts in neither mean of that draw.
     """
-    from odcft.description import read_json
-    from odcft.folders import sha256
-    from odcft.recipe import load_recipe, taken_as
-
-    run = Path(ckpt)
-    if not ((run / "run.json").is_file() and (run / "recipe.yaml").is_file()):
-        return [], {}
-    about, recipe = read_json(run / "run.json"), load_recipe(run / "recipe.yaml")
-    arch = about.get("arch_given")
-    ckpts: list[Any]
-    sums: list[Any]
-    ckpts, sums = (one if isinstance(one, list) else [one] for one in (about.get("checkpoint"), about.get("sha256")))
-    if not all(isinstance(one, str) for one in (*ckpts, *sums, arch or "")):
-        raise OdcftError(f"{run / 'run.json'} does not name a checkpoint as `odcft finetune` does. Is it damaged?")
-    try:
-        same = [sha256(one) for one in ckpts] == sums
-    except (OSError, ValueError):
-        same = False
-    return (ckpts if same else []), {**taken_as(recipe), "seed": recipe.seed, "arch": arch}
-
-
-def _changes(before: dict[str, Any], after: dict[str, Any], targets_NC: np.ndarray, draws: int = 200) -> dict[str, Any]:
-    """By how much each figure changed, and the 95 % interval over test images drawn again (a paired bootstrap)."""
     draw = np.random.default_rng(0)
     rows = [draw.integers(0, len(targets_NC), len(targets_NC)) for _ in range(draws)]
-    changes = {}
-    for protocol in set(before) & set(_FIGURE):
-        name = _FIGURE[protocol][1]
-        drawn = [_figure(protocol, after, targets_NC, r) - _figure(protocol, before, targets_NC, r) for r in rows]
-        low, high = np.percentile(drawn, [2.5, 97.5])
-        changes[protocol] = {"change": after[protocol][name] - before[protocol][name], "low": low, "high": high}
-    return changes
+    changed = {}
+    for protocol, (_, name) in FIGURES.items():
+        if protocol in before:
+            change = after[protocol][name] - before[protocol][name]
+            drawn = _DRAWN[protocol](before[protocol], after[protocol], targets_NC, rows)
+            low, high = np.percentile(drawn or [change], [2.5, 97.5])
+            changed[protocol] = {"change": change, "low": float(low), "high": float(high)}
+    return changed
 
 
-def _figure(protocol: str, results: dict[str, Any], targets_NC: np.ndarray, rows: np.ndarray) -> float:
-    if protocol == "knn":
-        return 100 * float((results["knn"]["predicted"][rows] == _one_class(targets_NC[rows])).mean())
-    from odcft.evaluation.svm import average_precision
-
-    present, scores = targets_NC[rows], results["svm"]["scores"][rows]
-    counted = present != -1
-    return 100 * float(
-        np.mean(
-            [
-                average_precision(present[counted[:, c], c] == 1, scores[counted[:, c], c])
-                for c in range(present.shape[1])
-            ]
-        )
-    )
+def _knn_changes(before: dict, after: dict, targets_NC: np.ndarray, rows: list[np.ndarray]) -> list[float]:
+    class_N = one_class(targets_NC)
+    gain_N = 100.0 * (after["predicted"] == class_N) - 100.0 * (before["predicted"] == class_N)
+    return [float(gain_N[drawn].mean()) for drawn in rows]
 
 
-def _one_class(targets_NC: np.ndarray) -> np.ndarray:
-    if ((targets_NC == 1).sum(1) != 1).any():
-        raise OdcftError("--protocol knn needs exactly one label an image. Leave knn away; svm takes several.")
-    return (targets_NC == 1).argmax(1)
+def _svm_changes(before: dict, after: dict, targets_NC: np.ndarray, rows: list[np.ndarray]) -> list[float]:
+    """Of each draw in which a class can be measured."""
+    from odcft.evaluation.svm import ranked_precision
+
+    times = [np.bincount(drawn, minlength=len(targets_NC)) for drawn in rows]  # each image is drawn
+    gains: list[list[float]] = [[] for _ in rows]
+    for c, precision in enumerate(after["per_class"]):
+        if precision is None:
+            continue
+        certain = np.flatnonzero(targets_NC[:, c] != -1)
+        old, new = (certain[np.argsort(-one["scores"][certain, c], kind="stable")] for one in (before, after))
+        for gain, times_N in zip(gains, times, strict=True):
+            old_N, new_N = (np.repeat(targets_NC[order, c] == 1, times_N[order]) for order in (old, new))
+            if old_N.any() and not old_N.all():
+                gain.append(100 * (ranked_precision(new_N) - ranked_precision(old_N)))
+    return [float(np.mean(gain)) for gain in gains if gain]
 
 
-def public(results: Any) -> Any:
-    """The results without the arrays that only the interval needs: what `--json` prints."""
-    if isinstance(results, list):
-        return [public(value) for value in results]
-    if not isinstance(results, dict):
-        return results
-    return {name: public(value) for name, value in results.items() if name not in ("scores", "predicted")}
-
-
-def table(results: dict[str, Any]) -> list[tuple[str, float | None, float, str]]:
-    """Lines for people: figure, before, after, change with its interval."""
-    lines = []
-    for protocol, (title, name) in _FIGURE.items():
-        if protocol in results:
-            change = results.get("change", {}).get(protocol)
-            before = results["before"][protocol][name] if change else None
-            text = f"{change['change']:+.1f}  ({change['low']:+.1f} … {change['high']:+.1f})" if change else ""
-            lines.append((title, before, results[protocol][name], text))
-    return lines
+_DRAWN = {"svm": _svm_changes, "knn": _knn_changes}

@@ -19,15 +19,15 @@ def knn(
     """Accuracy of a weighted vote of the k most similar training images (cosine).
 
     Args:
-        train_NF, test_NF: float.
+        train_NF, test_NF: float, finite.
         train_N, test_N: classes, integers from 0.
         k: neighbours, fewer where there are fewer training images.
 
     Returns:
         `top1` in 0..100 and `k`; and `predicted` (N,) classes of the test images.
     """
-    train = F.normalize(torch.from_numpy(train_NF).float(), dim=1)
-    test = F.normalize(torch.from_numpy(test_NF).float(), dim=1)
+    train = _unit_length(train_NF)
+    test = _unit_length(test_NF)
     classes = torch.from_numpy(train_N).long()
     k = min(k, len(train))
     predicted = []
@@ -38,3 +38,8 @@ def knn(
         predicted.append(votes.argmax(1))
     predicted_N = torch.cat(predicted).numpy()
     return {"top1": 100 * float((predicted_N == test_N).mean()), "k": k, "predicted": predicted_N}
+
+
+def _unit_length(features_NF: np.ndarray) -> torch.Tensor:
+    # In float64, where the squares of no float32 overflow.
+    return F.normalize(torch.from_numpy(features_NF.astype(np.float64)), dim=1).float()

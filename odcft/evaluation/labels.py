@@ -1,23 +1,45 @@
-"""The labels that evaluations need, and which images are for training and which for the test."""
+"""The labels that evaluations need, and which images are for training and which for the test.
+
+Every image counts once. Left out, counted and named are images without a label, images that cannot be read, and files
+with the same bytes as another: one of a set stays; of what stands in both sets, the one in the test; and none where the
+labels differ. Without this, an image to be recognised could be among those that were learned from.
+"""
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from odcft.data import Images, find_images
+from odcft.data import Images, find_images, same_content
 from odcft.errors import OdcftError
+
+FEWEST = 4  # images of a class, for a half of them to be held out
 
 
 @dataclass
 class Labelled:
-    """Images with targets (N, C) of 1 and 0, and the rows to train and to test on."""
+    """Images with targets (N, C) of 1 and 0, and the rows to train and to test on.
+
+    Attributes:
+        images: of DATA, and behind them those of --test.
+        classes: their names.
+        targets: of all images.
+        train_rows, test_rows: image numbers.
+        sets: of DATA and of --test, where there is one: its name and how many images it has.
+        left_out: why to image numbers; the keys are "unlabelled", "unreadable", "copies" and "contradictory".
+        few: classes with too few images for a half to be held out, and how many they have.
+    """
 
     images: Images
     classes: list[str]
     targets: np.ndarray
     train_rows: np.ndarray
     test_rows: np.ndarray
+    sets: list[tuple[str, int]]
+    left_out: dict[str, list[int]]
+    few: dict[int, int] = field(default_factory=dict)
+    alike: list[list[int]] = field(default_factory=list)  # images with the same bytes
 
 
 def labelled(data: str, test: str | None) -> Labelled:
@@ -28,43 +50,144 @@ def labelled(data: str, test: str | None) -> Labelled:
         test: the same, to test on.
 
     Raises:
-        OdcftError: no labels, only one class, a class without enough images, or other classes in the test.
+        OdcftError: no labels, only one class, no class with enough images, other classes in the test, or the same
+            images in both sets.
     """
-    train = find_images(data)
-    images, train_count = train, len(train)
-    if test is not None:
-        other = find_images(test)
-        names = [train.path(i) for i in range(len(train))] + [other.path(i) for i in range(len(other))]
-        skipped = dict(Counter(train.skipped) + Counter(other.skipped))
-        images = Images(train.source, train.root.__class__(""), names, [*train.classes(), *other.classes()], skipped)
-    per_image = [[part for part in label.split(";") if part] for label in images.classes()]
-    classes = sorted({name for names in per_image[:train_count] for name in names})
+    found = [find_images(one) for one in (data, test) if one is not None]
+    per_image = [names for images in found for names in _labels(images)]
+    sets = [(str(name), len(images)) for name, images in zip((data, test), found, strict=False)]
+    count = sets[0][1]
+    classes = sorted({name for names in per_image[:count] for name in names})
     if len(classes) < 2:
-        found = f"only one class ({classes[0]})" if classes else "no labels"
+        what = f"only one class ({classes[0]})" if classes else "no labels"
         raise OdcftError(
-            f"{data}: {found}. Put each class into a folder of its own, or give a .csv with columns path,label."
+            f"{data}: {what}. Put each class into a folder of its own, or give a .csv with columns path,label."
         )
-    strangers = sorted({name for names in per_image[train_count:] for name in names} - set(classes))
+    strangers = sorted({name for names in per_image[count:] for name in names} - set(classes))
     if strangers:
         raise OdcftError(f"{test} has a class that {data} has not: {strangers[0]}. Both need the same classes.")
+    if test is not None and not any(per_image[count:]):
+        raise OdcftError(
+            f"{test}: no labels. Put each class into a folder of its own, or give a .csv with columns path,label."
+        )
     number = {name: c for c, name in enumerate(classes)}
-    targets = np.zeros((len(images), len(classes)), dtype=np.int64)
+    targets = np.zeros((len(per_image), len(classes)), dtype=np.int64)
     for i, names in enumerate(per_image):
         targets[i, [number[name] for name in names]] = 1
+    images = found[0]
     if test is not None:
-        return Labelled(images, classes, targets, np.arange(train_count), np.arange(train_count, len(images)))
-    train_rows, test_rows = _halves(targets, classes)
-    return Labelled(images, classes, targets, train_rows, test_rows)
+        paths = [one.path(i) for one in found for i in range(len(one))]
+        skipped = Counter(found[0].skipped) + Counter(found[1].skipped)
+        images = Images(images.source, images.root.__class__(""), paths, None, dict(skipped))
+    no_rows = np.zeros(0, dtype=np.int64)
+    labels = Labelled(images, classes, targets, no_rows, no_rows, sets, {}, alike=same_content(images))
+    return without_unreadable(labels, {})
 
 
-def _halves(targets: np.ndarray, classes: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """A stratified half each: every other image of each combination of labels, in an order drawn with a fixed seed."""
-    few = [classes[c] for c in range(len(classes)) if targets[:, c].sum() < 4]
-    if few:
+def without_unreadable(labels: Labelled, unreadable: Mapping[int, str]) -> Labelled:
+    """The same labels, divided anew without the images that cannot be read.
+
+    Args:
+        labels: of `labelled`.
+        unreadable: image number to reason.
+
+    Raises:
+        OdcftError: a class loses all its images of a set.
+    """
+    images, targets, count = labels.images, labels.targets, labels.sets[0][1]
+    has_label: np.ndarray = (targets == 1).any(1)
+    left_out: dict[str, list[int]] = {
+        "unreadable": sorted(unreadable),
+        "unlabelled": [i for i in range(len(images)) if not has_label[i] and i not in unreadable],
+        **{"overlap": [], "copies": [], "contradictory": []},
+    }
+    usable = has_label.copy()
+    usable[left_out["unreadable"]] = False
+    for group in labels.alike:
+        rows = [i for i in group if usable[i]]
+        tested = [i for i in rows if i >= count]
+        if len({targets[i].tobytes() for i in rows}) > 1:
+            left_out["contradictory"] += rows
+        elif tested:
+            left_out["overlap"] += [i for i in rows if i < count]
+            left_out["copies"] += tested[1:]
+        else:
+            left_out["copies"] += rows[1:]
+    for out in left_out.values():
+        usable[out] = False
+    if left_out["overlap"] and not usable[:count].any():
         raise OdcftError(
-            f"Class {few[0]} has fewer than 4 images: too few to hold a half out. "
+            f"Every image of {labels.sets[0][0]} is in {labels.sets[1][0]} as well: nothing is left to learn from. "
+            "Give other images to --test, or leave it out, and a half is held out."
+        )
+    for (name, _), part in zip(labels.sets, (slice(0, count), slice(count, None)), strict=False):
+        _refuse_loss(labels, name, part, usable, left_out, unreadable)
+    kept = np.flatnonzero(usable)
+    if len(labels.sets) > 1:
+        return replace(labels, train_rows=kept[kept < count], test_rows=kept[kept >= count], left_out=left_out)
+    sizes = targets[kept].sum(0)
+    if sizes.max() < FEWEST:
+        raise OdcftError(
+            f"Every class of {labels.sets[0][0]} has fewer than {FEWEST} images: too few to hold a half out. "
             "Give a set for --test, or more images."
         )
+    held_out = _held_out(targets[kept])
+    few = {c: int(size) for c, size in enumerate(sizes) if size < FEWEST}
+    return replace(labels, train_rows=kept[~held_out], test_rows=kept[held_out], left_out=left_out, few=few)
+
+
+WORDS = {  # of one image, of several
+    "unreadable": ("cannot be read", "cannot be read"),
+    "unlabelled": ("has no label", "have no label"),
+    "overlap": ("is in --test as well", "are in --test as well"),
+    "copies": ("is the same file as another", "are the same files as others"),
+    "contradictory": ("is the same file as one with another label", "are the same files as some with other labels"),
+}
+
+
+def told(
+    left_out: Mapping[str, list[int]], labels: Labelled, unreadable: Mapping[int, str], most: int = 3
+) -> list[str]:
+    """What is left out, in words: a line a reason, with the names of a few images."""
+    lines = []
+    for reason, rows in left_out.items():
+        names = [labels.images.names[i] + (f" ({unreadable[i]})" if i in unreadable else "") for i in rows[:most]]
+        some = ", ".join(names) + (", …" if len(rows) > most else "")
+        if rows:
+            lines.append(f"{len(rows):,} of {len(labels.images):,} images {WORDS[reason][len(rows) > 1]}: {some}")
+    return lines
+
+
+def _refuse_loss(
+    labels: Labelled,
+    name: str,
+    part: slice,
+    usable: np.ndarray,
+    left_out: dict[str, list[int]],
+    unreadable: Mapping[int, str],
+) -> None:
+    """Refuse a set that has no image left, or a class of it that has none left, with the reasons."""
+    targets, here = labels.targets, np.arange(len(labels.images))[part]
+    what, rows = f"No image of {name}", set(here.tolist())
+    if usable[part].any():
+        lost = np.flatnonzero(targets[part].any(0) & ~targets[here[usable[part]]].any(0))
+        if not len(lost):
+            return
+        what = f"No image of class {labels.classes[lost[0]]} in {name}"
+        rows = set(here[targets[part, lost[0]] == 1].tolist())
+    mine = {reason: [i for i in some if i in rows] for reason, some in left_out.items()}
+    raise OdcftError(f"{what} is left to evaluate on: {'; '.join(told(mine, labels, unreadable, most=1))}.")
+
+
+def _labels(images: Images) -> list[list[str]]:
+    """The labels of each image: those of a list, joined by ";", or the one that is its folder."""
+    if images.labels is None:
+        return [[label] if label else [] for label in images.classes()]
+    return [[part.strip() for part in label.split(";") if part.strip()] for label in images.labels]
+
+
+def _held_out(targets: np.ndarray) -> np.ndarray:
+    """Which rows are for the test: every other one of each combination of labels, in an order of a fixed seed."""
     order = np.random.default_rng(0).permutation(len(targets))
     groups: dict[bytes, int] = {}
     is_test = np.zeros(len(targets), dtype=bool)
@@ -72,4 +195,4 @@ def _halves(targets: np.ndarray, classes: list[str]) -> tuple[np.ndarray, np.nda
         key = targets[row].tobytes()
         groups[key] = groups.get(key, 0) + 1
         is_test[row] = groups[key] % 2 == 0
-    return np.flatnonzero(~is_test), np.flatnonzero(is_test)
+    return is_test

@@ -154,13 +154,13 @@ def draw(state: State, generator: torch.Generator) -> Tensor:
     """
     S = len(state.memory.labels_S)
     shuffled_S = torch.randperm(S, generator=generator)
-    if state.recipe.dc.balance == "reweighting" or S == 0:
+    if state.recipe.dc.balance == "reweighting":
         return shuffled_S
     labels_S = state.memory.labels_S.cpu().long()
     by_cluster_S = shuffled_S[labels_S[shuffled_S].argsort(stable=True)]
-    share_S = 1 / state.memory.sizes_K.cpu().double()[labels_S[by_cluster_S]]
+    share_S = state.memory.sizes_K.cpu().double().reciprocal()[labels_S[by_cluster_S]]
     # S points at equal distances along the clusters laid end to end, each as long as its share of this rank.
-    points_S = (torch.arange(S) + torch.rand((), generator=generator)) / S * share_S.sum()
+    points_S = (torch.arange(S, dtype=torch.float64) + torch.rand((), generator=generator)) / S * share_S.sum()
     drawn_S = by_cluster_S[torch.searchsorted(share_S.cumsum(0), points_S).clamp(max=S - 1)]
     return drawn_S[torch.randperm(S, generator=generator)]
 

@@ -1,0 +1,107 @@
+"""Whole runs of DeepCluster: labels that stand still within an epoch, and a classifier that starts anew with them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from odcft.errors import OdcftError
+from odcft.recipe import load_recipe
+from odcft.train import fine_tune, init_memory
+
+QUICK = ["method=dc", "optim.batch_size=4", "log.interval=1", "log.tensorboard=false", "dc.pca=4"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path, make_checkpoint):
+    return str(make_checkpoint(tmp_path / "start.pth.tar"))
+
+
+@pytest.fixture
+def images(tmp_path, make_images):
+    return str(make_images(tmp_path / "images"))
+
+
+def quick(*overrides):
+    return load_recipe("small", [*QUICK, "optim.epochs=2", "memory.clusters=3", *overrides])
+
+
+def backbone(run):
+    return load_file(run / "backbone" / "model.safetensors")
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_labels_stand_still_within_an_epoch_and_change_between(tmp_path, checkpoint, images):
+    summary = fine_tune(checkpoint, images, tmp_path / "run", quick("optim.epochs=3"))
+    written = lines(tmp_path / "run")
+    assert summary["steps"] == len(written) == 9
+    assert all(line["change_ratio"] == 0 and line["empty"] == 0 for line in written)
+    assert "nmi_previous" not in written[2]  # the first clustering has none before it
+    assert any("nmi_previous" in written[step] for step in (5, 8))
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").method == "dc"
+
+
+def test_the_classifier_starts_anew_with_the_labels(tmp_path, checkpoint, images, monkeypatch):
+    from odcft.model import Model
+
+    heads = []
+    whole = Model.new_head
+
+    def new_head(self, optimizer, *place):
+        heads.append(self.head.weight.detach().clone())
+        whole(self, optimizer, *place)
+        assert not any(p in optimizer.state for p in self.head.parameters())
+        assert not torch.equal(self.head.weight, heads[-1])
+
+    monkeypatch.setattr(Model, "new_head", new_head)
+    fine_tune(checkpoint, images, tmp_path / "run", quick("optim.epochs=4"))
+    assert len(heads) == 3
+    fine_tune(checkpoint, images, tmp_path / "every_second", quick("optim.epochs=4", "dc.interval=2"))
+    assert len(heads) == 4
+
+
+def test_resumed_run_equals_uninterrupted_run(tmp_path, checkpoint, images):
+    same = ("optim.schedule=step", "optim.final_epochs=0")
+    fine_tune(checkpoint, images, tmp_path / "whole", quick(*same))
+    fine_tune(checkpoint, images, tmp_path / "parts", quick(*same, "optim.epochs=1"))
+    fine_tune(checkpoint, images, tmp_path / "parts", quick(*same), resume=True, epochs=2)
+    first, second = backbone(tmp_path / "whole"), backbone(tmp_path / "parts")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_memory_of_one_method_is_not_for_the_other(tmp_path, checkpoint, images):
+    init_memory(checkpoint, images, tmp_path / "memory", quick())
+    fine_tune(checkpoint, images, tmp_path / "dc", quick(), memory=tmp_path / "memory")
+    fine_tune(checkpoint, images, tmp_path / "none", quick())
+    first, second = backbone(tmp_path / "dc"), backbone(tmp_path / "none")
+    assert all(torch.allclose(first[name].float(), second[name].float(), atol=1e-4) for name in first)
+    with pytest.raises(OdcftError, match="was made with method=dc, and this run has method=odc"):
+        fine_tune(checkpoint, images, tmp_path / "odc", quick("method=odc"), memory=tmp_path / "memory")
+
+
+def test_clusters_of_few_images_are_allowed(tmp_path, checkpoint, images):
+    assert fine_tune(checkpoint, images, tmp_path / "run", quick("memory.clusters=6"))["clusters"] == 6
+    with pytest.raises(OdcftError, match="13 clusters for 12 images cannot work"):
+        fine_tune(checkpoint, images, tmp_path / "x", quick("memory.clusters=13"))
+
+
+@pytest.mark.slow
+def test_two_processes_cluster_together(tmp_path, checkpoint, images):
+    command = [sys.executable, "-m", "odcft", "finetune", checkpoint, images, "--recipe", "small", "--json"]
+    settings = [word for pair in quick_flags() for word in ("--set", pair)]
+    result = subprocess.run(
+        [*command, *settings, "--out", str(tmp_path / "run"), "--devices", "2"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["steps"] == 6
+    assert all(line["empty"] == 0 for line in lines(tmp_path / "run"))
+
+
+def quick_flags():
+    return [*QUICK, "optim.epochs=2", "memory.clusters=3"]

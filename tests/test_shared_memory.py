@@ -1,0 +1,160 @@
+"""Data workers where shared memory is short, full or unusable: the run goes on without it, or ends in a sentence."""
+
+import errno
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from odcft import data, shared_memory
+from odcft.advice import explained
+from odcft.data import Batch, Crops, find_images, in_order, loader
+from odcft.errors import OdcftError
+from odcft.inputs import View
+from odcft.recipe import load_recipe
+
+
+@pytest.fixture(autouse=True)
+def a_new_process(monkeypatch):
+    monkeypatch.setattr(shared_memory, "_said", set())
+
+
+@pytest.fixture
+def crops(tmp_path, make_images):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "broken.png").write_bytes(b"x")
+    return Crops(find_images(make_images(tmp_path / "images", 11)), View(16))
+
+
+def read(crops, workers):
+    batches = loader(crops, in_order(range(len(crops.images)), 4), workers, torch.device("cpu"))
+    return [(batch.pixels, batch.index_B.tolist(), batch.unreadable) for batch in batches]
+
+
+def same(some, others):
+    return all(torch.equal(a[0], b[0]) and a[1:] == b[1:] for a, b in zip(some, others, strict=True))
+
+
+def no_room(self):
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+def test_batches_from_workers_are_those_without(crops):
+    assert same(read(crops, 2), read(crops, 0))
+
+
+@pytest.mark.filterwarnings("ignore:/dev/shm is full")
+def test_batches_that_find_no_shared_memory_come_through_the_pipe(crops, monkeypatch):
+    expected = read(crops, 0)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
+    assert same(read(crops, 2), expected)
+
+
+def test_that_shared_memory_is_full_is_said_once(crops, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
+    with pytest.warns(UserWarning, match="/dev/shm is full.*--shm-size=8g") as said:
+        read(crops, 1)
+    assert len(said) == 1
+
+
+@pytest.mark.filterwarnings("ignore:/dev/shm is full")
+def test_batch_without_any_image_comes_through_the_pipe(tmp_path, monkeypatch):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"x")
+    crops = Crops(find_images(tmp_path), View(16))
+    monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
+    assert same(read(crops, 1), read(crops, 0))
+
+
+@pytest.mark.parametrize("reason", [errno.EROFS, errno.ENOSPC, errno.EACCES])
+def test_without_room_for_locks_there_are_no_workers_and_it_is_said_why(crops, monkeypatch, reason):
+    def lock():
+        raise OSError(reason, os.strerror(reason))
+
+    expected = read(crops, 0)
+    monkeypatch.setattr(multiprocessing, "Lock", lock)
+    with pytest.warns(UserWarning, match=rf"/dev/shm cannot be used by data workers \({os.strerror(reason)}\)"):
+        assert same(read(crops, 2), expected)
+
+
+def test_other_ranks_leave_that_to_the_first(monkeypatch, recwarn):
+    monkeypatch.setattr(shared_memory.dist, "rank", lambda: 1)
+    shared_memory._say("anything")
+    assert not recwarn
+
+
+def test_batch_that_cannot_be_handed_over_at_all_ends_the_run_in_a_sentence(crops, monkeypatch):
+    def reduce(self):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Batch, "__reduce__", reduce)
+    began = time.monotonic()
+    with pytest.raises(OdcftError, match="A data worker died"), explained(load_recipe("small")):
+        read(crops, 2)
+    assert time.monotonic() - began < 20
+
+
+def test_worker_that_shared_memory_kills_is_told_of_with_the_cure(crops, monkeypatch):
+    me = os.getpid()
+
+    def centre_crop(image, view):
+        if os.getpid() != me:
+            os.kill(os.getpid(), signal.SIGBUS)
+
+    monkeypatch.setattr(data, "centre_crop", centre_crop)
+    cure = pytest.raises(OdcftError, match=r"A data worker died .*--shm-size=8g.*--set data.workers=")
+    with cure, explained(load_recipe("small")):
+        read(crops, 2)
+
+
+@pytest.mark.slow
+def test_worker_ends_when_nobody_reads_what_it_writes(tmp_path):
+    """The pipe is full and its reader was killed: the worker would be stuck in writing for ever."""
+    code = (
+        "import os, time, torch\n"
+        "from odcft import data\n"
+        "class Large:\n"
+        "    def __getitem__(self, key): return torch.zeros(3, 600, 600, dtype=torch.uint8), 0\n"
+        "def no_room(self): raise RuntimeError('no room')\n"
+        "torch.Tensor.share_memory_ = no_room\n"
+        "batches = iter(data.loader(Large(), [[(0, 0)]] * 9, 1, torch.device('cpu')))\n"
+        "print(batches._workers[0].pid, flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    worker = int(process.stdout.readline())
+    time.sleep(1)
+    process.kill()
+    process.communicate()
+    for _ in range(100):
+        if not os.path.exists(f"/proc/{worker}"):
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    raise AssertionError("the worker is still there")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="mounts a small /dev/shm")
+@pytest.mark.parametrize("size", ["size=1m", "size=1m,ro"])
+def test_run_ends_with_the_same_bits_on_a_small_shared_memory(crops, tmp_path, size):
+    code = (
+        "import sys, torch, warnings; from odcft import data; from odcft.inputs import View\n"
+        "warnings.simplefilter('ignore')\n"
+        "crops = data.Crops(data.find_images(sys.argv[1]), View(400))\n"
+        "for workers in (0, 2):\n"
+        "    batches = data.loader(crops, data.in_order(range(12), 3), workers, torch.device('cpu'))\n"
+        "    print(sum((batch.pixels.double() * batch.index_B.view(-1, 1, 1, 1)).sum().item() for batch in batches))\n"
+    )
+    inside = f'mount -t tmpfs -o {size} tmpfs /dev/shm || exit 77; "$@"'
+    command = ["unshare", "-m", "sh", "-c", inside, "sh", sys.executable, "-c", code, str(crops.images.root)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if result.returncode == 77:
+        pytest.skip("may not mount")
+    assert result.returncode == 0, result.stderr
+    alone, with_workers = result.stdout.split()
+    assert alone == with_workers
