@@ -197,3 +197,10 @@ def test_targets_are_the_labels(images):
     rows = [(f"images/{'ab'[i % 2]}/{i:03d}.png", ["cat;dog", "dog"][i % 2]) for i in range(24)]
     split = labelled(write_list(images.parent, rows), None)
     assert np.array_equal(split.targets, [[1 - i % 2, 1] for i in range(24)])
+
+
+def test_what_is_not_read_is_counted_in_both_sets(images, make_images, tmp_path):
+    test = make_images(tmp_path / "test", 8, side=40)
+    for path in (images / "one.heic", test / "two.heic", test / "three.xml"):
+        path.write_bytes(b"")
+    assert labelled(str(images), str(test)).images.skipped == {".heic": 2, ".xml": 1}

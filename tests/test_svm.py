@@ -3,6 +3,7 @@
 import joblib
 import numpy as np
 import pytest
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.svm import LinearSVC
 
@@ -22,7 +23,7 @@ def one_hot(labels, C=3):
     return np.eye(C, dtype=np.int64)[np.array(labels)]
 
 
-def by_the_book(train, sign, test, dual):
+def by_the_book(train, sign, test, dual, costs=svm.COSTS):
     """Cost and scores as the reference scripts have them, through cross_val_score."""
 
     def machine(cost):
@@ -34,9 +35,9 @@ def by_the_book(train, sign, test, dual):
     train, test = (part / (np.linalg.norm(part, axis=1, keepdims=True) + 1e-5) for part in (train, test))
     folds = StratifiedKFold(3)
     means = [
-        cross_val_score(machine(cost), train, sign, cv=folds, scoring="average_precision").mean() for cost in svm.COSTS
+        cross_val_score(machine(cost), train, sign, cv=folds, scoring="average_precision").mean() for cost in costs
     ]
-    cost = svm.COSTS[int(np.argmax(means))]
+    cost = costs[int(np.argmax(means))]
     return cost, machine(cost).fit(train, sign).decision_function(test)
 
 
@@ -55,6 +56,16 @@ def test_costs_and_scores_are_those_of_the_reference_scripts(dual, monkeypatch):
     assert results["mAP"] == pytest.approx(np.mean(results["per_class"]))
     assert 50 < results["mAP"] < 99
     assert results["left_out"] == {}
+
+
+@pytest.mark.filterwarnings("error")
+def test_at_high_costs_it_ends_after_2000_iterations_without_a_word():
+    labels = np.arange(90) % 3
+    train = features(one_hot(labels), 0.9)
+    results = voc07_svm(train, one_hot(labels), train, one_hot(labels), (1e4,))
+    with pytest.warns(ConvergenceWarning):
+        _, scores = by_the_book(train, np.where(labels == 0, 1, -1), train, True, (1e4,))
+    assert results["scores"][:, 0].tolist() == scores.tolist()
 
 
 def test_average_precision_is_the_area_under_the_envelope():
@@ -88,6 +99,14 @@ def test_a_class_with_one_image_to_learn_from_is_left_out_and_one_with_two_is_no
     results = voc07_svm(features(train), train, features(test), test)
     assert results["left_out"] == {}
     assert results["per_class"] == [100, 100, 100]
+
+
+@pytest.mark.filterwarnings("error")  # scikit-learn warns of folds that lack a class
+@pytest.mark.parametrize("rare", [0, 1])
+def test_two_images_with_or_without_a_class_are_cross_validated_in_two_folds(rare):
+    train, test = np.array([[rare]] * 2 + [[1 - rare]] * 6), np.array([[0], [1]] * 3)
+    results = voc07_svm(features(train), train, features(test), test)
+    assert results["per_class"] == [100]
 
 
 def test_what_cannot_be_measured_is_said():
