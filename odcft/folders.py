@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -186,7 +186,7 @@ def _finished(name: str) -> tuple[str, bool]:
 def _wrong_target(link: Path, ours: Layout, out: Path) -> str:
     """Why what a link leads to may not be written to, or ""."""
     try:
-        target = link.resolve(strict=True)
+        target = link.resolve()
         owner = target.stat().st_uid
     except (OSError, RuntimeError):  # nowhere, or in circles (RuntimeError before Python 3.13)
         return "is a link that leads nowhere. Make the folder it leads to"
@@ -266,7 +266,7 @@ def locked(out: Path, say: Callable[[str], None]) -> Iterator[None]:
     Raises:
         OdcftError: another run works there, or the folder cannot be written.
     """
-    file: TextIO | None = None
+    file: BinaryIO | None = None
     refused, note = "", ""
     with ExitStack() as stack:
         if dist.rank() == 0:
@@ -295,7 +295,7 @@ def locked(out: Path, say: Callable[[str], None]) -> Iterator[None]:
                 file.close()
 
 
-def _lock(path: Path) -> tuple[TextIO, str]:
+def _lock(path: Path) -> tuple[BinaryIO, str]:
     """Make and lock the file that says who works here.
 
     Its last holder may remove it while we wait for the lock, and it may have a second name, under which somebody
@@ -310,11 +310,9 @@ def _lock(path: Path) -> tuple[TextIO, str]:
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            os.close(descriptor)
+        file = os.fdopen(descriptor, "r+b", buffering=0)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise FileExistsError
-        file = os.fdopen(descriptor, "r+", encoding="utf-8")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -322,18 +320,16 @@ def _lock(path: Path) -> tuple[TextIO, str]:
                 raise BlockingIOError from None
             return file, f"{path.parent} cannot be locked ({error.strerror}): let no other run write to it."
         found = os.fstat(descriptor)
-        if not "process ".startswith(file.read(8)):
+        if not b"process ".startswith(file.read(8)):
             raise FileExistsError
         if found.st_nlink > 1:
             path.unlink()
         elif found.st_nlink and path.lstat().st_ino == found.st_ino:
             break
-        file.close()
     file.seek(0)
     file.truncate()
     with suppress(OSError):  # a full disk
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
     return file, ""
 
 

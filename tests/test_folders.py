@@ -3,12 +3,14 @@
 import csv
 import errno
 import fcntl
+import multiprocessing
 import os
 import shutil
 import socket
 import stat
-import subprocess
 import sys
+import time
+from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 
@@ -124,7 +126,8 @@ def test_a_pipe_for_a_leftover_is_refused(run, name):
 FOREIGN = [
     *("thesis.txt", "backbone/thesis.txt", "checkpoints/thesis.txt", f"{STATE}/thesis.txt", "tensorboard/thesis.txt"),
     *(".thesis.unfinished", "thesis.unfinished", "backbone_10", "checkpoints/step-3", "checkpoints/step-000000003.old"),
-    *("checkpoints/.thesis.unfinished", "checkpoints/step-00000000x", "memory.json"),
+    *("checkpoints/.thesis.unfinished", "checkpoints/step-00000000x", "memory.json", ".run.json"),
+    *("xrun.json.unfinished", "backbone/xconfig.json.unfinished"),
 ]
 
 
@@ -160,6 +163,11 @@ def test_what_a_killed_process_left_is_nothing(tmp_path):
 def test_only_what_has_no_state_and_no_step_is_only_begun(tmp_path):
     for name in ("recipe.yaml", "run.json", "images.csv", "metrics.jsonl"):
         (tmp_path / name).write_text("")
+    assert folders.only_begun(tmp_path)
+    for name in ("checkpoints", "tensorboard"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "quarantine.csv").write_text("")
+    assert folders.contents(tmp_path, folders.RUN_FILES) == folders.BEGUN
     assert folders.only_begun(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("{}")
     assert not folders.only_begun(tmp_path)
@@ -365,15 +373,19 @@ def test_lock_that_has_a_second_name_is_made_anew(tmp_path):
     assert (tmp_path / "kept").read_text() == "process 1 on vm"
 
 
+def hold(folder, held):
+    with folders.locked(folder, print):
+        held.set()
+        time.sleep(100)
+
+
 def holding(folder):
     """Another process that holds a folder's lock."""
-    code = (
-        "import sys, time; from pathlib import Path; from odcft.folders import locked\n"
-        "with locked(Path(sys.argv[1]), print):\n"
-        "    print('locked', flush=True); time.sleep(100)"
-    )
-    other = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "locked\n"
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+    other = context.Process(target=hold, args=(folder, held), daemon=True)
+    other.start()
+    assert held.wait(30)
     return other
 
 
@@ -387,7 +399,7 @@ def test_lock_keeps_others_out_even_when_it_has_a_second_name(tmp_path):
                 raise AssertionError("not refused")
     finally:
         other.kill()
-        other.wait()
+        other.join()
     with folders.locked(tmp_path / "run", print):
         pass
     assert (tmp_path / "kept").read_text().startswith(f"process {other.pid}")
@@ -673,9 +685,53 @@ def test_a_file_that_odcft_did_not_write_is_not_replaced(tmp_path, kind):
         folders.refuse_file_of_others(tmp_path / "file")
 
 
-def test_a_file_of_ours_may_be_replaced_and_a_link_not(tmp_path):
+OURS = {
+    "pretext": pretext_file,
+    "safetensors": lambda path: save_privately({"a": torch.ones(2)}, path, {"architecture": "x", "input": "{}"}),
+    "torchvision": lambda path: torch.save(with_words({"odcft": {}}), path),
+}
+
+
+def with_words(words):
+    named = OrderedDict(a=torch.ones(2))
+    named._metadata = words
+    return named
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_a_file_of_ours_may_be_replaced(tmp_path, kind):
+    OURS[kind](tmp_path / "file")
+    assert folders.written_by_odcft(tmp_path / "file")
+    folders.refuse_file_of_others(tmp_path / "file")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("HACKED",)
+
+
+def test_to_look_at_a_file_of_others_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({**dict.fromkeys(("task", "arch", "epoch"), 1), "optimizer": Evil()}, tmp_path / "evil.pth")
+    assert not folders.written_by_odcft(tmp_path / "evil.pth")
+    assert list(tree(tmp_path)) == ["evil.pth"]
+
+
+def test_nothing_stays_open(tmp_path):
+    def open_now():
+        return sorted(os.listdir("/proc/self/fd"))
+
+    before = open_now()
+    with folders.locked(tmp_path / "a", print):
+        folders.write_whole(tmp_path / "a" / "b", "x")
+        folders.sync(tmp_path / "a" / "b")
+        folders.save_file({"a": torch.ones(2)}, tmp_path / "a" / "c")
+        folders.refuse_unwritable(tmp_path / "d")
+    assert open_now() == before
+
+
+def test_a_link_is_not_replaced(tmp_path):
     pretext_file(tmp_path / "r.pth")
-    folders.refuse_file_of_others(tmp_path / "r.pth")
     folders.refuse_file_of_others(tmp_path / "new")
     for target in ("r.pth", "nowhere"):
         (tmp_path / "link").symlink_to(target)
