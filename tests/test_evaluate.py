@@ -84,12 +84,10 @@ def test_copies_lift_nothing(tmp_path, make_images, make_checkpoint):
 def test_no_readable_image_is_refused_in_a_sentence(tmp_path, make_images, make_checkpoint, odcft_command):
     images = make_images(tmp_path / "images", 12)
     for path in images.rglob("*.png"):
-        path.write_bytes(b"no image" + path.name.encode())
+        path.write_bytes(b"no image")
     code, out, err = odcft_command("evaluate", make_checkpoint(tmp_path / "c.pth"), images, "--json")
     assert (code, out) == (2, "")
-    assert err.splitlines()[-1].startswith(
-        f"odcft: No image of {images} is left to evaluate on: 12 of 12 images cannot"
-    )
+    assert err.splitlines()[-1].startswith(f"odcft: None of the 12 images in {images} can be read; a/000.png: ")
 
 
 def test_a_class_too_small_is_left_out_of_the_svm_by_name(tmp_path, make_images, make_checkpoint, odcft_command):

@@ -185,12 +185,24 @@ def test_a_class_that_loses_its_images_is_refused_with_the_reason(images, make_i
     bad = {i: "broken" for i, name in enumerate(split.images.names) if name[0] == "b"}
     with pytest.raises(OdcftError, match=r"No image of class b in .*: 12 of 24 images cannot be read: b/001.png \(bro"):
         without_unreadable(split, bad)
-    with pytest.raises(OdcftError, match=r"No image of [^ ]*images is left .*: 24 of 24 images cannot be read"):
+    with pytest.raises(OdcftError, match=r"None of the 24 images in [^ ]*images can be read; a/000.png: broken"):
         without_unreadable(split, dict.fromkeys(range(24), "broken"))
     split = labelled(str(images), str(make_images(tmp_path / "test", 8, side=40)))
     with pytest.raises(OdcftError, match=r"No image of class a in [^ ]*test is left .*: 4 of 32 images cannot be read"):
         without_unreadable(split, dict.fromkeys(range(24, 28), "broken"))
     without_unreadable(split, dict.fromkeys(range(24, 27), "broken"))
+    with pytest.raises(OdcftError, match=r"None of the 8 images in [^ ]*test can be read; .*test/a/000.png: broken"):
+        without_unreadable(split, dict.fromkeys(range(24, 32), "broken"))
+
+
+def test_sets_that_lose_all_for_several_reasons_are_refused_with_them(images):
+    shutil.copy(images / "a" / "000.png", images / "b" / "again.png")
+    split = labelled(str(images), None)
+    rest = {i: "broken" for i, name in enumerate(split.images.names) if name not in ("a/000.png", "b/again.png")}
+    with pytest.raises(
+        OdcftError, match=r"No image of [^ ]*images is left .*: 23 of 25 .* read: .*; 2 of 25 .* labels"
+    ):
+        without_unreadable(split, rest)
 
 
 def test_targets_are_the_labels(images):

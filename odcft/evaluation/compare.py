@@ -67,7 +67,7 @@ def evaluate(
     progress = progress or Progress()
     labels = labelled(data, test)
     if "knn" in protocols:  # refused before anything slow is done
-        one_class(labels.targets[np.concatenate([labels.train_rows, labels.test_rows])])
+        one_class(labels.targets[labels.targets.any(1)])
     sources = ckpt if isinstance(ckpt, list) else _sources(ckpt)
     loaded = [load_backbone(source, arch, input, allow_partial, arch_args=arch_args) for source in sources]
     befores = [] if isinstance(ckpt, list) else _befores(ckpt, len(sources), progress)

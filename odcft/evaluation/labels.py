@@ -81,7 +81,15 @@ def labelled(data: str, test: str | None) -> Labelled:
         images = Images(images.source, images.root.__class__(""), paths, None, dict(skipped))
     no_rows = np.zeros(0, dtype=np.int64)
     labels = Labelled(images, classes, targets, no_rows, no_rows, sets, {}, alike=same_content(images))
-    return without_unreadable(labels, {})
+    if test is None:
+        _refuse_few(labels, targets)
+    labels = _divided(labels, {})
+    if labels.left_out["overlap"] and not len(labels.train_rows):
+        raise OdcftError(
+            f"Every image of {data} is in {test} as well: nothing is left to learn from. "
+            "Give other images to --test, or leave it out, and a half is held out."
+        )
+    return labels
 
 
 def without_unreadable(labels: Labelled, unreadable: Mapping[int, str]) -> Labelled:
@@ -92,8 +100,19 @@ def without_unreadable(labels: Labelled, unreadable: Mapping[int, str]) -> Label
         unreadable: image number to reason.
 
     Raises:
-        OdcftError: a class loses all its images of a set.
+        OdcftError: a class loses all its images of a set, or none has enough left.
     """
+    labels, count = _divided(labels, unreadable), labels.sets[0][1]
+    kept = np.concatenate([labels.train_rows, labels.test_rows])
+    usable = np.isin(np.arange(len(labels.images)), kept)
+    for (name, _), part in zip(labels.sets, (slice(0, count), slice(count, None)), strict=False):
+        _refuse_loss(labels, name, part, usable, unreadable)
+    if len(labels.sets) == 1:
+        _refuse_few(labels, labels.targets[kept])
+    return labels
+
+
+def _divided(labels: Labelled, unreadable: Mapping[int, str]) -> Labelled:
     images, targets, count = labels.images, labels.targets, labels.sets[0][1]
     has_label: np.ndarray = (targets == 1).any(1)
     left_out: dict[str, list[int]] = {
@@ -115,24 +134,11 @@ def without_unreadable(labels: Labelled, unreadable: Mapping[int, str]) -> Label
             left_out["copies"] += rows[1:]
     for out in left_out.values():
         usable[out] = False
-    if left_out["overlap"] and not usable[:count].any():
-        raise OdcftError(
-            f"Every image of {labels.sets[0][0]} is in {labels.sets[1][0]} as well: nothing is left to learn from. "
-            "Give other images to --test, or leave it out, and a half is held out."
-        )
-    for (name, _), part in zip(labels.sets, (slice(0, count), slice(count, None)), strict=False):
-        _refuse_loss(labels, name, part, usable, left_out, unreadable)
     kept = np.flatnonzero(usable)
     if len(labels.sets) > 1:
         return replace(labels, train_rows=kept[kept < count], test_rows=kept[kept >= count], left_out=left_out)
-    sizes = targets[kept].sum(0)
-    if sizes.max() < FEWEST:
-        raise OdcftError(
-            f"Every class of {labels.sets[0][0]} has fewer than {FEWEST} images: too few to hold a half out. "
-            "Give a set for --test, or more images."
-        )
     held_out = _held_out(targets[kept])
-    few = {c: int(size) for c, size in enumerate(sizes) if size < FEWEST}
+    few = {c: int(size) for c, size in enumerate(targets[kept].sum(0)) if size < FEWEST}
     return replace(labels, train_rows=kept[~held_out], test_rows=kept[held_out], left_out=left_out, few=few)
 
 
@@ -158,16 +164,20 @@ def told(
     return lines
 
 
-def _refuse_loss(
-    labels: Labelled,
-    name: str,
-    part: slice,
-    usable: np.ndarray,
-    left_out: dict[str, list[int]],
-    unreadable: Mapping[int, str],
-) -> None:
+def _refuse_few(labels: Labelled, targets: np.ndarray) -> None:
+    if targets.sum(0).max() < FEWEST:
+        raise OdcftError(
+            f"Every class of {labels.sets[0][0]} has fewer than {FEWEST} images: too few to hold a half out. "
+            "Give a set for --test, or more images."
+        )
+
+
+def _refuse_loss(labels: Labelled, name: str, part: slice, usable: np.ndarray, unreadable: Mapping[int, str]) -> None:
     """Refuse a set that has no image left, or a class of it that has none left, with the reasons."""
     targets, here = labels.targets, np.arange(len(labels.images))[part]
+    if set(here.tolist()) <= set(unreadable):
+        first = f"{labels.images.names[here[0]]}: {unreadable[int(here[0])].rstrip('.')}"
+        raise OdcftError(f"None of the {len(here):,} images in {name} can be read; {first}.")
     what, rows = f"No image of {name}", set(here.tolist())
     if usable[part].any():
         lost = np.flatnonzero(targets[part].any(0) & ~targets[here[usable[part]]].any(0))
@@ -175,7 +185,7 @@ def _refuse_loss(
             return
         what = f"No image of class {labels.classes[lost[0]]} in {name}"
         rows = set(here[targets[part, lost[0]] == 1].tolist())
-    mine = {reason: [i for i in some if i in rows] for reason, some in left_out.items()}
+    mine = {reason: [i for i in some if i in rows] for reason, some in labels.left_out.items()}
     raise OdcftError(f"{what} is left to evaluate on: {'; '.join(told(mine, labels, unreadable, most=1))}.")
 
 
