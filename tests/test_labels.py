@@ -216,3 +216,24 @@ def test_what_is_not_read_is_counted_in_both_sets(images, make_images, tmp_path)
     for path in (images / "one.heic", test / "two.heic", test / "three.xml"):
         path.write_bytes(b"")
     assert labelled(str(images), str(test)).images.skipped == {".heic": 2, ".xml": 1}
+
+
+def test_a_set_that_becomes_too_small_to_divide_is_refused(images):
+    split = labelled(str(images), None)
+    with pytest.raises(OdcftError, match="fewer than 4 images"):
+        without_unreadable(split, {i: "broken" for i in range(24) if i % 12 > 2})
+    assert without_unreadable(split, {i: "broken" for i in range(24) if i % 12 > 3}).few == {}
+
+
+def test_files_of_two_labels_that_cannot_be_read_are_not_called_contradictory(images):
+    for path in images.rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(OdcftError, match="None of the 24 images in .* can be read; a/000.png: broken"):
+        without_unreadable(labelled(str(images), None), dict(enumerate(["broken", *["later"] * 23])))
+
+
+def test_a_few_images_are_all_named_and_of_many_the_first(images):
+    split = labelled(str(images), None)
+    bad = {0: "x", 1: "x", 2: "x"}
+    assert told({"unreadable": [0, 1, 2]}, split, bad)[0].endswith(": a/000.png (x), a/002.png (x), a/004.png (x)")
+    assert told({"unreadable": [0, 1, 2]}, split, bad, most=2)[0].endswith(": a/000.png (x), a/002.png (x), …")
