@@ -228,7 +228,7 @@ def test_a_set_that_becomes_too_small_to_divide_is_refused(images):
 def test_files_of_two_labels_that_cannot_be_read_are_not_called_contradictory(images):
     for path in images.rglob("*.png"):
         path.write_bytes(b"no image")
-    with pytest.raises(OdcftError, match="None of the 24 images in .* can be read; a/000.png: broken"):
+    with pytest.raises(OdcftError, match=r"None of the 24 images in .* can be read; a/000.png: broken"):
         without_unreadable(labelled(str(images), None), dict(enumerate(["broken", *["later"] * 23])))
 
 
