@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -64,12 +65,12 @@ def match(contents: Contents, network: Mapping[str, Tensor]) -> Match:
     best: tuple[tuple[int, int, int], str, str, dict[str, str]] | None = None
     for path, tensors in contents.state_dicts.items():
         for number, names in enumerate(views(tensors)):
-            prefixes: dict[str, int] = {}
-            for name, key in names.items():
-                for prefix in _prefixes(name):
-                    own = network.get(name[len(prefix) :])
-                    if own is not None and fits(tensors[key], own):
-                        prefixes[prefix] = prefixes.get(prefix, 0) + 1
+            prefixes = Counter(
+                prefix
+                for name, key in names.items()
+                for prefix in _prefixes(name)
+                if name[len(prefix) :] in network and fits(tensors[key], network[name[len(prefix) :]])
+            )
             for prefix, count in prefixes.items():
                 rank = (count, _preference(f"{path}/{prefix}"), -number)
                 if best is None or rank > best[0]:
@@ -91,8 +92,8 @@ def _match_under(
     wrong = {name: key for name, key in under.items() if name in network and name not in used}
     keys = set(used.values())
     # The prefix as it stands in the file, not as a rename has left it.
-    example = next(iter(used), None)
-    if example is not None and used[example].endswith(example):
+    example = next(iter(used))
+    if used[example].endswith(example):
         prefix = used[example][: -len(example)]
     return Match(
         tensors={name: tensors[key].reshape(network[name].shape) for name, key in used.items()},
@@ -125,28 +126,28 @@ def _preference(where: str) -> int:
     if any(bad in where for bad in _SECOND_BEST):
         return -1
     if re.search(r"(^|[/._])ema($|[/._])", where):
-        return len(_PREFERRED) + 1
+        return 1 + len(_PREFERRED)
     return max((len(_PREFERRED) - rank for rank, good in enumerate(_PREFERRED) if good in where), default=0)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of tensors that hold NaN or infinity."""
-    return [name for name, tensor in tensors.items() if not all(map(math.isfinite, _range(tensor)))]
+    return [name for name, tensor in tensors.items() if not all(map(math.isfinite, _ends(tensor)))]
 
 
 def constant(tensors: Mapping[str, Tensor]) -> list[str]:
     """Which weights are all the same number, and which."""
     found = []
     for name, tensor in tensors.items():
-        low, high = _range(tensor)
-        if low == high and tensor.ndim > 1 and tensor.shape[-1] * tensor.shape[0] > 1 and not name.endswith("token"):
-            found.append(f"{name} is all {low:g}")
+        several = tensor.ndim > 1 and len(tensor) * tensor.shape[-1] > 1
+        if several and not name.endswith("token") and len(ends := set(_ends(tensor))) == 1:
+            found.append(f"{name} is all {ends.pop():g}")
     return found
 
 
-def _range(tensor: Tensor) -> tuple[float, float]:
-    """The least and the largest number; 0 and 1 of what has none, or no fractions."""
+def _ends(tensor: Tensor) -> tuple[float, ...]:
+    """The least and the largest number of a tensor of fractions that has any."""
     if not tensor.is_floating_point() or not tensor.numel():
-        return 0.0, 1.0
+        return ()
     low, high = torch.aminmax(tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float())
     return float(low), float(high)

@@ -1,0 +1,544 @@
+"""Which network, who wrote it, what it was shown: each rule by itself, on names and shapes alone (the meta device)."""
+
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from odcft import recognition
+from odcft.checkpoint import Contents
+from odcft.description import Description
+from odcft.errors import OdcftError
+from odcft.inputs import IMAGENET, Input, View, default
+from odcft.matching import Match
+from odcft.networks import NETWORKS, shapes
+from odcft.recognition import (
+    COMMON,
+    any_channels,
+    family,
+    fingerprint,
+    input_of,
+    nearest_name,
+    overridden,
+    recognise,
+    timm_input,
+)
+
+PATH = Path("somewhere.pth")
+
+
+def contents(*state_dicts, container="torch", names=(), hints=(), told=None):
+    named = {str(number) if number else "": tensors for number, tensors in enumerate(state_dicts)}
+    return Contents(PATH, container, named, list(names), list(hints), told or Description())
+
+
+def of_shapes(**tensors):
+    return {name: torch.empty(shape, device="meta") for name, shape in tensors.items()}
+
+
+def matched(where="the file itself", dropped=(), count=0, expected=0, misfits=()):
+    tensors = {str(number): torch.zeros(1) for number in range(count)}
+    return Match(tensors, where, expected, [], list(dropped), [], dict.fromkeys(misfits, torch.zeros(1)), [])
+
+
+# ---------------------------------------------------------------- the index
+
+
+def test_fingerprints_are_of_name_and_shape():
+    assert fingerprint("conv1.weight", (64, 3, 7, 7)) == zlib.crc32(b"conv1.weight:64x3x7x7")
+    assert any_channels((64, 3, 7, 7)) == (64, 7, 7)
+    assert list(recognition._ends("a.b.c")) == ["a.b.c", "b.c", "c"]
+
+
+def test_the_index_is_timms():
+    index = recognition._index()
+    assert index["resnet50"][0] == len(shapes("resnet50"))
+    assert fingerprint("conv1.weight", (64, 7, 7)) == index["resnet50"][1]
+    assert all(len(entry) > 2 for entry in index.values())
+
+
+@pytest.fixture
+def index(monkeypatch):
+    """A function that puts another index in place: name, tensors in all, and which it is told by."""
+
+    def put(**entries):
+        made = {name: [count, *(fingerprint(*one) for one in ones)] for name, (count, *ones) in entries.items()}
+        monkeypatch.setattr(recognition, "_index", lambda: made)
+
+    return put
+
+
+def test_networks_are_told_when_all_their_telling_tensors_are_there(index):
+    index(
+        two=(10, ("a", (2, 2)), ("b", (3,))),
+        one=(20, ("a", (2, 2))),
+        none=(30, ("a", (2, 2)), ("c", (3,))),
+    )
+    there = {("a", (2, 2)), ("b", (3,))}
+    assert recognition._by_tensors(there) == ["one", "two"]  # that with more tensors first
+    assert recognition._by_tensors({("a", (2, 2))}) == ["one"]
+    assert recognition._by_tensors(set()) == []
+
+
+def test_of_networks_of_one_size_the_common_then_the_shorter_name_is_first(index):
+    names = ["zz_net", "b_net_long", "a_net", "vgg16", "resnet50"]
+    index(**dict.fromkeys(names, (10, ("a", (2, 2)))))
+    wanted = ["resnet50", "vgg16", "a_net", "zz_net", "b_net_long"]
+    assert recognition._by_tensors({("a", (2, 2))}) == wanted
+
+
+@pytest.mark.parametrize(
+    ("shape", "told"), [((64, 1, 7, 7), True), ((64, 7, 7, 7), True), ((64, 8, 7, 7), False), ((64, 7, 7), False)]
+)
+def test_a_first_convolution_is_told_whatever_its_channels(shape, told, index):
+    index(net=(10, ("conv1.weight", (64, 7, 7))) if len(shape) == 4 else (10, ("conv1.weight", (64, 7))))
+    assert recognition._by_tensors({("conv1.weight", shape)}) == (["net"] if told else [])
+
+
+def test_names_are_told_under_any_prefix_and_through_the_renames():
+    there = recognition._named_shapes(contents(of_shapes(**{"x.module.conv1.weight": (2, 2), "y": (1,)}), {}))
+    assert {("x.module.conv1.weight", (2, 2)), ("conv1.weight", (2, 2)), ("x.conv1.weight", (2, 2))} <= there
+    assert ("y", (1,)) in there
+    there = recognition._named_shapes(contents({}, of_shapes(res_conv1_w=(2, 2))))
+    assert ("conv1.weight", (2, 2)) not in there
+    assert ("res_conv1_w", (2, 2)) in there
+
+
+# ---------------------------------------------------------------- candidates
+
+
+def candidates(file, arch=None):
+    return list(recognition._candidates(file, arch))
+
+
+def test_the_users_word_comes_before_the_files():
+    told = Description("test_vit", {"img_size": 32})
+    assert candidates(contents({}, told=told)) == [("test_vit", {"img_size": 32})]
+    assert candidates(contents({}, told=told), "test_vit") == [("test_vit", {"img_size": 32})]
+    assert candidates(contents({}, told=told), "resnet18") == [("resnet18", {})]
+    assert candidates(contents({}), "resnet18") == [("resnet18", {})]
+
+
+def test_a_hint_counts_where_its_tensors_do_not_speak_against_it(index):
+    """Its own tensors are there, or the index does not know it; and every name comes once."""
+    index(one=(10, ("a", (2, 2))), resnet18=(10, ("a", (2, 2))), resnet34=(10, ("b", (2, 2))))
+    hints = ["resnet34", "nosuch", "test_vit", "resnet18", "resnet18"]
+    found = candidates(contents(of_shapes(a=(2, 2)), hints=hints))
+    assert found == [("test_vit", {}), ("resnet18", {}), ("one", {})]
+
+
+def few(count):
+    return of_shapes(**{f"a{number}": (2,) for number in range(count)})
+
+
+def test_common_networks_are_tried_where_nothing_tells_and_there_is_something(index):
+    index(resnet50=(10, ("a", (2, 2))))
+    tried = [name for name, _ in candidates(contents(few(10), hints=["resnet50", "test_vit"]))]
+    assert tried == ["test_vit", "resnet50", *(name for name in COMMON if name != "resnet50")]
+    assert candidates(contents(few(9), hints=["resnet50", "test_vit"])) == [("test_vit", {})]
+    assert [name for name, _ in candidates(contents(few(5), few(5)))] == list(COMMON)
+    index(one=(10, ("a0", (2,))))
+    assert candidates(contents(few(10))) == [("one", {})]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_our_own_networks_are_told_by_their_second_and_last_weights(name):
+    there = {(key, tuple(tensor.shape)) for key, tensor in shapes(name).items()}
+    weights = [(key, tuple(tensor.shape)) for key, tensor in shapes(name).items() if tensor.ndim > 1]
+    assert recognition._may_be(there, name)
+    assert recognition._may_be(there - {weights[0]}, name)  # the first depends on the input
+    assert not recognition._may_be(there - {weights[1]}, name)
+    assert not recognition._may_be(there - {weights[-1]}, name)
+    vectors = {(key, shape) for key, shape in there if len(shape) > 1}
+    assert recognition._may_be(vectors, name)
+
+
+def test_a_trunk_ends_where_the_convolutions_do(index):
+    index()
+    state = shapes("alexnet_rotnet_fc")
+    assert [name for name, _ in candidates(contents(state))] == ["alexnet_rotnet_fc", "alexnet_rotnet"]
+    for mark in ("model_state_dict", "classy_state_dict"):
+        assert [name for name, _ in candidates(contents(state, names=[mark]))] == ["alexnet_rotnet"]
+
+
+# ---------------------------------------------------------------- the best
+
+
+def test_a_network_that_is_there_in_full_is_a_better_answer_then_the_larger_one():
+    rank = recognition._rank
+    assert rank(matched(count=10, expected=10)) == (True, 10, 1.0)
+    assert rank(matched(count=95, expected=100)) == (False, 95, 0.95)
+    assert rank(matched(count=90, expected=100)) == (False, 0, 0.9)
+    assert rank(matched(count=10, expected=10)) > rank(matched(count=99, expected=100))
+    assert rank(matched(count=95, expected=100)) > rank(matched(count=19, expected=20))
+    assert rank(matched(count=9, expected=10)) > rank(matched(count=80, expected=100))
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """A function that says which networks there are to try, and how well each fits; gives those that were tried."""
+
+    def put(**found):
+        tried = []
+
+        def fitted(file, arch, kwargs, given):
+            tried.append((arch, kwargs, given))
+            if isinstance(found[arch], Exception):
+                raise found[arch]
+            count, expected, *args = found[arch]
+            return (args[0] if args else kwargs), matched(count=count, expected=expected)
+
+        monkeypatch.setattr(recognition, "_fitted", fitted)
+        monkeypatch.setattr(
+            recognition, "_candidates", lambda file, arch: iter([(arch, {})] if arch else [(n, {}) for n in found])
+        )
+        return tried
+
+    return put
+
+
+def test_the_first_of_timms_networks_that_is_all_there_is_taken(fits):
+    tried = fits(part=(5, 10), resnet18=(8, 8), resnet50=(9, 9))
+    name, kwargs, found = recognise(contents({}))
+    assert (name, kwargs, found.expected) == ("resnet18", {}, 8)
+    assert [name for name, _, _ in tried] == ["part", "resnet18"]
+    tried = fits(alexnet=(8, 8), resnet50=(9, 9), resnet18=(20, 20))  # ours may be a part of a larger one
+    assert recognise(contents({}))[0] == "resnet50"
+    assert [name for name, _, _ in tried] == ["alexnet", "resnet50"]
+
+
+def test_the_best_part_is_taken_and_of_equals_that_with_fewer_arguments(fits):
+    fits(a=(1, 10), b=(3, 10), c=(2, 10))
+    assert recognise(contents({}))[0] == "b"
+    fits(a=(3, 10, {"x": 1}), b=(3, 10), c=(3, 10))
+    assert recognise(contents({}))[0] == "b"
+    fits(a=(3, 10), b=(3, 10, {"x": 1}))
+    assert recognise(contents({}))[0] == "a"
+
+
+@pytest.mark.parametrize("found", [{}, {"a": (0, 10)}])
+def test_what_fits_nothing_is_refused(found, fits):
+    fits(**found)
+    with pytest.raises(OdcftError, match=r"somewhere.pth fits no backbone"):
+        recognise(contents({}))
+
+
+def test_no_more_networks_are_compared_than_that(fits, monkeypatch):
+    monkeypatch.setattr(recognition, "MOST", 2)
+    tried = fits(a=(1, 10), b=(2, 10), c=(10, 10))
+    assert recognise(contents({}))[0] == "b"
+    assert len(tried) == 2
+
+
+def test_the_users_arguments_go_to_every_network_and_who_does_not_take_them_is_passed_by(fits):
+    wrong = OdcftError("takes no such thing")
+    tried = fits(a=wrong, b=(3, 10), c=wrong)
+    assert recognise(contents({}), arch_args={"in_chans": 1})[:2] == ("b", {"in_chans": 1})
+    assert tried == [(name, {"in_chans": 1}, {"in_chans": 1}) for name in "abc"]
+    fits(resnet18=wrong)  # unless it is the one that is meant
+    with pytest.raises(OdcftError, match="no such thing"):
+        recognise(contents({}), "resnet18", {"x": 1})
+    with pytest.raises(OdcftError, match="no such thing"):
+        recognise(contents({}, told=Description("resnet18")))
+    fits(a=wrong)
+    with pytest.raises(OdcftError, match="fits no backbone"):
+        recognise(contents({}))
+
+
+def test_an_architecture_that_nobody_has_is_refused_with_the_nearest():
+    with pytest.raises(OdcftError, match=r"--arch resnet_50: timm has no such network \(did you mean resnet50\?\)"):
+        recognise(contents({}), "resnet_50")
+    assert nearest_name("completely different words") == ""
+    assert nearest_name("alexnet_deepclustr") == " (did you mean alexnet_deepcluster?)"
+    assert nearest_name("resnet50" + "x" * 10**6) == ""
+
+
+def test_the_users_number_of_heads_is_not_overruled(fits, monkeypatch):
+    fits(vit_small_patch16_224=(10, 10))
+    monkeypatch.setattr(recognition, "_as_trained", lambda *about: {"num_heads": 12, "in_chans": 1})
+    assert recognise(contents({}), arch_args={"num_heads": 3})[1] == {"num_heads": 3, "in_chans": 1}
+
+
+# ---------------------------------------------------------------- what fits once it is built otherwise
+
+
+def fitted(arch, state, kwargs=None, given=None):
+    kwargs, found = recognition._fitted(contents(state), arch, kwargs or {}, given or {})
+    return kwargs, len(found.tensors) - found.expected
+
+
+def changed(arch, name, shape, **kwargs):
+    return {**shapes(arch, **kwargs), name: torch.empty(shape, device="meta")}
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+def test_other_channels_are_found(channels):
+    assert fitted("resnet18", shapes("resnet18", in_chans=channels)) == ({"in_chans": channels}, 0)
+    assert fitted("resnet18", shapes("resnet18", in_chans=channels), {"in_chans": channels}) == (
+        {"in_chans": channels},
+        0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("conv1.weight", (64, 8, 7, 7)),  # many: no image
+        ("conv1.weight", (64, 0, 7, 7)),
+        ("conv1.weight", (32, 1, 7, 7)),
+        ("conv1.weight", (64, 1, 5, 5)),
+        ("conv1.weight", (64, 1, 7)),
+        ("layer1.0.conv1.weight", (64, 1, 3, 3)),  # not the first
+        ("layer1.0.conv1.weight", (64, 7, 3, 3)),
+    ],
+)
+def test_another_shape_is_no_other_number_of_channels(name, shape):
+    kwargs, lacks = fitted("resnet18", changed("resnet18", name, shape))
+    assert (kwargs, lacks) == ({}, -1)
+
+
+@pytest.mark.parametrize(("channels", "kwargs"), [(3, {"small_stem": True}), (1, {"small_stem": True, "in_chans": 1})])
+def test_a_resnet_for_small_images_is_found(channels, kwargs):
+    assert fitted("resnet18", changed("resnet18", "conv1.weight", (64, channels, 3, 3))) == (kwargs, 0)
+    assert fitted("resnet18", changed("resnet18", "conv1.weight", (64, channels, 5, 5))) == ({}, -1)
+    assert fitted("resnet18", changed("resnet18", "conv1.weight", (32, channels, 3, 3))) == ({}, -1)
+    state = changed("resnet18", "layer1.0.conv1.weight", (9, 9, 3, 3))
+    assert fitted("resnet18", state) == ({}, -1)
+
+
+def test_only_resnets_have_another_stem():
+    state = changed("densenet121", "features.conv0.weight", (64, 3, 3, 3))
+    assert fitted("densenet121", state) == ({}, -1)
+
+
+@pytest.mark.parametrize(("side", "size"), [(1, 16), (4, 64), (12, 192), (256, 4096), (257, None)])
+def test_another_size_is_found_by_the_position_embedding(side, size):
+    """test_vit: one class token, patches of 16 pixels."""
+    state = changed("test_vit", "pos_embed", (1, 1 + side * side, 64))
+    assert fitted("test_vit", state) == (({"img_size": size}, 0) if size else ({}, -1))
+
+
+@pytest.mark.parametrize("length", [0, 1, 18, 16])
+def test_an_embedding_of_no_square_tells_no_size(length):
+    assert fitted("test_vit", changed("test_vit", "pos_embed", (1, length, 64))) == ({}, -1)
+    assert fitted("test_vit", changed("test_vit", "pos_embed", (1, 17, 32))) == ({}, -1)
+    assert fitted("test_vit", changed("test_vit", "pos_embed", (17, 64))) == ({}, -1)
+
+
+def test_sizes_of_less_than_a_few_pixels_are_none():
+    kwargs = {"patch_size": 4, "img_size": 32}
+    for side, size in ((2, 8), (1, None)):
+        state = changed("test_vit", "pos_embed", (1, 1 + side * side, 64), **kwargs)
+        told = {**kwargs, "img_size": size} if size else kwargs
+        assert fitted("test_vit", state, kwargs) == (told, 0 if size else -1)
+
+
+def test_the_users_arguments_are_not_fitted_away():
+    state = shapes("resnet18", in_chans=1)
+    assert fitted("resnet18", state, {"in_chans": 3}, {"in_chans": 3}) == ({"in_chans": 3}, -1)
+    state = shapes("test_vit", in_chans=1, img_size=32)
+    assert fitted("test_vit", state, {"img_size": 64}, {"img_size": 64})[0] == {"img_size": 64, "in_chans": 1}
+
+
+def test_what_does_not_take_a_word_is_left_as_it_is(monkeypatch):
+    real = recognition.shapes
+
+    def refusing(arch, **kwargs):
+        if "in_chans" in kwargs:
+            raise OdcftError("takes no in_chans")
+        return real(arch, **kwargs)
+
+    monkeypatch.setattr(recognition, "shapes", refusing)
+    assert fitted("resnet18", real("resnet18", in_chans=1)) == ({}, -1)
+
+
+def test_a_network_without_patches_has_no_size_to_find(monkeypatch):
+    own = {"pos_embed": torch.empty(1, 17, 8, device="meta"), "w": torch.empty(2, device="meta")}
+    monkeypatch.setattr(recognition, "shapes", lambda arch, **kwargs: own)
+    assert fitted("any", {**own, "pos_embed": torch.empty(1, 65, 8, device="meta")}) == ({}, -1)
+
+
+# ---------------------------------------------------------------- same shapes, another network
+
+
+@pytest.mark.parametrize(
+    ("arch", "kwargs", "where", "container", "told"),
+    [
+        ("vit_small_patch16_224", {"in_chans": 1}, "x/base_encoder.", "torch", {"in_chans": 1, "num_heads": 12}),
+        ("vit_small_patch16_224", {}, "x/encoder.", "torch", {}),
+        ("vit_base_patch16_224", {}, "x/base_encoder.", "torch", {}),
+        ("resnet50", {"in_chans": 1}, "x/_feature_blocks.", "torch", {"in_chans": 1, "last_stride": 1}),
+        ("resnet50", {"in_chans": 1}, "blobs", "pickle", {"in_chans": 1, "last_stride": 1}),
+        ("resnet50", {"in_chans": 1}, "x", "torch", {"in_chans": 1}),
+        ("resnet50", {"in_chans": 2}, "blobs", "pickle", {"in_chans": 2}),
+        ("resnet50", {}, "blobs", "pickle", {}),
+        ("resnet18", {"in_chans": 1}, "blobs", "pickle", {"in_chans": 1}),
+    ],
+)
+def test_what_only_the_writer_tells(arch, kwargs, where, container, told):
+    assert recognition._as_trained(contents({}, container=container), arch, kwargs, matched(where)) == told
+
+
+# ---------------------------------------------------------------- families
+
+VIT = "vit_small_patch16_224"
+FAMILIES = [
+    ("odcft", "resnet18", {}, {"told": Description(ours=True)}),
+    ("timm", "resnet18", {}, {"told": Description("resnet18")}),
+    ("timm", "resnet18", {}, {"names": ["state_dict_ema"]}),
+    ("fair_caffe2", "resnet50", {}, {"container": "pickle", "names": ["blobs"], "where": "blobs"}),
+    ("state_dict", "resnet50", {}, {"container": "torch", "names": ["blobs"], "where": "blobs"}),
+    ("state_dict", "resnet50", {}, {"container": "pickle", "where": "model"}),
+    ("colorization_zhang", "colorization_eccv16", {}, {}),
+    ("colorization_zhang", "colorization_siggraph17", {}, {}),
+    ("vissl", "resnet50", {"_feature_blocks.x": 1}, {"names": ["classy_state_dict"]}),
+    ("vissl", "resnet50", {"_feature_blocks.x": 1}, {"names": ["model_state_dict"]}),
+    ("rotnet_gidaris", "alexnet_rotnet", {"_feature_blocks.x": 1}, {"where": "network"}),
+    ("state_dict", "resnet50", {"x": 1}, {"names": ["model_state_dict"], "where": "x"}),
+    ("deepcluster", "alexnet_deepcluster", {"top_layer.x": 1}, {"where": "x"}),
+    ("deepcluster", "alexnet_deepcluster", {"features.module.x": 1}, {"where": "x"}),
+    ("lightly_ssl", "resnet18", {}, {"names": ["pytorch-lightning_version"], "where": "state_dict/backbone."}),
+    ("lightning", "resnet18", {}, {"names": ["pytorch-lightning_version"], "where": "state_dict/net."}),
+    ("state_dict", "resnet18", {}, {"where": "state_dict/backbone."}),
+    ("openselfsup", "resnet50", {}, {"names": ["meta"], "where": "x"}),
+    ("openselfsup", "resnet50", {}, {"names": ["message_hub"], "where": "x"}),
+    ("msn", VIT, {}, {"names": ["target_encoder"], "where": "target_encoder/module."}),
+    ("mocov3", VIT, {}, {"where": "state_dict/module.base_encoder."}),
+    ("moco", "resnet50", {}, {"where": "state_dict/module.encoder_q."}),
+    ("simsiam", "resnet50", {"module.predictor.0.weight": 1}, {"where": "state_dict/module.encoder."}),
+    ("state_dict", "resnet50", {"module.predictor.0.weight": 1}, {"where": "state_dict/module."}),
+    ("state_dict", "resnet50", {"x": 1}, {"where": "state_dict/module.encoder."}),
+    ("dinov2", VIT, {"mask_token": 1, "blocks.0.ls1.gamma": 1}, {}),
+    ("dino or timm", VIT, {"mask_token": 1, "blocks.0.norm": 1}, {}),
+    ("dino or timm", VIT, {"x": 1, "blocks.0.ls1.gamma": 1}, {}),
+    ("state_dict", "beit_base", {"mask_token": 1, "blocks.0.ls1.gamma": 1}, {}),
+    ("dino", VIT, {}, {"names": ["teacher"], "where": "teacher/backbone."}),
+    ("mae", VIT, {"decoder_x": 1}, {"where": "model"}),
+    ("dino or timm", VIT, {}, {}),
+    ("state_dict", VIT, {"head.weight": 1}, {}),
+    ("state_dict", VIT, {"fc.weight": 1}, {}),
+    ("mae or timm", VIT, {}, {"where": "model"}),
+    ("state_dict", VIT, {"head.weight": 1}, {"where": "model"}),
+    ("state_dict", "swin_tiny", {}, {"where": "model"}),
+    ("state_dict", VIT, {}, {"where": "net"}),
+    ("training script", "resnet18", {}, {"names": ["arch", "state_dict", "epoch"], "where": "state_dict"}),
+    ("training script", "resnet18", {}, {"names": ["arch", "state_dict", "optimizer"], "where": "state_dict"}),
+    ("training script", "resnet18", {}, {"names": ["arch", "state_dict", "args"], "where": "state_dict"}),
+    ("state_dict", "resnet18", {}, {"names": ["arch", "state_dict"], "where": "state_dict"}),
+    ("state_dict", "resnet18", {}, {"names": ["arch", "epoch"], "where": "state_dict"}),
+    ("state_dict", "resnet18", {}, {"names": ["state_dict", "epoch"], "where": "state_dict"}),
+    ("torchvision", "resnet18", {}, {}),
+    ("torchvision", "alexnet", {}, {}),
+    ("state_dict", "convnext_tiny", {}, {}),
+    ("state_dict", "resnet18", {}, {"where": "net"}),
+]
+
+
+@pytest.mark.parametrize(("name", "arch", "keys", "about"), FAMILIES)
+def test_families(name, arch, keys, about):
+    around = {key: value for key, value in about.items() if key != "where"}
+    assert family(contents({}, keys, **around), arch, matched(about.get("where", "the file itself"))) == name
+
+
+# ---------------------------------------------------------------- what it was shown
+
+CFG = {"input_size": (3, 160, 160), "mean": (0.5,) * 3, "std": (0.25,) * 3, "classifier": "fc", "crop_pct": 0.95}
+
+
+def shown(arch="resnet18", cfg=CFG, dropped=(), kwargs=None, **about):
+    return input_of(contents({}, **about), arch, kwargs or {}, matched(dropped=dropped), cfg)
+
+
+@pytest.mark.parametrize(
+    ("arch", "kwargs", "color", "channels"),
+    [
+        ("resnet18", {}, "rgb", 0),
+        ("resnet18", {"in_chans": 1}, "lab_l", 0),
+        ("resnet18", {"in_chans": 2}, "sobel", 0),
+        ("alexnet_deepcluster", {}, "sobel", 0),
+        ("alexnet_deepcluster", {"in_chans": 3}, "rgb", 0),
+        ("colorization_siggraph17", {}, "lab_l", 4),
+    ],
+)
+def test_the_files_own_word_is_followed_where_its_channels_are_the_networks(arch, kwargs, color, channels):
+    own = replace(default(color, 48), channels=channels or default(color, 48).channels)
+    assert shown(arch, told=Description(input=own), kwargs=kwargs) == own
+    other = Description(input=replace(own, channels=own.channels + 1))
+    told = shown(arch, told=other, kwargs=kwargs)
+    assert told != other.input
+    (said,) = other.left_out
+    assert f"{own.channels + 1} channels: the first convolution takes {own.channels}" in said
+
+
+def test_our_own_networks_have_theirs():
+    for arch, (_, own, _) in NETWORKS.items():
+        assert shown(arch) == own
+    bgr = shown("alexnet_jigsaw", container="pickle")
+    assert (bgr.color, bgr.size, bgr.mean, bgr.std) == ("bgr", 227, IMAGENET[0][::-1], IMAGENET[1][::-1])
+    assert shown("alexnet_colorization", container="pickle").color == "lab_l"
+    assert shown("alexnet_deepcluster", kwargs={"in_chans": 3}) == default("rgb", 224)
+    assert shown("alexnet_deepcluster", kwargs={"in_chans": 1}) == default("gray", 224)
+    assert shown("alexnet", kwargs={"in_chans": 2}) == default("sobel", 224)
+
+
+def test_channels_tell_the_colours():
+    assert shown(kwargs={"in_chans": 1}) == default("gray", 160)
+    assert shown(kwargs={"in_chans": 2}) == default("sobel", 160)
+    assert shown(kwargs={"in_chans": 1, "last_stride": 1}) == default("lab_l", 160)
+    assert shown(kwargs={"in_chans": 1, "last_stride": 1, "img_size": 96}) == default("lab_l", 96)
+    assert shown(kwargs={"in_chans": 2, "img_size": 64}) == default("sobel", 64)
+    assert shown(kwargs={"in_chans": 1, "small_stem": True}) == default("gray", 32)
+    for channels in (0, 4, 7):
+        with pytest.raises(OdcftError, match=f"takes {channels} channels, and nothing tells which"):
+            shown(kwargs={"in_chans": channels})
+
+
+def test_caffe2_shows_bgr():
+    assert shown(container="pickle", names=["blobs"]) == default("bgr", 160)
+    assert shown(container="torch", names=["blobs"]).color == "rgb"
+    assert shown(container="pickle").color == "rgb"
+
+
+def test_timms_words_are_followed_in_timms_files():
+    timms = timm_input(CFG, 160)
+    assert (timms.mean, timms.std, timms.size, timms.crop_fraction) == ((0.5,) * 3, (0.25,) * 3, 160, 0.95)
+    assert shown(told=Description("resnet18")) == timms
+    assert shown(told=Description(cfg={"mean": (0.1,) * 3})) == replace(timms, mean=(0.1,) * 3)
+    assert shown(told=Description("resnet18", cfg={"input_size": [3, 96, 96]})).size == 96
+    assert shown(told=Description("resnet18", cfg={"input_size": [3, 96, 96]}), kwargs={"img_size": 64}).size == 64
+    assert shown(told=Description("resnet18"), kwargs={"small_stem": True}).size == 32
+    one = Description("resnet18", cfg={"mean": [0.1], "std": [0.1], "crop_pct": 0.5})
+    assert shown(told=one) == replace(timms, crop_fraction=0.5)
+    assert one.left_out == ["mean and std should have 3 numbers"]
+
+
+def test_a_classifier_of_timms_tells_timms_normalisation_and_else_it_is_imagenets():
+    assert shown() == Input("rgb", 160, *IMAGENET)
+    assert shown(dropped=["module.fc.weight"]) == timm_input(CFG, 160)
+    assert shown(dropped=["fc.bias", "head.weight"]) == Input("rgb", 160, *IMAGENET)
+    several = {**CFG, "classifier": ("head", "head_dist")}
+    assert shown(cfg=several, dropped=["head_dist.weight"]) == timm_input(CFG, 160)
+    for nothing in ({**CFG, "classifier": None}, {key: value for key, value in CFG.items() if key != "classifier"}):
+        assert shown(cfg=nothing, dropped=["fc.weight", ".weight"]) == Input("rgb", 160, *IMAGENET)
+
+
+def test_timms_words_where_it_says_little():
+    least = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    assert timm_input(least, 64).view == View(64, 0.875, "bilinear")
+    assert timm_input({**least, "interpolation": "bicubic", "crop_pct": 1.0}, 64).view == View(64, 1.0, "bicubic")
+    assert timm_input({**least, "interpolation": "random"}, 64).interpolation == "bilinear"
+
+
+@pytest.mark.parametrize("color", ["rgb", "bgr", "gray", "lab_l", "sobel"])
+def test_the_users_word_for_the_colours(color):
+    own = Input("rgb", 48, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), crop_fraction=0.9, interpolation="bicubic")
+    told = overridden(own, color)
+    assert (told.color, told.view) == (color, own.view)
+    usual = default(color, 48)
+    mean, std = {"rgb": (own.mean, own.std), "bgr": (own.mean[::-1], own.std[::-1])}.get(color, (usual.mean, usual.std))
+    if color != "rgb":
+        assert (told.mean, told.std) == (mean, std)
+    back = overridden(overridden(own, "bgr"), "rgb")
+    assert back == own
