@@ -22,6 +22,7 @@ from odcft.description import Description, of_export, of_pretext, of_timm, of_tr
 from odcft.errors import OdcftError
 from odcft.renames import combined
 from odcft.restricted import (
+    INSTRUCTIONS,
     Endless,
     Refused,
     StandIn,
@@ -252,9 +253,11 @@ def _load_torch(path: Path, replaced: list[str]) -> Any:
     stand_ins: dict[str, type] = {}
     try:
         if _is_zip(path):
-            refuse_endless(BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")))
+            length = refuse_endless(BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")))
         else:
-            refuse_endless_file(path, pickles=5)  # what torch wrote before 1.6: identity, versions, machine, tree, keys
+            length = refuse_endless_file(
+                path, pickles=5
+            )  # what torch wrote before 1.6: identity, versions, machine, tree, keys
     except (Endless, MemoryError):
         raise
     except Exception:  # not what torch wrote
@@ -279,6 +282,8 @@ def _load_torch(path: Path, replaced: list[str]) -> Any:
             name = f"builtins.{name}" if name and "." not in name else name
             if name and name not in stand_ins and len(stand_ins) < 200:
                 stand_ins[name] = stand_in(name)
+                if len(stand_ins) * length > 4 * INSTRUCTIONS:  # it is run once more for each of them
+                    raise Endless from None
                 continue
             if name:
                 raise Refused(name) from None

@@ -303,6 +303,17 @@ def test_a_program_that_asks_for_room_or_time_is_refused(program, monkeypatch):
         refuse_endless(BytesIO(b"\x80\x02" + program))
 
 
+def test_a_long_program_is_not_run_once_more_for_each_of_very_many_classes(tmp_path):
+    program = b"\x80\x02}(U\x01a(" + 500_000 * b"N" + b"t"
+    program += b"".join(b"U\x03%03dcfoo\nC%d\n)\x81" % (number, number) for number in range(190)) + b"u."
+    with zipfile.ZipFile(tmp_path / "c.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+    with pytest.raises(OdcftError, match="far more time or memory"):
+        load_backbone(tmp_path / "c.pth")
+
+
 @pytest.mark.parametrize("protocol", range(6))
 def test_a_program_of_ordinary_things_is_looked_through_to_its_end(protocol):
     shared = ["x"] * 100
