@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from odcft.backbone import Backbone, loading_line
-from odcft.description import read_json
+from odcft.description import read_json, read_text
 from odcft.errors import OdcftError
 from odcft.inputs import seen_as
 from odcft.recipe import parse_yaml
 from odcft.words import code_block, code_span
+
+METHODS = ("odc", "dc", "codc")
+LINE = 1 << 16  # bytes that a line of the log has at most
 
 
 def about_run(run: Path, member: int = 0) -> dict[str, Any]:
@@ -26,8 +29,8 @@ def about_run(run: Path, member: int = 0) -> dict[str, Any]:
     """
     try:
         run_json = read_json(run / "run.json")
-        recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
-    except (OSError, ValueError, OdcftError):
+        recipe = read_text(run / "recipe.yaml")
+    except OdcftError:
         return {}
     about: dict[str, Any] = {}
     for key in ("checkpoint", "sha256", "data", "images"):
@@ -37,17 +40,21 @@ def about_run(run: Path, member: int = 0) -> dict[str, Any]:
         if isinstance(value, int if key == "images" else str):
             about[key] = value
     about |= {key: name_of(about[key]) for key in ("checkpoint", "data") if isinstance(about.get(key), str)}
-    with suppress(ValueError, TypeError, KeyError, OdcftError):
+    with suppress(ValueError, TypeError, KeyError, OverflowError, OdcftError):
         fields = parse_yaml(recipe, "recipe.yaml")
-        about |= {"method": str(fields["method"]), "seed": int(fields["seed"])}
-        about |= {"clusters": int(fields["memory"]["clusters"]), "epochs": int(fields["optim"]["epochs"])}
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if (run / "metrics.jsonl").exists() else []
-    return {**about, "recipe": recipe, "figures": _last(lines)}
+        if fields["method"] in METHODS:
+            about |= {"method": fields["method"], "seed": int(fields["seed"])}
+            about |= {"clusters": int(fields["memory"]["clusters"]), "epochs": int(fields["optim"]["epochs"])}
+    return {**about, "recipe": recipe, "figures": _last_line(run / "metrics.jsonl")}
 
 
-def _last(lines: list[str]) -> dict[str, Any]:
-    with suppress(ValueError, TypeError, IndexError, RecursionError):
-        return dict(json.loads(lines[-1]))
+def _last_line(path: Path) -> dict[str, Any]:
+    """The last object of a log of any length; {} where there is none."""
+    with suppress(OSError, ValueError, TypeError, IndexError, RecursionError):
+        if path.is_file():
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - LINE))
+                return dict(json.loads(file.read(LINE).splitlines()[-1]))
     return {}
 
 
@@ -100,7 +107,7 @@ def card(backbone: Backbone, about: dict[str, Any]) -> str:
     if figures := about.get("figures"):
         lines += ["", "## How the training ended", "", "| | |", "|---|---|"]
         for key, title in _FIGURES.items():
-            if isinstance(figures.get(key), int | float):
+            if isinstance(figures.get(key), int | float) and abs(figures[key]) < 1e30:
                 lines.append(f"| {title} | {figures[key]:.4g} |")
     if about.get("sha256"):
         lines += ["", f"SHA-256 of the checkpoint it started from: {code_span(str(about['sha256']))}"]

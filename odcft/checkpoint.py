@@ -7,6 +7,7 @@ so that the tensors beside them load.
 """
 
 import re
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from odcft.description import Description, of_export, of_pretext, of_timm, of_tr
 from odcft.errors import OdcftError
 from odcft.renames import combined
 from odcft.restricted import (
+    INSTRUCTIONS,
     Endless,
     Refused,
     StandIn,
@@ -40,6 +42,7 @@ TENSORS = 30_000  # with names
 NAME = 300  # letters of a tensor's name
 LEVELS = 40  # of a tensor's name, between dots
 MEMBERS = 200_000  # of a zip archive
+ENTRY = 46  # bytes of the shortest in its list
 HEADER = 32 << 20  # bytes of what stands before the tensors of a safetensors file
 HINTS = 20  # strings that may name an architecture
 
@@ -174,13 +177,16 @@ def _container(path: Path, start: bytes) -> str:
 
 def _refuse_inflated(path: Path) -> None:
     """torch stores tensors as they are; an archive that swells when opened is none of its own."""
-    if _listed(path) > MEMBERS:
-        raise OdcftError(f"{path} is a zip archive of {_listed(path):,} files, far more than PyTorch writes.")
+    size, place = _listed(path)
+    if size // ENTRY > MEMBERS:
+        raise OdcftError(f"{path} is a zip archive of {size // ENTRY:,} files, far more than PyTorch writes.")
     try:
         with zipfile.ZipFile(path) as archive:
             inflated = sum(member.file_size for member in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError):
-        return  # cut or damaged: said by the loader
+            if archive.start_dir != place:
+                raise zipfile.BadZipFile  # PyTorch would read another list than the one that was looked at
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, ValueError):
+        raise _no_checkpoint(path) from None  # PyTorch is less strict, so it would open what was not looked at
     if inflated > 2 * path.stat().st_size + (1 << 20):
         raise OdcftError(
             f"{path} is a zip archive that swells to {inflated:,} bytes, which no checkpoint of PyTorch does. "
@@ -188,19 +194,26 @@ def _refuse_inflated(path: Path) -> None:
         )
 
 
-def _listed(path: Path) -> int:
-    """Files in a zip archive, by the bytes their list takes: no entry is read."""
+def _listed(path: Path) -> tuple[int, int]:
+    """How many bytes the list of a zip archive's files takes, and where PyTorch will look for it: no entry is read."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - (1 << 16) - 22))
         tail = file.read()
         end = tail.rfind(b"PK\x05\x06")
         if end < 0 or len(tail) < end + 22:
-            return 0  # cut: said by the loader
-        size = int.from_bytes(tail[end + 12 : end + 16], "little")
+            return 0, -1  # cut
+        size, place = (int.from_bytes(tail[end + at : end + at + 4], "little") for at in (12, 16))
         if tail[end - 20 : end - 16] == b"PK\x06\x07":  # of the 64-bit kind
-            file.seek(int.from_bytes(tail[end - 12 : end - 4], "little"))
-            size = max(size if size < 0xFFFFFFFF else 0, int.from_bytes(file.read(56)[40:48], "little"))
-    return min(size, path.stat().st_size) // 46  # bytes of the shortest entry
+            about = int.from_bytes(tail[end - 12 : end - 4], "little")
+            if about != path.stat().st_size - len(tail) + end - 76:  # right before that, where everybody has it
+                return 0, -1
+            file.seek(about)
+            size, place = (int.from_bytes(words, "little") for words in _pair(file.read(56)[40:56]))
+    return min(size, path.stat().st_size), place
+
+
+def _pair(words: bytes) -> tuple[bytes, bytes]:
+    return words[:8], words[8:]
 
 
 def _load_safetensors(path: Path) -> tuple[Any, Description]:
@@ -223,13 +236,28 @@ def _load_safetensors(path: Path) -> tuple[Any, Description]:
         raise OdcftError(f"{path} is a damaged safetensors file ({said}). Copy or download it again.") from None
 
 
+def load_torch(path: Path) -> Any:
+    """What torch wrote into a file, of whatever origin, and nothing else.
+
+    Raises:
+        OdcftError, Refused, Endless, MemoryError, OSError: it is another kind of file, or none to be opened.
+    """
+    with path.open("rb") as file:
+        container = _container(path, file.read(512))
+    if container != "torch":
+        raise _no_checkpoint(path)
+    return _load_torch(path, [])
+
+
 def _load_torch(path: Path, replaced: list[str]) -> Any:
     stand_ins: dict[str, type] = {}
     try:
         if _is_zip(path):
-            refuse_endless(BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")))
+            length = refuse_endless(BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")))
         else:
-            refuse_endless_file(path, pickles=5)  # what torch wrote before 1.6: identity, versions, machine, tree, keys
+            length = refuse_endless_file(
+                path, pickles=5
+            )  # what torch wrote before 1.6: identity, versions, machine, tree, keys
     except (Endless, MemoryError):
         raise
     except Exception:  # not what torch wrote
@@ -254,6 +282,8 @@ def _load_torch(path: Path, replaced: list[str]) -> Any:
             name = f"builtins.{name}" if name and "." not in name else name
             if name and name not in stand_ins and len(stand_ins) < 200:
                 stand_ins[name] = stand_in(name)
+                if len(stand_ins) * length > 4 * INSTRUCTIONS:  # it is run once more for each of them
+                    raise Endless from None
                 continue
             if name:
                 raise Refused(name) from None

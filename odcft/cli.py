@@ -59,6 +59,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what odcft
 Devices = Annotated[int, typer.Option(min=1, help="Processes on this machine: GPUs, or shares of the CPU.")]
 
 LOST = 5.0  # seconds: who launched the processes ends this one before it has said what another says better
+MOST_EPOCHS, LARGEST_SIDE = 1_000_000, 4096  # as in recipe.py, which is slow to import
 DEFAULT_RECIPE, DC_RECIPE = "odc_r50_finetune", "dc_r50_finetune"
 
 
@@ -201,7 +202,8 @@ def finetune(
     ] = None,
     overrides: Set = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Instead of the recipe's; may also prolong a resumed run.")
+        int | None,
+        typer.Option(min=1, max=MOST_EPOCHS, help="Instead of the recipe's; may also prolong a resumed run."),
     ] = None,
     clusters: Clusters = None,
     memory: Annotated[Path | None, typer.Option(help="A folder of `odcft init-memory` to start from.")] = None,
@@ -274,7 +276,9 @@ def export(
     arch_args: ArchArgs = None,
     input: Input = None,
     allow_partial: Partial = False,
-    size: Annotated[int | None, typer.Option(min=8, help="Pixels it is shown, where its source does not tell.")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=8, max=LARGEST_SIDE, help="Pixels it is shown, where its source does not tell.")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -311,7 +315,9 @@ def evaluate(
     features: Annotated[
         Path | None, typer.Option(metavar="FILE.npz", help="Features made elsewhere, instead of CKPT and DATA.")
     ] = None,
-    size: Annotated[int | None, typer.Option(min=8, help="Pixels; by default the RUN's or the network's own.")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=8, max=LARGEST_SIDE, help="Pixels; by default the RUN's or the network's own.")
+    ] = None,
     arch: Arch = None,
     arch_args: ArchArgs = None,
     input: Input = None,
@@ -350,7 +356,7 @@ def pretext(
     out: Annotated[Path, typer.Option(metavar="FILE.pth", help="The checkpoint to write.")],
     recipe: RecipeName = "pretext",
     overrides: Set = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, max=MOST_EPOCHS, help="Instead of the recipe's.")] = None,
     devices: Devices = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with --out, from its last epoch.")] = False,
     overwrite: Overwrite = False,

@@ -92,8 +92,14 @@ def find_images(data: str | Path) -> Images:
         OdcftError: nothing there, no image in it, or a list that is not one.
     """
     path = Path(data)
-    if not path.exists():
-        raise OdcftError(f"{path}: no such folder or list file of images.")
+    try:
+        path.lstat()
+        if not path.exists():
+            raise FileNotFoundError  # a link to nowhere
+    except (FileNotFoundError, NotADirectoryError):
+        raise OdcftError(f"{path}: no such folder or list file of images.") from None
+    except OSError as error:
+        raise OdcftError(f"{path} cannot be read: {error.strerror}.") from None
     if path.is_dir():
         names, skipped = _walk(path)
         if not names:
@@ -183,6 +189,8 @@ def _read_list(path: Path) -> Images:
 
 def _read_table(path: Path, text: str, header: str) -> tuple[list[tuple[str, str]], bool]:
     """Path and label of each line of a .csv or .tsv, and whether it has labels."""
+    if len(header) > csv.field_size_limit():
+        raise OdcftError(f"{path}, line 1: {len(header):,} letters are no header. Is it the table you mean?")
     usual = LISTS[path.suffix.lower()] or ","
     for delimiter in (usual, ",", ";", "\t"):
         columns = [c.strip().lower() for c in next(csv.reader([header], delimiter=delimiter, skipinitialspace=True))]

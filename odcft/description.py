@@ -290,6 +290,22 @@ def _json(told: Description, text: Any, name: str) -> Any:
         return None
 
 
+def read_text(path: Path) -> str:
+    """The text of a small file that anybody may have written; what is no UTF-8 in it is replaced.
+
+    Raises:
+        OdcftError: it is not there, no regular file, or too large.
+    """
+    try:
+        if not path.is_file():
+            raise OdcftError(f"{path} is {'no file' if path.exists() else 'missing'}.")
+        if path.stat().st_size > LARGEST:
+            raise OdcftError(f"{path} has {path.stat().st_size:,} bytes, too many for a description.")
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise OdcftError(f"{path} cannot be read: {error.strerror}.") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file that anybody may have written.
 
@@ -297,13 +313,7 @@ def read_json(path: Path) -> dict[str, Any]:
         OdcftError: it is not there, no regular file, too large, or no JSON object.
     """
     try:
-        if not path.is_file():
-            raise OdcftError(f"{path} is {'no file' if path.exists() else 'missing'}.")
-        if path.stat().st_size > LARGEST:
-            raise OdcftError(f"{path} has {path.stat().st_size:,} bytes, too many for a description.")
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OdcftError(f"{path} cannot be read: {error.strerror}.") from None
+        about = json.loads(read_text(path))
     except (ValueError, RecursionError):
         about = None
     if not isinstance(about, dict):

@@ -43,6 +43,7 @@ RUN_FILES: Layout = {
 }
 BEGUN = {"recipe.yaml", "run.json", "images.csv", "quarantine.csv", "checkpoints", "metrics.jsonl", "tensorboard"}
 LINKED = ("checkpoints", "tensorboard")  # may be links to folders of the user's, on another disk
+ONNX = 1 << 31  # bytes; one that holds its tensors is smaller
 UNFINISHED = ".unfinished"  # being written: .NAME.unfinished a file, .unfinished what a folder will hold
 KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 
@@ -101,6 +102,8 @@ def refuse_file_of_others(path: Path) -> None:
     """Refuse to replace a file that odcft did not write, or a link."""
     if path.is_symlink():
         raise OdcftError(f"{path} is a link. Give the place that it leads to, or choose another.")
+    if path.exists() and not path.is_file():
+        raise OdcftError(f"{path} is no file, and odcft replaces nothing else. Choose another place.")
     if path.exists() and not written_by_odcft(path):
         raise OdcftError(f"{path} was not written by odcft, so --overwrite will not touch it. Choose another place.")
 
@@ -111,15 +114,19 @@ def written_by_odcft(path: Path) -> bool:
         with path.open("rb") as file:
             start = file.read(10)
         if start.startswith(b"PK"):
-            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            from odcft.checkpoint import load_torch
+
+            tree = load_torch(path)
             return {"task", "arch", "epoch", "optimizer"} <= set(tree) or "odcft" in getattr(tree, "_metadata", {})
         if start[8:9] == b"{":
             with safe_open(path, "pt") as tensors:
                 words = set(tensors.metadata() or {})
-        else:
+        elif path.stat().st_size < ONNX:
             import onnx
 
             words = {word.key for word in onnx.load(path, load_external_data=False).metadata_props}
+        else:
+            return False
         return {"architecture", "input"} <= words
     except Exception:  # each reader has its own kinds for a file that is not of its kind
         return False
@@ -378,9 +385,20 @@ def _write_table(path: Path, header: list[str], rows: Iterable[tuple]) -> None:
 
 
 def read_column(path: Path, column: str) -> list[str]:
-    """One column of a .csv of ours."""
-    with path.open(newline="", **NAMES) as file:
-        return [row[column] for row in csv.DictReader(file)]
+    """One column of a .csv of ours.
+
+    Raises:
+        OdcftError: it is not there, or not as we write it.
+    """
+    try:
+        if not path.is_file():
+            raise OdcftError(f"{path} is {'no file' if path.exists() else 'missing'}.")
+        with path.open(newline="", **NAMES) as file:
+            return [row[column] for row in csv.DictReader(file)]
+    except OSError as error:
+        raise OdcftError(f"{path} cannot be read: {error.strerror}.") from None
+    except (csv.Error, KeyError) as error:
+        raise OdcftError(f"{path} is damaged ({error}), or not a table of odcft's with a column {column}.") from None
 
 
 def write_whole(path: Path, text: str) -> None:

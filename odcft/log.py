@@ -1,6 +1,7 @@
 """What a run says: progress on the terminal, metrics.jsonl, TensorBoard. Only rank 0 speaks."""
 
 import json
+import math
 import os
 import sys
 import threading
@@ -132,7 +133,7 @@ class Metrics:
             return
         path = run / "metrics.jsonl"
         # Resumed: what was written after the state that is gone on from does not count, nor does half a line.
-        self._lines = [line for line in read_lines(path) if line["step"] < first_step]
+        self._lines = [line for line in read_lines(path) if _step(line) < first_step]
         folders.write_whole(path, "".join(json.dumps(line) + "\n" for line in self._lines))
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         if tensorboard:
@@ -197,10 +198,15 @@ class Metrics:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """What metrics.jsonl says, without half a line that a killed run may have left."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with suppress(ValueError, RecursionError):
             lines.append(json.loads(line))
     return [line for line in lines if isinstance(line, dict)]
+
+
+def _step(line: dict[str, Any]) -> float:
+    step = line.get("step")
+    return step if isinstance(step, int | float) else math.inf
 
 
 def now() -> str:

@@ -20,6 +20,7 @@ from odcft import dist, folders, seeds
 from odcft.advice import explained
 from odcft.augment import augment_batch, turned
 from odcft.backbone import Backbone, Loaded, normalise, refuse_unknown
+from odcft.checkpoint import load_torch
 from odcft.color import colours, lab, nearest_colour
 from odcft.data import Crops, Images, TrainingOrder, find_images, in_order, loader
 from odcft.description import check_arguments
@@ -427,7 +428,9 @@ def _save(out: Path, task: str, network: Task, optimizer: torch.optim.Optimizer,
 def _read_state(out: Path, task: str, arch: str) -> dict[str, Any]:
     """What `_save` wrote."""
     try:
-        state = torch.load(out, map_location="cpu", weights_only=True)
+        if out.exists() and not out.is_file():
+            raise ValueError("a pipe, or a device")
+        state = load_torch(out)
         ours = (state["task"], state["arch"])
         state["epoch"], state["state_dict"], state["optimizer"]
     except FileNotFoundError:

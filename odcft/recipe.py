@@ -20,6 +20,8 @@ from odcft.words import brief
 
 LARGEST, LONGEST, DEEPEST = 1 << 20, 10_000, 30  # bytes of a recipe, letters of a value, levels
 
+MOST_EPOCHS, LARGEST_SIDE, WIDEST, MOST_WORKERS = 1_000_000, 4096, 65_536, 1024  # beyond use, within memory
+
 Auto = Literal["auto"]
 
 
@@ -36,7 +38,7 @@ def _black_to_white(pair: tuple[float, float]) -> tuple[float, float]:
 class DataRecipe(_Group):
     """Which pixels the network sees."""
 
-    size: Auto | Annotated[int, Field(ge=8)] = (
+    size: Auto | Annotated[int, Field(ge=8, le=LARGEST_SIDE)] = (
         224  # pixels; auto: the network's own, or the images' where they are smaller
     )
     crop_fraction: float = Field(
@@ -45,7 +47,9 @@ class DataRecipe(_Group):
     range: Literal["auto", "full"] | Annotated[tuple[float, float], AfterValidator(_black_to_white)] = (
         "auto"  # [black, white] of images with more than 8 bits a channel; full: their type's; auto: the set's own
     )
-    workers: Auto | Annotated[int, Field(ge=0)] = "auto"  # loader processes a rank; auto: by cores and device
+    workers: Auto | Annotated[int, Field(ge=0, le=MOST_WORKERS)] = (
+        "auto"  # loader processes a rank; auto: by cores and device
+    )
     mean: list[float] | None = None  # of each channel, in 0..1 of its range; null: the checkpoint's own
     std: list[Annotated[float, Field(gt=0)]] | None = None  # the deviation, likewise
 
@@ -81,8 +85,8 @@ class BackboneRecipe(_Group):
 class NeckRecipe(_Group):
     """{fc-bn-relu-dropout-fc-relu} (paper, sec. 3.2)."""
 
-    hidden: int = Field(512, ge=1)
-    dim: int = Field(256, ge=2)  # D, what is clustered
+    hidden: int = Field(512, ge=1, le=WIDEST)
+    dim: int = Field(256, ge=2, le=WIDEST)  # D, what is clustered
     dropout: float = Field(0.5, ge=0, lt=1)
     bn_momentum: float = Field(0.001, gt=0, le=1)  # of the running statistics (official code)
 
@@ -139,7 +143,7 @@ class OptimRecipe(_Group):
     """The optimizer and its schedule; nothing here is in the paper for fine-tuning unless the recipe says so."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    epochs: int = Field(120, ge=1)
+    epochs: int = Field(120, ge=1, le=MOST_EPOCHS)
     batch_size: int = Field(512, ge=2)  # over all ranks
     lr: float = Field(0.06, gt=0)  # for this batch size
     schedule: Literal["cosine", "step"] = "cosine"

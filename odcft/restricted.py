@@ -116,7 +116,7 @@ def _is_real(items: list[_Value]) -> bool:
     return not items or not items[0].name or items[0].name.startswith(_REAL)
 
 
-def refuse_endless(program: Any) -> None:
+def refuse_endless(program: Any) -> int:
     """Look through one pickle, and leave the file where it ends.
 
     Keys, members of sets, and what real functions are called with are walked through when the program runs, shared
@@ -124,6 +124,9 @@ def refuse_endless(program: Any) -> None:
 
     Args:
         program: a file, or an mmap.
+
+    Returns:
+        How many instructions it has.
 
     Raises:
         Endless: running it would take time or memory far beyond the file's length.
@@ -174,6 +177,7 @@ def refuse_endless(program: Any) -> None:
             named = op.name == "STACK_GLOBAL" and all(item.name for item in items)
             name = ".".join(item.name for item in items) if named else ""
             stack.append(_Value(1 + sum(item.weight for item in items), name))
+    return ops
 
 
 def _top(stack: list[_Value | None]) -> _Value:
@@ -196,11 +200,10 @@ def _popped(stack: list[_Value | None], op: pickletools.OpcodeInfo) -> list[_Val
     return [item for item in reversed(items) if item is not None]
 
 
-def refuse_endless_file(path: Path, pickles: int = 1) -> None:
-    """`refuse_endless` of the pickles at the start of a file."""
+def refuse_endless_file(path: Path, pickles: int = 1) -> int:
+    """`refuse_endless` of the pickles at the start of a file, together."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as program:
-        for _ in range(pickles):
-            refuse_endless(program)
+        return sum(refuse_endless(program) for _ in range(pickles))
 
 
 def numpy_globals() -> list[tuple[Any, str]]:

@@ -7,7 +7,7 @@ from odcft.data import Images, find_images
 from odcft.description import read_json
 from odcft.errors import OdcftError
 from odcft.folders import digest, read_column, sha256
-from odcft.recipe import Recipe, flat, make_recipe
+from odcft.recipe import MOST_EPOCHS, Recipe, flat, make_recipe
 from odcft.words import brief
 
 FREE = ("data.workers", "log")  # how fast, how often it speaks: may change, for they change no result
@@ -24,12 +24,33 @@ def read_about(run: Path) -> dict[str, Any]:
         for name, kind in (("checkpoint", str | list), ("sha256", str | list), ("asked", dict), ("sample", dict)):
             if not isinstance(about[name], kind):
                 raise ValueError(f"{name}={brief(about[name])}")
+        if not isinstance(about.get("arch_given"), str | None):
+            raise ValueError(f"arch_given={brief(about['arch_given'])}")
         return about
     except (OdcftError, ValueError, KeyError) as error:
         raise OdcftError(
             f"{run} cannot be resumed: its run.json is missing or not of this version of odcft ({error}). "
             "Start anew with --overwrite, or with another --out."
         ) from None
+
+
+def refuse_odd_state(run: Path, saved: dict[str, Any]) -> None:
+    """Refuse a state whose words are not those of a run, before any of them is followed."""
+    kinds = (("recipe", dict), ("versions", dict), ("window", dict), ("steps_per_epoch", int), ("skipped", int))
+    odd = next((name for name, kind in kinds if not isinstance(saved.get(name), kind)), "")
+    if not odd and saved["steps_per_epoch"] < 1:
+        odd = "steps_per_epoch"
+    if not odd:
+        groups = {name: saved["recipe"].get(name) for name in ("data", "optim", "memory")}
+        odd = next((f"recipe.{name}" for name, group in groups.items() if not isinstance(group, dict)), "")
+    if not odd and not {"epochs", "final_epochs"} <= set(saved["recipe"]["optim"]):
+        odd = "recipe.optim"
+    if odd:
+        raise OdcftError(
+            f"{run} cannot be resumed: its newest state does not say what a run's does ({odd}). "
+            "Start anew with --overwrite, or with another --out."
+        )
+    make_recipe(saved["recipe"], f"the recipe of {run}'s newest state")
 
 
 def resumed_recipe(
@@ -49,7 +70,7 @@ def resumed_recipe(
     """
     then, asked, now = flat(saved["recipe"]), flat(about["asked"]), flat(given.model_dump(mode="json"))
     prolonged = about.get("epochs")
-    if not isinstance(prolonged, int) or prolonged < 1:
+    if not isinstance(prolonged, int) or not 1 <= prolonged <= MOST_EPOCHS:
         prolonged = then["optim.epochs"]
     follows = set() if epochs is None else {"optim.epochs"}
     if epochs is not None or prolonged != then["optim.epochs"]:
@@ -67,7 +88,9 @@ def resumed_recipe(
     recipe.log, recipe.data.workers = given.log, given.data.workers
     epochs = prolonged if epochs is None else epochs
     if epochs != recipe.optim.epochs:
-        _prolong(recipe, epochs, saved["step"] / saved["steps_per_epoch"], asked["optim.final_epochs"] == "auto", run)
+        _prolong(
+            recipe, epochs, saved["step"] / saved["steps_per_epoch"], asked.get("optim.final_epochs") == "auto", run
+        )
     return recipe
 
 
@@ -123,7 +146,14 @@ def same_images(data: str, run: Path, about: dict[str, Any]) -> Images:
             f"{run} was started on {len(names):,} images, and {data} holds others now: {what}. "
             "Make it what it was, or start anew with --overwrite."
         )
+    if strange := sorted(set(about["sample"]) - set(names)):
+        raise OdcftError(
+            f"{run} cannot be resumed: its run.json tells of {brief(strange[0])}, which is none of its images. "
+            "Start anew with --overwrite, or with another --out."
+        )
     for name, sum_then in about["sample"].items():
+        if not (images.root / name).is_file():
+            continue
         try:
             changed = digest(images.root / name) != sum_then
         except OSError:

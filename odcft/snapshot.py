@@ -210,9 +210,24 @@ def _about(folder: Path) -> dict[str, Any]:
         sealed = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if _sum_of(sealed["state"]) != sealed["sha256"]:
             raise ValueError
-        return json.loads(sealed["state"])
+        about = json.loads(sealed["state"])
+        if not _is_ours(about):
+            raise ValueError
+        return about
     except (ValueError, KeyError, TypeError, RecursionError):
         raise OSError("state.json is not what was written") from None
+
+
+def _is_ours(about: Any) -> bool:
+    """Whether the words of a state are such as `save` writes: above all, of no files but its own."""
+    if not isinstance(about, dict):
+        return False
+    ranks, files = about.get("ranks"), about.get("files")
+    if not (isinstance(ranks, int) and isinstance(files, dict) and 1 <= ranks == len(files) - 1):
+        return False
+    if set(files) != {"same.safetensors", *(_shard(rank, ranks) for rank in range(ranks))}:
+        return False
+    return all(isinstance(about.get(name), int) and about[name] >= 0 for name in ("step", "images"))
 
 
 def together(work: Callable[[], None]) -> str:

@@ -42,7 +42,14 @@ from odcft.optim import restore as restore_optimizer
 from odcft.optim import stored as stored_optimizer
 from odcft.precision import allow_tf32, has_bfloat16
 from odcft.recipe import MemberRecipe, Recipe, dump, flat, load_recipe, make_recipe, taken_as
-from odcft.resume import read_about, read_quarantine, refuse_other_checkpoint, resumed_recipe, same_images
+from odcft.resume import (
+    read_about,
+    read_quarantine,
+    refuse_odd_state,
+    refuse_other_checkpoint,
+    resumed_recipe,
+    same_images,
+)
 from odcft.stopping import Stopped
 
 MOST_CLUSTERS = 10_000  # that `auto` takes (paper, sec. 3.4)
@@ -427,13 +434,18 @@ def _read_memory(
         )
     (ckpt,), (neck,) = ckpts, necks
     try:
+        for name in ("memory.safetensors", "neck.safetensors"):
+            if (folder / name).exists() and not (folder / name).is_file():
+                raise ValueError(f"{name} is no file")
         about = read_json(folder / "memory.json")
         made_from, sha256 = str(about["checkpoint"]), str(about["sha256"])
         made_with = make_recipe(about["recipe"], str(folder / "memory.json"))
         tensors = load_file(folder / "memory.safetensors")
         neck_tensors = load_file(folder / "neck.safetensors")
         names = folders.read_column(folder / "images.csv", "path")
-        (count, length), clusters = tensors["features"].shape, len(tensors["centroids"])
+        (count, length), (clusters, _) = tensors["features"].shape, tensors["centroids"].shape
+        if tensors["labels"].dtype != torch.int32 or tensors["features"].dtype not in (torch.float16, torch.float32):
+            raise ValueError("its tensors are of other types")
         if not (tensors["labels"].shape == (count,) == (len(names),) and tensors["centroids"].shape[1] == length):
             raise ValueError("its tensors do not fit each other")
         if not (count and 0 <= int(tensors["labels"].min()) <= int(tensors["labels"].max()) < clusters):
@@ -620,6 +632,7 @@ def _resume_point(
         OdcftError: no intact state; another recipe, checkpoint or data than the run was started with.
     """
     saved = snapshot.load(snapshot.newest(out, progress.say))
+    refuse_odd_state(out, saved.about)
     about = read_about(out)
     arch = arch or about.get("arch_given")
     recipe = resumed_recipe(recipe, epochs, out, about, saved.about)

@@ -163,6 +163,37 @@ def test_an_archive_that_swells_is_refused(tmp_path):
         load_backbone(tmp_path / "bomb.pth")
 
 
+def swelling(path, how):
+    """A torch archive of a few kilobytes whose program has 50 million, listed so that not every reader sees it."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + b"N0" * 25_000_000 + b"}.")
+        archive.writestr("archive/version", "3\n")
+    data = bytearray(path.read_bytes())
+    end = data.rfind(b"PK\x05\x06")
+    size, place = struct.unpack("<II", data[end + 12 : end + 20])
+    if how == "of a later version":
+        data[place + 6 : place + 8] = struct.pack("<H", 99)
+    elif how == "with a torn extra field":
+        name = struct.unpack("<H", data[place + 28 : place + 30])[0]
+        data[place + 30 : place + 32] = struct.pack("<H", 4)
+        data[place + 46 + name : place + 46 + name] = struct.pack("<HH", 0x9999, 500)
+        end += 4
+        data[end + 12 : end + 16] = struct.pack("<I", size + 4)
+    elif how == "listed twice":
+        harmless = data[place : place + size]
+        harmless[24:28] = struct.pack("<I", 100)
+        data[end:end] = harmless
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["of a later version", "with a torn extra field", "listed twice"])
+def test_an_archive_that_swells_for_pytorch_alone_is_refused_unread(how, tmp_path, monkeypatch):
+    swelling(tmp_path / "bomb.pth", how)
+    monkeypatch.setattr("odcft.checkpoint.refuse_endless", lambda program: pytest.fail("it was inflated"))
+    with pytest.raises(OdcftError, match="not a checkpoint that PyTorch"):
+        load_backbone(tmp_path / "bomb.pth")
+
+
 # ---------------------------------------------------------------- small files that ask for work without end
 
 
@@ -270,6 +301,17 @@ def test_a_program_that_asks_for_room_or_time_is_refused(program, monkeypatch):
     monkeypatch.setattr("odcft.restricted.INSTRUCTIONS", 1000)
     with pytest.raises(Endless):
         refuse_endless(BytesIO(b"\x80\x02" + program))
+
+
+def test_a_long_program_is_not_run_once_more_for_each_of_very_many_classes(tmp_path):
+    program = b"\x80\x02}(U\x01a(" + 500_000 * b"N" + b"t"
+    program += b"".join(b"U\x03%03dcfoo\nC%d\n)\x81" % (number, number) for number in range(190)) + b"u."
+    with zipfile.ZipFile(tmp_path / "c.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+    with pytest.raises(OdcftError, match="far more time or memory"):
+        load_backbone(tmp_path / "c.pth")
 
 
 @pytest.mark.parametrize("protocol", range(6))

@@ -90,7 +90,8 @@ def test_rows_find_their_images_on_any_number_of_ranks(tmp_path, monkeypatch, be
         rows = {"rows.features": features[rank::before].contiguous(), "rows.number": torch.arange(rank, images, before)}
         save_file({**rows, "own.loss": torch.tensor(float(rank))}, folder / f"rank-{rank}-of-{before}.safetensors")
     save_file({"weight": torch.ones(2)}, folder / "same.safetensors")
-    text = json.dumps({"step": 1, "images": images, "ranks": before, "files": {}})
+    files = dict.fromkeys((path.name for path in folder.iterdir()), "")
+    text = json.dumps({"step": 1, "images": images, "ranks": before, "files": files})
     (folder / "state.json").write_text(json.dumps({"sha256": snapshot._sum_of(text), "state": text}))
     monkeypatch.setattr(snapshot, "PIECE", 7)
     monkeypatch.setattr(dist, "world_size", lambda: now)

@@ -1,13 +1,18 @@
 """How a checkpoint is taken (--arch-args, data.mean, data.std) is remembered by all that comes of it."""
 
+import hashlib
 import json
+import os
 import shutil
+import zipfile
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 
-from odcft import pretext, train
+from odcft import folders, pretext, train
 from odcft.backbone import load_backbone
 from odcft.description import of_pretext
 from odcft.errors import OdcftError
@@ -275,3 +280,182 @@ def test_a_memory_whose_description_says_nonsense_gets_one_sentence(text, tmp_pa
     code, _, told = odcft_command("finetune", finished / "c.pth", finished / "images", *out)
     assert code == 2
     assert "Traceback" not in told
+
+
+# ---------------------------------------------------------------- RUN and init-memory folders that somebody else made
+
+
+@pytest.fixture
+def theirs(finished, tmp_path, monkeypatch):
+    """A copy of a RUN, its memory, checkpoint and images; the current folder."""
+    monkeypatch.chdir(shutil.copytree(finished, tmp_path / "theirs"))
+    return tmp_path / "theirs"
+
+
+RESUMED = ("finetune", "c.pth", "images", "--out", "r", "--resume", *options())
+EXPORTED, EVALUATED = ("export", "r", "o"), ("evaluate", "r", "images", "--protocol", "knn")
+BEGUN = ("finetune", "c.pth", "images", "--out", "x", "--memory", "m", *options())
+
+
+def change(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def change_states(run, **fields):
+    """Put other words into the states of a RUN, with the checksum that goes with them."""
+    for path in run.glob("checkpoints/step-*/state.json"):
+        state = json.loads(json.loads(path.read_text())["state"])
+        text = json.dumps({name: value for name, value in {**state, **fields}.items() if value != "gone"})
+        path.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "state": text}))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"files": {"same.safetensors": "", name: ""}} for name in ("/dev/zero", "../../../pipe")),
+        *({"files": []}, {"ranks": "1/../../x"}, {"ranks": 10**9}, {"ranks": 0}, {"step": "x"}, {"step": -5}),
+        *({"recipe": "x"}, {"recipe": {}}, {"recipe": "gone"}, {"versions": []}, {"steps_per_epoch": 0}),
+        *({"skipped": []}, {"window": 3}, {"images": "x"}),
+    ],
+    ids=str,
+)
+def test_a_state_of_other_words_is_refused_and_no_other_file_is_read(fields, theirs, odcft_command):
+    os.mkfifo("pipe")
+    change_states(theirs / "r", **fields)
+    code, _, told = odcft_command(*RESUMED)
+    assert code == 2
+    assert "cannot be resumed" in told
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"sample": {name: "x"}} for name in ("/dev/zero", "../pipe", "a\0b")] + [{"arch_given": 5}, {"arch_given": ["x"]}],
+    ids=str,
+)
+def test_a_run_json_leads_to_no_other_files(fields, theirs, odcft_command):
+    os.mkfifo("pipe")
+    change(theirs / "r" / "run.json", **fields)
+    code, _, told = odcft_command(*RESUMED)
+    assert code == 2
+    assert "cannot be resumed" in told
+
+
+@pytest.mark.parametrize("text", ["row,name\n1,2\n", 'row,path\n1,"' + 200_000 * "x"], ids=["no path", "no end"])
+@pytest.mark.parametrize("name", ["r/images.csv", "r/quarantine.csv", "m/images.csv"])
+def test_a_table_that_is_none_gets_one_sentence(name, text, theirs, odcft_command):
+    (theirs / name).write_text(text)
+    code, _, told = odcft_command(*(BEGUN if name.startswith("m") else RESUMED))
+    assert code == 2
+    assert f"{name} is damaged" in told
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl", "run.json"])
+@pytest.mark.parametrize("what", ["pipe", "device"])
+def test_a_run_of_pipes_and_devices_is_not_waited_for(name, what, theirs, odcft_command):
+    (theirs / "r" / name).unlink()
+    if what == "pipe":
+        os.mkfifo(theirs / "r" / name)
+    else:
+        (theirs / "r" / name).symlink_to("/dev/zero")
+    for command in (EXPORTED, EVALUATED):
+        assert odcft_command(*command)[0] in (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metrics.jsonl", b"\xff\xfe\n"),
+        ("metrics.jsonl", b'{"loss": 1' + 400 * b"0" + b"}\n"),
+        ("metrics.jsonl", b'{"loss": 1}\n'),
+        ("recipe.yaml", b"method: odc\nseed: .inf\n"),
+        ("run.json", b"[" * 100_000),
+    ],
+)
+def test_a_run_of_other_bytes_is_exported_evaluated_and_finished(name, text, theirs, odcft_command):
+    (theirs / "r" / name).write_bytes(text)
+    for command in (EXPORTED, EVALUATED, RESUMED):
+        assert odcft_command(*command)[0] in (0, 2)
+
+
+def test_a_method_that_nobody_knows_is_not_in_the_model_card(theirs, odcft_command):
+    (theirs / "r" / "recipe.yaml").write_text('method: "<img src=x>\\n\\n# forged"\nseed: 1\n')
+    assert odcft_command(*EXPORTED)[0] == 0
+    card = (theirs / "o" / "README.md").read_text()
+    assert card.startswith("# test_resnet, without its head\n")
+    assert "\n# " not in card
+
+
+@pytest.mark.parametrize("name", ["memory.safetensors", "neck.safetensors", "images.csv", "memory.json"])
+def test_a_memory_of_pipes_is_not_waited_for(name, theirs, odcft_command):
+    (theirs / "m" / name).unlink()
+    os.mkfifo(theirs / "m" / name)
+    code, _, told = odcft_command(*BEGUN)
+    assert code == 2
+    assert f"{name} is no file" in told
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"centroids": torch.zeros(2)},
+        {"features": torch.zeros(12, 8, dtype=torch.float8_e4m3fn)},
+        {"features": torch.zeros(12, 8, dtype=torch.int8)},
+        {"labels": torch.full((12,), 0.5)},
+    ],
+    ids=lambda other: "".join(other),
+)
+def test_a_memory_of_other_tensors_gets_one_sentence(other, theirs, odcft_command):
+    path = theirs / "m" / "memory.safetensors"
+    save_file({**load_file(path), **other}, path)
+    code, _, told = odcft_command(*BEGUN)
+    assert code == 2
+    assert "is not a complete folder of `odcft init-memory`" in told
+
+
+# ---------------------------------------------------------------- places and sizes that cannot be
+
+
+PIPES = [
+    ("export", "c.pth", "p", "--format", "safetensors", "--overwrite"),
+    ("pretext", "rotation", "images", "--arch", "test_resnet", "--out", "p", "--overwrite"),
+    ("pretext", "rotation", "images", "--arch", "test_resnet", "--out", "p", "--resume"),
+    ("evaluate", "--features", "p"),
+]
+
+
+@pytest.mark.parametrize("command", PIPES, ids=lambda command: f"{command[0]} {command[-1]}")
+def test_a_pipe_where_a_file_should_be_is_not_waited_for(command, theirs, odcft_command):
+    os.mkfifo("p")
+    assert odcft_command(*command)[0] == 2
+
+
+def test_overwriting_does_not_read_a_device_or_unpack_a_bomb(theirs):
+    with zipfile.ZipFile("bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(50_000_000))
+    for path, said in ((Path("/dev/zero"), "is no file"), (Path("bomb.pth"), "was not written by odcft")):
+        with pytest.raises(OdcftError, match=said):
+            folders.refuse_file_of_others(path)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "c.pth", "x" * 300),
+        ("pretext", "rotation", "x" * 300, "--arch", "test_resnet", "--out", "p.pth"),
+        ("evaluate", "c.pth", "long.csv"),
+        ("evaluate", "c.pth", "images", "--size", "100000"),
+        ("export", "c.pth", "o", "--size", "100000"),
+        ("finetune", "c.pth", "images", "--out", "x", "--epochs", str(10**21)),
+        *(
+            ("finetune", "c.pth", "images", "--out", "x", "--set", f"{name}={10**21}")
+            for name in ("data.size", "data.workers", "neck.hidden", "neck.dim", "optim.epochs")
+        ),
+    ],
+    ids=lambda command: command[-1][:30],
+)
+def test_what_no_machine_can_do_is_refused_in_a_sentence(command, theirs, odcft_command):
+    Path("long.csv").write_text("path," + 200_000 * "x" + "\na,b\n")
+    code, _, told = odcft_command(*command)
+    assert code == 2
+    assert "Out of memory" not in told
+    assert "--resume" not in told

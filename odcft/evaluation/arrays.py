@@ -91,9 +91,11 @@ def evaluate_file(path: Path, protocols: Sequence[str], progress: Any = None) ->
     """
     unusable = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")
         with np.load(path) as arrays:  # refuses pickled objects
             train, train_targets, test, test_targets = (arrays[name] for name in NAMES)
-    except unusable as error:
+    except (*unusable, MemoryError) as error:
         raise OdcftError(f"{path} is not an .npz with {', '.join(NAMES[:3])} and {NAMES[3]} ({error}).") from None
 
     def refuse(what: str) -> None:

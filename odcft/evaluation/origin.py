@@ -1,11 +1,11 @@
 """Which checkpoint a RUN was started from, and where that is now: for the column *before*."""
 
-import json
 import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from odcft.description import read_json
 from odcft.errors import OdcftError
 from odcft.folders import sha256
 from odcft.inputs import View
@@ -29,10 +29,10 @@ def origins(run: str, members: int) -> tuple[list[str], str]:
     if not (Path(run) / "backbone" / "config.json").exists():
         return [], ""
     try:
-        about = json.loads((Path(run) / "run.json").read_text(encoding="utf-8"))
+        about = read_json(Path(run) / "run.json")
         recorded, sums = _listed(about["checkpoint"]), _listed(about["sha256"])
         absolute = _listed(about.get("checkpoint_path", recorded))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OdcftError, ValueError, KeyError):
         return [], "run.json, which says where the run was started from, is missing or damaged"
     if not members == len(recorded) == len(sums) == len(absolute):
         return [], f"run.json tells of {len(recorded)} checkpoints, and the run has {members} networks"
@@ -51,22 +51,25 @@ def given(run: str) -> dict[str, Any]:
     with suppress(OdcftError):  # the recipe of another version, or none
         recipe = load_recipe(Path(run) / "recipe.yaml")
         taken = {**taken_as(recipe), "seed": recipe.seed}
-    with suppress(OSError, ValueError, AttributeError):
-        arch = json.loads((Path(run) / "run.json").read_text(encoding="utf-8")).get("arch_given")
+    with suppress(OdcftError):
+        arch = read_json(Path(run) / "run.json").get("arch_given")
         taken |= {"arch": arch} if isinstance(arch, str) else {}
     return taken
 
 
 def seen(run: str) -> View | None:
-    """How a RUN saw its images, by its recipe; None for anything else."""
+    """How a RUN saw its images, by its recipe; None for anything else, and where the recipe is gone.
+
+    Raises:
+        OdcftError: it is there and cannot be read: images seen another way would give other figures.
+    """
     from odcft.recipe import load_recipe
 
     if not (Path(run) / "backbone" / "config.json").exists():
         return None
-    try:
-        data = load_recipe(Path(run) / "recipe.yaml").data
-    except OdcftError:
+    if not (Path(run) / "recipe.yaml").exists():
         return None
+    data = load_recipe(Path(run) / "recipe.yaml").data
     if data.size == "auto":
         return None
     intensity = None if isinstance(data.range, str) else data.range
