@@ -333,6 +333,9 @@ def test_sizes_of_less_than_a_few_pixels_are_none():
         state = changed("test_vit", "pos_embed", (1, 1 + side * side, 64), **kwargs)
         told = {**kwargs, "img_size": size} if size else kwargs
         assert fitted("test_vit", state, kwargs) == (told, 0 if size else -1)
+    odd = {"patch_size": 17, "img_size": 34}
+    state = changed("test_vit", "pos_embed", (1, 1 + 241 * 241, 64), **odd)  # 4,097 pixels
+    assert fitted("test_vit", state, odd) == (odd, -1)
 
 
 def test_the_users_arguments_are_not_fitted_away():
@@ -444,7 +447,7 @@ def test_families(name, arch, keys, about):
 
 # ---------------------------------------------------------------- what it was shown
 
-CFG = {"input_size": (3, 160, 160), "mean": (0.5,) * 3, "std": (0.25,) * 3, "classifier": "fc", "crop_pct": 0.95}
+CFG = {"input_size": (3, 128, 160), "mean": (0.5,) * 3, "std": (0.25,) * 3, "classifier": "fc", "crop_pct": 0.95}
 
 
 def shown(arch="resnet18", cfg=CFG, dropped=(), kwargs=None, **about):
