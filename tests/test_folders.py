@@ -84,6 +84,8 @@ def test_a_run_of_ours_is_replaced_and_gone_on_with(run):
     folders.refuse_full(run, folders.RUN_FILES, overwrite=True)
     folders.clear(run, folders.RUN_FILES)
     assert list(tree(run)) == ["lock"]  # which whoever clears holds
+    folders.clear(run / "new" / "folder", folders.RUN_FILES)
+    assert (run / "new" / "folder").is_dir()
 
 
 TOP = sorted({place.split("/")[0] for place in PLACES} - {"checkpoints", "tensorboard"})
