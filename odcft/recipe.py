@@ -248,7 +248,10 @@ def _read_text(path: Path, recipes: Any) -> str:
 
 
 class _Plain(yaml.SafeLoader):
-    """YAML without aliases, which a few lines can make a billion values of, and without what is nested out of sight."""
+    """YAML without aliases, which a few lines can make a billion values of, and without what is nested out of sight.
+
+    A field that is there twice is refused: of the two, PyYAML would keep one without a word.
+    """
 
     depth = 0
 
@@ -265,12 +268,20 @@ class _Plain(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, "a value is too long", node.start_mark)
         return node
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        met: set[str] = set()
+        for key, _ in node.value:
+            if key.value in met:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+            met |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return super().construct_mapping(node, deep)
+
 
 def parse_yaml(text: str, origin: str) -> Any:
     """What YAML says, of values that anybody may have written.
 
     Raises:
-        OdcftError: it is no YAML, has aliases, is nested too deep, or has a value too long.
+        OdcftError: it is no YAML, has aliases or a field twice, is nested too deep, or has a value too long.
     """
     if len(text) > LARGEST:
         raise OdcftError(f"{origin} has {len(text):,} letters: too many for a recipe.")

@@ -97,3 +97,10 @@ def test_unknown_recipe_is_refused_with_the_nearest():
 
 def test_numbers_like_1e_5_are_numbers():
     assert load_recipe("small", ["optim.lr=1e-3"]).optim.lr == 1e-3
+
+
+@pytest.mark.parametrize("text", ["optim: {lr: 0.1}\noptim: {epochs: 3}\n", "data:\n  size: 32\n  size: 64\n"])
+def test_field_that_is_there_twice_is_refused(tmp_path, text):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(OdcftError, match=r"is not valid YAML \(line [23]\): (optim|size) is there twice"):
+        load_recipe(str(tmp_path / "mine.yaml"))
