@@ -264,7 +264,8 @@ class Crops:
         except OdcftError as error:
             return shown(error), index
         except Exception as error:  # PIL raises a dozen kinds for broken files; none may end a run of days
-            return shown(f"{type(error).__name__}: {error}"), index
+            said = error.strerror if isinstance(error, OSError) else None  # the system's, in words; the path is known
+            return shown(said or f"{type(error).__name__}: {error}"), index
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), index
 
 

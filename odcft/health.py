@@ -105,6 +105,9 @@ DIVERGED = 1.5  # of ln K: far worse than guessing
 EFFECTIVE = 0.5  # of K: exp(entropy) is how many clusters of the same size would be as uneven
 SHARE, TIMES_EVEN = 0.1, 10.0  # both: of all images, and of what is its even share
 SPREAD = 0.02  # the centroids' cosines are about 0.98 then
+SETTLED = (
+    50  # steps, in which centroids are renewed five times; those of a new neck are nearly one point, and part later
+)
 
 
 def warnings(lines: list[dict[str, Any]], K: int, method: str = "odc") -> dict[str, str]:
@@ -142,7 +145,7 @@ def warnings(lines: list[dict[str, Any]], K: int, method: str = "odc") -> dict[s
             f"the clusters are as uneven as if there were {effective:,.0f} of them, not {K:,}; the largest has "
             f"{now['largest_share']:.0%} of the images. Try fewer --clusters, or {gentler}."
         )
-    if now["centroid_spread"] < SPREAD:
+    if now["centroid_spread"] < SPREAD and now["step"] + 1 >= SETTLED:
         found["alike"] = (
             f"the centroids are nearly one point (spread {now['centroid_spread']:.3f}): the features collapse. "
             f"Try {gentler}."
@@ -165,7 +168,8 @@ def nmi(before_S: Tensor, after_S: Tensor) -> float:
 def summary(figures: dict[str, Any], method: str) -> str:
     """The figures of a line, in words; dc's labels move between epochs only."""
     moving = "" if method == "dc" else f"labels moving {figures['change_ratio']:.0%} · "
-    condition = "not learning yet" if figures["loss_over_ln_k"] >= CHANCE else "healthy"
+    early = "too early to tell" if figures["centroid_spread"] < SPREAD else "healthy"
+    condition = "not learning yet" if figures["loss_over_ln_k"] >= CHANCE else early
     kept = f"NMI with the epoch before {figures['nmi_previous']:.2f} · " if "nmi_previous" in figures else ""
     return (
         f"loss {figures['loss']:.2f} ({figures['loss_over_ln_k']:.2f} of ln K) · {moving}{kept}"

@@ -107,7 +107,7 @@ def _opened(path: str) -> Iterator[Any]:
         except UnidentifiedImageError:
             if words := _tiff_in_words(path):
                 raise OdcftError(words) from None
-            raise UnidentifiedImageError("not an image of a format that is read") from None
+            raise OdcftError("not an image of a format that is read") from None
         with image, _hushed() if image.tile and image.tile[0][0] == "libtiff" else nullcontext():
             width, height = image.size
             if width * height > (Image.MAX_IMAGE_PIXELS or width * height):

@@ -27,7 +27,7 @@ from odcft.description import check_arguments
 from odcft.errors import OdcftError
 from odcft.features import to_float
 from odcft.inputs import Input, View
-from odcft.log import Progress
+from odcft.log import Progress, count_of
 from odcft.optim import lr_at, make_optimizer, set_lr
 from odcft.precision import allow_tf32
 from odcft.recipe import Recipe
@@ -319,8 +319,8 @@ def _train(
     model = dist.parallel(network, device)
     order = TrainingOrder(len(images), optim.batch_size // dist.world_size(), optim.epochs, recipe.seed)
     progress.say(
-        f"Plan        {task} · {arch} from random weights · {optim.epochs} epochs · batch {optim.batch_size} · "
-        f"{size} px · {optim.precision}"
+        f"Plan        {task} · {arch} from random weights · {count_of(optim.epochs, 'epoch')} · "
+        f"batch {optim.batch_size} · {size} px · {optim.precision}"
     )
     if state:
         network.backbone.net.load_state_dict(_under("backbone.", state["state_dict"]))

@@ -270,10 +270,10 @@ class _Plain(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         met: set[str] = set()
-        for key, _ in node.value:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in met:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
-            met |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+            met.add(key.value)
         return super().construct_mapping(node, deep)
 
 

@@ -263,7 +263,8 @@ def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = Non
     recipe = recipe.model_copy(deep=True)
     memory = recipe.memory
     if count < 4:
-        raise OdcftError(f"{count} images are too few to cluster; give at least 4, better thousands.")
+        few = f"{count_of(count, 'image')} {'is' if count == 1 else 'are'}"
+        raise OdcftError(f"{few} too few to cluster; give at least 4, better thousands.")
     if recipe.method == "dc":  # clusters are small or not as K-Means finds them; only none is left empty
         memory.min_cluster = 0
     if count < 2 * (memory.min_cluster + 1):
@@ -837,7 +838,7 @@ def _train(
                 if epoch_ends and not (recipe.method == "dc" and torch.equal(labels_before_S, state.memory.labels_S)):
                     figures["nmi_previous"] = nmi(labels_before_S, state.memory.labels_S)
                     labels_before_S = state.memory.labels_S.clone()
-                troubles = warnings([*metrics.lines(), figures], K, recipe.method)
+                troubles = warnings([*metrics.lines(), {"step": step, **figures}], K, recipe.method)
                 for trouble, what in troubles.items():
                     if trouble not in metrics.last().get("warnings", []):
                         progress.say(f"Warning     Step {step}: {what}")

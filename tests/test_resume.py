@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from odcft import snapshot, stopping, train
 from odcft.errors import OdcftError
 from odcft.folders import locked
-from odcft.health import warnings
+from odcft.health import summary, warnings
 from odcft.late import LateReader
 from odcft.log import Metrics, Progress
 from odcft.recipe import load_recipe
@@ -511,7 +511,7 @@ HEALTHY = {"loss_over_ln_k": 0.7, "entropy": 0.98, "largest_share": 0.02, "centr
 
 
 def lines(count=9, **figures):
-    return [{"epoch": (i + 1) / 2, **HEALTHY, **figures} for i in range(count)]
+    return [{"step": 50 * i + 49, "epoch": (i + 1) / 2, **HEALTHY, **figures} for i in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -527,6 +527,14 @@ def lines(count=9, **figures):
 )
 def test_troubles_are_told_by_their_figures(figures, trouble):
     assert list(warnings(lines(**figures), K=156)) == trouble
+
+
+def test_centroids_of_a_new_neck_are_no_collapse_in_the_first_steps_of_few_images():
+    new = {"centroid_spread": 0.01, "loss": 0.5, "change_ratio": 0.1, "smallest": 3, "largest": 4, "data_wait": 0.0}
+    early = {**lines(1, **new)[0], "step": 4, "epoch": 5.0}  # five images: a step an epoch
+    assert not warnings([early], K=2)
+    assert summary(early, "odc").endswith("too early to tell")
+    assert list(warnings([{**early, "step": 49}], K=2)) == ["alike"]
 
 
 def test_a_loss_at_chance_is_no_trouble_at_first_nor_once_it_has_fallen():
