@@ -25,6 +25,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from odcft.data import find_images
+from odcft.errors import OdcftError
+from odcft.evaluation.labels import labelled
+
 FIGURES = ("svm", "knn")
 TIMES = ("seconds", "cpu_seconds")
 
@@ -56,6 +60,11 @@ def main() -> None:
     for together in args.codc:
         if len(together.split(",")) < 2:
             parser.error(f"--codc {together}: give several checkpoints, with commas between")
+    try:  # before anything is written, and hours before it would be noticed
+        find_images(data)
+        labelled(args.test, None)
+    except OdcftError as error:
+        parser.error(str(error))
     refuse_other_settings(parser, args)
 
     for ckpt in ckpts:
