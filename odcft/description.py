@@ -260,7 +260,7 @@ def _wrong(error: ValidationError, words: Mapping[str, Any]) -> list[tuple[str, 
             continue
         name = str(one["loc"][0])
         if one["type"] == "extra_forbidden":
-            found.setdefault(name, f"{brief(name)} is not among what a file may ask for")
+            found.setdefault(name, f"{brief(name, quotes=False)} is not among what a file may ask for")
         elif one["type"] == "missing":
             found.setdefault(name, f"{name} is missing")
         else:
