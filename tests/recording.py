@@ -1,7 +1,10 @@
 """A recording of 30 steps of every method on one rank and two, which a change of structure must leave as it is.
 
-    python tests/recording.py              compare with tests/data/recording.json, and say what differs
-    python tests/recording.py --write      record anew (a commit of its own says why)
+    python tests/recording.py                 compare with the recording in tests/data, and say what differs
+    python tests/recording.py --write FILE    record anew, for this machine (a commit of its own says why)
+
+Bits are compared with the recording that was made on such a processor with this torch, if there is one; values with
+tests/data/recording.json elsewhere.
 
 Images and weights are made here from numpy's generator, whose numbers do not depend on its version. Images are PNG
 files, which every library reads alike.
@@ -23,7 +26,8 @@ import torch
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-RECORDING = Path(__file__).parent / "data" / "recording.json"
+DATA = Path(__file__).parent / "data"
+RECORDING = DATA / "recording.json"
 METHODS = ("odc", "dc", "codc")
 RANKS = (1, 2)
 # Ten steps an epoch; clusters become small and are refilled; half of what the neck gives is dropped.
@@ -33,6 +37,7 @@ SETTINGS = (
     *("log.interval=1", "log.tensorboard=false", "data.size=32", "optim.precision=float32", "optim.schedule=step"),
 )
 CODC = "codc.members=[{cluster: 1, rotation: 1}, {cluster: 1, mixup: 0.5}]"
+PROCESSOR = {"model name": "processor", "cpu family": "family", "model": "model", "stepping": "stepping"}
 VALUES = ("loss", "change_ratio", "empty", "smallest", "largest")
 
 
@@ -112,15 +117,29 @@ def record(method: str, ranks: int, folder: Path) -> dict[str, Any]:
 
 def machine() -> dict[str, str]:
     """What the bits depend on besides the code."""
+    about = {"torch": torch.__version__, "processor": platform.processor()}
     cpu = Path("/proc/cpuinfo")
-    models = [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
-    return {"torch": torch.__version__, "processor": models[0] if models else platform.processor()}
+    for line in cpu.read_text().splitlines() if cpu.exists() else ():
+        name, _, value = (part.strip() for part in line.partition(":"))
+        if name in PROCESSOR:
+            about[PROCESSOR[name]] = value
+    return about
+
+
+def of_this_machine() -> dict[str, Any] | None:
+    """The recording that was made on such a processor with this torch, whose bits are to be the same."""
+    here = machine()
+    for path in sorted(DATA.glob("recording*.json")):
+        kept: dict[str, Any] = json.loads(path.read_text())
+        if all(here.get(name) == value for name, value in kept["machine"].items()):
+            return kept
+    return None
 
 
 def main() -> None:
     """See the top of the file."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", type=Path, metavar="FILE")
     parser.add_argument("--train", nargs=4)
     arguments = parser.parse_args()
     if arguments.train:
@@ -134,9 +153,11 @@ def main() -> None:
         write_inputs(Path(name))
         made = {f"{method} {ranks}": record(method, ranks, Path(name)) for method in METHODS for ranks in RANKS}
     if arguments.write:
-        RECORDING.write_text(json.dumps({"machine": machine(), **made}, indent=None, separators=(",", ":")) + "\n")
+        arguments.write.write_text(json.dumps({"machine": machine(), **made}, separators=(",", ":")) + "\n")
         return
-    kept = json.loads(RECORDING.read_text())
+    kept = of_this_machine()
+    if kept is None:
+        sys.exit("There is no recording of this machine. Make one with --write before you change anything.")
     for name, now in made.items():
         print(name, "as recorded" if now == kept[name] else "differs")
 
