@@ -20,7 +20,7 @@ COPY pyproject.toml constraints.txt tools/requirements.py ./
 RUN python requirements.py pyproject.toml gpu onnx > requirements.txt \
     && pip install --constraint constraints.txt --requirement requirements.txt
 
-COPY README.md LICENSE ./
+COPY README.md LICENSE setup.py ./
 COPY odcft ./odcft
 COPY recipes ./recipes
 RUN pip install --no-deps --no-build-isolation . \

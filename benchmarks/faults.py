@@ -35,7 +35,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from odcft import cli, snapshot
+from odcft import cli
+from odcft.run import snapshot_files
 
 LIMIT = 120.0  # seconds that a process may take to end; longer is a hang
 TIMES = ("images_per_second", "data_wait", "time")
@@ -295,7 +296,7 @@ def killed(folder: Path, whole: dict[str, Any], seconds: float, draw: random.Ran
             os.waitpid(number, 0)
             figures["kills"] += 1
             figures["while_saving"] += any((run / "checkpoints").glob(".*.unfinished"))
-            figures["before_first_state"] += not snapshot.exists(run)
+            figures["before_first_state"] += not snapshot_files.exists(run)
             figures["after_last_step"] += (run / "checkpoints" / whole["step"]).exists()
             arguments = command(folder, run, "--resume", *(TRAINING if draw.random() < 0.5 else []))
             if not (run / "recipe.yaml").exists():  # nothing of it is known yet but the command itself
@@ -403,7 +404,7 @@ def starved(folder: Path, whole: dict[str, Any], i: int) -> dict[str, Any]:
     run, ballast = disk / "run", disk / "ballast"
     number = start(command(folder, run, *TRAINING), log)
     figures = {"full_was_said": 0, "read_only_refused": 0}
-    while not snapshot.exists(run):
+    while not snapshot_files.exists(run):
         assert end_of(number, 0.01) is None, log.read_text()
     with ballast.open("wb", buffering=0) as file:
         try:
@@ -477,7 +478,7 @@ def launcher_killed(arguments: list[str], run: Path, log: Path, after: float) ->
     with log.open("a") as file:
         line = [sys.executable, "-m", "odcft", *arguments, "--devices", "2"]
         process = subprocess.Popen(line, stdout=file, stderr=file, start_new_session=True)
-    while not snapshot.exists(run):
+    while not snapshot_files.exists(run):
         assert process.poll() is None, log.read_text()
         time.sleep(0.01)
     time.sleep(after)
@@ -520,8 +521,8 @@ def cost(folder: Path) -> list[dict[str, Any]]:
         seconds = []
         for step in range(4):
             began = time.monotonic()
-            failed = snapshot.save(
-                folder / "cost", snapshot.State(same, shares, about={"step": step, "images": images})
+            failed = snapshot_files.save(
+                folder / "cost", snapshot_files.State(same, shares, about={"step": step, "images": images})
             )
             seconds.append(time.monotonic() - began)
             assert not failed, failed

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from odcft.data import find_images
+from odcft.data.sources import find_images
 from odcft.errors import OdcftError
 from odcft.evaluation.labels import labelled
 
@@ -127,7 +127,7 @@ def read(out: Path) -> dict[str, dict[str, Any]]:
 
 def judged(backbone: str | list[str], test: str) -> dict[str, Any]:
     """SVM and nearest neighbours of a backbone, or of several side by side and each alone."""
-    from odcft.evaluation.compare import evaluate
+    from odcft.evaluation.comparison import evaluate
 
     results = evaluate(backbone, test, None, ["svm", "knn"])
     figures = [{"svm": one["svm"]["mAP"], "knn": one["knn"]["top1"]} for one in (results, *results.get("members", []))]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from odcft.kmeans import assign, kmeans
+from odcft.clustering.kmeans import assign, kmeans
 
 
 def bunches(images: int, clusters: int, dim: int, noise: float) -> torch.Tensor:

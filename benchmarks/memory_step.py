@@ -18,10 +18,10 @@ import time
 
 import torch
 
-from odcft import dist
-from odcft.launch import relaunch
-from odcft.memory import VARIANTS, small_clusters
-from odcft.methods import odc
+from odcft.clustering import odc
+from odcft.clustering.memory import VARIANTS, small_clusters
+from odcft.distributed import dist, ownership
+from odcft.distributed.launch import relaunch
 from odcft.recipe import MemoryRecipe, Recipe
 
 INTERVAL = 10  # steps between two refreshes of the centroids, as in the paper
@@ -29,7 +29,7 @@ INTERVAL = 10  # steps between two refreshes of the centroids, as in the paper
 
 def start(args: argparse.Namespace) -> odc.State:
     """A memory of random features, in place: nothing N-sized is made but the memory itself."""
-    owned = len(dist.owned(args.images))
+    owned = len(ownership.owned(args.images))
     draw = torch.Generator().manual_seed(dist.rank())
     dtype = {"float16": torch.float16, "float32": torch.float32}[args.dtype]
     features_SD = torch.empty(owned, args.dim, dtype=dtype)

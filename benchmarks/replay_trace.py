@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from odcft import dist
-from odcft.launch import relaunch
-from odcft.methods import odc
+from odcft.clustering import odc
+from odcft.distributed import dist, ownership
+from odcft.distributed.launch import relaunch
 from odcft.recipe import MemoryRecipe, Recipe
 
 
@@ -36,7 +36,7 @@ def replay(path: Path, variant: str) -> dict[str, float]:
     """Run the trace through this rank's share of the memory; the figures are those of all ranks."""
     trace = read_trace(path)
     N, interval, steps = len(trace["init_labels"]), int(trace["centroid_interval"]), len(trace["indices"])
-    mine = list(dist.owned(N))
+    mine = list(ownership.owned(N))
     K = trace["centroids"].shape[1]
     recipe = MemoryRecipe(
         clusters=K,

@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from odcft.augment import augment_batch
-from odcft.backbone import Backbone
-from odcft.data import Crops, TrainingOrder, find_images, loader
-from odcft.features import to_float
-from odcft.inputs import View
-from odcft.methods import odc
+from odcft.backbone.network import Backbone
+from odcft.clustering import odc
+from odcft.data.augmentation import augment_batch
+from odcft.data.batches import Crops, TrainingOrder, loader
+from odcft.data.feature_extraction import to_float
+from odcft.data.sources import find_images
+from odcft.data.view import View
 from odcft.model import Model, make_neck
 from odcft.optim import make_optimizer
 from odcft.recipe import AugmentRecipe, MemoryRecipe, NeckRecipe, OptimRecipe, Recipe

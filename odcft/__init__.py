@@ -6,16 +6,16 @@ The public verbs are fetched on first use, so that `import odcft` (which the com
 from importlib import import_module
 from typing import Any
 
-from odcft import _torchvision as _torchvision  # first: it must stand before anything imports torchvision
+from odcft import torchvision_on_cpu  # noqa: F401 - first: it must stand before anything imports torchvision
 
 __version__ = "0.2.0"
 
 _VERBS = {
     "load_recipe": "odcft.recipe",
-    "load_backbone": "odcft.backbone",
-    "init_memory": "odcft.train",
+    "load_backbone": "odcft.backbone.load",
+    "init_memory": "odcft.first_memory",
     "fine_tune": "odcft.train",
-    "evaluate": "odcft.evaluation.compare",
+    "evaluate": "odcft.evaluation.comparison",
     "export": "odcft.exports",
 }
 

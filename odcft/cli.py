@@ -16,9 +16,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from odcft import __version__, stopping
+from odcft import __version__
+from odcft.distributed import stop_signals
 from odcft.errors import OdcftError
-from odcft.words import shown
+from odcft.text import shown
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -81,21 +82,21 @@ def _recipe(
 
 
 def _arguments(arch_args: str | None) -> dict[str, Any]:
-    from odcft.description import parse_arguments
+    from odcft.backbone.metadata import parse_arguments
 
     return parse_arguments(arch_args) if arch_args else {}
 
 
 def _join(devices: int) -> None:
     """Start the other processes, or join those that torchrun has started."""
-    from odcft.launch import relaunch
+    from odcft.distributed.launch import relaunch
 
     if devices > 1 and "RANK" not in os.environ:
         raise SystemExit(relaunch(devices))
     if "RANK" in os.environ:
         import torch
 
-        from odcft import dist
+        from odcft.distributed import dist
 
         gpu = torch.cuda.is_available()
         if gpu and dist.local_rank() >= torch.cuda.device_count():
@@ -105,8 +106,8 @@ def _join(devices: int) -> None:
 
 def _tell(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     """The end of a command: for people on stderr, or one JSON object on stdout; from rank 0 only."""
-    from odcft import dist
-    from odcft.log import Progress, print_json
+    from odcft.distributed import dist
+    from odcft.progress import Progress, print_json
 
     if dist.rank() > 0:
         return
@@ -140,7 +141,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """What a checkpoint is: family, architecture, input, and how much of the backbone is matched."""
-    from odcft.backbone import describe, load_backbone
+    from odcft.backbone.inspection import describe
+    from odcft.backbone.load import load_backbone
 
     loaded = load_backbone(ckpt, arch, input, allow_partial, arch_args=_arguments(arch_args), finite=False)
     values, lines = describe(loaded)
@@ -171,7 +173,7 @@ def init_memory(
     """Features of all images, K-Means, and both memories on disk."""
     resolved = _recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args)
     _join(devices)
-    from odcft.train import init_memory as run
+    from odcft.first_memory import init_memory as run
 
     values = run(ckpt, data, out, resolved, arch, overwrite)
     lines = [
@@ -228,12 +230,12 @@ def finetune(
         recipe = str(own) if resume and os.path.isfile(own) and not os.path.islink(own) else usual
     resolved = _recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args)
     _join(devices)
-    from odcft.log import duration
+    from odcft.text import duration
     from odcft.train import fine_tune
 
     try:
         values = fine_tune(ckpts, data, out, resolved, arch, memory, resume, overwrite, epochs=epochs)
-    except stopping.Stopped as stopped:
+    except stop_signals.Stopped as stopped:
         stopped.args = (f"{stopped} Go on with: {_resuming(sys.argv)}",)
         raise
     lines = [
@@ -283,9 +285,9 @@ def export(
     as_json: Json = False,
 ) -> None:
     """The backbone without neck and head, also straight from somebody else's checkpoint."""
-    from odcft.backbone import loading_line
+    from odcft.backbone.model_card import loading_line
+    from odcft.data.view import seen_as
     from odcft.exports import export as run
-    from odcft.inputs import seen_as
 
     backbone = run(source, out, format, arch, overwrite, input, allow_partial, size, _arguments(arch_args))
     seen = backbone.input
@@ -325,9 +327,10 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """How good a backbone's features are: VOC07 SVM mAP, nearest neighbours."""
-    from odcft.evaluation.arrays import check_protocols, evaluate_file
+    from odcft.evaluation.feature_files import evaluate_file
+    from odcft.evaluation.protocols import check_protocols
     from odcft.evaluation.table import lines, public, summary
-    from odcft.log import Progress
+    from odcft.progress import Progress
 
     protocols = check_protocols(protocol)
     if features is not None:
@@ -337,7 +340,7 @@ def evaluate(
             "evaluate takes a checkpoint and labelled images (odcft evaluate CKPT DATA), or --features FILE.npz."
         )
     else:
-        from odcft.evaluation.compare import evaluate as run
+        from odcft.evaluation.comparison import evaluate as run
 
         args = _arguments(arch_args)
         results = run(ckpt, data, test, protocols, arch, size, input, allow_partial, arch_args=args)
@@ -368,8 +371,8 @@ def pretext(
     if epochs is not None:
         resolved.optim.epochs = epochs
     _join(devices)
-    from odcft.log import duration
-    from odcft.pretext import train_pretext
+    from odcft.pretexts.training import train_pretext
+    from odcft.text import duration
 
     values = train_pretext(task, data, arch, out, resolved, overwrite, resume)
     lines = [
@@ -432,7 +435,7 @@ def _lost_another(error: Exception) -> str:
     """What there is to say where another process is gone or cannot be reached, or ""."""
     if "RANK" not in os.environ:
         return ""
-    from odcft import dist
+    from odcft.distributed import dist
 
     if not dist.lost_another(error):
         return ""
@@ -443,7 +446,7 @@ def main() -> NoReturn:
     """Run the command line and leave with its exit code: 0 done, 2 the user can fix it, 75 stopped, 1 anything else."""
     code, lost = 0, ""
     warnings.formatwarning = _in_a_line  # type: ignore[assignment]
-    with stopping.listening():
+    with stop_signals.listening():
         try:
             app()
         except SystemExit as end:  # how typer returns
@@ -451,12 +454,12 @@ def main() -> NoReturn:
         except OdcftError as error:
             print(f"odcft: {shown(error)}", file=sys.stderr)
             code = 2
-        except stopping.Stopped as stopped:
+        except stop_signals.Stopped as stopped:
             with suppress(OSError):  # the terminal may be gone
                 if os.environ.get("RANK", "0") == "0":
                     how = str(stopped) or "Nothing was saved. Start it again with the same command."
-                    print(f"odcft: {stopping.asked()}: stopped. {shown(how)}", file=sys.stderr, flush=True)
-            os._exit(stopping.EXIT)  # without waiting for data workers that are in the middle of reading
+                    print(f"odcft: {stop_signals.asked()}: stopped. {shown(how)}", file=sys.stderr, flush=True)
+            os._exit(stop_signals.EXIT)  # without waiting for data workers that are in the middle of reading
         except Exception as error:  # a fault of ours, or of another process
             code, lost = 1, _lost_another(error)
             for line in traceback.format_exc().splitlines() if not lost else ():
@@ -465,7 +468,7 @@ def main() -> NoReturn:
         time.sleep(LOST)
         print(f"odcft: {lost}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
-        from odcft import dist
+        from odcft.distributed import dist
 
         dist.leave(code)
     sys.exit(code)

@@ -4,12 +4,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from odcft.data import find_images
+from odcft.data.sources import find_images
 from odcft.errors import OdcftError
-from odcft.folders import MEMORY_FILES, RUN_FILES, Layout, clear, refuse_full, refuse_unwritable
-from odcft.log import Progress, duration
-from odcft.pretext import train_pretext
+from odcft.pretexts.training import train_pretext
+from odcft.progress import Progress
 from odcft.recipe import load_recipe
+from odcft.run.folder import MEMORY_FILES, RUN_FILES, Layout
+from odcft.run.output_checks import clear, refuse_full, refuse_unwritable
+from odcft.text import duration
 
 ARCH = "test_resnet"  # 0.4 million parameters
 SIZE = 32  # pixels, from 8
@@ -35,10 +37,11 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
     Returns:
         Figures (ODC's, and DC's under `dc`), and lines for people.
     """
-    from odcft.evaluation.compare import evaluate
+    from odcft.evaluation.comparison import evaluate
     from odcft.evaluation.table import lines as table
     from odcft.evaluation.table import public
-    from odcft.train import fine_tune, init_memory
+    from odcft.first_memory import init_memory
+    from odcft.train import fine_tune
 
     progress = Progress()
     started = time.monotonic()

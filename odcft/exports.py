@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from odcft import folders
-from odcft.backbone import Backbone, load_backbone
-from odcft.card import about_run, card, name_of
+from odcft import files
+from odcft.backbone.load import load_backbone
+from odcft.backbone.model_card import name_of
+from odcft.backbone.network import Backbone
+from odcft.backbone.timm_folder import _features, write_timm
 from odcft.errors import OdcftError
-from odcft.networks import timm_builds
+from odcft.run import output_checks
+from odcft.run.folder import BACKBONE_FILES
+from odcft.run.identity import about_run
 
 FORMATS = ("timm", "torchvision", "safetensors", "onnx")
 
@@ -54,7 +57,7 @@ def export(
     if format not in FORMATS:
         raise OdcftError(f"--format {format}: no such format. Choose from {', '.join(FORMATS)}.")
     _refuse_others(out, format, overwrite)
-    folders.refuse_unwritable(out / "model.safetensors" if format == "timm" else out)
+    output_checks.refuse_unwritable(out / "model.safetensors" if format == "timm" else out)
     backbone = load_backbone(source, arch, input, allow_partial, arch_args=arch_args).backbone
     if size is not None:
         backbone.show(replace(backbone.input.view, size=size))
@@ -67,14 +70,14 @@ def export(
 
 def _refuse_others(out: Path, format: str, overwrite: bool) -> None:
     """Refuse an output that is there, but for one that odcft wrote and that is to be replaced."""
-    folders.refuse_unreachable(out)
+    output_checks.refuse_unreachable(out)
     if out.is_dir():
-        there = folders.contents(out, folders.BACKBONE_FILES)
+        there = output_checks.contents(out, BACKBONE_FILES)
         if there and not overwrite:
             raise OdcftError(f"{out} exists. Choose another place, or pass --overwrite.")
         if format != "timm":
             raise OdcftError(f"{out} is a folder; --format {format} writes a file.")
-        folders.refuse_strange(out, folders.BACKBONE_FILES)
+        output_checks.refuse_strange(out, BACKBONE_FILES)
         if there and not _is_export(out):
             raise OdcftError(f"{out} was not written by odcft, so --overwrite will not touch it. Choose another place.")
         return
@@ -82,7 +85,7 @@ def _refuse_others(out: Path, format: str, overwrite: bool) -> None:
         raise OdcftError(f"{out} exists. Choose another place, or pass --overwrite.")
     if out.exists() and format == "timm":
         raise OdcftError(f"{out} is a file; --format timm writes a folder.")
-    folders.refuse_file_of_others(out)
+    output_checks.refuse_file_of_others(out)
 
 
 def _is_export(folder: Path) -> bool:
@@ -99,7 +102,7 @@ def _write(backbone: Backbone, out: Path, format: str, about: dict[str, Any]) ->
         return
     if format == "torchvision":
         _require_torchvision_names(backbone)
-    with folders.made(out.parent), folders.whole(out) as unfinished:
+    with files.made(out.parent), files.whole(out) as unfinished:
         if format == "onnx":
             _write_onnx(backbone, unfinished)
         else:
@@ -113,91 +116,14 @@ def _write_tensors(backbone: Backbone, out: Path, format: str) -> None:
     words = {"arch_args": json.dumps(backbone.kwargs), "input": json.dumps(backbone.input.dump())}
     words["architecture"] = backbone.arch
     if format == "safetensors":
-        folders.save_file(tensors, out, metadata={"format": "pt", **words})
+        files.save_file(tensors, out, metadata={"format": "pt", **words})
         written = load_file(out)
     else:
         tensors._metadata["odcft"] = words  # type: ignore[attr-defined]  # torch's place for what is no tensor
-        folders.save_checkpoint(tensors, out)
+        files.save_checkpoint(tensors, out)
         written = torch.load(out, weights_only=True)
     for name, tensor in tensors.items():
         assert torch.equal(written[name], tensor), f"{out}: {name} did not survive being written"
-
-
-def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = None) -> None:
-    """A folder that `timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)` loads, with a model card.
-
-    A network that timm does not have is written the same way, for `odcft.load_backbone` to load; timm says that it
-    does not know it.
-
-    Args:
-        backbone: any; its weights are copied to the CPU.
-        folder: made, or its files replaced.
-        about: said of it in config.json, under "odcft", and in the card.
-    """
-    input, cfg = backbone.input, getattr(backbone.net, "pretrained_cfg", {})
-    kept = ("pool_size", "classifier", "fixed_input_size", "first_conv")
-    config: dict[str, Any] = {
-        "architecture": backbone.arch.split(".")[0],
-        "num_classes": 0,
-        "num_features": backbone.width,
-        "pretrained_cfg": {
-            **{key: cfg[key] for key in kept if key in cfg},
-            "input_size": [input.channels, input.size, input.size],
-            "crop_pct": input.crop_fraction,
-            "crop_mode": "center",
-            "interpolation": input.interpolation,
-            "mean": list(input.mean),
-            "std": list(input.std),
-            "num_classes": 0,
-        },
-        "odcft": {**_summary(about or {}), "input": input.dump()},
-    }
-    if input.channels != 3:
-        config["pretrained_cfg"]["first_conv"] = None  # or timm would adapt a first convolution that fits already
-    if backbone.kwargs:
-        config["model_args"] = backbone.kwargs
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.net.state_dict().items()}
-    with folders.filling(folder) as unfinished:
-        folders.save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
-        (unfinished / "config.json").write_text(json.dumps(config, indent=2))
-        _compare(backbone, unfinished)
-        (unfinished / "README.md").write_text(card(backbone, about or {}), encoding="utf-8")
-
-
-def _summary(about: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says of where a backbone came from; the card has the recipe and the figures, too."""
-    return {key: value for key, value in about.items() if key not in ("recipe", "figures")}
-
-
-def _compare(backbone: Backbone, folder: Path) -> None:
-    """Load the folder as its users will, with timm and with odcft, and compare features."""
-    images = _images(backbone)
-    ours = _features(backbone, images)
-    again = load_backbone(folder).backbone
-    theirs = [again(images)]
-    if timm_builds(backbone.arch, backbone.kwargs):
-        import timm
-
-        net = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
-        theirs.append(net(again.adapter(images)))
-    for features in theirs:
-        # Relative to the features' own size, which without normalisation at the end may be anything.
-        assert (features - ours).abs().max() <= 1e-5 * ours.abs().max().clamp(min=1), (
-            f"{folder} does not give the features of the network it came from"
-        )
-
-
-def _images(backbone: Backbone) -> Tensor:
-    side = backbone.size if backbone.fixed_size else min(max(64, backbone.size // 2), backbone.size)
-    return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def _features(backbone: Backbone, images: Tensor) -> Tensor:
-    device, was_training = next(backbone.parameters()).device, backbone.training
-    features = backbone.eval()(images.to(device)).float().cpu()
-    backbone.train(was_training)
-    return features
 
 
 def _require_torchvision_names(backbone: Backbone) -> None:

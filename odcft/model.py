@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from odcft import seeds
-from odcft.backbone import Backbone
+from odcft.backbone.network import Backbone
 from odcft.recipe import MemberRecipe, NeckRecipe
 
 

@@ -16,7 +16,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from odcft.errors import OdcftError
-from odcft.words import brief
+from odcft.text import brief
 
 LARGEST, LONGEST, DEEPEST = 1 << 20, 10_000, 30  # bytes of a recipe, letters of a value, levels
 

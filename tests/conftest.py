@@ -70,7 +70,7 @@ def on_threads(monkeypatch):
 
     A collective that not every rank joins, or not in the same order, fails.
     """
-    from odcft import dist
+    from odcft.distributed import dist
 
     def run(count, work):
         this, gate, board = threading.local(), threading.Barrier(count, timeout=10), [None] * count

@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from odcft import dist, stopping, train
+from odcft import train
+from odcft.clustering import odc
+from odcft.clustering.kmeans import kmeans
+from odcft.clustering.memory import VARIANTS, new_memory, set_centroids
+from odcft.clustering.small_clusters import handle_small_clusters
+from odcft.distributed import dist, ownership, stop_signals
+from odcft.distributed.launch import relaunch
 from odcft.errors import OdcftError
-from odcft.kmeans import kmeans
-from odcft.launch import relaunch
-from odcft.memory import VARIANTS, new_memory, set_centroids
-from odcft.methods import odc
 from odcft.recipe import MemoryRecipe, Recipe, load_recipe
-from odcft.small_clusters import handle_small_clusters
 from odcft.train import fine_tune
 
 N, K, D = 403, 9, 8  # not a multiple of two
@@ -31,7 +32,7 @@ def features_and_labels():
 
 
 def mine(rows):
-    return rows[list(dist.owned(N))]
+    return rows[list(ownership.owned(N))]
 
 
 def small_clusters():
@@ -41,7 +42,7 @@ def small_clusters():
     set_centroids(memory, dist.all_sum(memory.sums_KD))
     handle_small_clusters(memory, 30, VARIANTS["paper"], torch.Generator().manual_seed(1))
     return {
-        "labels": dist.in_dataset_order(memory.labels_S, N),
+        "labels": ownership.in_dataset_order(memory.labels_S, N),
         "centroids": memory.centroids_KD,
         "sizes": memory.sizes_K,
     }
@@ -55,13 +56,13 @@ def leaving():
     """Some images leave, and a rank that could read none of its own does not know how wide features are."""
     features_ND, _ = features_and_labels()
     left_out = {0, 7, 8, 9, 100, 402}
-    dist.PIECE = 64
-    rows = dist.without(mine(features_ND), left_out, N)
+    ownership.PIECE = 64
+    rows = ownership.without(mine(features_ND), left_out, N)
     left = [i for i in range(N) if i not in left_out]
-    assert torch.equal(rows, features_ND[left][list(dist.owned(len(left)))])
+    assert torch.equal(rows, features_ND[left][list(ownership.owned(len(left)))])
     nothing = mine(features_ND)[:, :0] if dist.rank() == 1 else mine(features_ND)
-    assert dist.without(nothing, left_out, N).shape == rows.shape
-    return {"rows": dist.in_dataset_order(rows, len(left))}
+    assert ownership.without(nothing, left_out, N).shape == rows.shape
+    return {"rows": ownership.in_dataset_order(rows, len(left))}
 
 
 def steps():
@@ -76,7 +77,7 @@ def steps():
         odc.update(state, index_B[own_B] // dist.world_size(), features_BD[own_B], step)
     memory = state.memory
     return {
-        "labels": dist.in_dataset_order(memory.labels_S, N),
+        "labels": ownership.in_dataset_order(memory.labels_S, N),
         "sums": dist.all_sum(memory.sums_KD),
         "sizes": memory.sizes_K,
     }
@@ -114,7 +115,7 @@ def goes_on():
     lr_at, augment_batch, calls = train.lr_at, train.augment_batch, []
     whole, figures = go("whole")
     train.lr_at = asked
-    with stopping.listening(), contextlib.suppress(stopping.Stopped):
+    with stop_signals.listening(), contextlib.suppress(stop_signals.Stopped):
         go("parts")
         raise AssertionError("did not stop")
     train.lr_at = lr_at

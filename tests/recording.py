@@ -72,8 +72,8 @@ def digest(*tensors: torch.Tensor) -> str:
 
 def train(method: str, folder: Path, out: Path) -> None:
     """30 steps in this process, one of several perhaps; what it saw goes to OUT-RANK.json."""
-    from odcft import dist
-    from odcft.methods import METHODS as modules
+    from odcft.clustering.methods import METHODS as modules
+    from odcft.distributed import dist
     from odcft.recipe import load_recipe
     from odcft.train import fine_tune
 
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--train", nargs=4)
     arguments = parser.parse_args()
     if arguments.train:
-        from odcft.launch import relaunch
+        from odcft.distributed.launch import relaunch
 
         method, ranks, folder, out = arguments.train
         if int(ranks) > 1 and "RANK" not in os.environ:

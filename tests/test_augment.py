@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
-from odcft.augment import _hue, _rotate, augment_batch, centre_crop, random_crop, turned
-from odcft.inputs import View
+from odcft.data.augmentation import _hue, _rotate, augment_batch, random_crop, turned
+from odcft.data.view import View, centre_crop
 from odcft.recipe import AugmentRecipe
 
 STILL = AugmentRecipe(

@@ -10,8 +10,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from odcft.backbone import describe, load_backbone
-from odcft.checkpoint import read
+from odcft.backbone.checkpoint_files import read
+from odcft.backbone.inspection import describe
+from odcft.backbone.load import load_backbone
 from odcft.errors import OdcftError
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from odcft.errors import OdcftError
-from odcft.methods.codc import Copies, copies, losses, side_by_side
+from odcft.members import Copies, copies, losses, side_by_side
 from odcft.model import Output
 from odcft.recipe import CODCRecipe, MemberRecipe, load_recipe
 from odcft.train import fine_tune

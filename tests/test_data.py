@@ -6,18 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from odcft.data import (
-    Crops,
-    TrainingOrder,
-    automatic_size,
-    collate,
-    find_images,
-    read_image,
-    same_content,
-    usual_side,
-)
+from odcft.data.batches import Crops, TrainingOrder, collate
+from odcft.data.duplicates import same_content
+from odcft.data.image_decoding import read_image
+from odcft.data.intensity_range import usual_side
+from odcft.data.sources import find_images
+from odcft.data.view import View
 from odcft.errors import OdcftError
-from odcft.inputs import View
+from odcft.plan import automatic_size
 from odcft.recipe import AugmentRecipe
 
 
@@ -169,10 +165,11 @@ ODD += [b"-x.png", b"back\\slash.png", b"cr\r.png", b"=1+1.png", b"{x}%s.png", b
 def test_names_that_are_no_utf8_and_others_of_any_bytes_go_through_a_whole_run(tmp_path, make_images, make_checkpoint):
     import pyarrow.parquet as pq
 
-    from odcft.evaluation.compare import evaluate
-    from odcft.folders import read_column
+    from odcft.evaluation.comparison import evaluate
+    from odcft.files import read_column
+    from odcft.first_memory import init_memory
     from odcft.recipe import load_recipe
-    from odcft.train import fine_tune, init_memory
+    from odcft.train import fine_tune
 
     make_images(tmp_path / "plain", 12)
     for i, name in enumerate(ODD):
@@ -273,7 +270,7 @@ def test_size_follows_small_images_but_not_beyond_the_network(tmp_path, make_ima
 
 
 def test_broken_images_are_the_same_with_data_workers(tmp_path, make_images, make_checkpoint):
-    from odcft.folders import read_column
+    from odcft.files import read_column
     from odcft.recipe import load_recipe
     from odcft.train import fine_tune
 
@@ -300,7 +297,7 @@ def test_broken_images_are_the_same_with_data_workers(tmp_path, make_images, mak
 
 
 def test_evaluation_without_one_readable_image_says_so(tmp_path, make_images):
-    from odcft.evaluation.compare import evaluate
+    from odcft.evaluation.comparison import evaluate
 
     make_images(tmp_path, 16)
     for path in tmp_path.rglob("*.png"):
@@ -312,7 +309,7 @@ def test_evaluation_without_one_readable_image_says_so(tmp_path, make_images):
 
 
 def test_evaluation_says_what_it_left_out(tmp_path, make_images, capfd):
-    from odcft.evaluation.compare import evaluate
+    from odcft.evaluation.comparison import evaluate
 
     for folder, side in (("train", 32), ("test", 40)):
         make_images(tmp_path / folder, 24, side)
@@ -326,16 +323,16 @@ def test_evaluation_says_what_it_left_out(tmp_path, make_images, capfd):
 
 @pytest.mark.parametrize("size", [None, 16, 40])
 def test_images_too_small_for_a_network_are_refused_in_evaluation(tmp_path, make_images, size):
-    from odcft.evaluation.compare import evaluate
+    from odcft.evaluation.comparison import evaluate
 
     with pytest.raises(OdcftError, match=r"cannot look at images of \d+ pixels"):
         evaluate("scratch:alexnet", str(make_images(tmp_path, 8)), None, ["knn"], size=size)
 
 
 def test_what_is_not_read_is_said_once_by_training_and_pretext(tmp_path, make_images, make_checkpoint, capfd):
-    from odcft.pretext import train_pretext
+    from odcft.first_memory import init_memory
+    from odcft.pretexts.training import train_pretext
     from odcft.recipe import load_recipe
-    from odcft.train import init_memory
 
     data = make_images(tmp_path / "set", 12)
     for i in range(3):

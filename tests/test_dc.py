@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from odcft import dist
-from odcft.memory import new_memory
-from odcft.methods import dc
+from odcft.clustering import deepcluster, pca_whitening
+from odcft.clustering.memory import new_memory
+from odcft.distributed import dist, ownership
 from odcft.recipe import DCRecipe, MemoryRecipe, Recipe
 
 
@@ -15,7 +15,7 @@ def recipe(clusters, **options):
 
 def state_of(labels, clusters, balance="sampling"):
     features = torch.randn(len(labels), 8, generator=torch.Generator().manual_seed(0))
-    return dc.start(features, torch.tensor(labels), recipe(clusters, balance=balance))
+    return deepcluster.start(features, torch.tensor(labels), recipe(clusters, balance=balance))
 
 
 def bunches(noise=0.0):
@@ -28,7 +28,7 @@ def bunches(noise=0.0):
 
 
 def test_there_is_no_neck():
-    neck, length = dc.neck(7, recipe(2))
+    neck, length = deepcluster.neck(7, recipe(2))
     images = torch.randn(4, 7)
     assert length == 7
     assert neck(images) is images
@@ -37,7 +37,7 @@ def test_there_is_no_neck():
 def test_whitened_features_have_variance_one_and_no_correlation():
     draw = torch.Generator().manual_seed(0)
     features_SF = torch.randn(500, 6, generator=draw) @ torch.randn(6, 12, generator=draw) + 3
-    white_SD = dc.whiten(features_SF, 4)
+    white_SD = pca_whitening.whiten(features_SF, 4)
     assert white_SD.shape == (500, 4)
     assert torch.allclose(white_SD.mean(0), torch.zeros(4), atol=1e-4)
     assert torch.allclose(white_SD.T @ white_SD / 500, torch.eye(4), atol=1e-3)
@@ -49,9 +49,9 @@ def test_whitening_takes_the_main_directions_and_any_number_of_rows_at_a_time(mo
     rows = along.unsqueeze(1) * torch.tensor([3.0, 4]) + across.unsqueeze(1) * torch.tensor([-0.8, 0.6]) + 7
     expected = torch.stack([across / 2, along / 5**0.5], 1)  # the main one last
     for at_a_time in (3, 16384):
-        monkeypatch.setattr(dc, "ROWS", at_a_time)
+        monkeypatch.setattr(pca_whitening, "ROWS", at_a_time)
         for components in (1, 2):
-            white = dc.whiten(rows, components)
+            white = pca_whitening.whiten(rows, components)
             assert white.shape == (4, components)
             assert torch.allclose(white.abs(), expected[:, -components:].abs(), atol=1e-5)
 
@@ -59,26 +59,28 @@ def test_whitening_takes_the_main_directions_and_any_number_of_rows_at_a_time(mo
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
 def test_small_variances_are_made_one_whatever_the_scale(scale):
     draw = torch.Generator().manual_seed(0)
-    white = dc.whiten(torch.randn(400, 3, generator=draw) * torch.tensor([1.0, 0.03, 0.2]) * scale, 3)
+    white = pca_whitening.whiten(torch.randn(400, 3, generator=draw) * torch.tensor([1.0, 0.03, 0.2]) * scale, 3)
     assert torch.allclose(white.T @ white / 400, torch.eye(3), atol=1e-2)
 
 
 def test_directions_without_variance_stay_at_almost_nothing():
     line = torch.linspace(-1, 1, 50).unsqueeze(1) * torch.tensor([0.3, -0.7, 0.53])
-    white = dc.whiten(line, 3)
+    white = pca_whitening.whiten(line, 3)
     assert white[:, -1].square().mean() == pytest.approx(1, rel=1e-3)
     assert white[:, :2].abs().max() < 1e-3
-    assert dc.whiten(torch.full((6, 3), 0.3), 3).abs().max() < 1e-3
+    assert pca_whitening.whiten(torch.full((6, 3), 0.3), 3).abs().max() < 1e-3
 
 
 def test_one_component_is_the_least():
-    assert dc.whiten(torch.tensor([[1.0, 2]]), 8).tolist() == [[0]]
-    assert dc.whiten(torch.tensor([[1.0, 2], [3, 5]]), 8).flatten().sort().values.tolist() == pytest.approx([-1, 1])
-    assert dc.whiten(torch.randn(9, 2), 8).shape == (9, 2)
+    assert pca_whitening.whiten(torch.tensor([[1.0, 2]]), 8).tolist() == [[0]]
+    assert pca_whitening.whiten(torch.tensor([[1.0, 2], [3, 5]]), 8).flatten().sort().values.tolist() == pytest.approx(
+        [-1, 1]
+    )
+    assert pca_whitening.whiten(torch.randn(9, 2), 8).shape == (9, 2)
 
 
 def test_rows_near_the_middle_have_unit_length_too():
-    compact = dc.compact(torch.tensor([[-1.0], [1.0], [0.01], [-0.01]]), recipe(2))
+    compact = deepcluster.compact(torch.tensor([[-1.0], [1.0], [0.01], [-0.01]]), recipe(2))
     assert compact.flatten().abs().tolist() == pytest.approx([1, 1, 1, 1])
 
 
@@ -93,13 +95,13 @@ def test_ranks_whiten_as_one_and_take_rank_0_s_directions(on_threads, monkeypatc
 
     monkeypatch.setattr(torch.linalg, "eigh", either)
     rows = torch.randn(23, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2, 3, 4]) + 5
-    alone = dc.whiten(rows, 3)
-    for rank, part in enumerate(on_threads(ranks, lambda: dc.whiten(rows[list(dist.owned(23))], 3))):
+    alone = pca_whitening.whiten(rows, 3)
+    for rank, part in enumerate(on_threads(ranks, lambda: pca_whitening.whiten(rows[list(ownership.owned(23))], 3))):
         assert torch.allclose(part, alone[rank::ranks], atol=1e-4)
 
 
 def test_fewer_images_than_components_give_fewer_components():
-    features_SD = dc.compact(torch.randn(5, 12), Recipe(method="dc"))
+    features_SD = deepcluster.compact(torch.randn(5, 12), Recipe(method="dc"))
     assert features_SD.shape == (5, 4)
     assert torch.allclose(features_SD.norm(dim=1), torch.ones(5))
 
@@ -110,7 +112,7 @@ def test_fewer_images_than_components_give_fewer_components():
 def test_every_cluster_is_drawn_equally_often():
     labels = [0] * 90 + [1] * 9 + [2] * 1
     state = state_of(labels, 3)
-    drawn = torch.tensor(labels)[dc.draw(state, torch.Generator().manual_seed(1))]
+    drawn = torch.tensor(labels)[deepcluster.draw(state, torch.Generator().manual_seed(1))]
     counts = torch.bincount(drawn, minlength=3)
     assert counts.sum() == 100
     assert counts.max() - counts.min() <= 1
@@ -118,28 +120,28 @@ def test_every_cluster_is_drawn_equally_often():
 
 def test_reweighting_draws_each_image_once_and_weighs_small_clusters_more():
     state = state_of([0] * 8 + [1] * 2, 2, "reweighting")
-    assert sorted(dc.draw(state, torch.Generator()).tolist()) == list(range(10))
-    weight_K = dc.targets(state, torch.arange(2))[1]
+    assert sorted(deepcluster.draw(state, torch.Generator()).tolist()) == list(range(10))
+    weight_K = deepcluster.targets(state, torch.arange(2))[1]
     assert torch.allclose(weight_K[1] / weight_K[0], torch.tensor(2.0))
-    assert dc.targets(state_of([0] * 8 + [1] * 2, 2), torch.arange(2))[1].unique().tolist() == [1.0]
+    assert deepcluster.targets(state_of([0] * 8 + [1] * 2, 2), torch.arange(2))[1].unique().tolist() == [1.0]
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_clusters_of_the_same_size_are_drawn_with_each_image_once(seed):
     state = state_of([0, 1, 2] * 5, 3)
-    assert sorted(dc.draw(state, torch.Generator().manual_seed(seed)).tolist()) == list(range(15))
+    assert sorted(deepcluster.draw(state, torch.Generator().manual_seed(seed)).tolist()) == list(range(15))
 
 
 def test_images_of_a_cluster_come_in_any_order_and_large_clusters_in_part():
     state = state_of([0] * 12 + [1] * 4, 2)
-    drawn = [dc.draw(state, torch.Generator().manual_seed(seed)) for seed in range(200)]
+    drawn = [deepcluster.draw(state, torch.Generator().manual_seed(seed)) for seed in range(200)]
     assert all((rows < 12).sum() == 8 for rows in drawn)
     seen = torch.bincount(torch.cat(drawn), minlength=16)
     assert (seen[:12] - 200 * 8 / 12).abs().max() < 40  # 133 times each of twelve
     assert seen[12:].tolist() == [400] * 4  # twice each of four
     first = torch.bincount(torch.stack([rows[0] for rows in drawn]), minlength=16)
     assert (first > 0).sum() > 12
-    again = dc.draw(state, torch.Generator().manual_seed(3))
+    again = deepcluster.draw(state, torch.Generator().manual_seed(3))
     assert torch.equal(again, drawn[3])
     assert state.memory.labels_S.tolist() == [0] * 12 + [1] * 4
 
@@ -148,19 +150,19 @@ def test_images_of_a_cluster_come_in_any_order_and_large_clusters_in_part():
 def test_rounding_takes_no_image_s_turn(monkeypatch, images):
     """Near the end of its range a draw put every image's place at the next one's, where numbers were of float32."""
     state = state_of([0, 1], 2)
-    monkeypatch.setattr(dc.torch, "rand", lambda *args, **options: torch.tensor(0.99))
+    monkeypatch.setattr(deepcluster.torch, "rand", lambda *args, **options: torch.tensor(0.99))
     state.memory.labels_S, state.memory.sizes_K = torch.zeros(images, dtype=torch.int32), torch.tensor([images])
-    drawn = dc.draw(state, torch.Generator().manual_seed(0))
+    drawn = deepcluster.draw(state, torch.Generator().manual_seed(0))
     assert torch.equal(drawn.sort().values, torch.arange(images))
 
 
 def test_last_place_is_some_image_s_however_shares_are_rounded(monkeypatch):
     """999 clusters' shares of 100,000 images add up to a little less than their sum."""
     state = state_of([0, 1], 2)
-    monkeypatch.setattr(dc.torch, "rand", lambda *args, **options: torch.tensor(1 - 2.0**-24))
+    monkeypatch.setattr(deepcluster.torch, "rand", lambda *args, **options: torch.tensor(1 - 2.0**-24))
     state.memory.labels_S = (torch.arange(100_000) % 999).int()
     state.memory.sizes_K = torch.bincount(state.memory.labels_S)
-    drawn = dc.draw(state, torch.Generator().manual_seed(0))
+    drawn = deepcluster.draw(state, torch.Generator().manual_seed(0))
     assert drawn.min() >= 0
     assert drawn.max() < 100_000
 
@@ -169,7 +171,7 @@ def test_rank_draws_a_cluster_by_its_share_of_it():
     """This rank has 4 of 40 images of one cluster, and 4 of 4 of another: it draws the other ten times as often."""
     state = state_of([0] * 4 + [1] * 4, 2)
     state.memory.sizes_K = torch.tensor([40, 4])
-    drawn = torch.cat([dc.draw(state, torch.Generator().manual_seed(seed)) for seed in range(100)])
+    drawn = torch.cat([deepcluster.draw(state, torch.Generator().manual_seed(seed)) for seed in range(100)])
     assert len(drawn) == 800
     assert int((drawn < 4).sum()) == pytest.approx(800 / 11, abs=25)
 
@@ -179,12 +181,12 @@ def test_rank_without_images_draws_none(balance):
     state = state_of([0, 1], 2, balance)
     state.memory = new_memory(torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64), 2)
     state.memory.sizes_K = torch.tensor([3, 2])
-    assert dc.draw(state, torch.Generator()).tolist() == []
+    assert deepcluster.draw(state, torch.Generator()).tolist() == []
 
 
 def test_labels_of_a_batch_and_its_weights():
     state = state_of([0] * 8 + [1] * 2, 2, "reweighting")
-    labels, weights = dc.targets(state, torch.tensor([9, 0, 9]))
+    labels, weights = deepcluster.targets(state, torch.tensor([9, 0, 9]))
     assert labels.tolist() == [1, 0, 1]
     assert labels.dtype == torch.int64
     assert weights.tolist() == pytest.approx([8**-0.5, 2**-0.5])
@@ -193,7 +195,7 @@ def test_labels_of_a_batch_and_its_weights():
 def test_nothing_moves_within_an_epoch():
     state = state_of([0, 1, 0, 1], 2)
     before = state.memory.features_SD.clone()
-    assert dc.update(state, torch.tensor([0, 1]), torch.randn(2, 8), 5)["change_ratio"] == 0
+    assert deepcluster.update(state, torch.tensor([0, 1]), torch.randn(2, 8), 5)["change_ratio"] == 0
     assert torch.equal(state.memory.features_SD, before)
     assert state.memory.labels_S.tolist() == [0, 1, 0, 1]
 
@@ -220,7 +222,7 @@ def test_clusters_of_a_single_image_are_left_alone():
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_features_are_kept_in_the_recipe_s_dtype(dtype):
     chosen = Recipe(method="dc", memory=MemoryRecipe(clusters=2, dtype=dtype))
-    kept = dc.start(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([0, 1]), chosen).memory.features_SD
+    kept = deepcluster.start(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([0, 1]), chosen).memory.features_SD
     assert kept.dtype == {"float16": torch.float16, "float32": torch.float32}[dtype]
     assert torch.allclose(kept.float(), torch.tensor([[0.6, 0.8], [0, 1]]), atol=1e-3)
 
@@ -228,30 +230,30 @@ def test_features_are_kept_in_the_recipe_s_dtype(dtype):
 def test_clusters_are_found_anew_every_so_many_epochs():
     """The state had every second row in one cluster; features have two bunches, so that is what comes of K-Means."""
     features, asked = bunches(), []
-    state = dc.start(torch.randn(32, 2), torch.arange(32) % 2, recipe(2, interval=3, pca=2))
+    state = deepcluster.start(torch.randn(32, 2), torch.arange(32) % 2, recipe(2, interval=3, pca=2))
     before = state.memory
 
     def embed():
         asked.append(1)
         return features.clone()
 
-    assert [dc.begin_epoch(state, epoch, embed) for epoch in (0, 1, 2)] == [False] * 3
+    assert [deepcluster.begin_epoch(state, epoch, embed) for epoch in (0, 1, 2)] == [False] * 3
     assert asked == []
     assert state.memory is before
-    assert dc.begin_epoch(state, 3, embed) is True
+    assert deepcluster.begin_epoch(state, 3, embed) is True
     labels = state.memory.labels_S.tolist()
     assert len(set(labels[:20])) == len(set(labels[20:])) == len({labels[0], labels[20]}) - 1 == 1
     assert sorted(state.memory.sizes_K.tolist()) == [12, 20]
-    unit = dc.compact(features, recipe(2, pca=2))
+    unit = deepcluster.compact(features, recipe(2, pca=2))
     assert torch.allclose(state.memory.features_SD, unit, atol=1e-5)
     assert torch.allclose(state.memory.centroids_KD[labels[0]], unit[:20].mean(0), atol=1e-5)
-    assert [dc.begin_epoch(state, epoch, embed) for epoch in (4, 5, 6)] == [False, False, True]
+    assert [deepcluster.begin_epoch(state, epoch, embed) for epoch in (4, 5, 6)] == [False, False, True]
     assert len(asked) == 2
 
 
 def test_clusters_are_found_anew_every_epoch_but_the_first():
-    state = dc.start(bunches(), torch.arange(32) % 2, recipe(2))
-    assert [dc.begin_epoch(state, epoch, bunches) for epoch in range(4)] == [False, True, True, True]
+    state = deepcluster.start(bunches(), torch.arange(32) % 2, recipe(2))
+    assert [deepcluster.begin_epoch(state, epoch, bunches) for epoch in range(4)] == [False, True, True, True]
 
 
 def test_labels_are_the_nearest_of_what_kmeans_finds(monkeypatch):
@@ -263,10 +265,10 @@ def test_labels_are_the_nearest_of_what_kmeans_finds(monkeypatch):
         asked.append((len(features_SD), k, iterations, engine))
         return torch.tensor([[-3.0], [0.8], [-0.8]])
 
-    monkeypatch.setattr(dc, "kmeans", kmeans)
-    monkeypatch.setattr(dc, "handle_small_clusters", lambda *args: 0)
-    state = dc.start(torch.randn(5, 1), torch.arange(5) % 3, chosen)
-    dc.begin_epoch(state, 1, lambda: torch.tensor([[1.0], [1.1], [-2.0], [-2.1], [-2.2]]))
+    monkeypatch.setattr(deepcluster, "kmeans", kmeans)
+    monkeypatch.setattr(deepcluster, "handle_small_clusters", lambda *args: 0)
+    state = deepcluster.start(torch.randn(5, 1), torch.arange(5) % 3, chosen)
+    deepcluster.begin_epoch(state, 1, lambda: torch.tensor([[1.0], [1.1], [-2.0], [-2.1], [-2.2]]))
     assert asked == [(5, 3, 7, "torch")]
     expected = [1 if feature > 0 else 2 for feature in state.memory.features_SD[:, 0].tolist()]
     assert state.memory.labels_S.tolist() == expected
@@ -278,11 +280,11 @@ def test_ranks_cluster_together(on_threads, ranks):
     """The same sets, whatever ranks call them: PCA may round a coordinate otherwise, K-Means draws the same images."""
 
     def work():
-        mine = list(dist.owned(32))
-        state = dc.start(bunches(0.1)[mine], torch.arange(32)[mine] % 2, recipe(3))
+        mine = list(ownership.owned(32))
+        state = deepcluster.start(bunches(0.1)[mine], torch.arange(32)[mine] % 2, recipe(3))
         assert torch.equal(state.memory.sizes_K, dist.all_sum(state.memory.counts_K))
         first = state.memory.centroids_KD
-        assert dc.begin_epoch(state, 1, lambda: bunches(0.1)[mine])
+        assert deepcluster.begin_epoch(state, 1, lambda: bunches(0.1)[mine])
         return first, state.memory.sizes_K, state.memory.labels_S
 
     first, sizes, labels = work()
@@ -295,10 +297,10 @@ def test_ranks_cluster_together(on_threads, ranks):
 def test_what_is_stored_and_put_back_is_the_same_to_the_bit():
     state, fresh = state_of([0, 0, 0, 1, 1, 2], 3), state_of([1, 0, 2, 1, 0, 2], 3)
     state.memory.centroids_KD += 0.5  # of no mean: it is what was stored that comes back
-    rows, same = dc.stored(state)
+    rows, same = deepcluster.stored(state)
     assert set(rows) == {"features", "labels"}
     assert set(same) == {"centroids"}
     fresh.memory.features_SD.zero_()
-    dc.restore(fresh, {name: rows[name].clone() for name in rows}, {name: same[name].clone() for name in same})
+    deepcluster.restore(fresh, {name: rows[name].clone() for name in rows}, {name: same[name].clone() for name in same})
     for name in ("features_SD", "labels_S", "sums_KD", "counts_K", "sizes_K", "centroids_KD"):
         assert torch.equal(getattr(fresh.memory, name), getattr(state.memory, name)), name

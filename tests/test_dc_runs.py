@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from odcft.errors import OdcftError
+from odcft.first_memory import init_memory
 from odcft.recipe import load_recipe
-from odcft.train import fine_tune, init_memory
+from odcft.train import fine_tune
 
 QUICK = ["method=dc", "optim.batch_size=4", "log.interval=1", "log.tensorboard=false", "dc.pca=4"]
 

@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from odcft.backbone import describe, load_backbone
-from odcft.description import Arguments, check_arguments, parse_arguments
+from odcft.backbone.inspection import describe
+from odcft.backbone.load import load_backbone
+from odcft.backbone.metadata import Arguments, check_arguments, parse_arguments
+from odcft.backbone.networks import NETWORKS, elements
 from odcft.errors import OdcftError
-from odcft.networks import NETWORKS, elements
 from odcft.recipe import load_recipe, make_recipe, parse_yaml
 
 WORDS = {

@@ -7,11 +7,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from odcft.augment import augment_batch, turned
-from odcft.late import LateReader
-from odcft.memory import VARIANTS, Memory
-from odcft.methods import dc, odc
-from odcft.methods.codc import Copies, losses, side_by_side
+from odcft.clustering import deepcluster, odc
+from odcft.clustering.memory import VARIANTS, Memory
+from odcft.data.augmentation import augment_batch, turned
+from odcft.distributed.delayed_reader import LateReader
+from odcft.members import Copies, losses, side_by_side
 from odcft.model import Output
 from odcft.recipe import AugmentRecipe, CODCRecipe, MemberRecipe, MemoryRecipe, Recipe
 
@@ -132,10 +132,10 @@ def test_members_copies_and_losses_stay_on_the_device_and_never_wait(fake_gpu):
 def test_dc_step_stays_on_the_device_and_never_waits(fake_gpu):
     recipe = Recipe(method="dc", memory=MemoryRecipe(clusters=20))
     state, row_B = (
-        dc.State(fake_state("paper", torch.float16).memory, recipe),
+        deepcluster.State(fake_state("paper", torch.float16).memory, recipe),
         torch.empty(8, dtype=torch.int64).to(CUDA),
     )
     with NoWaiting():
-        label_B, weight_K = dc.targets(state, row_B)
-        stats = dc.update(state, row_B, torch.empty(8, 16, device=CUDA), 0)
+        label_B, weight_K = deepcluster.targets(state, row_B)
+        stats = deepcluster.update(state, row_B, torch.empty(8, 16, device=CUDA), 0)
     assert label_B.device == weight_K.device == stats["change_ratio"].device == CUDA

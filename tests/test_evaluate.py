@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from odcft.errors import OdcftError
-from odcft.evaluation.arrays import check_protocols, evaluate_file
-from odcft.evaluation.compare import changes, evaluate
+from odcft.evaluation.comparison import evaluate
+from odcft.evaluation.confidence_intervals import changes
+from odcft.evaluation.feature_files import evaluate_file
 from odcft.evaluation.labels import labelled
+from odcft.evaluation.protocols import check_protocols
 from odcft.evaluation.table import lines, public
-from odcft.log import Progress
+from odcft.progress import Progress
 
 
 class Said(Progress):
@@ -112,7 +114,7 @@ def test_a_backbone_of_nan_is_refused(tmp_path, make_images, make_checkpoint, mo
     def broken(*args):
         return torch.full((12, 4), torch.nan), {}
 
-    monkeypatch.setattr("odcft.features.extract", broken)
+    monkeypatch.setattr("odcft.data.feature_extraction.extract", broken)
     with pytest.raises(OdcftError, match=r"c\.pth gives features that are NaN or infinite for 12 of 12 images"):
         evaluate(checkpoint, str(images), progress=Said())
 

@@ -7,16 +7,17 @@ import timm
 import torch
 from PIL import Image
 
-from odcft.backbone import load_backbone
-from odcft.data import Crops, find_images
+from odcft.backbone.load import load_backbone
+from odcft.backbone.network_input import load as load_input
+from odcft.backbone.networks import build
+from odcft.data.batches import Crops
+from odcft.data.feature_extraction import to_float
+from odcft.data.sources import find_images
+from odcft.data.view import View
 from odcft.errors import OdcftError
-from odcft.evaluation.compare import view_of
 from odcft.exports import export
-from odcft.features import to_float
-from odcft.folders import digest
-from odcft.inputs import View
-from odcft.inputs import load as load_input
-from odcft.networks import build
+from odcft.files import digest
+from odcft.plan import view_for_evaluation
 from odcft.recipe import load_recipe
 from odcft.train import fine_tune
 
@@ -159,7 +160,7 @@ def photograph(path, size=(50, 40)):
 def as_evaluation_sees(path, source):
     """The tensor that evaluation shows the network."""
     loaded = load_backbone(source)
-    crops = Crops(find_images(path.parent), view_of(loaded, find_images(path.parent), None))
+    crops = Crops(find_images(path.parent), view_for_evaluation(loaded, find_images(path.parent), None))
     with torch.no_grad():
         return loaded.backbone.adapter(to_float(crops[(0, 0)][0].unsqueeze(0), torch.device("cpu")))[0]
 
@@ -224,7 +225,7 @@ def test_the_card_of_a_run_has_title_figures_recipe_and_hash_and_no_path_of_this
     "name", ["a`b", "``` </code>", "x\n# Not a title", "<script>alert(1)</script>", "``", "[a](b)"]
 )
 def test_no_name_breaks_out_of_the_card(name):
-    from odcft.card import card
+    from odcft.backbone.model_card import card
 
     backbone = load_backbone("scratch:test_resnet").backbone
     text = card(backbone, {"checkpoint": name, "data": name, "method": "odc", "sha256": name, "recipe": f"x: {name}"})

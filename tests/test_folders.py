@@ -19,10 +19,17 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_privately
 
-from odcft import dist, folders, snapshot
-from odcft.data import Images
+from odcft import files
+from odcft.clustering import clusters_parquet
+from odcft.data.sources import Images
+from odcft.distributed import dist
 from odcft.errors import OdcftError
-from odcft.log import Metrics
+from odcft.run import output_checks, snapshot_files
+from odcft.run.folder import BEGUN, MEMORY_FILES, RUN_FILES, write_image_lists
+from odcft.run.identity import checksums, made_from
+from odcft.run.lock import _holder, locked
+from odcft.run.metrics import Metrics
+from odcft.run.output_checks import only_begun
 
 STATE = "checkpoints/step-000000003"
 PLACES = [  # of files and folders in a RUN
@@ -68,11 +75,11 @@ def refused(run, message, resumed=True):
     before = tree(run)
     if resumed:
         with pytest.raises(OdcftError, match=message):
-            folders.refuse_strange(run, folders.RUN_FILES, resumed=True)
+            output_checks.refuse_strange(run, RUN_FILES, resumed=True)
     with pytest.raises(OdcftError, match=message):
-        folders.refuse_full(run, folders.RUN_FILES, overwrite=True)
+        output_checks.refuse_full(run, RUN_FILES, overwrite=True)
     with pytest.raises(OdcftError, match=message):
-        folders.clear(run, folders.RUN_FILES)
+        output_checks.clear(run, RUN_FILES)
     assert tree(run) == before
 
 
@@ -80,11 +87,11 @@ def refused(run, message, resumed=True):
 
 
 def test_a_run_of_ours_is_replaced_and_gone_on_with(run):
-    folders.refuse_strange(run, folders.RUN_FILES, resumed=True)
-    folders.refuse_full(run, folders.RUN_FILES, overwrite=True)
-    folders.clear(run, folders.RUN_FILES)
+    output_checks.refuse_strange(run, RUN_FILES, resumed=True)
+    output_checks.refuse_full(run, RUN_FILES, overwrite=True)
+    output_checks.clear(run, RUN_FILES)
     assert list(tree(run)) == ["lock"]  # which whoever clears holds
-    folders.clear(run / "new" / "folder", folders.RUN_FILES)
+    output_checks.clear(run / "new" / "folder", RUN_FILES)
     assert (run / "new" / "folder").is_dir()
 
 
@@ -100,7 +107,7 @@ INSIDE = [
 @pytest.mark.parametrize("target", ["precious", "inner", "nowhere"])
 def test_a_link_under_a_name_of_ours_is_refused_by_name(run, outside, place, target):
     before = tree(outside)
-    folders.remove(run / place)
+    files.remove(run / place)
     (run / place).symlink_to(outside / target)
     refused(run, f"{run / place} is a link, and odcft writes through none.*choose another output")
     assert tree(outside) == before
@@ -110,17 +117,17 @@ def test_a_link_under_a_name_of_ours_is_refused_by_name(run, outside, place, tar
 @pytest.mark.parametrize("place", [place for place in [*TOP, *INSIDE] if not place.endswith(".unfinished")])
 def test_another_kind_under_a_name_of_ours_is_refused_by_name(run, place):
     folder = (run / place).is_dir()
-    folders.remove(run / place)
+    files.remove(run / place)
     (run / place).write_text("mine") if folder else (run / place).mkdir()
     refused(run, f"{run / place} is a {'file' if folder else 'folder'}, where odcft writes another kind")
-    folders.remove(run / place)
+    files.remove(run / place)
     os.mkfifo(run / place)
     refused(run, f"{run / place} is a device, where odcft writes another kind")
 
 
 @pytest.mark.parametrize("name", [".backbone.unfinished", "backbone/.unfinished", ".run.json.unfinished"])
 def test_a_pipe_for_a_leftover_is_refused(run, name):
-    folders.remove(run / name)
+    files.remove(run / name)
     os.mkfifo(run / name)
     refused(run, "is a device")
 
@@ -139,58 +146,58 @@ def test_what_odcft_did_not_write_is_not_overwritten_and_does_not_hinder_resumin
     path = run / name
     path.symlink_to(outside) if kind == "link" else path.mkdir() if kind == "folder" else path.write_text("mine")
     refused(run, rf"holds files odcft did not write \({name}\), so --overwrite will not touch it", resumed=False)
-    folders.refuse_strange(run, folders.RUN_FILES, resumed=True)
+    output_checks.refuse_strange(run, RUN_FILES, resumed=True)
 
 
 @pytest.mark.parametrize("name", [".thesis.unfinished", "thesis.unfinished", "thesis.txt", "unfinished"])
 def test_a_folder_that_holds_something_is_not_empty(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(OdcftError, match=r"is not empty. Pass --resume to go on with it, --overwrite to replace it"):
-        folders.refuse_full(tmp_path, folders.RUN_FILES, overwrite=False)
+        output_checks.refuse_full(tmp_path, RUN_FILES, overwrite=False)
     with pytest.raises(OdcftError, match=r"is not empty. Pass --overwrite"):
-        folders.refuse_full(tmp_path, folders.MEMORY_FILES, overwrite=False)
+        output_checks.refuse_full(tmp_path, MEMORY_FILES, overwrite=False)
 
 
 def test_what_a_killed_process_left_is_nothing(tmp_path):
     for name in (".metrics.jsonl.unfinished", "lock"):
         (tmp_path / name).write_text("")
     (tmp_path / ".unfinished").mkdir()
-    folders.refuse_full(tmp_path, folders.RUN_FILES, overwrite=False)
-    assert folders.contents(tmp_path, folders.RUN_FILES) == set()
-    assert folders.contents(tmp_path, {"a": None}) == {"lock", ".metrics.jsonl.unfinished"}
-    assert folders.contents(tmp_path / "nowhere", folders.RUN_FILES) == set()
-    assert folders.only_begun(tmp_path)
+    output_checks.refuse_full(tmp_path, RUN_FILES, overwrite=False)
+    assert output_checks.contents(tmp_path, RUN_FILES) == set()
+    assert output_checks.contents(tmp_path, {"a": None}) == {"lock", ".metrics.jsonl.unfinished"}
+    assert output_checks.contents(tmp_path / "nowhere", RUN_FILES) == set()
+    assert only_begun(tmp_path)
 
 
 def test_only_what_has_no_state_and_no_step_is_only_begun(tmp_path):
     for name in ("recipe.yaml", "run.json", "images.csv", "metrics.jsonl"):
         (tmp_path / name).write_text("")
-    assert folders.only_begun(tmp_path)
+    assert only_begun(tmp_path)
     for name in ("checkpoints", "tensorboard"):
         (tmp_path / name).mkdir()
     (tmp_path / "quarantine.csv").write_text("")
-    assert folders.contents(tmp_path, folders.RUN_FILES) == folders.BEGUN
-    assert folders.only_begun(tmp_path)
+    assert output_checks.contents(tmp_path, RUN_FILES) == BEGUN
+    assert only_begun(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("{}")
-    assert not folders.only_begun(tmp_path)
+    assert not only_begun(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "checkpoints" / "damaged-step-000000003").mkdir(parents=True)
-    assert not folders.only_begun(tmp_path)
+    assert not only_begun(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "clusters.parquet").write_text("")
-    assert not folders.only_begun(tmp_path)
+    assert not only_begun(tmp_path)
 
 
 def test_an_output_that_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OdcftError, match=r"file is a file. Choose a folder"):
-        folders.refuse_full(tmp_path / "file", folders.RUN_FILES, overwrite=True)
+        output_checks.refuse_full(tmp_path / "file", RUN_FILES, overwrite=True)
     with pytest.raises(OdcftError, match=r"run cannot be written: .*file is not a folder you may write to"):
-        folders.refuse_full(tmp_path / "file" / "run", folders.RUN_FILES, overwrite=True)
+        output_checks.refuse_full(tmp_path / "file" / "run", RUN_FILES, overwrite=True)
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     with pytest.raises(OdcftError, match="nowhere is a link that leads nowhere"):
-        folders.refuse_full(tmp_path / "nowhere", folders.RUN_FILES, overwrite=True)
-    folders.refuse_full(tmp_path / "a" / "b", folders.RUN_FILES, overwrite=False)
+        output_checks.refuse_full(tmp_path / "nowhere", RUN_FILES, overwrite=True)
+    output_checks.refuse_full(tmp_path / "a" / "b", RUN_FILES, overwrite=False)
     assert not (tmp_path / "a").exists()
 
 
@@ -198,15 +205,15 @@ def test_an_output_that_is_no_folder_is_refused(tmp_path):
 def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch, right):
     monkeypatch.setattr(os, "access", lambda path, asked: not asked & right)
     with pytest.raises(OdcftError, match="is not a folder you may write to"):
-        folders.refuse_full(tmp_path / "run", folders.RUN_FILES, overwrite=False)
+        output_checks.refuse_full(tmp_path / "run", RUN_FILES, overwrite=False)
 
 
 def test_the_output_itself_may_be_a_link_to_a_folder(run, tmp_path):
     (tmp_path / "link").symlink_to(run)
-    folders.refuse_full(tmp_path / "link", folders.RUN_FILES, overwrite=True)
-    with folders.locked(tmp_path / "link", print):
-        folders.clear(tmp_path / "link", folders.RUN_FILES)
-        folders.write_whole(tmp_path / "link" / "run.json", "{}")
+    output_checks.refuse_full(tmp_path / "link", RUN_FILES, overwrite=True)
+    with locked(tmp_path / "link", print):
+        output_checks.clear(tmp_path / "link", RUN_FILES)
+        files.write_whole(tmp_path / "link" / "run.json", "{}")
     assert list(tree(run)) == ["run.json"]
     assert (tmp_path / "link").is_symlink()
 
@@ -218,19 +225,19 @@ def test_the_output_itself_may_be_a_link_to_a_folder(run, tmp_path):
 def test_a_folder_of_the_users_on_another_disk_is_used_emptied_and_kept(run, tmp_path, name):
     shutil.move(run / name, tmp_path / "scratch")
     (run / name).symlink_to(tmp_path / "scratch")
-    folders.refuse_strange(run, folders.RUN_FILES, resumed=True)
-    folders.refuse_full(run, folders.RUN_FILES, overwrite=True)
-    folders.clear(run, folders.RUN_FILES)
+    output_checks.refuse_strange(run, RUN_FILES, resumed=True)
+    output_checks.refuse_full(run, RUN_FILES, overwrite=True)
+    output_checks.clear(run, RUN_FILES)
     assert (run / name).is_symlink()
     assert list((tmp_path / "scratch").iterdir()) == []
     if name == "checkpoints":
         same = {"weight": torch.ones(3)}
         for step in range(1, 5):
-            state = snapshot.State(same, {"labels": torch.arange(7)}, {}, {"step": step, "images": 7})
-            assert snapshot.save(run, state) == ""
+            state = snapshot_files.State(same, {"labels": torch.arange(7)}, {}, {"step": step, "images": 7})
+            assert snapshot_files.save(run, state) == ""
         assert sorted(tree(run)) == ["checkpoints", "lock"]
         assert sorted(path.name for path in (tmp_path / "scratch").iterdir()) == ["step-000000003", "step-000000004"]
-        assert snapshot.newest(run, print).name == "step-000000004"
+        assert snapshot_files.newest(run, print).name == "step-000000004"
 
 
 @pytest.mark.parametrize(
@@ -286,14 +293,14 @@ def test_what_lies_in_a_folder_of_another_owner_may_lead_to_that_owners_folders(
     shutil.move(run / "checkpoints", tmp_path / "scratch")
     (run / "checkpoints").symlink_to(tmp_path / "scratch")
     monkeypatch.setattr(os, "geteuid", lambda: run.stat().st_uid + 1)
-    folders.refuse_full(run, folders.RUN_FILES, overwrite=True)
+    output_checks.refuse_full(run, RUN_FILES, overwrite=True)
 
 
 def test_a_memory_has_no_folders_on_another_disk(tmp_path, outside):
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "memory.safetensors").symlink_to(outside / "precious")
     with pytest.raises(OdcftError, match=r"memory.safetensors is a link"):
-        folders.refuse_full(tmp_path / "memory", folders.MEMORY_FILES, overwrite=True)
+        output_checks.refuse_full(tmp_path / "memory", MEMORY_FILES, overwrite=True)
 
 
 # ---------------------------------------------------------------- removing
@@ -305,7 +312,7 @@ def test_removing_follows_no_link(tmp_path, outside):
     (tmp_path / "folder" / "inner" / "link").symlink_to(outside)
     (tmp_path / "link").symlink_to(outside)
     for name in ("folder", "link", "nothing"):
-        folders.remove(tmp_path / name)
+        files.remove(tmp_path / name)
         assert not os.path.lexists(tmp_path / name)
     assert tree(outside) == before
 
@@ -313,14 +320,14 @@ def test_removing_follows_no_link(tmp_path, outside):
 def test_folders_that_were_made_and_stay_empty_go_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for top in (tmp_path, Path()):
-        with folders.made(top / "a" / "b"):
+        with files.made(top / "a" / "b"):
             assert (top / "a" / "b").is_dir()
         assert not (top / "a").exists()
-        with folders.made(top / "c" / "d"):
+        with files.made(top / "c" / "d"):
             (top / "c" / "file").write_text("")
         assert tree(top / "c") == {"file": b""}
         (top / "c" / "file").unlink()
-        with folders.made(top / "c"):
+        with files.made(top / "c"):
             pass
         assert (top / "c").exists()  # it was there before
         (top / "c").rmdir()
@@ -330,7 +337,7 @@ def test_folders_that_were_made_and_stay_empty_go_again(tmp_path, monkeypatch):
 
 
 def test_lock_is_a_file_of_ours_and_goes(tmp_path):
-    with folders.locked(tmp_path / "run", print):
+    with locked(tmp_path / "run", print):
         text = (tmp_path / "run" / "lock").read_text()
         assert text == f"process {os.getpid()} on {socket.gethostname()}"
         (tmp_path / "run" / "run.json").write_text("{}")
@@ -340,7 +347,7 @@ def test_lock_is_a_file_of_ours_and_goes(tmp_path):
 @pytest.mark.parametrize("stale", ["", "process 1 on a machine with a very, very long name that is longer than ours"])
 def test_lock_that_a_killed_run_left_is_taken_over(tmp_path, stale):
     (tmp_path / "lock").write_text(stale)
-    with folders.locked(tmp_path, print):
+    with locked(tmp_path, print):
         assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
@@ -357,7 +364,7 @@ def test_something_else_called_lock_is_left_alone(tmp_path, outside, case):
     else:
         os.mkfifo(lock)
     message = "cannot be written" if case in ("link", "folder") else "lock is not a lock that odcft wrote"
-    with pytest.raises(OdcftError, match=message), folders.locked(lock.parent, print):
+    with pytest.raises(OdcftError, match=message), locked(lock.parent, print):
         raise AssertionError("not refused")
     assert os.path.lexists(lock)
     assert case != "thesis" or lock.read_text() == "my password"
@@ -369,14 +376,14 @@ def test_lock_that_has_a_second_name_is_made_anew(tmp_path):
     (tmp_path / "kept").write_text("process 1 on vm")
     (tmp_path / "run").mkdir()
     os.link(tmp_path / "kept", tmp_path / "run" / "lock")
-    with folders.locked(tmp_path / "run", print):
+    with locked(tmp_path / "run", print):
         assert (tmp_path / "run" / "lock").read_text().startswith(f"process {os.getpid()}")
         assert (tmp_path / "run" / "lock").stat().st_nlink == 1
     assert (tmp_path / "kept").read_text() == "process 1 on vm"
 
 
 def hold(folder, held):
-    with folders.locked(folder, print):
+    with locked(folder, print):
         held.set()
         time.sleep(100)
 
@@ -397,12 +404,12 @@ def test_lock_keeps_others_out_even_when_it_has_a_second_name(tmp_path):
         os.link(tmp_path / "run" / "lock", tmp_path / "kept")
         for _ in range(2):
             message = rf"Another run is writing to .*run \(process {other.pid} on "
-            with pytest.raises(OdcftError, match=message), folders.locked(tmp_path / "run", print):
+            with pytest.raises(OdcftError, match=message), locked(tmp_path / "run", print):
                 raise AssertionError("not refused")
     finally:
         other.kill()
         other.join()
-    with folders.locked(tmp_path / "run", print):
+    with locked(tmp_path / "run", print):
         pass
     assert (tmp_path / "kept").read_text().startswith(f"process {other.pid}")
 
@@ -422,7 +429,7 @@ def test_lock_that_its_holder_removed_meanwhile_is_made_anew(tmp_path, monkeypat
         return real(file, how)
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
-    with folders.locked(tmp_path, print):
+    with locked(tmp_path, print):
         assert len(calls) == 3
         assert calls[0] == fcntl.LOCK_EX | fcntl.LOCK_NB
         assert (tmp_path / "lock").read_text().startswith("process")
@@ -436,10 +443,10 @@ def test_file_system_that_cannot_lock_is_told_of(tmp_path, monkeypatch, number, 
     said = []
     monkeypatch.setattr(fcntl, "lockf", lockf)
     if held:
-        with pytest.raises(OdcftError, match="Another run is writing"), folders.locked(tmp_path, said.append):
+        with pytest.raises(OdcftError, match="Another run is writing"), locked(tmp_path, said.append):
             raise AssertionError("not refused")
         return
-    with folders.locked(tmp_path, said.append):
+    with locked(tmp_path, said.append):
         assert (tmp_path / "lock").exists()
     assert "cannot be locked (No locks available): let no other run write to it" in said[0]
 
@@ -462,7 +469,7 @@ def test_full_disk_does_not_hinder_locking(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fdopen", fdopen)
     monkeypatch.setattr(fcntl, "lockf", lambda file, how: None)
-    with folders.locked(tmp_path / "run", print):
+    with locked(tmp_path / "run", print):
         pass
 
 
@@ -472,34 +479,34 @@ def test_lock_on_a_disk_that_cannot_be_written_names_the_folder(tmp_path, monkey
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
     sentence = r"run cannot be written: Read-only file system. Choose another --out"
-    with pytest.raises(OdcftError, match=sentence), folders.locked(tmp_path / "run", print):
+    with pytest.raises(OdcftError, match=sentence), locked(tmp_path / "run", print):
         raise AssertionError("not refused")
 
 
 def test_other_ranks_leave_the_lock_to_the_first(tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "rank", lambda: 1)
     monkeypatch.setattr(dist, "gather_dict", lambda mine: mine)
-    with folders.locked(tmp_path / "run", print):
+    with locked(tmp_path / "run", print):
         assert not (tmp_path / "run").exists()
-    folders.refuse_unwritable(tmp_path / "nowhere" / "file")
+    output_checks.refuse_unwritable(tmp_path / "nowhere" / "file")
     monkeypatch.setattr(dist, "gather_dict", lambda mine: {0: "the first rank's reason"})
-    with pytest.raises(OdcftError, match="the first rank's reason"), folders.locked(tmp_path / "run", print):
+    with pytest.raises(OdcftError, match="the first rank's reason"), locked(tmp_path / "run", print):
         raise AssertionError("not refused")
     with pytest.raises(OdcftError, match="the first rank's reason"):
-        folders.refuse_unwritable(tmp_path / "file")
+        output_checks.refuse_unwritable(tmp_path / "file")
 
 
 def test_who_holds_a_lock_may_be_unknown(tmp_path):
-    assert folders._holder(tmp_path / "lock") == ""
+    assert _holder(tmp_path / "lock") == ""
 
 
 # ---------------------------------------------------------------- writing
 
 
 WRITERS = {
-    "run.json": lambda folder: folders.write_whole(folder / "run.json", "{}"),
-    "images.csv": lambda folder: folders.write_image_lists(Images(folder, folder, ["a"]), {}, folder),
-    "quarantine.csv": lambda folder: folders.write_image_lists(Images(folder, folder, ["a"]), {"b": "why"}, folder),
+    "run.json": lambda folder: files.write_whole(folder / "run.json", "{}"),
+    "images.csv": lambda folder: write_image_lists(Images(folder, folder, ["a"]), {}, folder),
+    "quarantine.csv": lambda folder: write_image_lists(Images(folder, folder, ["a"]), {"b": "why"}, folder),
     "metrics.jsonl": lambda folder: written(Metrics(folder, tensorboard=False)),
 }
 
@@ -523,31 +530,31 @@ def test_files_are_written_anew_and_through_nothing(tmp_path, outside, name, kin
 
 
 def test_image_lists(tmp_path):
-    folders.write_image_lists(Images(tmp_path, tmp_path, ["a,b", "c\udcff"]), {}, tmp_path)
+    write_image_lists(Images(tmp_path, tmp_path, ["a,b", "c\udcff"]), {}, tmp_path)
     assert not (tmp_path / "quarantine.csv").exists()
-    assert folders.read_column(tmp_path / "images.csv", "path") == ["a,b", "c\udcff"]
-    assert folders.read_column(tmp_path / "images.csv", "row") == ["0", "1"]
-    folders.write_image_lists(Images(tmp_path, tmp_path, []), {"d": "why"}, tmp_path)
+    assert files.read_column(tmp_path / "images.csv", "path") == ["a,b", "c\udcff"]
+    assert files.read_column(tmp_path / "images.csv", "row") == ["0", "1"]
+    write_image_lists(Images(tmp_path, tmp_path, []), {"d": "why"}, tmp_path)
     with (tmp_path / "quarantine.csv").open() as file:
         assert list(csv.DictReader(file)) == [{"path": "d", "reason": "why"}]
 
 
 def test_what_is_not_whole_does_not_appear(tmp_path):
     (tmp_path / "a").write_text("before")
-    with suppress(ZeroDivisionError), folders.whole(tmp_path / "a") as unfinished:
+    with suppress(ZeroDivisionError), files.whole(tmp_path / "a") as unfinished:
         unfinished.write_text("half")
         raise ZeroDivisionError
     assert tree(tmp_path) == {"a": b"before"}
 
 
 def test_a_folder_is_filled_whole_or_not_at_all(tmp_path):
-    with suppress(ZeroDivisionError), folders.filling(tmp_path / "a" / "b") as unfinished:
+    with suppress(ZeroDivisionError), files.filling(tmp_path / "a" / "b") as unfinished:
         (unfinished / "x").write_text("half")
         raise ZeroDivisionError
     assert not (tmp_path / "a").exists()
     (tmp_path / "a" / ".unfinished" / "x").mkdir(parents=True)
     (tmp_path / "a" / "y").write_text("stays")
-    with folders.filling(tmp_path / "a") as unfinished:
+    with files.filling(tmp_path / "a") as unfinished:
         (unfinished / "x").write_text("new")
         assert tree(tmp_path / "a")[".unfinished/x"] == b"new"
     assert tree(tmp_path / "a") == {"x": b"new", "y": b"stays"}
@@ -556,10 +563,10 @@ def test_a_folder_is_filled_whole_or_not_at_all(tmp_path):
 def test_everything_written_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.readlink(f"/proc/self/fd/{descriptor}")))
-    folders.write_whole(tmp_path / "a", "x")
+    files.write_whole(tmp_path / "a", "x")
     assert done == [str(tmp_path / ".a.unfinished"), str(tmp_path)]
     done.clear()
-    with folders.filling(tmp_path / "b") as unfinished:
+    with files.filling(tmp_path / "b") as unfinished:
         (unfinished / "x").write_text("new")
     assert done == [str(tmp_path / "b" / ".unfinished" / "x"), str(tmp_path / "b")]
 
@@ -572,15 +579,15 @@ def rights(path):
 def test_files_have_the_rights_of_the_umask(tmp_path, umask, expected):
     before = os.umask(umask)
     try:
-        folders.save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
-        with folders.whole(tmp_path / "b.safetensors") as unfinished:
-            folders.save_file({"a": torch.ones(2)}, unfinished, {"x": "y"})
-        with folders.whole(tmp_path / "c.pth") as unfinished:
-            folders.save_checkpoint({"a": torch.ones(2)}, unfinished)
-        folders.write_whole(tmp_path / "d.json", "{}")
-        state = snapshot.State({"a": torch.ones(2)}, {"labels": torch.arange(7)}, {}, {"step": 1, "images": 7})
-        assert snapshot.save(tmp_path, state) == ""
-        with folders.locked(tmp_path, print):
+        files.save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+        with files.whole(tmp_path / "b.safetensors") as unfinished:
+            files.save_file({"a": torch.ones(2)}, unfinished, {"x": "y"})
+        with files.whole(tmp_path / "c.pth") as unfinished:
+            files.save_checkpoint({"a": torch.ones(2)}, unfinished)
+        files.write_whole(tmp_path / "d.json", "{}")
+        state = snapshot_files.State({"a": torch.ones(2)}, {"labels": torch.arange(7)}, {}, {"step": 1, "images": 7})
+        assert snapshot_files.save(tmp_path, state) == ""
+        with locked(tmp_path, print):
             assert rights(tmp_path / "lock") == expected
     finally:
         os.umask(before)
@@ -593,7 +600,7 @@ def test_files_have_the_rights_of_the_umask(tmp_path, umask, expected):
 def test_tensors_are_not_written_through_a_link(tmp_path, outside):
     (tmp_path / "a").symlink_to(outside / "precious")
     with pytest.raises(OSError, match="symbolic"):
-        folders.save_file({"a": torch.ones(2)}, tmp_path / "a")
+        files.save_file({"a": torch.ones(2)}, tmp_path / "a")
     assert (outside / "precious").read_text() == "mine"
 
 
@@ -609,29 +616,29 @@ def test_disk_that_is_full_while_tensors_are_written_is_an_error_of_the_system(t
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(OSError, match="No space left on device") as found:
-        folders.save_file({}, tmp_path / "a")
+        files.save_file({}, tmp_path / "a")
     assert (found.value.errno, found.value.filename) == (errno.ENOSPC, str(tmp_path / "a"))
     monkeypatch.setattr(safetensors.torch, "save_file", odd)
     with pytest.raises(SafetensorError, match="moon"):
-        folders.save_file({}, tmp_path / "b")
+        files.save_file({}, tmp_path / "b")
 
 
 def test_disk_that_is_full_while_a_checkpoint_is_written_is_an_error_of_the_system(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device"):
-        folders.save_checkpoint({"a": torch.ones(10**6)}, Path("/dev/full"))
+        files.save_checkpoint({"a": torch.ones(10**6)}, Path("/dev/full"))
 
     def odd(*args):
         raise RuntimeError("the moon")
 
     monkeypatch.setattr(torch, "save", odd)
     with pytest.raises(RuntimeError, match="moon"):
-        folders.save_checkpoint({}, tmp_path / "a")
+        files.save_checkpoint({}, tmp_path / "a")
 
 
 def test_a_file_is_tried_before_it_is_needed(tmp_path, outside):
-    folders.refuse_unwritable(tmp_path / "a" / "b" / "c.pth")
+    output_checks.refuse_unwritable(tmp_path / "a" / "b" / "c.pth")
     (tmp_path / ".c.pth.unfinished").symlink_to(outside / "precious")
-    folders.refuse_unwritable(tmp_path / "c.pth")
+    output_checks.refuse_unwritable(tmp_path / "c.pth")
     assert (outside / "precious").read_text() == "mine"
     assert tree(tmp_path).keys() == {"outside", "outside/precious", "outside/inner", "outside/inner/precious"}
     (tmp_path / ".d.pth.unfinished").mkdir()
@@ -642,23 +649,23 @@ def test_a_file_is_tried_before_it_is_needed(tmp_path, outside):
         Path("/proc/c.pth"),
     ):
         with pytest.raises(OdcftError, match=r"cannot be written: .* Choose another place"):
-            folders.refuse_unwritable(path)
+            output_checks.refuse_unwritable(path)
 
 
 def test_a_place_that_may_not_be_looked_at_is_refused(tmp_path, monkeypatch):
-    folders.refuse_unreachable(tmp_path / "new" / "run")
+    output_checks.refuse_unreachable(tmp_path / "new" / "run")
     (tmp_path / "file").write_text("")
-    folders.refuse_unreachable(tmp_path / "file" / "run")  # that is told of by what comes next
-    for refuse in (folders.refuse_unreachable, lambda path: folders.refuse_full(path, folders.RUN_FILES, True)):
+    output_checks.refuse_unreachable(tmp_path / "file" / "run")  # that is told of by what comes next
+    for refuse in (output_checks.refuse_unreachable, lambda path: output_checks.refuse_full(path, RUN_FILES, True)):
         with pytest.raises(OdcftError, match=r"a cannot be written: File name too long. Choose another place"):
             refuse(tmp_path / (300 * "a"))
 
 
 def test_without_pyarrow_no_run_begins(monkeypatch):
-    folders.require_parquet()
+    clusters_parquet.require_parquet()
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(OdcftError, match=r"clusters.parquet needs pyarrow .*: pip install pyarrow"):
-        folders.require_parquet()
+        clusters_parquet.require_parquet()
 
 
 # ---------------------------------------------------------------- files that may be replaced
@@ -682,9 +689,9 @@ THEIRS = {
 @pytest.mark.parametrize("kind", THEIRS)
 def test_a_file_that_odcft_did_not_write_is_not_replaced(tmp_path, kind):
     THEIRS[kind](tmp_path / "file")
-    assert not folders.written_by_odcft(tmp_path / "file")
+    assert not output_checks.written_by_odcft(tmp_path / "file")
     with pytest.raises(OdcftError, match="file was not written by odcft, so --overwrite will not touch it"):
-        folders.refuse_file_of_others(tmp_path / "file")
+        output_checks.refuse_file_of_others(tmp_path / "file")
 
 
 OURS = {
@@ -703,8 +710,8 @@ def with_words(words):
 @pytest.mark.parametrize("kind", OURS)
 def test_a_file_of_ours_may_be_replaced(tmp_path, kind):
     OURS[kind](tmp_path / "file")
-    assert folders.written_by_odcft(tmp_path / "file")
-    folders.refuse_file_of_others(tmp_path / "file")
+    assert output_checks.written_by_odcft(tmp_path / "file")
+    output_checks.refuse_file_of_others(tmp_path / "file")
 
 
 class Evil:
@@ -715,7 +722,7 @@ class Evil:
 def test_to_look_at_a_file_of_others_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({**dict.fromkeys(("task", "arch", "epoch"), 1), "optimizer": Evil()}, tmp_path / "evil.pth")
-    assert not folders.written_by_odcft(tmp_path / "evil.pth")
+    assert not output_checks.written_by_odcft(tmp_path / "evil.pth")
     assert list(tree(tmp_path)) == ["evil.pth"]
 
 
@@ -724,21 +731,21 @@ def test_nothing_stays_open(tmp_path):
         return sorted(os.listdir("/proc/self/fd"))
 
     before = open_now()
-    with folders.locked(tmp_path / "a", print):
-        folders.write_whole(tmp_path / "a" / "b", "x")
-        folders.sync(tmp_path / "a" / "b")
-        folders.save_file({"a": torch.ones(2)}, tmp_path / "a" / "c")
-        folders.refuse_unwritable(tmp_path / "d")
+    with locked(tmp_path / "a", print):
+        files.write_whole(tmp_path / "a" / "b", "x")
+        files.sync(tmp_path / "a" / "b")
+        files.save_file({"a": torch.ones(2)}, tmp_path / "a" / "c")
+        output_checks.refuse_unwritable(tmp_path / "d")
     assert open_now() == before
 
 
 def test_a_link_is_not_replaced(tmp_path):
     pretext_file(tmp_path / "r.pth")
-    folders.refuse_file_of_others(tmp_path / "new")
+    output_checks.refuse_file_of_others(tmp_path / "new")
     for target in ("r.pth", "nowhere"):
         (tmp_path / "link").symlink_to(target)
         with pytest.raises(OdcftError, match=r"link is a link. Give the place that it leads to"):
-            folders.refuse_file_of_others(tmp_path / "link")
+            output_checks.refuse_file_of_others(tmp_path / "link")
         (tmp_path / "link").unlink()
 
 
@@ -750,23 +757,23 @@ def test_checksums(tmp_path):
     import hashlib
 
     expected = hashlib.sha256(b"x" * (1 << 22) + b"y").hexdigest()
-    assert folders.digest(tmp_path / "a") == folders.digest(tmp_path / "a", from_disk=True) == expected
-    assert folders.sha256(str(tmp_path / "a")) == expected
-    assert folders.sha256("timm:resnet18") == "timm:resnet18"
-    assert folders.sha256(str(tmp_path)) == str(tmp_path)
+    assert files.digest(tmp_path / "a") == files.digest(tmp_path / "a", from_disk=True) == expected
+    assert files.sha256(str(tmp_path / "a")) == expected
+    assert files.sha256("timm:resnet18") == "timm:resnet18"
+    assert files.sha256(str(tmp_path)) == str(tmp_path)
     for inner in ("pytorch_model.bin", "model.safetensors", "backbone/model.safetensors"):  # the last found counts
         (tmp_path / inner).parent.mkdir(exist_ok=True)
         (tmp_path / inner).write_text(inner)
-        assert folders.sha256(str(tmp_path)) == folders.digest(tmp_path / inner)
+        assert files.sha256(str(tmp_path)) == files.digest(tmp_path / inner)
 
 
 def test_from_disk_means_from_disk(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("x")
     forgotten = []
     monkeypatch.setattr(os, "posix_fadvise", lambda *how: forgotten.append(how[1:]))
-    folders.digest(tmp_path / "a")
+    files.digest(tmp_path / "a")
     assert not forgotten
-    folders.digest(tmp_path / "a", from_disk=True)
+    files.digest(tmp_path / "a", from_disk=True)
     assert forgotten == [(0, 0, os.POSIX_FADV_DONTNEED)]
 
 
@@ -775,8 +782,8 @@ def test_about_one_checkpoint_or_several(tmp_path):
         (tmp_path / name).write_text(name)
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     images = Images(tmp_path, tmp_path, ["a"])
-    one, two = folders.about([a], ["x"], "data", images), folders.about([a, b], ["x", "y"], "data", images)
-    sums = [folders.digest(tmp_path / name) for name in "ab"]
+    one, two = made_from([a], ["x"], "data", images), made_from([a, b], ["x", "y"], "data", images)
+    sums = [files.digest(tmp_path / name) for name in "ab"]
     assert one == {"checkpoint": a, "sha256": sums[0], "arch": "x", "data": "data", "images": 1}
     assert two == {"checkpoint": [a, b], "sha256": sums, "arch": ["x", "y"], "data": "data", "images": 1}
 
@@ -786,6 +793,6 @@ def test_sample_of_images_is_spread_over_the_set(tmp_path):
     for name in names[:-1]:
         (tmp_path / name).write_text(name)
     images = Images(tmp_path, tmp_path, names)
-    assert list(folders.sample(images, 3)) == ["000", "003", "006"]
-    assert list(folders.sample(images, 100)) == names[:-1]
-    assert folders.sample(images)["000"] == folders.digest(tmp_path / "000")
+    assert list(checksums(images, 3)) == ["000", "003", "006"]
+    assert list(checksums(images, 100)) == names[:-1]
+    assert checksums(images)["000"] == files.digest(tmp_path / "000")

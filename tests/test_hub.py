@@ -10,8 +10,8 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from odcft import hub
-from odcft.backbone import load_backbone
+from odcft.backbone import hub
+from odcft.backbone.load import load_backbone
 from odcft.errors import OdcftError
 
 

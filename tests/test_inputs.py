@@ -5,9 +5,10 @@ import timm
 import torch
 from torch import nn
 
-from odcft.backbone import load_backbone
+from odcft.backbone.load import load_backbone
+from odcft.backbone.network_input import CHANNELS, IMAGENET, Adapter, Input, default, load
+from odcft.data.view import View
 from odcft.errors import OdcftError
-from odcft.inputs import CHANNELS, IMAGENET, Adapter, Input, View, default, load
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in IMAGENET)

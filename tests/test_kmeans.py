@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
-from odcft import dist
-from odcft import kmeans as module
-from odcft.kmeans import _Nearest, assign, kmeans
+from odcft.clustering import kmeans as module
+from odcft.clustering.kmeans import _Nearest, assign, kmeans
+from odcft.distributed import ownership
 
 CORNERS = torch.tensor([[0.0, 0], [10, 0], [0, 10], [10, 10]])
 
@@ -83,8 +83,8 @@ def lloyd(features, k, seed, iterations):
 @pytest.mark.parametrize("offset", [0.0, 5.0])
 def test_what_is_left_out_changes_nothing(coarse, spread, offset, monkeypatch):
     """Bounds, coarse scores and the few fastest centroids come to what comparing everything comes to."""
-    monkeypatch.setattr("odcft.kmeans._coarse_dtype", lambda device: coarse)
-    monkeypatch.setattr("odcft.kmeans.FASTEST", 8)
+    monkeypatch.setattr("odcft.clustering.kmeans._coarse_dtype", lambda device: coarse)
+    monkeypatch.setattr("odcft.clustering.kmeans.FASTEST", 8)
     draw = torch.Generator().manual_seed(0)
     centres = torch.randn(70, 24, generator=draw)
     features = centres.repeat(40, 1) + spread * torch.randn(2800, 24, generator=draw) + offset
@@ -155,10 +155,10 @@ def test_ranks_come_to_the_centroids_of_one(on_threads, monkeypatch, ranks):
             features[:14] = features[0].clone()
         k = 5 + seed % 6
         alone = kmeans(features, k, seed, 3)
-        for part in on_threads(ranks, lambda f=features, k=k, s=seed: kmeans(f[list(dist.owned(24))], k, s, 3)):
+        for part in on_threads(ranks, lambda f=features, k=k, s=seed: kmeans(f[list(ownership.owned(24))], k, s, 3)):
             assert torch.equal(part, alone), seed
     features = torch.tensor([[0.0, 0], [4, 3]])[:ranks]
-    for part in on_threads(ranks, lambda: kmeans(features[list(dist.owned(2))], 2, 0)):
+    for part in on_threads(ranks, lambda: kmeans(features[list(ownership.owned(2))], 2, 0)):
         assert sorted(part.tolist()) == [[0, 0], [4, 3]]
 
 
@@ -166,7 +166,7 @@ def test_ranks_that_settle_earlier_go_on_with_the_others(on_threads):
     """Rank 0's rows are one bunch from the start; rank 1's take several iterations to settle."""
     features = torch.stack([torch.full((200,), -50.0), torch.arange(200) ** 2 / 100.0], 1).reshape(-1, 1)
     alone = kmeans(features, 6, 1)
-    for part in on_threads(2, lambda: kmeans(features[list(dist.owned(400))], 6, 1)):
+    for part in on_threads(2, lambda: kmeans(features[list(ownership.owned(400))], 6, 1)):
         assert torch.equal(part, alone)
 
 
@@ -386,7 +386,7 @@ def test_faiss_is_given_all_rows_and_takes_no_sample_of_them(on_threads, monkeyp
     faiss = types.SimpleNamespace(Kmeans=Kmeans, **({"StandardGpuResources": None} if gpu else {}))
     monkeypatch.setitem(sys.modules, "faiss", faiss)
     features = bunches()
-    parts = on_threads(ranks, lambda: kmeans(features[list(dist.owned(100))], 4, 5, 7, engine="faiss"))
+    parts = on_threads(ranks, lambda: kmeans(features[list(ownership.owned(100))], 4, 5, 7, engine="faiss"))
     for part in parts:
         assert torch.equal(part, features[: 4 * ranks : ranks] + 1)
     assert calls == {(100, 2): 1}

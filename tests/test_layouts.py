@@ -6,8 +6,9 @@ import torch
 import torchvision
 from torch import nn
 
-from odcft.backbone import describe, load_backbone
-from odcft.networks import NETWORKS
+from odcft.backbone.inspection import describe
+from odcft.backbone.load import load_backbone
+from odcft.backbone.networks import NETWORKS
 from tests.write_layout import LAYOUTS, write
 
 HEADS = {"fc.weight", "fc.bias", "head.weight", "head.bias", "classifier.6.weight", "classifier.6.bias"}

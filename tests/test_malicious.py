@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 import torch
 
-from odcft.backbone import load_backbone
-from odcft.checkpoint import LEVELS, MEMBERS, NAME, TENSORS
+from odcft.backbone.checkpoint_files import LEVELS, MEMBERS, NAME, TENSORS
+from odcft.backbone.load import load_backbone
+from odcft.backbone.safe_unpickle import Endless, refuse_endless
 from odcft.errors import OdcftError
 from odcft.recipe import load_recipe
-from odcft.restricted import Endless, refuse_endless
 
 MKDIR = "__import__('os').mkdir('HACKED')"
 
@@ -189,7 +189,9 @@ def swelling(path, how):
 @pytest.mark.parametrize("how", ["of a later version", "with a torn extra field", "listed twice"])
 def test_an_archive_that_swells_for_pytorch_alone_is_refused_unread(how, tmp_path, monkeypatch):
     swelling(tmp_path / "bomb.pth", how)
-    monkeypatch.setattr("odcft.checkpoint.refuse_endless", lambda program: pytest.fail("it was inflated"))
+    monkeypatch.setattr(
+        "odcft.backbone.checkpoint_files.refuse_endless", lambda program: pytest.fail("it was inflated")
+    )
     with pytest.raises(OdcftError, match="not a checkpoint that PyTorch"):
         load_backbone(tmp_path / "bomb.pth")
 
@@ -300,7 +302,7 @@ def test_a_small_file_that_asks_for_work_without_end_gets_one_sentence(name, con
     ids=["memo", "instructions"],
 )
 def test_a_program_that_asks_for_room_or_time_is_refused(program, monkeypatch):
-    monkeypatch.setattr("odcft.restricted.INSTRUCTIONS", 1000)
+    monkeypatch.setattr("odcft.backbone.safe_unpickle.INSTRUCTIONS", 1000)
     with pytest.raises(Endless):
         refuse_endless(BytesIO(b"\x80\x02" + program))
 

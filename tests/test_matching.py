@@ -5,17 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from odcft.checkpoint import Contents
-from odcft.matching import (
-    Match,
-    _preference,
-    _prefixes,
-    constant,
-    fits,
-    match,
-    not_finite,
-    views,
-)
+from odcft.backbone.checkpoint_files import Contents
+from odcft.backbone.tensor_matching import Match, _preference, _prefixes, constant, fits, match, not_finite, views
 
 NETWORK = {"a.weight": torch.zeros(2, 3), "b.weight": torch.zeros(4), "b.num_batches_tracked": torch.tensor(0)}
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from odcft import memory
-from odcft.memory import UNIT, VARIANTS, new_memory, set_centroids, to_units, update_samples
+from odcft.clustering import memory
+from odcft.clustering.memory import UNIT, VARIANTS, new_memory, set_centroids, to_units, update_samples
 
 PAPER, OFFICIAL = VARIANTS["paper"], VARIANTS["official"]
 

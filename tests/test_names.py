@@ -15,7 +15,8 @@ verbs = [name for name in odcft.__all__ if name != "__version__"]
 for order in (verbs, verbs[::-1]):
     for name in order:
         assert isinstance(getattr(odcft, name), types.FunctionType), name
-import odcft.evaluation, odcft.evaluation.compare, odcft.cli, odcft.demo, odcft.pretext, odcft.exports, odcft.kmeans
+import odcft.evaluation.comparison, odcft.cli, odcft.demo, odcft.pretexts.training, odcft.exports
+import odcft.clustering.kmeans
 from odcft import *
 for name in verbs:
     assert isinstance(getattr(odcft, name), types.FunctionType), name

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from odcft import dist
-from odcft.memory import VARIANTS
-from odcft.methods import odc
+from odcft.clustering import odc
+from odcft.clustering.memory import VARIANTS
+from odcft.distributed import dist, ownership
 from odcft.recipe import MemoryRecipe, NeckRecipe, Recipe
 
 # Four images around east, two around north.
@@ -193,7 +193,7 @@ def test_ranks_end_with_the_memory_of_one(on_threads, ranks):
     batches = [(torch.randint(images, (9,), generator=draw), torch.randn(9, 4, generator=draw)) for _ in range(12)]
 
     def work():
-        mine = list(dist.owned(images))
+        mine = list(ownership.owned(images))
         state = odc.start(features[mine], labels[mine], recipe(K, 3, centroid_interval=2))
         for step, (image_B, features_BD) in enumerate(batches):
             own_B = image_B % dist.world_size() == dist.rank()

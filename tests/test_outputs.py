@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from odcft import advice, demo, folders
+from odcft import demo, files
 from odcft.errors import OdcftError
 from odcft.exports import export
+from odcft.first_memory import init_memory
 from odcft.recipe import load_recipe
-from odcft.train import fine_tune, init_memory
+from odcft.run import failures, output_checks
+from odcft.train import fine_tune
 
 QUICK = ["optim.batch_size=4", "log.tensorboard=false", "optim.epochs=1", "neck.hidden=16", "neck.dim=8"]
 FLAGS = ["--recipe", "small", *(part for override in QUICK for part in ("--set", override))]
@@ -94,7 +96,7 @@ def rights_below(folder):
     ],
 )
 def test_run_that_leads_elsewhere_is_refused_by_name(odcft_command, inputs, run, outside, place, target, flags):
-    folders.remove(run / place)
+    files.remove(run / place)
     (run / place).symlink_to(outside if target == "outside" else outside / target)
     before = tree(run.parent)
     code, _, err = odcft_command("finetune", inputs / "c.pth", inputs / "images", "--out", run, *flags, *FLAGS)
@@ -117,15 +119,15 @@ def test_checkpoints_on_another_disk_are_written_resumed_and_overwritten(odcft_c
 
 
 def test_link_that_comes_while_features_are_made_is_met_before_anything_goes(inputs, run, outside, monkeypatch):
-    from odcft import train
+    from odcft import prepare
 
     def assign(*args):
         shutil.rmtree(run / "backbone")
         (run / "backbone").symlink_to(outside)
         return real(*args)
 
-    real = train.assign
-    monkeypatch.setattr(train, "assign", assign)
+    real = prepare.assign
+    monkeypatch.setattr(prepare, "assign", assign)
     before = {name: content for name, content in tree(run).items() if not name.startswith("backbone")}
     with pytest.raises(OdcftError, match="backbone is a link"):
         fine_tune(str(inputs / "c.pth"), str(inputs / "images"), run, quick(), overwrite=True)
@@ -190,14 +192,16 @@ IMPOSSIBLE = ["/proc/out", "/proc/new/out", "{file}/out", "{long}"]
 def test_output_that_cannot_be_is_refused_in_a_sentence_before_anything_is_done(
     odcft_command, inputs, tmp_path, monkeypatch, command, place
 ):
-    from odcft import backbone, exports, pretext, train
+    from odcft import exports, prepare
+    from odcft.backbone import load
+    from odcft.pretexts import training
 
     def too_late(*args, **how):
         raise AssertionError("the network is loaded before the output was tried")
 
-    for module in (backbone, exports, train):
+    for module in (load, exports, prepare):
         monkeypatch.setattr(module, "load_backbone", too_late)
-    monkeypatch.setattr(pretext, "loader", too_late)
+    monkeypatch.setattr(training, "loader", too_late)
     monkeypatch.setattr(demo, "write_digits", too_late)
     (tmp_path / "file").write_text("")
     out = place.format(file=tmp_path / "file", long=tmp_path / ("a" * 300))
@@ -244,7 +248,7 @@ def test_an_export_is_replaced_by_an_export(inputs, tmp_path, format):
         torch.save(timm.create_model("resnet18").state_dict(), ckpt)
     for _ in range(2):
         export(ckpt, tmp_path / "out", format, overwrite=True)
-    assert folders.written_by_odcft(tmp_path / "out") or format == "timm"
+    assert output_checks.written_by_odcft(tmp_path / "out") or format == "timm"
     with pytest.raises(OdcftError, match="exists"):
         export(ckpt, tmp_path / "out", format)
     with pytest.raises(OdcftError, match=r"out is a (folder|file); --format"):
@@ -312,7 +316,7 @@ def test_an_export_writes_through_no_link(inputs, tmp_path, outside, kind):
         )
         with pytest.raises(OdcftError) if name == "out" else open(os.devnull):
             export(str(inputs / "c.pth"), tmp_path / "out", "safetensors", overwrite=True)
-        folders.remove(tmp_path / "out")
+        files.remove(tmp_path / "out")
         assert (outside / "precious").read_text() == "mine"
 
 
@@ -377,14 +381,14 @@ def test_demo_that_leads_elsewhere_is_refused_by_name(odcft_command, tmp_path, o
     ],
 )
 def test_a_disk_that_fails_is_told_of_in_a_sentence(number, name, sentence):
-    with pytest.raises(OdcftError, match=sentence), advice.explained(load_recipe("small")):
+    with pytest.raises(OdcftError, match=sentence), failures.explained(load_recipe("small")):
         raise OSError(number, os.strerror(number), name)
 
 
 def test_a_fault_of_ours_is_not_taken_for_the_disks():
-    with pytest.raises(OSError, match="odd"), advice.explained(load_recipe("small")):
+    with pytest.raises(OSError, match="odd"), failures.explained(load_recipe("small")):
         raise OSError("odd")
-    with pytest.raises(OSError, match="Read-only"), advice.explained(load_recipe("small")):
+    with pytest.raises(OSError, match="Read-only"), failures.explained(load_recipe("small")):
         raise OSError(errno.EROFS, "Read-only file system")
 
 
@@ -393,7 +397,7 @@ def test_disk_that_is_full_at_the_end_is_told_of(odcft_command, inputs, tmp_path
     def full(tree, path, *more, **words):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(folders, which, full)
+    monkeypatch.setattr(files, which, full)
     command = ["finetune", inputs / "c.pth", inputs / "images", "--out", tmp_path / "run", *FLAGS]
     if which == "save_checkpoint":
         command = ["pretext", "rotation", inputs / "images", "--arch", "test_resnet", "--out", tmp_path / "r.pth"]

@@ -12,15 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
-from odcft.backbone import load_backbone
-from odcft.data import Crops, find_images, own_range
+from odcft.backbone.load import load_backbone
+from odcft.data.batches import Crops
+from odcft.data.image_decoding import read_deep, read_image
+from odcft.data.intensity_range import own_range
+from odcft.data.sources import find_images
+from odcft.data.view import View
 from odcft.errors import OdcftError
-from odcft.evaluation.compare import evaluate, view_of
-from odcft.inputs import View
-from odcft.pixels import read_deep, read_image
-from odcft.pretext import train_pretext
+from odcft.evaluation.comparison import evaluate
+from odcft.first_memory import init_memory
+from odcft.plan import view_for_evaluation
+from odcft.pretexts.training import train_pretext
 from odcft.recipe import load_recipe
-from odcft.train import fine_tune, init_memory
+from odcft.train import fine_tune
 
 DRAW = np.random.default_rng(0)
 RAMP = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
@@ -332,8 +336,10 @@ def test_broken_files_are_told_without_memory_warnings_or_noise(tmp_path):
     broken_files(tmp_path)
     code = """
 import resource, sys
-from odcft.data import Crops, find_images, own_range, usual_side
-from odcft.inputs import View
+from odcft.data.batches import Crops
+from odcft.data.intensity_range import own_range, usual_side
+from odcft.data.sources import find_images
+from odcft.data.view import View
 images = find_images(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 usual_side(images), own_range(images)
@@ -469,7 +475,7 @@ def test_a_bounded_sample_spread_over_the_set_is_looked_at(tmp_path, monkeypatch
     assert found[1] < 4096
     assert words.startswith("10 images of 16 bits (of 10 looked at) use")
     assert own_range(images, sample=10) == (found, words)
-    monkeypatch.setattr("odcft.data.usual_side", lambda images: 100_000)
+    monkeypatch.setattr("odcft.data.intensity_range.usual_side", lambda images: 100_000)
     assert "(of 10 looked at)" in own_range(images)[1]
 
 
@@ -513,20 +519,22 @@ def test_memory_run_backbone_evaluation_and_export_see_the_same_pixels(tmp_path,
     folder = load_backbone(tmp_path / "run" / "backbone")
     view = View(32, 1.0, intensity=tuple(made))
     for loaded in (run, folder):
-        assert view_of(loaded, others, None) == view
-        assert torch.equal(seen(view_of(loaded, images, None), images), seen(view, images))
+        assert view_for_evaluation(loaded, others, None) == view
+        assert torch.equal(seen(view_for_evaluation(loaded, images, None), images), seen(view, images))
     assert len(seen(view, images)[0].unique()) > 150  # not 13 levels of gray
     results = evaluate(str(tmp_path / "run"), data, None, ["knn"])
     assert results["view"]["intensity"] == tuple(made)
     assert "black, 4,0" in capfd.readouterr().err
-    assert view_of(load_backbone(checkpoint), images, None).intensity == tuple(made)  # nobody has told: the same rule
+    assert view_for_evaluation(load_backbone(checkpoint), images, None).intensity == tuple(
+        made
+    )  # nobody has told: the same rule
 
 
 def test_a_run_told_to_show_the_full_range_is_evaluated_so(tmp_path, make_checkpoint):
     data, checkpoint = str(twelve_bits(tmp_path / "images", 12)), str(make_checkpoint(tmp_path / "c.pth"))
     fine_tune(checkpoint, data, tmp_path / "run", load_recipe("small", [*QUICK, "data.range=full"]))
     fine_tune(checkpoint, data, tmp_path / "run", load_recipe("small", [*QUICK, "data.range=full"]), resume=True)
-    assert view_of(load_backbone(tmp_path / "run"), find_images(data), None).intensity == (0, 65535)
+    assert view_for_evaluation(load_backbone(tmp_path / "run"), find_images(data), None).intensity == (0, 65535)
 
 
 def test_memory_made_with_another_range_is_refused(tmp_path, make_checkpoint):

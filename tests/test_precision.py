@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from odcft import kmeans, memory
-from odcft.memory import VARIANTS
-from odcft.methods import dc, odc
+from odcft.clustering import deepcluster, kmeans, memory, odc
+from odcft.clustering.memory import VARIANTS
 from odcft.precision import allow_tf32, exact_products, has_bfloat16
 from odcft.recipe import MemoryRecipe, Recipe
 
@@ -62,7 +61,7 @@ def test_labels_are_decided_by_exact_products(monkeypatch):
     recipe = Recipe(memory=MemoryRecipe(clusters=4, dtype="float32", min_cluster=20))
     state = odc.start(features_SD.clone(), labels_S, recipe)
     odc.update(state, torch.arange(10), features_SD[:10].flip(1), 0)
-    dc.start(features_SD.clone(), labels_S, recipe)
+    deepcluster.start(features_SD.clone(), labels_S, recipe)
     assert {name for name, _ in seen} == {"addmm", "mm", "nearest_centroid"}
     assert {precision for _, precision in seen} == {"highest"}
     assert VARIANTS["paper"].nearest == "euclidean"

@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from odcft.color import colours, lab, nearest_colour
-from odcft.data import find_images
-from odcft.pretext import cut, orders, rebalancing, train_pretext
+from odcft.data.lab_colors import colours, lab, nearest_colour
+from odcft.data.sources import find_images
+from odcft.pretexts.colorization import rebalancing
+from odcft.pretexts.jigsaw import cut, orders
+from odcft.pretexts.training import train_pretext
 from odcft.recipe import load_recipe
 
 
@@ -98,7 +100,7 @@ QUICK = ["optim.batch_size=16", "optim.lr=0.1", "augment.flip=0", "augment.crop_
     ("task", "epochs", "above"), [("rotation", 5, 0.6), ("jigsaw", 6, 0.2), ("colorization", 6, 0.2)]
 )
 def test_a_task_is_learnt_and_its_checkpoint_is_recognised(tmp_path, rows_of_stripes, task, epochs, above):
-    from odcft.backbone import load_backbone
+    from odcft.backbone.load import load_backbone
 
     out = tmp_path / "out" / f"{task}.pth"
     values = train_pretext(

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from odcft.backbone import loading_line
+from odcft.backbone.model_card import loading_line
 from odcft.cli import command
 
 FOLDER = 'it\'s $(touch HACKED); `ls` & "more"'

@@ -7,24 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from odcft import recognition
-from odcft.checkpoint import Contents
-from odcft.description import Description
+from odcft.backbone import architecture_recognition
+from odcft.backbone.architecture_recognition import COMMON, any_channels, fingerprint, nearest_name, recognise
+from odcft.backbone.checkpoint_files import Contents
+from odcft.backbone.family_recognition import family
+from odcft.backbone.input_recognition import input_of, overridden, timm_input
+from odcft.backbone.metadata import Description
+from odcft.backbone.network_input import IMAGENET, Input, default
+from odcft.backbone.networks import NETWORKS, shapes
+from odcft.backbone.tensor_matching import Match
+from odcft.data.view import View
 from odcft.errors import OdcftError
-from odcft.inputs import IMAGENET, Input, View, default
-from odcft.matching import Match
-from odcft.networks import NETWORKS, shapes
-from odcft.recognition import (
-    COMMON,
-    any_channels,
-    family,
-    fingerprint,
-    input_of,
-    nearest_name,
-    overridden,
-    recognise,
-    timm_input,
-)
 
 PATH = Path("somewhere.pth")
 
@@ -49,11 +42,11 @@ def matched(where="the file itself", dropped=(), count=0, expected=0, misfits=()
 def test_fingerprints_are_of_name_and_shape():
     assert fingerprint("conv1.weight", (64, 3, 7, 7)) == zlib.crc32(b"conv1.weight:64x3x7x7")
     assert any_channels((64, 3, 7, 7)) == (64, 7, 7)
-    assert list(recognition._ends("a.b.c")) == ["a.b.c", "b.c", "c"]
+    assert list(architecture_recognition._ends("a.b.c")) == ["a.b.c", "b.c", "c"]
 
 
 def test_the_index_is_timms():
-    index = recognition._index()
+    index = architecture_recognition._index()
     assert index["resnet50"][0] == len(shapes("resnet50"))
     assert fingerprint("conv1.weight", (64, 7, 7)) == index["resnet50"][1]
     assert all(len(entry) > 2 for entry in index.values())
@@ -65,7 +58,7 @@ def index(monkeypatch):
 
     def put(**entries):
         made = {name: [count, *(fingerprint(*one) for one in ones)] for name, (count, *ones) in entries.items()}
-        monkeypatch.setattr(recognition, "_index", lambda: made)
+        monkeypatch.setattr(architecture_recognition, "_index", lambda: made)
 
     return put
 
@@ -77,16 +70,16 @@ def test_networks_are_told_when_all_their_telling_tensors_are_there(index):
         none=(30, ("a", (2, 2)), ("c", (3,))),
     )
     there = {("a", (2, 2)), ("b", (3,))}
-    assert recognition._by_tensors(there) == ["one", "two"]  # that with more tensors first
-    assert recognition._by_tensors({("a", (2, 2))}) == ["one"]
-    assert recognition._by_tensors(set()) == []
+    assert architecture_recognition._by_tensors(there) == ["one", "two"]  # that with more tensors first
+    assert architecture_recognition._by_tensors({("a", (2, 2))}) == ["one"]
+    assert architecture_recognition._by_tensors(set()) == []
 
 
 def test_of_networks_of_one_size_the_common_then_the_shorter_name_is_first(index):
     names = ["zz_net", "b_net_long", "a_net", "vgg16", "resnet50"]
     index(**dict.fromkeys(names, (10, ("a", (2, 2)))))
     wanted = ["resnet50", "vgg16", "a_net", "zz_net", "b_net_long"]
-    assert recognition._by_tensors({("a", (2, 2))}) == wanted
+    assert architecture_recognition._by_tensors({("a", (2, 2))}) == wanted
 
 
 @pytest.mark.parametrize(
@@ -94,14 +87,16 @@ def test_of_networks_of_one_size_the_common_then_the_shorter_name_is_first(index
 )
 def test_a_first_convolution_is_told_whatever_its_channels(shape, told, index):
     index(net=(10, ("conv1.weight", (64, 7, 7))) if len(shape) == 4 else (10, ("conv1.weight", (64, 7))))
-    assert recognition._by_tensors({("conv1.weight", shape)}) == (["net"] if told else [])
+    assert architecture_recognition._by_tensors({("conv1.weight", shape)}) == (["net"] if told else [])
 
 
 def test_names_are_told_under_any_prefix_and_through_the_renames():
-    there = recognition._named_shapes(contents(of_shapes(**{"x.module.conv1.weight": (2, 2), "y": (1,)}), {}))
+    there = architecture_recognition._named_shapes(
+        contents(of_shapes(**{"x.module.conv1.weight": (2, 2), "y": (1,)}), {})
+    )
     assert {("x.module.conv1.weight", (2, 2)), ("conv1.weight", (2, 2)), ("x.conv1.weight", (2, 2))} <= there
     assert ("y", (1,)) in there
-    there = recognition._named_shapes(contents({}, of_shapes(res_conv1_w=(2, 2))))
+    there = architecture_recognition._named_shapes(contents({}, of_shapes(res_conv1_w=(2, 2))))
     assert ("conv1.weight", (2, 2)) not in there
     assert ("res_conv1_w", (2, 2)) in there
 
@@ -110,7 +105,7 @@ def test_names_are_told_under_any_prefix_and_through_the_renames():
 
 
 def candidates(file, arch=None):
-    return list(recognition._candidates(file, arch))
+    return list(architecture_recognition._candidates(file, arch))
 
 
 def test_the_users_word_comes_before_the_files():
@@ -147,12 +142,12 @@ def test_common_networks_are_tried_where_nothing_tells_and_there_is_something(in
 def test_our_own_networks_are_told_by_their_second_and_last_weights(name):
     there = {(key, tuple(tensor.shape)) for key, tensor in shapes(name).items()}
     weights = [(key, tuple(tensor.shape)) for key, tensor in shapes(name).items() if tensor.ndim > 1]
-    assert recognition._may_be(there, name)
-    assert recognition._may_be(there - {weights[0]}, name)  # the first depends on the input
-    assert not recognition._may_be(there - {weights[1]}, name)
-    assert not recognition._may_be(there - {weights[-1]}, name)
+    assert architecture_recognition._may_be(there, name)
+    assert architecture_recognition._may_be(there - {weights[0]}, name)  # the first depends on the input
+    assert not architecture_recognition._may_be(there - {weights[1]}, name)
+    assert not architecture_recognition._may_be(there - {weights[-1]}, name)
     vectors = {(key, shape) for key, shape in there if len(shape) > 1}
-    assert recognition._may_be(vectors, name)
+    assert architecture_recognition._may_be(vectors, name)
 
 
 def test_a_trunk_ends_where_the_convolutions_do(index):
@@ -167,7 +162,7 @@ def test_a_trunk_ends_where_the_convolutions_do(index):
 
 
 def test_a_network_that_is_there_in_full_is_a_better_answer_then_the_larger_one():
-    rank = recognition._rank
+    rank = architecture_recognition._rank
     assert rank(matched(count=10, expected=10)) == (True, 10, 1.0)
     assert rank(matched(count=95, expected=100)) == (False, 95, 0.95)
     assert rank(matched(count=90, expected=100)) == (False, 0, 0.9)
@@ -190,9 +185,11 @@ def fits(monkeypatch):
             count, expected, *args = found[arch]
             return (args[0] if args else kwargs), matched(count=count, expected=expected)
 
-        monkeypatch.setattr(recognition, "_fitted", fitted)
+        monkeypatch.setattr(architecture_recognition, "_fitted", fitted)
         monkeypatch.setattr(
-            recognition, "_candidates", lambda file, arch: iter([(arch, {})] if arch else [(n, {}) for n in found])
+            architecture_recognition,
+            "_candidates",
+            lambda file, arch: iter([(arch, {})] if arch else [(n, {}) for n in found]),
         )
         return tried
 
@@ -226,7 +223,7 @@ def test_what_fits_nothing_is_refused(found, fits):
 
 
 def test_no_more_networks_are_compared_than_that(fits, monkeypatch):
-    monkeypatch.setattr(recognition, "MOST", 2)
+    monkeypatch.setattr(architecture_recognition, "MOST", 2)
     tried = fits(a=(1, 10), b=(2, 10), c=(10, 10))
     assert recognise(contents({}))[0] == "b"
     assert len(tried) == 2
@@ -257,7 +254,7 @@ def test_an_architecture_that_nobody_has_is_refused_with_the_nearest():
 
 def test_the_users_number_of_heads_is_not_overruled(fits, monkeypatch):
     fits(vit_small_patch16_224=(10, 10))
-    monkeypatch.setattr(recognition, "_as_trained", lambda *about: {"num_heads": 12, "in_chans": 1})
+    monkeypatch.setattr(architecture_recognition, "_as_trained", lambda *about: {"num_heads": 12, "in_chans": 1})
     assert recognise(contents({}), arch_args={"num_heads": 3})[1] == {"num_heads": 3, "in_chans": 1}
 
 
@@ -265,7 +262,7 @@ def test_the_users_number_of_heads_is_not_overruled(fits, monkeypatch):
 
 
 def fitted(arch, state, kwargs=None, given=None):
-    kwargs, found = recognition._fitted(contents(state), arch, kwargs or {}, given or {})
+    kwargs, found = architecture_recognition._fitted(contents(state), arch, kwargs or {}, given or {})
     return kwargs, len(found.tensors) - found.expected
 
 
@@ -346,20 +343,20 @@ def test_the_users_arguments_are_not_fitted_away():
 
 
 def test_what_does_not_take_a_word_is_left_as_it_is(monkeypatch):
-    real = recognition.shapes
+    real = architecture_recognition.shapes
 
     def refusing(arch, **kwargs):
         if "in_chans" in kwargs:
             raise OdcftError("takes no in_chans")
         return real(arch, **kwargs)
 
-    monkeypatch.setattr(recognition, "shapes", refusing)
+    monkeypatch.setattr(architecture_recognition, "shapes", refusing)
     assert fitted("resnet18", real("resnet18", in_chans=1)) == ({}, -1)
 
 
 def test_a_network_without_patches_has_no_size_to_find(monkeypatch):
     own = {"pos_embed": torch.empty(1, 17, 8, device="meta"), "w": torch.empty(2, device="meta")}
-    monkeypatch.setattr(recognition, "shapes", lambda arch, **kwargs: own)
+    monkeypatch.setattr(architecture_recognition, "shapes", lambda arch, **kwargs: own)
     assert fitted("any", {**own, "pos_embed": torch.empty(1, 65, 8, device="meta")}) == ({}, -1)
 
 
@@ -381,7 +378,7 @@ def test_a_network_without_patches_has_no_size_to_find(monkeypatch):
     ],
 )
 def test_what_only_the_writer_tells(arch, kwargs, where, container, told):
-    assert recognition._as_trained(contents({}, container=container), arch, kwargs, matched(where)) == told
+    assert architecture_recognition._as_trained(contents({}, container=container), arch, kwargs, matched(where)) == told
 
 
 # ---------------------------------------------------------------- families

@@ -14,14 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from odcft import snapshot, stopping, train
+from odcft import prepare, train
+from odcft.distributed import stop_signals
+from odcft.distributed.delayed_reader import LateReader
+from odcft.distributed.stop_signals import Stopped
 from odcft.errors import OdcftError
-from odcft.folders import locked
-from odcft.health import summary, warnings
-from odcft.late import LateReader
-from odcft.log import Metrics, Progress
+from odcft.progress import Progress
 from odcft.recipe import load_recipe
-from odcft.stopping import Stopped
+from odcft.run import snapshot_files
+from odcft.run.collapse_warnings import summary, warnings
+from odcft.run.lock import locked
+from odcft.run.metrics import Metrics
 from odcft.train import fine_tune
 
 ROOT = Path(__file__).parent.parent
@@ -75,13 +78,13 @@ def go(inputs, tmp_path):
 @pytest.fixture
 def listening():
     """The signals are heeded, as on the command line."""
-    with stopping.listening():
+    with stop_signals.listening():
         yield
 
 
 def forget():
     """As in a new process."""
-    stopping._asked = ""
+    stop_signals._asked = ""
 
 
 def at_step(monkeypatch, wanted, do):
@@ -104,7 +107,7 @@ def ask_to_stop(number=signal.SIGTERM):
 
 def outcome(run):
     """What must not depend on what happened on the way."""
-    state = snapshot.load(sorted((run / "checkpoints").glob("step-*"))[-1])
+    state = snapshot_files.load(sorted((run / "checkpoints").glob("step-*"))[-1])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     figures = [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
     tensors = {**load_file(run / "backbone" / "model.safetensors"), **state.same, **state.rows, **state.own}
@@ -134,7 +137,7 @@ def test_run_that_is_asked_before_its_first_step_begins_again(inputs, go, tmp_pa
         ask_to_stop()
         time.sleep(1)
 
-    monkeypatch.setattr(train, "kmeans", interrupted)
+    monkeypatch.setattr(prepare, "kmeans", interrupted)
     with pytest.raises(Stopped, match="nothing"):
         go()
     assert not (tmp_path / "run").exists()
@@ -149,7 +152,7 @@ def test_run_that_was_killed_while_its_first_state_was_written_begins_again(inpu
     def killed(*args):
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(snapshot, "write_whole", killed)
+    monkeypatch.setattr(snapshot_files, "write_whole", killed)
     with pytest.raises(RuntimeError, match="killed"):
         go()
     assert list((tmp_path / "run" / "checkpoints").glob(".*.unfinished"))
@@ -205,7 +208,7 @@ def test_two_ranks_one_killed_then_asked_to_stop_then_alone(inputs, go, tmp_path
 
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     both = [load_file(newest / f"rank-{rank}-of-2.safetensors")["rows.features"] for rank in (0, 1)]
-    alone = snapshot.load(newest).rows["features"]
+    alone = snapshot_files.load(newest).rows["features"]
     assert torch.equal(alone[0::2], both[0])
     assert torch.equal(alone[1::2], both[1])
     epochs = int(newest.name[5:]) // 3 + 2
@@ -230,7 +233,8 @@ def test_finished_run_is_left_alone(go, tmp_path):
 
 def test_second_ctrl_c_ends_at_once_and_two_in_a_moment_are_one():
     code = (
-        "import signal, time; from odcft import stopping; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import signal, time; from odcft.distributed import stop_signals as stopping\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "listening = stopping.listening(); listening.__enter__()\n"  # (a shell's background ignores SIGINT)
         "with stopping.deferred():\n"
         "    print('ready', flush=True)\n"
@@ -255,7 +259,7 @@ def test_second_ctrl_c_ends_at_once_and_two_in_a_moment_are_one():
 @pytest.fixture(scope="module")
 def stopped_once(inputs):
     """A run that was asked to stop in its fourth step."""
-    with pytest.MonkeyPatch.context() as patched, stopping.listening():
+    with pytest.MonkeyPatch.context() as patched, stop_signals.listening():
         at_step(patched, (3,), ask_to_stop)
         with pytest.raises(Stopped):
             fine_tune(str(inputs / "c.pth"), str(inputs / "images"), inputs / "stopped", quick())
@@ -301,7 +305,9 @@ def test_epochs_prolong_and_workers_and_lines_may_change(stopped_run, go):
 
 def test_a_prolonged_run_that_is_stopped_goes_on_without_being_told_again(stopped_run, go, monkeypatch, listening):
     at_step(monkeypatch, (5,), ask_to_stop)
-    monkeypatch.setattr(snapshot, "save", lambda *args: "No space left on device")  # no state knows of the new epochs
+    monkeypatch.setattr(
+        snapshot_files, "save", lambda *args: "No space left on device"
+    )  # no state knows of the new epochs
     with pytest.raises(Stopped):
         go(resume=True, epochs=4)
     forget()
@@ -314,7 +320,7 @@ def test_a_prolonged_run_that_is_stopped_goes_on_without_being_told_again(stoppe
 
 def prolonged(recipe, epochs, step, steps_per_epoch=3):
     """The recipe of a run that has done so many steps and is to have so many epochs."""
-    from odcft.resume import resumed_recipe
+    from odcft.run.resume_checks import resumed_recipe
 
     asked = recipe.model_dump(mode="json")
     resolved = {**asked, "optim": {**asked["optim"]}}
@@ -363,7 +369,7 @@ def test_other_data_or_checkpoint_is_refused(stopped_run, go, inputs, tmp_path, 
 
 def test_full_disk_loses_nothing(inputs, go, tmp_path, monkeypatch):
     run, full = tmp_path / "run", []
-    real_save, real_write = snapshot.save_file, os.write
+    real_save, real_write = snapshot_files.save_file, os.write
 
     def save(tensors, path):
         if full:
@@ -377,7 +383,7 @@ def test_full_disk_loses_nothing(inputs, go, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real_write(file, data)
 
-    monkeypatch.setattr(snapshot, "save_file", save)
+    monkeypatch.setattr(snapshot_files, "save_file", save)
     monkeypatch.setattr(os, "write", write)
     calls = at_step(monkeypatch, (1, 4), lambda: full.append(1) if not full else full.clear())
     go()
@@ -391,7 +397,7 @@ def test_disk_that_is_full_from_the_start_is_refused(go, monkeypatch):
     def full(tensors, path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(snapshot, "save_file", full)
+    monkeypatch.setattr(snapshot_files, "save_file", full)
     with pytest.raises(OdcftError, match="cannot hold a state to resume from"):
         go()
 
@@ -410,7 +416,7 @@ def test_non_finite_step_ends_the_run_and_is_named(go, tmp_path, monkeypatch):
     broken_image(monkeypatch, {4})
     with pytest.raises(OdcftError, match=r"not finite at step 4 \(learning rate 0.0075\).*skip_non_finite"):
         go()
-    state = snapshot.load(snapshot.newest(tmp_path / "run", print))
+    state = snapshot_files.load(snapshot_files.newest(tmp_path / "run", print))
     assert state.about["step"] <= 4
     assert all(t.isfinite().all() for t in (*state.same.values(), *state.rows.values()))
 
@@ -418,7 +424,7 @@ def test_non_finite_step_ends_the_run_and_is_named(go, tmp_path, monkeypatch):
 def test_non_finite_step_is_skipped_where_that_is_wanted(go, tmp_path, monkeypatch):
     broken_image(monkeypatch, {1, 4})
     go(quick("optim.skip_non_finite=1"))
-    state = snapshot.load(snapshot.newest(tmp_path / "run", print))
+    state = snapshot_files.load(snapshot_files.newest(tmp_path / "run", print))
     assert all(t.isfinite().all() for t in (*state.same.values(), *state.rows.values()))
     assert "Step 4: a gradient is not finite; the step is skipped" in "".join(go.said)
     monkeypatch.undo()
@@ -442,16 +448,16 @@ def test_memory_that_runs_out_names_the_batch_to_try(go, monkeypatch):
 
 
 def test_data_worker_that_dies_is_named(go, monkeypatch):
-    from odcft import data
+    from odcft.data import batches
 
-    whole, me = data.read_image, os.getpid()
+    whole, me = batches.read_image, os.getpid()
 
     def read(path, *more):
         if os.getpid() != me:
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(path, *more)
 
-    monkeypatch.setattr(data, "read_image", read)
+    monkeypatch.setattr(batches, "read_image", read)
     with pytest.raises(OdcftError, match=r"A data worker died \(DataLoader worker .*--set data.workers=1"):
         go(quick("data.workers=2"))
 
@@ -459,7 +465,7 @@ def test_data_worker_that_dies_is_named(go, monkeypatch):
 def test_two_runs_cannot_write_to_one_folder(go, tmp_path):
     run = tmp_path / "run"
     code = (
-        "import sys, time; from pathlib import Path; from odcft.folders import locked\n"
+        "import sys, time; from pathlib import Path; from odcft.run.lock import locked\n"
         "with locked(Path(sys.argv[1]), print):\n"
         "    print('locked', flush=True); time.sleep(100)"
     )

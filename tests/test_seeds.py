@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from odcft import seeds
-from odcft.backbone import load_backbone
+from odcft.backbone.load import load_backbone
 
 
 def test_no_two_draws_have_the_same_seed():

@@ -12,12 +12,13 @@ import time
 import pytest
 import torch
 
-from odcft import data, shared_memory
-from odcft.advice import explained
-from odcft.data import Batch, Crops, find_images, in_order, loader
+from odcft.data import batches, shared_memory
+from odcft.data.batches import Batch, Crops, in_order, loader
+from odcft.data.sources import find_images
+from odcft.data.view import View
 from odcft.errors import OdcftError
-from odcft.inputs import View
 from odcft.recipe import load_recipe
+from odcft.run.failures import explained
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +108,7 @@ def test_worker_that_shared_memory_kills_is_told_of_with_the_cure(crops, monkeyp
         if os.getpid() != me:
             os.kill(os.getpid(), signal.SIGBUS)
 
-    monkeypatch.setattr(data, "centre_crop", centre_crop)
+    monkeypatch.setattr(batches, "centre_crop", centre_crop)
     cure = pytest.raises(OdcftError, match=r"A data worker died .*--shm-size=8g.*--set data.workers=")
     with cure, explained(load_recipe("small")):
         read(crops, 2)
@@ -118,7 +119,7 @@ def test_worker_ends_when_nobody_reads_what_it_writes(tmp_path):
     """The pipe is full and its reader was killed: the worker would be stuck in writing for ever."""
     code = (
         "import os, time, torch\n"
-        "from odcft import data\n"
+        "from odcft.data import batches as data\n"
         "class Large:\n"
         "    def __getitem__(self, key): return torch.zeros(3, 600, 600, dtype=torch.uint8), 0\n"
         "def no_room(self): raise RuntimeError('no room')\n"
@@ -143,9 +144,10 @@ def test_worker_ends_when_nobody_reads_what_it_writes(tmp_path):
 @pytest.mark.parametrize("size", ["size=1m", "size=1m,ro"])
 def test_run_ends_with_the_same_bits_on_a_small_shared_memory(crops, tmp_path, size):
     code = (
-        "import sys, torch, warnings; from odcft import data; from odcft.inputs import View\n"
+        "import sys, torch, warnings; from odcft.data import batches as data; from odcft.data.view import View\n"
+        "from odcft.data.sources import find_images\n"
         "warnings.simplefilter('ignore')\n"
-        "crops = data.Crops(data.find_images(sys.argv[1]), View(400))\n"
+        "crops = data.Crops(find_images(sys.argv[1]), View(400))\n"
         "for workers in (0, 2):\n"
         "    batches = data.loader(crops, data.in_order(range(12), 3), workers, torch.device('cpu'))\n"
         "    print(sum((batch.pixels.double() * batch.index_B.view(-1, 1, 1, 1)).sum().item() for batch in batches))\n"

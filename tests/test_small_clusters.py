@@ -7,9 +7,10 @@ from fractions import Fraction
 import pytest
 import torch
 
-from odcft import dist, small_clusters
-from odcft.memory import UNIT, VARIANTS, new_memory, set_centroids
-from odcft.small_clusters import SmallClusterWatch, handle_small_clusters, members, split_in_two
+from odcft.clustering import small_clusters
+from odcft.clustering.memory import UNIT, VARIANTS, new_memory, set_centroids
+from odcft.clustering.small_clusters import SmallClusterWatch, handle_small_clusters, members, split_in_two
+from odcft.distributed import dist, ownership
 
 PAPER, OFFICIAL = VARIANTS["paper"], VARIANTS["official"]
 
@@ -390,7 +391,7 @@ def test_ranks_come_to_what_one_comes_to(on_threads, ranks, case, rules):
     labels[labels > 3] = 2
 
     def work():
-        mine = list(dist.owned(images))
+        mine = list(ownership.owned(images))
         mem = new_memory(features[mine], labels[mine], 9)
         mem.sizes_K = dist.all_sum(mem.counts_K)
         set_centroids(mem, dist.all_sum(mem.sums_KD))
@@ -414,7 +415,7 @@ def test_ranks_stop_cutting_together(on_threads):
     numbers = torch.tensor([0.0, 0, 1, 3, 0, 7, 0, 9, 100, 30, 100, 40, 100, 45, 100, 50]).unsqueeze(1)
 
     def work():
-        mine = list(dist.owned(len(numbers)))
+        mine = list(ownership.owned(len(numbers)))
         return split_in_two(numbers[mine], torch.arange(len(mine)), 1, generator())
 
     second, sums, sizes = work()

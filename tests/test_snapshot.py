@@ -9,20 +9,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from odcft import dist, snapshot
+from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
+from odcft.run import saver, snapshot_files
 
 
 def make_state(step, value=1.0):
     same = {"weight": torch.full((3, 5), value)}
-    return snapshot.State(same, {"labels": torch.arange(7)}, {"loss": torch.tensor(2.0)}, {"step": step, "images": 7})
+    return snapshot_files.State(
+        same, {"labels": torch.arange(7)}, {"loss": torch.tensor(2.0)}, {"step": step, "images": 7}
+    )
 
 
 @pytest.mark.parametrize("file", ["same.safetensors", "rank-0-of-1.safetensors", "state.json"])
 @pytest.mark.parametrize("how", ["cut", "flipped", "gone", "empty"])
 def test_damaged_state_is_noticed_and_the_one_before_is_taken(tmp_path, file, how):
     for step in (1, 2):
-        assert snapshot.save(tmp_path, make_state(step, float(step))) == ""
+        assert snapshot_files.save(tmp_path, make_state(step, float(step))) == ""
     path = tmp_path / "checkpoints" / "step-000000002" / file
     content = bytearray(path.read_bytes())
     if how == "gone":
@@ -33,18 +36,18 @@ def test_damaged_state_is_noticed_and_the_one_before_is_taken(tmp_path, file, ho
     else:
         path.write_bytes(content[: 0 if how == "empty" else len(content) - 1])
     said = []
-    found = snapshot.newest(tmp_path, said.append)
+    found = snapshot_files.newest(tmp_path, said.append)
     assert found.name == "step-000000001"
-    assert snapshot.load(found).same["weight"][0, 0] == 1
+    assert snapshot_files.load(found).same["weight"][0, 0] == 1
     assert "step-000000002 is damaged" in said[0]
-    assert snapshot.newest(tmp_path, said.append) == found
+    assert snapshot_files.newest(tmp_path, said.append) == found
     assert len(said) == 1
-    assert snapshot.save(tmp_path, make_state(2, 5.0)) == ""
-    assert snapshot.load(snapshot.newest(tmp_path, said.append)).same["weight"][0, 0] == 5
+    assert snapshot_files.save(tmp_path, make_state(2, 5.0)) == ""
+    assert snapshot_files.load(snapshot_files.newest(tmp_path, said.append)).same["weight"][0, 0] == 5
 
 
 def test_every_bit_of_a_state_is_guarded(tmp_path):
-    assert snapshot.save(tmp_path, make_state(1)) == ""
+    assert snapshot_files.save(tmp_path, make_state(1)) == ""
     folder = tmp_path / "checkpoints" / "step-000000001"
     for path in folder.iterdir():
         whole = path.read_bytes()
@@ -52,14 +55,14 @@ def test_every_bit_of_a_state_is_guarded(tmp_path):
             flipped = bytearray(whole)
             flipped[place] ^= 1 << place % 8
             path.write_bytes(flipped)
-            assert snapshot.damage(folder), f"bit {place % 8} of byte {place} of {path.name}"
+            assert snapshot_files.damage(folder), f"bit {place % 8} of byte {place} of {path.name}"
         path.write_bytes(whole)
-    assert snapshot.damage(folder) == ""
+    assert snapshot_files.damage(folder) == ""
 
 
 def test_two_states_are_kept_and_none_goes_before_the_new_one_is_proven(tmp_path, monkeypatch):
     for step in range(1, 6):
-        assert snapshot.save(tmp_path, make_state(step)) == ""
+        assert snapshot_files.save(tmp_path, make_state(step)) == ""
     assert [path.name[-1] for path in sorted((tmp_path / "checkpoints").iterdir())] == ["4", "5"]
 
     def cut(tensors, path):
@@ -67,17 +70,17 @@ def test_two_states_are_kept_and_none_goes_before_the_new_one_is_proven(tmp_path
         sums_are_made_of.append(path.read_bytes())
 
     sums_are_made_of = []
-    monkeypatch.setattr(snapshot, "save_file", cut)
-    monkeypatch.setattr(snapshot, "digest", lambda path, from_disk=False: f"{path.name} {from_disk}")
-    assert "is not what was written" in snapshot.save(tmp_path, make_state(6))  # the disk shows something else
+    monkeypatch.setattr(snapshot_files, "save_file", cut)
+    monkeypatch.setattr(snapshot_files, "digest", lambda path, from_disk=False: f"{path.name} {from_disk}")
+    assert "is not what was written" in snapshot_files.save(tmp_path, make_state(6))  # the disk shows something else
     assert [path.name[-1] for path in sorted((tmp_path / "checkpoints").iterdir())] == ["4", "5"]
 
 
 def test_run_without_an_intact_state_is_refused(tmp_path):
-    assert snapshot.save(tmp_path, make_state(1)) == ""
+    assert snapshot_files.save(tmp_path, make_state(1)) == ""
     (tmp_path / "checkpoints" / "step-000000001" / "state.json").write_text("{")
     with pytest.raises(OdcftError, match="none of its states is intact"):
-        snapshot.newest(tmp_path, lambda line: None)
+        snapshot_files.newest(tmp_path, lambda line: None)
 
 
 @pytest.mark.parametrize(("before", "now"), [(2, 1), (2, 2), (2, 3), (3, 2), (1, 4), (4, 2), (6, 4), (3, 6), (6, 3)])
@@ -92,12 +95,12 @@ def test_rows_find_their_images_on_any_number_of_ranks(tmp_path, monkeypatch, be
     save_file({"weight": torch.ones(2)}, folder / "same.safetensors")
     files = dict.fromkeys((path.name for path in folder.iterdir()), "")
     text = json.dumps({"step": 1, "images": images, "ranks": before, "files": files})
-    (folder / "state.json").write_text(json.dumps({"sha256": snapshot._sum_of(text), "state": text}))
-    monkeypatch.setattr(snapshot, "PIECE", 7)
+    (folder / "state.json").write_text(json.dumps({"sha256": snapshot_files._sum_of(text), "state": text}))
+    monkeypatch.setattr(snapshot_files, "PIECE", 7)
     monkeypatch.setattr(dist, "world_size", lambda: now)
     for rank in range(now):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
-        state = snapshot.load(folder)
+        state = snapshot_files.load(folder)
         assert torch.equal(state.rows["features"], features[rank::now])
         assert state.rows["number"].tolist() == list(range(rank, images, now))
         assert state.own["loss"] == (rank if before == now else (before - 1) / 2)
@@ -118,7 +121,7 @@ def spoil(run, step, file="same.safetensors"):
 def test_states_wait_until_they_cost_little(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    pace = snapshot.Pace(minutes=10, share=0.02)
+    pace = saver.Pace(minutes=10, share=0.02)
     clock[0] += 1
     assert pace.due(epoch_ends=True)
     assert not pace.due(epoch_ends=False)
@@ -136,7 +139,7 @@ def test_a_state_that_took_long_is_not_the_reason_for_the_next(monkeypatch):
     """What counts is the time since a state was there, and how long that one took from its beginning to its end."""
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    pace = snapshot.Pace(minutes=2, share=0.5)
+    pace = saver.Pace(minutes=2, share=0.5)
     clock[0] = 119.9
     assert not pace.due(epoch_ends=False)
     clock[0] = 120
@@ -156,20 +159,20 @@ def test_a_state_that_took_long_is_not_the_reason_for_the_next(monkeypatch):
 
 
 def test_whether_there_is_a_state_at_all(tmp_path):
-    assert not snapshot.exists(tmp_path)
-    snapshot.save(tmp_path, make_state(1))
-    assert snapshot.exists(tmp_path)
+    assert not snapshot_files.exists(tmp_path)
+    snapshot_files.save(tmp_path, make_state(1))
+    assert snapshot_files.exists(tmp_path)
     spoil(tmp_path, 1)
-    assert snapshot.exists(tmp_path)  # in whatever condition
+    assert snapshot_files.exists(tmp_path)  # in whatever condition
     with pytest.raises(OdcftError, match="it has no state"):
-        snapshot.newest(tmp_path / "other", print)
+        snapshot_files.newest(tmp_path / "other", print)
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
     state = make_state(3)
     state.rows["features"] = torch.randn(4, 7).T  # of a transposed tensor too
-    assert snapshot.save(tmp_path, state) == ""
-    found = snapshot.load(tmp_path / "checkpoints" / "step-000000003")
+    assert snapshot_files.save(tmp_path, state) == ""
+    found = snapshot_files.load(tmp_path / "checkpoints" / "step-000000003")
     for name in ("same", "rows", "own"):
         first, second = getattr(state, name), getattr(found, name)
         assert first.keys() == second.keys()
@@ -180,11 +183,11 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
 
 def test_a_state_of_the_same_step_is_replaced_and_later_ones_of_an_earlier_life_go(tmp_path):
     for step in (1, 3, 7):
-        assert snapshot.save(tmp_path, make_state(step)) == ""
-    assert snapshot.save(tmp_path, make_state(3, 2.0)) == ""
+        assert snapshot_files.save(tmp_path, make_state(step)) == ""
+    assert snapshot_files.save(tmp_path, make_state(3, 2.0)) == ""
     assert steps(tmp_path) == ["3"]
-    assert snapshot.load(tmp_path / "checkpoints" / "step-000000003").same["weight"][0, 0] == 2
-    assert snapshot.save(tmp_path, make_state(5)) == ""
+    assert snapshot_files.load(tmp_path / "checkpoints" / "step-000000003").same["weight"][0, 0] == 2
+    assert snapshot_files.save(tmp_path, make_state(5)) == ""
     assert steps(tmp_path) == ["3", "5"]
 
 
@@ -193,37 +196,39 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next_state(tmp_pa
         left = tmp_path / "checkpoints" / f".step-{step:09d}.unfinished"
         left.mkdir(parents=True)
         (left / "same.safetensors").write_bytes(b"half")
-    assert snapshot.save(tmp_path, make_state(4)) == ""
+    assert snapshot_files.save(tmp_path, make_state(4)) == ""
     assert steps(tmp_path) == ["4"]
 
 
 def test_no_state_goes_while_the_one_before_the_new_one_is_damaged(tmp_path):
     for step in (1, 2):
-        assert snapshot.save(tmp_path, make_state(step)) == ""
+        assert snapshot_files.save(tmp_path, make_state(step)) == ""
     spoil(tmp_path, 2)
-    assert snapshot.save(tmp_path, make_state(3)) == ""
+    assert snapshot_files.save(tmp_path, make_state(3)) == ""
     assert steps(tmp_path) == ["1", "2", "3"]
-    assert snapshot.newest(tmp_path, print).name == "step-000000003"
-    assert snapshot.save(tmp_path, make_state(4)) == ""
+    assert snapshot_files.newest(tmp_path, print).name == "step-000000003"
+    assert snapshot_files.save(tmp_path, make_state(4)) == ""
     assert steps(tmp_path) == ["3", "4"]
 
 
 def test_files_are_on_the_disk_before_the_state_has_its_name_and_its_name_before_older_ones_go(tmp_path, monkeypatch):
-    done, remove = [], snapshot.shutil.rmtree
+    done, remove = [], snapshot_files.shutil.rmtree
     new = ".step-000000003.unfinished"
     for step in (1, 2):
-        snapshot.save(tmp_path, make_state(step))
-    digest, rename = snapshot.digest, Path.rename
-    monkeypatch.setattr(snapshot, "sync", lambda path: done.append(("sync", path.name)))
+        snapshot_files.save(tmp_path, make_state(step))
+    digest, rename = snapshot_files.digest, Path.rename
+    monkeypatch.setattr(snapshot_files, "sync", lambda path: done.append(("sync", path.name)))
     monkeypatch.setattr(Path, "rename", lambda path, to: (done.append(("rename", path.name)), rename(path, to))[1])
     monkeypatch.setattr(
-        snapshot,
+        snapshot_files,
         "digest",
         lambda path, disk=False: (done.append(("disk" if disk else "read", path.parent.name)), digest(path, disk))[1],
     )
-    monkeypatch.setattr(snapshot.shutil, "rmtree", lambda path, **how: (done.append(("gone", path.name)), remove(path)))
+    monkeypatch.setattr(
+        snapshot_files.shutil, "rmtree", lambda path, **how: (done.append(("gone", path.name)), remove(path))
+    )
     monkeypatch.setattr(dist, "barrier", lambda: done.append(("barrier", "")))
-    assert snapshot.save(tmp_path, make_state(3)) == ""
+    assert snapshot_files.save(tmp_path, make_state(3)) == ""
     written = [("sync", "rank-0-of-1.safetensors"), ("read", new), ("sync", "same.safetensors"), ("read", new)]
     assert done == [
         *written,
@@ -237,50 +242,50 @@ def test_files_are_on_the_disk_before_the_state_has_its_name_and_its_name_before
 
 
 def test_a_disk_that_fails_is_told_and_leaves_what_was_there(tmp_path, monkeypatch):
-    snapshot.save(tmp_path, make_state(1))
+    snapshot_files.save(tmp_path, make_state(1))
 
     def full(tensors, path):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(snapshot, "save_file", full)
-        assert snapshot.save(tmp_path, make_state(2)) == "No space left on device"
+        patched.setattr(snapshot_files, "save_file", full)
+        assert snapshot_files.save(tmp_path, make_state(2)) == "No space left on device"
     assert steps(tmp_path) == ["1"]
     with monkeypatch.context() as patched:
-        patched.setattr(snapshot, "write_whole", lambda *args: full({}, tmp_path / "x"))
-        assert snapshot.save(tmp_path, make_state(2)) == "No space left on device"
+        patched.setattr(snapshot_files, "write_whole", lambda *args: full({}, tmp_path / "x"))
+        assert snapshot_files.save(tmp_path, make_state(2)) == "No space left on device"
     assert steps(tmp_path) == ["1"]
     (tmp_path / "file").write_bytes(b"")
-    assert snapshot.save(tmp_path / "file", make_state(2)) == "Not a directory"
+    assert snapshot_files.save(tmp_path / "file", make_state(2)) == "Not a directory"
 
 
 def test_what_cannot_be_removed_does_not_end_the_run(tmp_path, monkeypatch):
     for step in (1, 2):
-        snapshot.save(tmp_path, make_state(step))
+        snapshot_files.save(tmp_path, make_state(step))
 
     def held(path, ignore_errors=False):
         if not ignore_errors:
             raise OSError(errno.EBUSY, "Device or resource busy")
 
-    monkeypatch.setattr(snapshot.shutil, "rmtree", held)
-    assert snapshot.save(tmp_path, make_state(3)) == ""
+    monkeypatch.setattr(snapshot_files.shutil, "rmtree", held)
+    assert snapshot_files.save(tmp_path, make_state(3)) == ""
     assert steps(tmp_path) == ["1", "2", "3"]
     with monkeypatch.context() as patched:
-        patched.setattr(snapshot, "digest", lambda path, from_disk=False: str(from_disk))
-        assert "is not what was written" in snapshot.save(tmp_path, make_state(4))
+        patched.setattr(snapshot_files, "digest", lambda path, from_disk=False: str(from_disk))
+        assert "is not what was written" in snapshot_files.save(tmp_path, make_state(4))
     with monkeypatch.context() as patched:
-        patched.setattr(snapshot, "save_file", lambda *args: held(None))
-        assert snapshot.save(tmp_path, make_state(5)) == "Device or resource busy"
+        patched.setattr(snapshot_files, "save_file", lambda *args: held(None))
+        assert snapshot_files.save(tmp_path, make_state(5)) == "Device or resource busy"
 
 
 def test_a_state_that_is_damaged_twice_is_set_aside_twice(tmp_path):
     said = []
-    snapshot.save(tmp_path, make_state(1))
+    snapshot_files.save(tmp_path, make_state(1))
     for _ in range(2):
-        assert snapshot.save(tmp_path, make_state(2)) == ""
+        assert snapshot_files.save(tmp_path, make_state(2)) == ""
         spoil(tmp_path, 2)
-        assert snapshot.newest(tmp_path, said.append).name == "step-000000001"
+        assert snapshot_files.newest(tmp_path, said.append).name == "step-000000001"
     assert steps(tmp_path) == ["damaged-2", "1"]
     assert len(said) == 2
 
@@ -290,15 +295,15 @@ def test_a_state_that_is_damaged_twice_is_set_aside_twice(tmp_path):
 
 def state_of_rank(step):
     """What a rank of several has: rows of its own of seven images, and the same weights."""
-    mine = torch.tensor(list(dist.owned(7)))
+    mine = torch.tensor(list(ownership.owned(7)))
     own = {"loss": torch.tensor(float(dist.rank()))}
-    return snapshot.State({"weight": torch.ones(2)}, {"labels": mine}, own, {"step": step, "images": 7})
+    return snapshot_files.State({"weight": torch.ones(2)}, {"labels": mine}, own, {"step": step, "images": 7})
 
 
 def test_ranks_write_and_read_their_own_and_the_first_does_the_rest(tmp_path, on_threads):
     def work():
-        failed = [snapshot.save(tmp_path, state_of_rank(step)) for step in (1, 2, 3)]
-        state = snapshot.load(snapshot.newest(tmp_path, print))
+        failed = [snapshot_files.save(tmp_path, state_of_rank(step)) for step in (1, 2, 3)]
+        state = snapshot_files.load(snapshot_files.newest(tmp_path, print))
         return failed, state.rows["labels"].tolist(), float(state.own["loss"])
 
     assert on_threads(3, work) == [([""] * 3, list(range(rank, 7, 3)), rank) for rank in range(3)]
@@ -308,32 +313,32 @@ def test_ranks_write_and_read_their_own_and_the_first_does_the_rest(tmp_path, on
     assert names == [*(f"rank-{rank}-of-3.safetensors" for rank in range(3)), "same.safetensors", "state.json"]
     assert load_file(folder / "rank-1-of-3.safetensors")["rows.labels"].tolist() == [1, 4]
     assert set(json.loads(json.loads((folder / "state.json").read_text())["state"])["files"]) == set(names[:4])
-    alone = snapshot.load(folder)
+    alone = snapshot_files.load(folder)
     assert alone.rows["labels"].tolist() == list(range(7))
     assert alone.own["loss"] == 1  # the mean of 0, 1 and 2
 
 
 @pytest.mark.parametrize("file", ["rank-0-of-2.safetensors", "rank-1-of-2.safetensors", "same.safetensors"])
 def test_ranks_agree_on_what_is_damaged_whoever_read_it(tmp_path, on_threads, file):
-    on_threads(2, lambda: [snapshot.save(tmp_path, state_of_rank(step)) for step in (1, 2)])
+    on_threads(2, lambda: [snapshot_files.save(tmp_path, state_of_rank(step)) for step in (1, 2)])
     spoil(tmp_path, 2, file)
     said = []
-    found = on_threads(2, lambda: snapshot.newest(tmp_path, said.append).name)
+    found = on_threads(2, lambda: snapshot_files.newest(tmp_path, said.append).name)
     assert found == ["step-000000001"] * 2
     assert f"({file} is not what was written)" in said[0]
     assert steps(tmp_path) == ["damaged-2", "1"]
 
 
 def test_one_rank_s_disk_fails_all_ranks_alike(tmp_path, on_threads, monkeypatch):
-    write = snapshot.save_file
+    write = snapshot_files.save_file
 
     def full(tensors, path):
         if dist.rank() == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(tensors, path)
 
-    monkeypatch.setattr(snapshot, "save_file", full)
-    failed = on_threads(2, lambda: snapshot.save(tmp_path, state_of_rank(1)))
+    monkeypatch.setattr(snapshot_files, "save_file", full)
+    failed = on_threads(2, lambda: snapshot_files.save(tmp_path, state_of_rank(1)))
     assert failed == ["No space left on device"] * 2
     assert steps(tmp_path) == []
 
@@ -342,6 +347,6 @@ def test_ranks_see_the_states_that_the_first_sees(tmp_path, on_threads, monkeypa
     """On a network disk another machine may not see the newest folder yet."""
     glob = Path.glob
     monkeypatch.setattr(Path, "glob", lambda path, pattern: glob(path, pattern) if dist.rank() == 0 else iter(()))
-    saved = on_threads(2, lambda: [snapshot.save(tmp_path, state_of_rank(step)) for step in (1, 2, 3)])
+    saved = on_threads(2, lambda: [snapshot_files.save(tmp_path, state_of_rank(step)) for step in (1, 2, 3)])
     assert saved == [[""] * 3] * 2
-    assert on_threads(2, lambda: snapshot.newest(tmp_path, print).name) == ["step-000000003"] * 2
+    assert on_threads(2, lambda: snapshot_files.newest(tmp_path, print).name) == ["step-000000003"] * 2

@@ -12,12 +12,14 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from odcft import folders, pretext, train
-from odcft.backbone import load_backbone
-from odcft.description import of_pretext
+from odcft import first_memory, prepare
+from odcft.backbone.load import load_backbone
+from odcft.backbone.metadata import of_pretext
 from odcft.errors import OdcftError
-from odcft.evaluation import compare
+from odcft.evaluation import comparison
+from odcft.pretexts import training
 from odcft.recipe import load_recipe
+from odcft.run import output_checks
 from odcft.train import fine_tune
 
 QUICK = [
@@ -61,9 +63,9 @@ def taken(monkeypatch):
         seen.append((str(ckpt), loaded.backbone.kwargs, loaded.backbone.input))
         return loaded
 
-    for module in (train, compare, "odcft.backbone", "odcft.exports"):
+    for module in (prepare, comparison, "odcft.backbone.load", "odcft.exports"):
         where = module if isinstance(module, str) else module.__name__
-        if where != "odcft.evaluation.compare":  # imports it when it is called
+        if where != "odcft.evaluation.comparison":  # imports it when it is called
             monkeypatch.setattr(f"{where}.load_backbone", watched)
     return seen
 
@@ -161,7 +163,7 @@ def test_pretext_builds_and_normalises_as_its_recipe_says(tmp_path, images):
     how = [*QUICK, "backbone.arch_args={small_stem: true}"]
     recipe = load_recipe("pretext", [*how, *NORMAL])
     out = tmp_path / "p.pth"
-    pretext.train_pretext("rotation", images, "resnet18", out, recipe)
+    training.train_pretext("rotation", images, "resnet18", out, recipe)
     backbone = load_backbone(out).backbone
     assert backbone.kwargs == {"small_stem": True}
     assert (backbone.input.mean, backbone.input.std) == (tuple(MEAN), tuple(STD))
@@ -169,8 +171,8 @@ def test_pretext_builds_and_normalises_as_its_recipe_says(tmp_path, images):
     for other in ([*how, f"data.mean={STD}"], [*QUICK, *NORMAL]):
         again = load_recipe("pretext", [*other, "optim.epochs=2"])
         with pytest.raises(OdcftError, match="was trained with"):
-            pretext.train_pretext("rotation", images, "resnet18", out, again, resume=True)
-    pretext.train_pretext(
+            training.train_pretext("rotation", images, "resnet18", out, again, resume=True)
+    training.train_pretext(
         "rotation", images, "resnet18", out, load_recipe("pretext", [*how, *NORMAL, "optim.epochs=2"]), resume=True
     )
 
@@ -225,7 +227,7 @@ def finished(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
     data, recipe = str(folder / "images"), load_recipe("small", QUICK)
-    train.init_memory(str(folder / "c.pth"), data, folder / "m", recipe)
+    first_memory.init_memory(str(folder / "c.pth"), data, folder / "m", recipe)
     fine_tune(str(folder / "c.pth"), data, folder / "r", recipe)
     return folder
 
@@ -434,7 +436,7 @@ def test_overwriting_does_not_read_a_device_or_unpack_a_bomb(theirs):
         archive.writestr("archive/data.pkl", bytes(50_000_000))
     for path, said in ((Path("/dev/zero"), "is no file"), (Path("bomb.pth"), "was not written by odcft")):
         with pytest.raises(OdcftError, match=said):
-            folders.refuse_file_of_others(path)
+            output_checks.refuse_file_of_others(path)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from odcft import snapshot
-from odcft.backbone import load_backbone
+from odcft.backbone.load import load_backbone
 from odcft.errors import OdcftError
-from odcft.health import all_finite
-from odcft.log import Progress
+from odcft.first_memory import init_memory
+from odcft.plan import resolve_clusters
+from odcft.prepare import unfit
+from odcft.progress import Progress
 from odcft.recipe import load_recipe, shipped
-from odcft.train import fine_tune, init_memory, resolve_clusters, unfit
+from odcft.run import snapshot_files
+from odcft.run.non_finite import all_finite
+from odcft.train import fine_tune
 
 QUICK = ["optim.batch_size=4", "log.interval=1", "neck.hidden=16", "neck.dim=8", "log.tensorboard=false"]
 
@@ -213,7 +216,7 @@ def test_non_finite_loss_stops_with_the_step_and_keeps_the_last_good_state(tmp_p
             checkpoint, images, tmp_path / "run", quick("optim.lr=1e20", "optim.schedule=step", "optim.final_epochs=0")
         )
     assert not (tmp_path / "run" / "backbone").exists()
-    newest = snapshot.load(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1])
+    newest = snapshot_files.load(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1])
     assert all_finite([*newest.same.values(), *newest.rows.values()])
 
 
@@ -225,9 +228,9 @@ def test_unreadable_image_is_named_and_skipped(tmp_path, checkpoint, images):
 
 
 def test_image_that_vanishes_during_the_run_is_skipped(tmp_path, checkpoint, images, monkeypatch):
-    from odcft import data
+    from odcft.data import batches
 
-    whole, calls = data.read_image, []
+    whole, calls = batches.read_image, []
 
     def read(path, *more):
         calls.append(path)
@@ -235,7 +238,7 @@ def test_image_that_vanishes_during_the_run_is_skipped(tmp_path, checkpoint, ima
             raise OSError("gone")
         return whole(path, *more)
 
-    monkeypatch.setattr(data, "read_image", read)
+    monkeypatch.setattr(batches, "read_image", read)
     assert fine_tune(checkpoint, images, tmp_path / "run", quick())["steps"] == 6
 
 
@@ -328,7 +331,7 @@ def final_state(tmp_path_factory):
         recipe = load_recipe("small", [*QUICK, "optim.batch_size=8", *base, *overrides])
         fine_tune(str(folder / "c.pth"), str(folder / "images"), folder / str(hash(overrides)), recipe)
         newest = sorted((folder / str(hash(overrides)) / "checkpoints").iterdir())[-1]
-        state = snapshot.load(newest)
+        state = snapshot_files.load(newest)
         return {**state.same, **state.rows}
 
     return run

@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 
-from odcft.log import Progress
-from odcft.words import code_block, code_span, markdown_text, shown
+from odcft.progress import Progress
+from odcft.text import code_block, code_span, markdown_text, shown
 
 HOSTILE = {
     "colour": ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"),
@@ -138,15 +138,15 @@ def test_notes_on_a_bar_do_nothing_to_the_terminal(capsys, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["warning", "fault"])
 def test_warnings_and_faults_of_libraries_are_shown_in_lines_of_their_own(odcft_command, monkeypatch, kind):
-    from odcft import backbone
+    from odcft.backbone import load
 
-    def load(*args, **kwargs):
+    def fail(*args, **kwargs):
         if kind == "fault":
             raise AssertionError(f"{EVIL}: a fault of ours")
         warnings.warn(f"{EVIL}: mind this", stacklevel=1)
         raise SystemExit(0)
 
-    monkeypatch.setattr(backbone, "load_backbone", load)
+    monkeypatch.setattr(load, "load_backbone", fail)
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     # As in a program of its own: pytest shows warnings its way.
     monkeypatch.setattr(

@@ -16,7 +16,7 @@ from pathlib import Path
 import timm
 import torch
 
-from odcft.recognition import COMMON, any_channels, fingerprint
+from odcft.backbone.architecture_recognition import COMMON, any_channels, fingerprint
 
 OUT = Path(__file__).parent.parent / "odcft" / "timm_index.json"
 WITH_THE_INPUT = ("pos_embed", "relative_position", "attn_mask", "rope", "rel_pos", "num_batches_tracked")

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from odcft.data import Images, find_images, same_content
+from odcft.data.duplicates import same_content
+from odcft.data.sources import Images, find_images
 from odcft.errors import OdcftError
 
 FEWEST = 4  # images of a class, for a half of them to be held out

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from odcft import stopping
+from odcft.distributed import stop_signals
 from odcft.errors import OdcftError
 
 COSTS = (1.0, 10.0, 100.0, *(0.5**k for k in range(4, 20)))
@@ -125,7 +125,7 @@ def _fit(
     from sklearn.svm import LinearSVC
 
     if worker:
-        stopping.ignore_in_worker()
+        stop_signals.ignore_in_worker()
 
     def machine(cost: float) -> LinearSVC:
         return LinearSVC(

@@ -1,0 +1,1 @@
+"""From a checkpoint or a name to a network that turns images into pooled features; `load.py` is the door."""

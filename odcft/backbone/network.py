@@ -1,0 +1,87 @@
+"""A network without its classifier, and the adapter that shows it images as it is used to."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from odcft.backbone.input_recognition import timm_input
+from odcft.backbone.network_input import Adapter, Input
+from odcft.backbone.networks import NETWORKS, WithoutRandom, build
+from odcft.data.view import View
+from odcft.errors import OdcftError, ran_out_of_memory
+
+
+class Backbone(nn.Module):
+    """A network without its classifier, and the adapter that shows it images as it is used to.
+
+    Attributes:
+        net: the network itself; its state dict has the names of timm's (or the described) network.
+        arch: its name; `kwargs` is what it was built with besides.
+        input: the colours, range and normalisation it is shown.
+        width: F, the length of a feature.
+        size: pixels of the input it was made for; `fixed_size` tells whether it takes no other.
+    """
+
+    def __init__(self, arch: str, input: Input | None = None, random: bool = True, **kwargs: Any) -> None:
+        super().__init__()
+        with nullcontext() if random else WithoutRandom():
+            net: Any = build(arch, **kwargs)
+        self.net, self.arch, self.kwargs = net, arch, kwargs
+        cfg: dict[str, Any] = getattr(net, "pretrained_cfg", {})
+        if input is None:
+            size = kwargs.get("img_size") or cfg["input_size"][-1] if cfg else 0
+            input = timm_input(cfg, size) if cfg else NETWORKS[arch][1]
+        self.adapter = Adapter(input)
+        self.fixed_size: bool = bool(cfg.get("fixed_input_size")) if cfg else NETWORKS[arch][2]
+        # Pooled features may be wider than the last block.
+        self.width: int = getattr(net, "head_hidden_size", None) or net.num_features
+
+    @property
+    def input(self) -> Input:
+        """What the network is shown."""
+        return self.adapter.input
+
+    @property
+    def size(self) -> int:
+        """Pixels of the input it was made for."""
+        return self.input.size
+
+    def show(self, view: View) -> None:
+        """Have images seen another way from now on; what is exported says so.
+
+        Raises:
+            OdcftError: the network cannot look at images of that size.
+        """
+        if self.fixed_size and view.size != self.size:
+            raise OdcftError(f"{self.arch} takes images of {self.size} pixels only, not {view.size}.")
+        if not self.takes(view.size):
+            raise OdcftError(f"{self.arch} cannot look at images of {view.size} pixels. It was made for {self.size}.")
+        self.adapter = Adapter(self.input.seen(view)).to(next(self.parameters()).device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), RGB in 0..1, to pooled features (B, F)."""
+        return self.net(self.adapter(images))
+
+    @property
+    def is_transformer(self) -> bool:
+        """Whether it is made of attention, and has no batch norm: what SGD at a convolutional rate does not train."""
+        modules = dict(self.net.named_modules())
+        return any("attn" in name for name in modules) and not any(
+            isinstance(module, nn.BatchNorm2d) for module in modules.values()
+        )
+
+    @torch.no_grad()
+    def takes(self, size: int) -> bool:
+        """Whether the network can look at size x size pixels: tried once, for small maps end before the layers do."""
+        training, first = self.training, next(self.parameters())
+        try:
+            self.eval()(torch.zeros(1, 3, size, size, device=first.device))
+        except (RuntimeError, AssertionError) as error:
+            if ran_out_of_memory(error):
+                raise
+            return False
+        finally:
+            self.train(training)
+        return True

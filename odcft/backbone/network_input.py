@@ -1,0 +1,133 @@
+"""What a network is shown: from RGB images in 0..1 to the colours, range and normalisation it was trained with."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from odcft.data.lab_colors import lab
+from odcft.data.view import View
+from odcft.errors import OdcftError
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+# Colours, and how many channels they are for the first convolution. Values before normalisation are in RANGES.
+CHANNELS = {"rgb": 3, "bgr": 3, "gray": 1, "lab_l": 1, "sobel": 2}
+RANGES = {"rgb": 1.0, "bgr": 1.0, "gray": 1.0, "lab_l": 100.0, "sobel": 1.0}
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a network takes.
+
+    Attributes:
+        color: one of CHANNELS. "sobel" is the two gradients of the mean of the normalised channels (DeepCluster);
+            "lab_l" is the lightness of Lab (colorization); "gray" is luma.
+        size: pixels it was made for, or trained with.
+        mean, std: taken off and divided by, for values in 0..`range`, one number for each channel (of RGB for "sobel").
+        channels: of the first convolution; 0 stands for as many as the colour has. More are filled with zeros: the
+            hints and the mask of Zhang et al., SIGGRAPH 2017.
+        range: of the values before mean and std; 0 stands for the colour's own (1, or 100 for lightness).
+            Some read 0..255.
+        crop_fraction, interpolation, intensity: as in `View`.
+    """
+
+    color: str
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channels: int = 0
+    range: float = 0.0
+    crop_fraction: float = 0.875
+    interpolation: str = "bilinear"
+    intensity: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.color not in CHANNELS:
+            raise OdcftError(f"--input {self.color}: no such input. Choose from {', '.join(CHANNELS)}.")
+        object.__setattr__(self, "channels", self.channels or CHANNELS[self.color])
+        object.__setattr__(self, "range", self.range or RANGES[self.color])
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
+        object.__setattr__(self, "intensity", None if self.intensity is None else tuple(self.intensity))
+
+    @property
+    def view(self) -> View:
+        """How an image file becomes what is normalised and shown."""
+        return View(self.size, self.crop_fraction, self.interpolation, self.intensity)
+
+    def seen(self, view: View) -> "Input":
+        """The same colours and normalisation for another view."""
+        return replace(self, **vars(view))
+
+    def dump(self) -> dict[str, Any]:
+        """For JSON: INTERFACE's words, from which `load` makes it again."""
+        return {
+            "channels": self.channels,
+            "color": self.color,
+            "range": [0, self.range],
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "size": self.size,
+            "crop_fraction": self.crop_fraction,
+            "interpolation": self.interpolation,
+            "intensity": None if self.intensity is None else list(self.intensity),
+        }
+
+
+def load(about: dict[str, Any]) -> Input:
+    """The Input that `dump` wrote; files of odcft 0.1 do not tell the view, and `odcft pretext` not the channels."""
+    told: dict[str, Any] = {
+        name: about[name] for name in ("channels", "crop_fraction", "interpolation", "intensity") if name in about
+    }
+    if "range" in about:
+        told["range"] = about["range"][1]
+    return Input(about["color"], about["size"], about["mean"], about["std"], **told)
+
+
+def default(color: str, size: int) -> Input:
+    """The usual normalisation of a colour: ImageNet's, or that of Goyal et al. (2019) for lightness."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mean, std = IMAGENET
+    if color == "bgr":
+        mean, std = mean[::-1], std[::-1]
+    if color == "gray":
+        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+    if color == "lab_l":
+        mean, std = (50.0,), (1.0,)
+    return Input(color, size, mean, std)
+
+
+class Adapter(nn.Module):
+    """RGB images in 0..1 to what the network takes. It has no parameters and is no part of the state dict."""
+
+    def __init__(self, input: Input) -> None:
+        super().__init__()
+        self.input = input
+        self.mean: Tensor
+        self.std: Tensor
+        self.kernel_2133: Tensor
+        self.register_buffer("mean", torch.tensor(input.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(input.std).view(1, -1, 1, 1), persistent=False)
+        across = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+        self.register_buffer("kernel_2133", torch.stack([across, across.T]).unsqueeze(1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) RGB in 0..1 to (B, channels, H, W)."""
+        color = self.input.color
+        if color == "bgr":
+            images = images.flip(1)
+        elif color == "gray":
+            red, green, blue = images.unbind(1)
+            images = (0.299 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+        elif color == "lab_l":
+            images = lab(images)[:, :1]
+        images = (images * (self.input.range / RANGES[color]) - self.mean) / self.std
+        if color == "sobel":
+            images = F.conv2d(images.mean(1, keepdim=True), self.kernel_2133.to(images.dtype), padding=1)
+        if self.input.channels > images.shape[1]:
+            images = F.pad(images, (0, 0, 0, 0, 0, self.input.channels - images.shape[1]))
+        return images

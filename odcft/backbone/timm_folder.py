@@ -1,0 +1,91 @@
+"""A backbone as a folder that timm loads. Every folder is read back and compared before it is called done."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from odcft import files
+from odcft.backbone.load import load_backbone
+from odcft.backbone.model_card import card
+from odcft.backbone.network import Backbone
+from odcft.backbone.networks import timm_builds
+
+
+def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = None) -> None:
+    """A folder that `timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)` loads, with a model card.
+
+    A network that timm does not have is written the same way, for `odcft.load_backbone` to load; timm says that it
+    does not know it.
+
+    Args:
+        backbone: any; its weights are copied to the CPU.
+        folder: made, or its files replaced.
+        about: said of it in config.json, under "odcft", and in the card.
+    """
+    input, cfg = backbone.input, getattr(backbone.net, "pretrained_cfg", {})
+    kept = ("pool_size", "classifier", "fixed_input_size", "first_conv")
+    config: dict[str, Any] = {
+        "architecture": backbone.arch.split(".")[0],
+        "num_classes": 0,
+        "num_features": backbone.width,
+        "pretrained_cfg": {
+            **{key: cfg[key] for key in kept if key in cfg},
+            "input_size": [input.channels, input.size, input.size],
+            "crop_pct": input.crop_fraction,
+            "crop_mode": "center",
+            "interpolation": input.interpolation,
+            "mean": list(input.mean),
+            "std": list(input.std),
+            "num_classes": 0,
+        },
+        "odcft": {**_summary(about or {}), "input": input.dump()},
+    }
+    if input.channels != 3:
+        config["pretrained_cfg"]["first_conv"] = None  # or timm would adapt a first convolution that fits already
+    if backbone.kwargs:
+        config["model_args"] = backbone.kwargs
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.net.state_dict().items()}
+    with files.filling(folder) as unfinished:
+        files.save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
+        (unfinished / "config.json").write_text(json.dumps(config, indent=2))
+        _compare(backbone, unfinished)
+        (unfinished / "README.md").write_text(card(backbone, about or {}), encoding="utf-8")
+
+
+def _summary(about: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of where a backbone came from; the card has the recipe and the figures, too."""
+    return {key: value for key, value in about.items() if key not in ("recipe", "figures")}
+
+
+def _compare(backbone: Backbone, folder: Path) -> None:
+    """Load the folder as its users will, with timm and with odcft, and compare features."""
+    images = _images(backbone)
+    ours = _features(backbone, images)
+    again = load_backbone(folder).backbone
+    theirs = [again(images)]
+    if timm_builds(backbone.arch, backbone.kwargs):
+        import timm
+
+        net = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+        theirs.append(net(again.adapter(images)))
+    for features in theirs:
+        # Relative to the features' own size, which without normalisation at the end may be anything.
+        assert (features - ours).abs().max() <= 1e-5 * ours.abs().max().clamp(min=1), (
+            f"{folder} does not give the features of the network it came from"
+        )
+
+
+def _images(backbone: Backbone) -> Tensor:
+    side = backbone.size if backbone.fixed_size else min(max(64, backbone.size // 2), backbone.size)
+    return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _features(backbone: Backbone, images: Tensor) -> Tensor:
+    device, was_training = next(backbone.parameters()).device, backbone.training
+    features = backbone.eval()(images.to(device)).float().cpu()
+    backbone.train(was_training)
+    return features

@@ -1,0 +1,1 @@
+"""The memories, K-Means and the methods: how images get their labels."""

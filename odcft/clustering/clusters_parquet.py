@@ -1,0 +1,45 @@
+"""clusters.parquet: path, cluster and distance of every image."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from odcft import files
+from odcft.clustering import odc
+from odcft.data.sources import Images
+from odcft.distributed import dist, ownership
+from odcft.errors import OdcftError
+
+
+def require_parquet() -> None:
+    """Refuse to begin a run whose clusters.parquet could not be written when all its steps are done."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise OdcftError(f"clusters.parquet needs pyarrow ({error}): pip install pyarrow.") from None
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_clusters(state: odc.State, images: Images, path: Path) -> None:
+    """clusters.parquet: path, cluster, and distance of the stored feature to the cluster's centroid.
+
+    Rows are those of images.csv. Parquet's text is UTF-8: bytes of a path that are not are written as \\xNN.
+    """
+    memory = state.memory
+    distances = [
+        (memory.features_SD[rows].float() - memory.centroids_KD[memory.labels_S[rows].long()]).norm(dim=1)
+        for rows in torch.arange(len(memory.labels_S), device=memory.labels_S.device).split(65536)
+    ]
+    labels_N = ownership.in_dataset_order(memory.labels_S, len(images))
+    distance_N = ownership.in_dataset_order(torch.cat(distances), len(images))
+    if dist.rank() == 0:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        paths = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in images.names]
+        columns = {"path": paths, "cluster": labels_N.cpu().numpy(), "distance": distance_N.cpu().numpy()}
+        with files.whole(path) as unfinished:
+            pq.write_table(pa.table(columns), unfinished)

@@ -1,0 +1,150 @@
+"""Batches of images, and the order in which training sees them."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from odcft import seeds
+from odcft.data import shared_memory
+from odcft.data.augmentation import random_crop
+from odcft.data.image_decoding import read_image
+from odcft.data.sources import Images
+from odcft.data.view import View, centre_crop
+from odcft.distributed import dist, ownership, stop_signals
+from odcft.errors import OdcftError
+from odcft.recipe import AugmentRecipe
+from odcft.text import shown
+
+
+@dataclass
+class Crops:
+    """A dataset of fixed-size crops: (epoch, index) to pixels and index.
+
+    Attributes:
+        images: the images.
+        view: how they are seen; with `augment` its size and intensity alone play a part.
+        augment: random crops (of the recipe's strengths), or None for the middle of the image.
+        seed: of the run; without `augment`, seed and epoch play no part.
+    """
+
+    images: Images
+    view: View
+    augment: AugmentRecipe | None = None
+    seed: int = 0
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | str, int]:
+        """(3, size, size) uint8, or why the image cannot be read; and the image's number."""
+        epoch, index = key
+        try:
+            image = read_image(self.images.path(index), self.view.intensity)
+            if self.augment is not None:
+                draw = random.Random(seeds.seed(self.seed, "crop", epoch, index))
+                image = random_crop(image, self.view.size, self.augment, draw)
+            else:
+                image = centre_crop(image, self.view)
+        except OdcftError as error:
+            return shown(error), index
+        except Exception as error:  # PIL raises a dozen kinds for broken files; none may end a run of days
+            said = error.strerror if isinstance(error, OSError) else None  # the system's, in words; the path is known
+            return shown(said or f"{type(error).__name__}: {error}"), index
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), index
+
+
+@dataclass
+class Batch:
+    """What a loader gives: (B, 3, size, size) uint8, their images' numbers (B,), and those that could not be read."""
+
+    pixels: Tensor
+    index_B: Tensor
+    unreadable: dict[int, str]
+
+    def pin_memory(self) -> "Batch":
+        """(called by the loader)"""
+        return Batch(self.pixels.pin_memory(), self.index_B.pin_memory(), self.unreadable)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """(called in a worker)"""
+        pixels = shared_memory.handed_over(self.pixels)
+        return _received, (pixels, tuple(self.pixels.shape), self.index_B.tolist(), self.unreadable)
+
+
+def _received(pixels: Tensor | bytes, shape: tuple[int, ...], index: list[int], unreadable: dict[int, str]) -> Batch:
+    return Batch(shared_memory.received(pixels, shape), torch.tensor(index, dtype=torch.int64), unreadable)
+
+
+def collate(items: list[tuple[Tensor | str, int]]) -> Batch:
+    """Stack what was read, and list what was not."""
+    good = [(pixels, index) for pixels, index in items if isinstance(pixels, Tensor)]
+    bad = {index: reason for reason, index in items if isinstance(reason, str)}
+    pixels = torch.stack([p for p, _ in good]) if good else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    return Batch(pixels, torch.tensor([index for _, index in good], dtype=torch.int64), bad)
+
+
+class TrainingOrder:
+    """The batches of a run, from a step on: every rank shuffles its own images anew each epoch,
+    and takes as many steps.
+
+    It is a pure function of seed and step, so a run can go on anywhere. `draw` gives the rows of an epoch where they
+    are not to be each image once.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch: int,
+        epochs: int,
+        seed: int,
+        first_step: int = 0,
+        draw: Callable[[torch.Generator], Tensor] | None = None,
+    ) -> None:
+        self.owned = torch.tensor(ownership.owned(count))
+        self.batch = min(batch, count // dist.world_size())  # of this rank
+        self.steps_per_epoch = max(1, count // dist.world_size() // self.batch)
+        self.steps = self.steps_per_epoch * epochs
+        self.seed, self.first_step = seed, first_step
+        self.draw = draw or (lambda generator: torch.randperm(len(self.owned), generator=generator))
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for epoch in range(self.first_step // self.steps_per_epoch, self.steps // self.steps_per_epoch):
+            generator = seeds.generator(self.seed, "order", epoch, dist.rank())
+            order = self.owned[self.draw(generator)]
+            first = (
+                self.first_step - epoch * self.steps_per_epoch
+                if epoch == self.first_step // self.steps_per_epoch
+                else 0
+            )
+            for step in range(first, self.steps_per_epoch):
+                yield [(epoch, i) for i in order[step * self.batch : (step + 1) * self.batch].tolist()]
+
+
+def in_order(indices: range, batch: int) -> list[list[tuple[int, int]]]:
+    """Batches of these images, one after the other."""
+    return [[(0, i) for i in indices[start : start + batch]] for start in range(0, len(indices), batch)]
+
+
+def loader(crops: Crops, batches: object, workers: int, device: torch.device) -> torch.utils.data.DataLoader:
+    """A loader of `Batch`es; batches are lists of (epoch, index)."""
+    workers = shared_memory.usable_workers(workers)
+    return torch.utils.data.DataLoader(
+        crops,  # type: ignore[arg-type]
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_in_worker,
+    )
+
+
+def _in_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    stop_signals.ignore_in_worker()
+    shared_memory.end_rather_than_wait()

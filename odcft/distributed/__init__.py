@@ -1,0 +1,1 @@
+"""Processes that work together, are started together and stop together."""

@@ -1,0 +1,1 @@
+"""Pretext tasks: a checkpoint to start from where there is none."""

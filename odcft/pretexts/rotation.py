@@ -1,0 +1,27 @@
+"""Rotation prediction (Gidaris et al., ICLR 2018)."""
+
+import torch
+from torch import Tensor, nn
+
+from odcft.backbone.network import Backbone
+from odcft.data.augmentation import augment_batch, turned
+from odcft.data.sources import Images
+from odcft.recipe import Recipe
+
+
+class Rotation(nn.Module):
+    """By how many quarters was the image turned (Gidaris et al., ICLR 2018)?"""
+
+    weight_C = None
+
+    def __init__(self, backbone: Backbone, images: Images, size: int, recipe: Recipe) -> None:
+        super().__init__()
+        self.backbone, self.augment = backbone, recipe.augment
+        self.head = nn.Linear(backbone.width, 4)
+
+    def forward(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, H), RGB in 0..1, to logits (B, 4) and answers (B,)."""
+        generator = torch.Generator().manual_seed(seed)
+        images = augment_batch(images, self.augment, generator)
+        turn_B = torch.randint(4, (len(images),), generator=generator).to(images.device, non_blocking=True)
+        return self.head(self.backbone(turned(images, turn_B))), turn_B

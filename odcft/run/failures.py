@@ -1,0 +1,56 @@
+"""What commonly goes wrong in a run through no fault of odcft: told in a sentence, with what to do."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from odcft.distributed import dist
+from odcft.errors import OdcftError, ran_out_of_memory
+from odcft.recipe import Recipe
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def explained(recipe: Recipe) -> Iterator[None]:
+    """Turn memory that runs out, data workers that die and disks that fill up into an OdcftError.
+
+    Args:
+        recipe: what was tried; its numbers are in the advice.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if ran_out_of_memory(error):
+            raise OdcftError(out_of_memory(recipe)) from None
+        if "DataLoader worker" in str(error):
+            raise OdcftError(worker_died(str(error), recipe)) from None
+        raise
+    except OSError as error:
+        if error.errno in FULL:
+            what = f"{error.filename or 'The output'} cannot be written: {error.strerror}. Make room"
+        elif error.errno is not None and error.filename is not None:
+            what = f"{error.filename}: {error.strerror}. Mend that"
+        else:
+            raise
+        raise OdcftError(f"{what} and go on with --resume.") from None
+
+
+def out_of_memory(recipe: Recipe) -> str:
+    """The batch to try next."""
+    optim, ranks = recipe.optim, dist.world_size()
+    half = max(2 * ranks, optim.batch_size // 2)
+    return (
+        f"Out of memory with optim.batch_size={optim.batch_size} on {ranks} process{'es' if ranks > 1 else ''}. "
+        f"Start again with --set optim.batch_size={half} --set optim.lr={optim.lr * half / optim.batch_size:g}, or, "
+        f"where there are more devices, go on with --resume --devices {2 * ranks}: the processes share the batch."
+    )
+
+
+def worker_died(text: str, recipe: Recipe) -> str:
+    """What a dead data worker may mean."""
+    workers = recipe.data.workers if isinstance(recipe.data.workers, int) else 8
+    return (
+        f"A data worker died ({text.strip().splitlines()[0]}). Mostly memory was short, in a container shared memory "
+        f"(docker run --shm-size=8g). Go on with --resume --set data.workers={workers // 2}."
+    )

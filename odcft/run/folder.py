@@ -1,0 +1,34 @@
+"""What odcft writes into its folders."""
+
+from pathlib import Path
+from typing import Any
+
+from odcft.data.sources import Images
+from odcft.files import _write_table
+
+# What odcft writes into its folders, and all that --overwrite may remove: None for a file, for a folder what is in it.
+Layout = dict[str, Any]
+LOCK = "lock"
+BACKBONE_FILES: Layout = {"config.json": None, "model.safetensors": None, "README.md": None}
+BACKBONES = ("backbone", *(f"backbone_{member}" for member in range(2, 10)))  # of codc's members, in their order
+MEMORY_FILES: Layout = dict.fromkeys(
+    ("memory.safetensors", "neck.safetensors", "memory.json", "images.csv", "quarantine.csv", LOCK)
+)
+STEP = "step-" + 9 * "[0-9]"
+STATE_FILES: Layout = {"same.safetensors": None, "rank-*-of-*.safetensors": None, "state.json": None}
+RUN_FILES: Layout = {
+    **dict.fromkeys(("recipe.yaml", "run.json", "metrics.jsonl", "images.csv", "quarantine.csv", LOCK)),
+    **dict.fromkeys(("clusters.parquet", "report.html")),
+    **dict.fromkeys(BACKBONES, BACKBONE_FILES),
+    "checkpoints": {STEP: STATE_FILES, f"damaged-{STEP}": STATE_FILES},
+    "tensorboard": {"events.out.tfevents.*": None},
+}
+BEGUN = {"recipe.yaml", "run.json", "images.csv", "quarantine.csv", "checkpoints", "metrics.jsonl", "tensorboard"}
+LINKED = ("checkpoints", "tensorboard")  # may be links to folders of the user's, on another disk
+
+
+def write_image_lists(images: Images, unreadable: dict[str, str], out: Path) -> None:
+    """images.csv, and quarantine.csv where an image could not be read (name: reason); names byte by byte."""
+    _write_table(out / "images.csv", ["row", "path"], enumerate(images.names))
+    if unreadable:
+        _write_table(out / "quarantine.csv", ["path", "reason"], unreadable.items())

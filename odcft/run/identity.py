@@ -1,0 +1,89 @@
+"""By which checkpoint, images and recipe a RUN or a memory was made."""
+
+import json
+import socket
+import uuid
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from odcft.backbone.model_card import name_of
+from odcft.data.sources import Images
+from odcft.errors import OdcftError
+from odcft.files import digest, read_json, read_text, sha256
+from odcft.recipe import parse_yaml
+from odcft.text import now
+
+METHODS = ("odc", "dc", "codc")
+LINE = 1 << 16  # bytes that a line of the log has at most
+
+
+def about_run(run: Path, member: int = 0) -> dict[str, Any]:
+    """What a RUN's files say of its backbone; nothing for any other source.
+
+    Args:
+        run: the folder.
+        member: which of several networks.
+
+    Returns:
+        `checkpoint` and `data` (their names, not where they lie on this machine), `sha256`, `images`, `method`,
+        `clusters`, `epochs`, `seed`; the recipe's text under `recipe` and the last line of the log under `figures`.
+    """
+    try:
+        run_json = read_json(run / "run.json")
+        recipe = read_text(run / "recipe.yaml")
+    except OdcftError:
+        return {}
+    about: dict[str, Any] = {}
+    for key in ("checkpoint", "sha256", "data", "images"):
+        value = run_json.get(key)
+        if isinstance(value, list):
+            value = value[member] if member < len(value) else None
+        if isinstance(value, int if key == "images" else str):
+            about[key] = value
+    about |= {key: name_of(about[key]) for key in ("checkpoint", "data") if isinstance(about.get(key), str)}
+    with suppress(ValueError, TypeError, KeyError, OverflowError, OdcftError):
+        fields = parse_yaml(recipe, "recipe.yaml")
+        if fields["method"] in METHODS:
+            about |= {"method": fields["method"], "seed": int(fields["seed"])}
+            about |= {"clusters": int(fields["memory"]["clusters"]), "epochs": int(fields["optim"]["epochs"])}
+    return {**about, "recipe": recipe, "figures": _last_line(run / "metrics.jsonl")}
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    """The last object of a log of any length; {} where there is none."""
+    with suppress(OSError, ValueError, TypeError, IndexError, RecursionError):
+        if path.is_file():
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - LINE))
+                return dict(json.loads(file.read(LINE).splitlines()[-1]))
+    return {}
+
+
+def made_from(ckpts: list[str], archs: list[str], data: str, images: Images) -> dict[str, Any]:
+    """Where a folder came from, by which it is recognised again: of one checkpoint, or lists of several."""
+    several = {"checkpoint": ckpts, "sha256": [sha256(ckpt) for ckpt in ckpts], "arch": archs}
+    return {
+        **(several if len(ckpts) > 1 else {name: values[0] for name, values in several.items()}),
+        "data": str(data),
+        "images": len(images),
+    }
+
+
+def checksums(images: Images, count: int = 64) -> dict[str, str]:
+    """Checksums of a few images spread over the set, by which changed contents are noticed: name to SHA-256."""
+    names = images.names[:: max(1, len(images) // count)]
+    return {name: digest(images.root / name) for name in names if (images.root / name).is_file()}
+
+
+def made_by(ckpts: list[str]) -> dict[str, Any]:
+    """By which, where, when and from which files something is made: for run.json and memory.json."""
+    paths = [str(Path(ckpt).absolute()) if Path(ckpt).exists() else ckpt for ckpt in ckpts]
+    return {
+        "odcft": version("odcft"),
+        "id": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "started": now(),
+        "checkpoint_path": paths if len(paths) > 1 else paths[0],
+    }

@@ -1,0 +1,100 @@
+"""metrics.jsonl and TensorBoard event files of a RUN."""
+
+import json
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from odcft import files
+from odcft.distributed import dist
+from odcft.text import now
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard event files of a RUN; writes nothing on other ranks than 0."""
+
+    def __init__(self, run: Path, tensorboard: bool, first_step: int = 0) -> None:
+        self._lines: list[dict[str, Any]] = []
+        self._unwritten = b""
+        self._file: int | None = None
+        self._events: Any = None
+        if dist.rank() > 0:
+            return
+        path = run / "metrics.jsonl"
+        # Resumed: what was written after the state that is gone on from does not count, nor does half a line.
+        self._lines = [line for line in read_lines(path) if _step(line) < first_step]
+        files.write_whole(path, "".join(json.dumps(line) + "\n" for line in self._lines))
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step or None)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One JSON object of figures of a step; the numbers among them to TensorBoard, too."""
+        if self._file is None:
+            return
+        self._lines.append({"step": step, "time": now(), **values})
+        self._unwritten += (json.dumps(self._lines[-1]) + "\n").encode()
+        with suppress(OSError):  # the disk is full: the lines wait until there is room
+            self._drain()
+        if self._events is not None:
+            try:
+                for name, value in values.items():
+                    if isinstance(value, int | float):
+                        self._events.add_scalar(name, value, step)
+            except OSError:
+                self._events = None  # TensorBoard's writer does not get over a full disk; metrics.jsonl has everything
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All lines of the run so far, those before it was resumed too; none on other ranks than 0."""
+        return self._lines
+
+    def last(self) -> dict[str, Any]:
+        """The newest line, or {}."""
+        return self._lines[-1] if self._lines else {}
+
+    def sync(self) -> None:
+        """Have every line on the disk.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if self._file is None:
+            return
+        self._drain()
+        os.fsync(self._file)
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Write out what is held back."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._drain()
+            os.close(self._file)
+        self._file = None
+        if self._events is not None:
+            with suppress(OSError):
+                self._events.close()
+
+    def _drain(self) -> None:
+        while self._unwritten:
+            assert self._file is not None
+            self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl says, without half a line that a killed run may have left."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def _step(line: dict[str, Any]) -> float:
+    step = line.get("step")
+    return step if isinstance(step, int | float) else math.inf
