@@ -175,7 +175,7 @@ def init_memory(
     _join(devices)
     from odcft.first_memory import init_memory as run
 
-    values = run(ckpt, data, out, resolved, arch, overwrite)
+    values = run(ckpt, data, out, resolved, arch=arch, overwrite=overwrite)
     lines = [
         (
             f"Memory      {out}: {values['images']:,} images, "
@@ -234,7 +234,9 @@ def finetune(
     from odcft.train import fine_tune
 
     try:
-        values = fine_tune(ckpts, data, out, resolved, arch, memory, resume, overwrite, epochs=epochs)
+        values = fine_tune(
+            *(ckpts, data, out, resolved), arch=arch, memory=memory, resume=resume, overwrite=overwrite, epochs=epochs
+        )
     except stop_signals.Stopped as stopped:
         stopped.args = (f"{stopped} Go on with: {_resuming(sys.argv)}",)
         raise

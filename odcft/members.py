@@ -1,77 +1,182 @@
-"""Collaborative ODC: several networks share one clustering and so constrain each other.
+"""One network, or several that share one clustering and so constrain each other (Collaborative ODC).
 
 The slides of Zhan et al. ("Collaborative Online Deep Clustering") name the members and what they reach: DC, ROT (also
 predicts rotations), CLS (classifies mixed images by the clustering). They do not give the mechanism, so this one is
 ours:
 
-- The samples memory holds the members' compact features side by side, each of unit length over the square root of
-  their number: every member has the same say in what is near. From there on it is ODC: one K-Means, one label an image,
-  updated in every step.
+- The samples memory holds the members' features side by side, each of unit length over the square root of their number:
+  every member has the same say in what is near. From there on it is ODC: one K-Means, one label an image, updated in
+  every step.
 - The label supervises the head of every member. A member with `rotation` also tells by how many quarters a copy of the
-  image was turned; one with `mixup` also classifies mixtures of two images by both labels.
+  image was rotated; one with `mixup` also classifies mixtures of two images by both labels.
 
-One member without either is ODC, bit for bit; so is every run of ODC and DC a run with one member here.
+One member without either is ODC, bit for bit; every run of ODC and DC is a run with one member.
 
 Shapes: B batch, K clusters, F backbone, D a member's embedding, M members.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from odcft.clustering.odc import begin_epoch, compact, draw, neck, restore, start, stored, targets, update
-from odcft.data.augmentation import turned
-from odcft.model import Output
-from odcft.recipe import CODCRecipe, MemberRecipe
+from odcft import seeds
+from odcft.backbone.network import Backbone
+from odcft.clustering.methods import METHODS
+from odcft.data.augmentation import augment_batch, turned
+from odcft.data.batches import Batch
+from odcft.data.feature_extraction import to_float
+from odcft.distributed import dist
+from odcft.model import Model, Output, make_neck
+from odcft.plan import CODCPlan, Plan
+from odcft.recipe import MemberRecipe
 
-__all__ = ["begin_epoch", "compact", "draw", "neck", "restore", "start", "stored", "targets", "update"]
 
+class Views(NamedTuple):
+    """A batch as the members see it: the augmented images, and copies for the losses that need some."""
 
-@dataclass
-class Copies:
-    """Changed copies of a batch, for members that learn from such."""
-
-    turned: Tensor | None = None  # (B, 3, H, H)
-    turn_B: Tensor | None = None  # by how many quarters
+    images: Tensor  # (B, 3, H, W), RGB in 0..1
+    rotated: Tensor | None = None  # (B, 3, H, H)
+    quarters_B: Tensor | None = None  # by how many each was rotated
     mixed: Tensor | None = None  # (B, 3, H, W)
     partner_B: Tensor | None = None  # with which image of the batch
-    share: float = 1.0  # of the image itself
+    share: float = 1.0  # of the image itself in the mixture
 
 
-def side_by_side(features: list[Tensor]) -> Tensor:
-    """The members' features as one: M of (B, D), as they leave their necks, to (B, M * D). One stays as it is."""
+class Members(nn.Module):
+    """The networks that are trained together: one, or those of CODC.
+
+    Args:
+        models: one for each member.
+        plan: of the run.
+    """
+
+    def __init__(self, models: list[Model], plan: Plan) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(models)
+        self.plan = plan
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self.members)  # type: ignore[arg-type]
+
+    def body(self) -> list[nn.Parameter]:
+        """Parameters of all backbones and necks."""
+        return [parameter for model in self for parameter in model.body()]
+
+    def heads(self) -> list[nn.Parameter]:
+        """Parameters of all heads."""
+        return [parameter for model in self for parameter in model.heads()]
+
+    def new_heads(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Start all heads anew before a step: the labels mean something else now."""
+        for number, model in enumerate(self):
+            model.new_head(optimizer, self.plan.seed, number, step)
+
+    def views(self, batch: Batch, step: int, device: torch.device) -> Views:
+        """A batch as the members see it in a step: augmented on the device, with the copies that some member needs."""
+        plan, place = self.plan, (dist.rank(), step)
+        images = to_float(batch.pixels, device)
+        images = augment_batch(images, plan.augment, seeds.generator(plan.seed, "augmentation", *place))
+        if plan.optim.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return with_copies(images, plan.codc, seeds.generator(plan.seed, "copies", *place))
+
+    def forward(self, images: Tensor, rotated: Tensor | None = None, mixed: Tensor | None = None) -> list[Output]:
+        """What each member says."""
+        return [member(images, rotated, mixed) for member in self.members]
+
+    def losses(self, outputs: list[Output], views: Views, label_B: Tensor, weight_K: Tensor) -> tuple[Tensor, Tensor]:
+        """`losses` with the plan's weights."""
+        return losses(outputs, self.plan.codc, label_B, weight_K, views)
+
+
+# ---------------------------------------------------------------- how they are made
+
+
+def make_necks(backbones: list[Backbone], plan: Plan) -> tuple[list[nn.Module], int]:
+    """A neck for each member, and the length D of what each gives; DC has none, and D is the backbone's width."""
+    if not METHODS[plan.method].HAS_NECK:
+        return [nn.Identity() for _ in backbones], backbones[0].width
+    necks: list[nn.Module] = []
+    for number, backbone in enumerate(backbones):
+        with seeds.weights(plan.seed, "neck", number):
+            necks.append(make_neck(backbone.width, plan.neck))
+    return necks, plan.neck.dim
+
+
+def make_members(backbones: list[Backbone], necks: list[nn.Module], dim: int, plan: Plan) -> Members:
+    """Backbones and necks with new heads, as one network on the device."""
+    models = []
+    for number, (backbone, neck, weights) in enumerate(zip(backbones, necks, plan.codc.members, strict=True)):
+        with seeds.weights(plan.seed, "head", number):
+            models.append(Model(backbone, neck, dim, plan.memory.clusters, weights))
+    network = Members(models, plan).to(dist.this_device())
+    if plan.optim.channels_last:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
+
+
+def on_all_ranks(network: Members, device: torch.device) -> nn.Module:
+    """The network as all ranks train it together.
+
+    With several ranks it has one throwaway backward pass: the first one decides how torch sorts the gradients into the
+    buckets that travel, and so in which order three ranks and more add them up. A resumed run must have had it as well.
+    """
+    model, plan = dist.parallel(network, device), network.plan
+    if dist.world_size() == 1:
+        return model
+    images = torch.zeros(2, 3, plan.data.size, plan.data.size, device=device)
+    views = with_copies(images, plan.codc, torch.Generator())
+    model.eval()  # leaves the running statistics alone
+    with plan.autocast(device):
+        outputs = model(views.images, views.rotated, views.mixed)
+    label_B, weight_K = (
+        torch.zeros(2, dtype=torch.int64, device=device),
+        torch.ones(plan.memory.clusters, device=device),
+    )
+    network.losses(outputs, views, label_B, weight_K)[0].backward()
+    model.zero_grad()
+    model.train()
+    return model
+
+
+# ---------------------------------------------------------------- what they see, and what they learn
+
+
+def joint_features(features: list[Tensor]) -> Tensor:
+    """The members' features side by side: M of (B, D), as they leave their necks, to (B, M * D). A single one stays."""
     if len(features) == 1:
         return features[0]
     return torch.cat([F.normalize(features_BD.float(), dim=1, eps=1e-10) for features_BD in features], 1)
 
 
-def copies(images: Tensor, recipe: CODCRecipe, generator: torch.Generator) -> Copies:
-    """The copies that some member learns from.
+def with_copies(images: Tensor, codc: CODCPlan, generator: torch.Generator) -> Views:
+    """Images with the copies that some member learns from.
 
     Args:
         images: (B, 3, H, W) float, augmented.
-        recipe: its members, and `alpha` of mixup's Beta distribution.
+        codc: its members, and `alpha` of mixup's Beta distribution.
         generator: of the draws, on the CPU.
 
     Returns:
-        Turned copies (Gidaris et al., ICLR 2018) and mixed ones (Zhang et al., ICLR 2018), each where one is wanted.
+        Rotated copies (Gidaris et al., ICLR 2018) and mixed ones (Zhang et al., ICLR 2018), each only if needed.
     """
-    assert isinstance(recipe.members, list)
-    made, device = Copies(), images.device
-    if any(member.rotation for member in recipe.members):
-        made.turn_B = torch.randint(4, (len(images),), generator=generator).to(device, non_blocking=True)
-        made.turned = turned(images, made.turn_B)
-    if any(member.mixup for member in recipe.members):
-        made.partner_B = torch.randperm(len(images), generator=generator).to(device, non_blocking=True)
-        made.share = _beta(recipe.alpha, generator)
-        made.mixed = made.share * images + (1 - made.share) * images.index_select(0, made.partner_B)
-    return made
+    views, device = Views(images), images.device
+    if any(member.rotation for member in codc.members):
+        quarters_B = torch.randint(4, (len(images),), generator=generator).to(device, non_blocking=True)
+        views = views._replace(rotated=turned(images, quarters_B), quarters_B=quarters_B)
+    if any(member.mixup for member in codc.members):
+        partner_B = torch.randperm(len(images), generator=generator).to(device, non_blocking=True)
+        share = _beta(codc.alpha, generator)
+        mixed = share * images + (1 - share) * images.index_select(0, partner_B)
+        views = views._replace(mixed=mixed, partner_B=partner_B, share=share)
+    return views
 
 
 def _beta(alpha: float, generator: torch.Generator) -> float:
-    """A draw from Beta(alpha, alpha), on the host (Jöhnk's way: torch's own takes no generator)."""
+    """A draw from Beta(alpha, alpha), on the host (Jöhnk's method: torch's own takes no generator)."""
     while True:
         x, y = (torch.rand(2, generator=generator, dtype=torch.float64) ** (1 / alpha)).tolist()
         if 0 < x + y <= 1:
@@ -79,45 +184,46 @@ def _beta(alpha: float, generator: torch.Generator) -> float:
 
 
 def losses(
-    outputs: list[Output], recipe: CODCRecipe, label_B: Tensor, weight_K: Tensor, made: Copies
+    outputs: list[Output], codc: CODCPlan, label_B: Tensor, weight_K: Tensor, views: Views
 ) -> tuple[Tensor, Tensor]:
-    """What is minimised, and what is shown of it.
+    """What is minimised, and what is logged of it.
 
     Args:
         outputs: of each member.
-        recipe: the members' weights.
+        codc: the members' weights.
         label_B: (B,) labels from the joint memory.
         weight_K: (K,) weights of the clusters.
-        made: the copies the members were shown.
+        views: what the members saw.
 
     Returns:
         The sum of the members' losses, each with its weights (eq. 1 for one plain member); and the mean cross-entropy
-        of the members' clusterings, without weights, so that it can be held against ln K.
+        of the members' clusterings, without weights, so that it can be compared with ln K.
     """
-    assert isinstance(recipe.members, list)
     terms, clusterings = [], []
-    for output, member in zip(outputs, recipe.members, strict=True):
-        clustering, rest = _of_member(output, member, label_B, weight_K, made)
-        terms += [member.cluster * clustering, *rest] if member.cluster else rest
+    for output, member in zip(outputs, codc.members, strict=True):
+        clustering = F.cross_entropy(output.logits_BK.float(), label_B, weight_K)  # eq. 1
+        terms += [member.cluster * clustering] if member.cluster else []
+        terms += _losses_of_copies(output, member, label_B, weight_K, views)
         clusterings.append(clustering.detach())
     if len(terms) == 1:
         return terms[0], clusterings[0]
     return torch.stack(terms).sum(), torch.stack(clusterings).mean()
 
 
-def _of_member(
-    output: Output, member: MemberRecipe, label_B: Tensor, weight_K: Tensor, made: Copies
-) -> tuple[Tensor, list[Tensor]]:
-    rest = []
+def _losses_of_copies(
+    output: Output, member: MemberRecipe, label_B: Tensor, weight_K: Tensor, views: Views
+) -> list[Tensor]:
+    """The weighted losses of a member that learns from rotated or mixed copies."""
+    terms = []
     if member.rotation:
-        assert output.turn_logits_B4 is not None
-        assert made.turn_B is not None
-        rest.append(member.rotation * F.cross_entropy(output.turn_logits_B4.float(), made.turn_B))
+        assert output.rotation_logits_B4 is not None
+        assert views.quarters_B is not None
+        terms.append(member.rotation * F.cross_entropy(output.rotation_logits_B4.float(), views.quarters_B))
     if member.mixup:
         assert output.mixed_logits_BK is not None
-        assert made.partner_B is not None
+        assert views.partner_B is not None
         logits_BK = output.mixed_logits_BK.float()
         one = F.cross_entropy(logits_BK, label_B, weight_K)
-        other = F.cross_entropy(logits_BK, label_B.index_select(0, made.partner_B), weight_K)
-        rest.append(member.mixup * (made.share * one + (1 - made.share) * other))
-    return F.cross_entropy(output.logits_BK.float(), label_B, weight_K), rest
+        other = F.cross_entropy(logits_BK, label_B.index_select(0, views.partner_B), weight_K)
+        terms.append(member.mixup * (views.share * one + (1 - views.share) * other))
+    return terms

@@ -1,6 +1,5 @@
 """What is trained: backbone, neck and head."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -37,12 +36,20 @@ class Output(NamedTuple):
 
     features_BD: Tensor  # as they leave the neck
     logits_BK: Tensor
-    turn_logits_B4: Tensor | None = None  # of turned copies
+    rotation_logits_B4: Tensor | None = None  # of rotated copies
     mixed_logits_BK: Tensor | None = None  # of mixed copies
 
 
 class Model(nn.Module):
-    """Backbone, neck and head; for a member of CODC that predicts rotations, a second head on the backbone."""
+    """Backbone, neck and head; for a member of CODC that predicts rotations, a second head on the backbone.
+
+    Args:
+        backbone: images to features of `backbone.width`.
+        neck: from those to `dim`; the identity for DC.
+        dim: D.
+        clusters: K.
+        member: which losses a member of CODC has; without, only that of the clusters.
+    """
 
     def __init__(
         self, backbone: Backbone, neck: nn.Module, dim: int, clusters: int, member: MemberRecipe | None = None
@@ -60,7 +67,7 @@ class Model(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def new_head(self, optimizer: torch.optim.Optimizer, seed: int, member: int, step: int) -> None:
-        """Start the head anew, and let the optimizer forget what it knew of it: the labels mean something else now.
+        """Start the head anew, and let the optimizer forget it: the labels mean something else now.
 
         Args:
             optimizer: of the run.
@@ -74,44 +81,29 @@ class Model(nn.Module):
             optimizer.state.pop(parameter, None)
 
     def heads(self) -> list[nn.Parameter]:
-        """What is trained to answer."""
-        turn = self.turn_head.parameters() if self.turn_head else ()
-        return [*self.head.parameters(), *turn]
+        """The parameters of what stands on backbone and neck."""
+        rotation = self.turn_head.parameters() if self.turn_head else ()
+        return [*self.head.parameters(), *rotation]
 
     def body(self) -> list[nn.Parameter]:
-        """What is trained besides the heads."""
+        """All other parameters."""
         return [*self.backbone.parameters(), *self.neck.parameters()]
 
-    def forward(self, images: Tensor, turned: Tensor | None = None, mixed: Tensor | None = None) -> Output:
-        """Images (B, 3, H, W), RGB in 0..1, normalised by the backbone, and copies of them in one pass with them.
+    def forward(self, images: Tensor, rotated: Tensor | None = None, mixed: Tensor | None = None) -> Output:
+        """Images (B, 3, H, W), RGB in 0..1, and copies of them in the same pass.
 
         Args:
             images: (B, 3, H, W).
-            turned: as many, for a member with a head for them.
+            rotated: as many, for a member with a head for them.
             mixed: as many, for a member that classifies such.
         """
-        turned, mixed = turned if self.turn_head else None, mixed if self.mixes else None
-        if turned is None and mixed is None:
+        rotated, mixed = rotated if self.turn_head else None, mixed if self.mixes else None
+        if rotated is None and mixed is None:
             features_BD = self.neck(self.backbone(images))
             return Output(features_BD, self.head(features_BD))
         B = len(images)
-        all_XF = self.backbone(torch.cat([part for part in (images, mixed, turned) if part is not None]))
-        turn_logits_B4 = self.turn_head(all_XF[-B:]) if self.turn_head else None
-        compact_XD = self.neck(all_XF[: 2 * B] if mixed is not None else all_XF[:B])
-        logits_XK = self.head(compact_XD)
-        return Output(compact_XD[:B], logits_XK[:B], turn_logits_B4, logits_XK[B:] if mixed is not None else None)
-
-
-class Members(nn.Module):
-    """The networks that are trained together: one, or those of CODC."""
-
-    def __init__(self, members: list[Model]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def __iter__(self) -> Iterator[Model]:
-        return iter(self.members)  # type: ignore[arg-type]
-
-    def forward(self, images: Tensor, turned: Tensor | None = None, mixed: Tensor | None = None) -> list[Output]:
-        """What each member says."""
-        return [member(images, turned, mixed) for member in self.members]
+        all_XF = self.backbone(torch.cat([part for part in (images, mixed, rotated) if part is not None]))
+        rotation_logits_B4 = self.turn_head(all_XF[-B:]) if self.turn_head else None
+        features_XD = self.neck(all_XF[: 2 * B] if mixed is not None else all_XF[:B])
+        logits_XK = self.head(features_XD)
+        return Output(features_XD[:B], logits_XK[:B], rotation_logits_B4, logits_XK[B:] if mixed is not None else None)

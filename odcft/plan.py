@@ -1,230 +1,377 @@
-"""The recipe with every `auto` decided."""
+"""The plan: a recipe with every `auto` decided, and every refusal of what cannot work.
+
+It is made once, when checkpoints and images are known and before anything slow is done. A plan has the fields of a
+recipe, so `recipe.yaml` in a RUN is the plan written out.
+"""
 
 import os
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 
 from odcft.backbone.load import Loaded
+from odcft.backbone.network import Backbone
 from odcft.data.intensity_range import own_range, usual_side
 from odcft.data.sources import Images
 from odcft.data.view import View
 from odcft.distributed import dist
 from odcft.errors import OdcftError
-from odcft.files import read_json
 from odcft.precision import has_bfloat16
-from odcft.progress import Progress
-from odcft.recipe import MemberRecipe, Recipe
-from odcft.run.folder import BACKBONES
+from odcft.recipe import (
+    MOST_MEMBERS,
+    CODCRecipe,
+    DataRecipe,
+    KMeansRecipe,
+    MemberRecipe,
+    MemoryRecipe,
+    OptimRecipe,
+    Recipe,
+    load_recipe,
+)
 from odcft.text import count_of
 
-if TYPE_CHECKING:
-    from odcft.backbone.load import Loaded
-    from odcft.data.sources import Images
-    from odcft.data.view import View
+IMAGES_PER_CLUSTER = 128  # that `auto` aims at
+MOST_CLUSTERS = 10_000  # that `auto` chooses (paper, sec. 3.4)
+FEW_IMAGES = 20  # per cluster: with fewer, DC's classifier has little to learn from
+FEW_STEPS, LARGE_BATCH = 200, 256  # fewer steps an epoch with larger batches: the recipe is meant for more images
 
 
-MOST_CLUSTERS = 10_000  # that `auto` takes (paper, sec. 3.4)
-FEW = 20  # images a cluster: with fewer, DC's classifier has little to learn from
+class DataPlan(DataRecipe):
+    size: int
+    range: Literal["full"] | tuple[float, float]
+    workers: int
 
 
-def resolve_members(recipe: Recipe, ckpts: list[str]) -> Recipe:
+class MemoryPlan(MemoryRecipe):
+    clusters: int
+    dtype: Literal["float16", "float32"]
+
+
+class CODCPlan(CODCRecipe):
+    members: list[MemberRecipe]
+
+
+class KMeansPlan(KMeansRecipe):
+    engine: Literal["torch", "faiss"]
+
+
+class OptimPlan(OptimRecipe):
+    final_epochs: float
+    precision: Literal["float32", "bfloat16"]
+
+
+class Plan(Recipe):
+    """A recipe in which nothing is left to decide."""
+
+    data: DataPlan
+    memory: MemoryPlan
+    codc: CODCPlan
+    kmeans: KMeansPlan
+    optim: OptimPlan
+
+    @property
+    def view(self) -> View:
+        """How images are seen where they are not augmented."""
+        intensity = None if self.data.range == "full" else self.data.range
+        return View(self.data.size, self.data.crop_fraction, intensity=intensity)
+
+    @property
+    def batch_of_rank(self) -> int:
+        """Images of a batch on each rank."""
+        return max(1, self.optim.batch_size // dist.world_size())
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context in which the network runs in the plan's precision."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.optim.precision == "bfloat16")
+
+
+def make_plan(
+    recipe: Recipe, backbones: Sequence[Backbone], images: Images, *, clustered: bool = True
+) -> tuple[Plan, list[str]]:
+    """Decide every `auto` of a recipe.
+
+    Args:
+        recipe: what was asked for; it is not changed.
+        backbones: one for each member.
+        images: all that were found.
+        clustered: whether the images will be clustered; a pretext task does not.
+
+    Returns:
+        The plan, and notes on its decisions for the user.
+
+    Raises:
+        OdcftError: the recipe cannot work with these backbones and images.
+    """
+    notes: list[str] = []
+    clusters, min_cluster = 2, recipe.memory.min_cluster
+    if clustered:
+        clusters, min_cluster, notes = decide_clusters(recipe, len(images))
+    batch = min(recipe.optim.batch_size, len(images))
+    if batch < 2 * dist.world_size():
+        raise OdcftError(
+            f"A batch of {batch} for {dist.world_size()} processes is less than 2 images each. "
+            "Raise optim.batch_size, or use fewer processes."
+        )
+    size = _decide_size(recipe, backbones, images)
+    intensity, note = _decide_range(recipe, images)
+    for backbone in backbones:
+        _refuse_size(backbone, size)
+    plan = decided(recipe, clusters, size, intensity, len(backbones), min_cluster)
+    optim = plan.optim
+    if optim.schedule == "step" and optim.final_epochs >= optim.epochs:
+        raise OdcftError(
+            f"optim.final_epochs={optim.final_epochs:g} of {optim.epochs} epochs leaves none at the full learning "
+            "rate. Choose more epochs, or, for a new run, --set optim.final_epochs=auto: a sixth of them."
+        )
+    return plan, [note, *notes] if note else notes
+
+
+def decided(
+    recipe: Recipe,
+    clusters: int = 2,
+    size: int = 224,
+    intensity: Literal["full"] | tuple[float, float] = "full",
+    members: int = 1,
+    min_cluster: int | None = None,
+) -> Plan:
+    """The plan of a recipe: these values wherever it says `auto`, and for the rest what suits this machine.
+
+    Args:
+        recipe: not changed.
+        clusters: K.
+        size: pixels of the input.
+        intensity: `data.range`.
+        members: how many networks; each gets the plain losses where the recipe does not list them.
+        min_cluster: instead of the recipe's.
+    """
+    gpu, device = torch.cuda.is_available(), dist.this_device()
+    choices: dict[str, dict[str, Any]] = {
+        "data": {"size": size, "range": intensity, "workers": _workers(gpu)},
+        "memory": {"clusters": clusters, "dtype": "float16" if gpu else "float32"},
+        "codc": {"members": [MemberRecipe().model_dump() for _ in range(members)]},
+        "kmeans": {"engine": "torch"},  # always installed, on any device, and divided among the ranks
+        "optim": {
+            "final_epochs": recipe.optim.epochs / 6,
+            "precision": "bfloat16" if gpu and has_bfloat16(device) else "float32",
+        },
+    }
+    fields = recipe.model_dump()
+    for group, values in choices.items():
+        fields[group] |= {name: value for name, value in values.items() if fields[group][name] == "auto"}
+    if min_cluster is not None:
+        fields["memory"]["min_cluster"] = min_cluster
+    return Plan.model_validate(fields)
+
+
+def with_clusters_for(plan: Plan, recipe: Recipe, count: int) -> tuple[Plan, list[str]]:
+    """The plan where some of the images turned out to be unreadable: K follows those that are left.
+
+    Args:
+        plan: made for all images that were found.
+        recipe: what it was made from.
+        count: images that can be read.
+
+    Returns:
+        The plan, and notes for the user.
+    """
+    clusters, min_cluster, notes = decide_clusters(recipe, count)
+    memory = plan.memory.model_copy(update={"clusters": clusters, "min_cluster": min_cluster})
+    return plan.model_copy(update={"memory": memory}), notes
+
+
+# ---------------------------------------------------------------- members
+
+
+def decide_members(recipe: Recipe, ckpts: list[str]) -> Recipe:
     """The recipe with a member for every checkpoint.
 
     Raises:
         OdcftError: several checkpoints for a method that takes one, or another number than the recipe lists.
     """
-    recipe = recipe.model_copy(deep=True)
-    members = recipe.codc.members
-    if recipe.method != "codc":
-        if len(ckpts) > 1:
-            raise OdcftError(
-                f"{recipe.method} takes one checkpoint and then the images; {len(ckpts)} checkpoints were given "
-                f"({', '.join(ckpts)}). Several are for --method codc."
-            )
-        members = "auto"
+    members = recipe.codc.members if recipe.method == "codc" else "auto"
+    if recipe.method != "codc" and len(ckpts) > 1:
+        raise OdcftError(
+            f"{recipe.method} takes one checkpoint and then the images; {len(ckpts)} checkpoints were given "
+            f"({', '.join(ckpts)}). Several are for --method codc."
+        )
     if members != "auto" and len(members) != len(ckpts):
         raise OdcftError(
             f"The recipe lists {len(members)} members under codc.members, and {len(ckpts)} "
-            f"checkpoint{'s were' if len(ckpts) > 1 else ' was'} given. Give one for each (the same may come twice, "
-            "scratch:NAME starts from random weights), or --set codc.members=auto."
+            f"checkpoint{'s were' if len(ckpts) > 1 else ' was'} given. Give one for each (the same one may come "
+            "twice, scratch:NAME starts from random weights), or --set codc.members=auto."
         )
-    if len(ckpts) > len(BACKBONES):
-        raise OdcftError(f"{len(ckpts)} members are more than the {len(BACKBONES)} that codc takes.")
+    if len(ckpts) > MOST_MEMBERS:
+        raise OdcftError(f"codc takes at most {MOST_MEMBERS} checkpoints, not {len(ckpts)}.")
+    recipe = recipe.model_copy(deep=True)
     recipe.codc.members = [MemberRecipe() for _ in ckpts] if members == "auto" else members
     return recipe
 
 
-def resolve(
-    recipe: Recipe,
-    loaded: list[Loaded],
-    images: Images,
-    progress: Progress | None = None,
-    memory: Path | None = None,
-) -> tuple[Recipe, torch.device]:
-    """Replace every `auto` but the number of clusters, and choose the device."""
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", dist.local_rank()) if gpu else torch.device("cpu")
-    recipe = recipe.model_copy(deep=True)
-    backbones = [one.backbone for one in loaded]
-    if min(recipe.optim.batch_size, len(images)) < 2 * dist.world_size():
-        raise OdcftError(
-            f"A batch of {min(recipe.optim.batch_size, len(images))} for {dist.world_size()} processes is less than 2 "
-            "images each. Raise optim.batch_size, or use fewer processes."
-        )
-    if recipe.data.size == "auto":
-        side = usual_side(images)
-        sizes = {b.size for b in backbones if b.fixed_size} or {automatic_size(b.size, False, side) for b in backbones}
-        recipe.data.size = min(sizes)
-    _resolve_range(recipe, images, progress, memory)
-    for backbone in backbones:
-        if backbone.fixed_size and recipe.data.size != backbone.size:
-            raise OdcftError(
-                f"{backbone.arch} takes images of {backbone.size} pixels only, not {recipe.data.size}. "
-                f"Pass --set data.size={backbone.size}, or auto; members of codc all see the same images."
-            )
-        if not backbone.takes(_number(recipe.data.size)):
-            raise OdcftError(
-                f"{backbone.arch} cannot look at images of {recipe.data.size} pixels. "
-                f"It was made for {backbone.size}: try --set data.size={backbone.size}."
-            )
-    if recipe.data.workers == "auto":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
-        recipe.data.workers = min(16, cores // local_ranks) if gpu else 0
-    if recipe.optim.final_epochs == "auto":
-        recipe.optim.final_epochs = recipe.optim.epochs / 6
-    if recipe.optim.schedule == "step" and recipe.optim.final_epochs >= recipe.optim.epochs:
-        raise OdcftError(
-            f"optim.final_epochs={recipe.optim.final_epochs:g} of {recipe.optim.epochs} epochs leaves none at the full "
-            "learning rate. Choose more epochs, or, for a new run, --set optim.final_epochs=auto: a sixth of them."
-        )
-    if recipe.kmeans.engine == "auto":
-        recipe.kmeans.engine = "torch"  # always there, on any device, divided among the ranks
-    if recipe.memory.dtype == "auto":
-        recipe.memory.dtype = "float16" if gpu else "float32"
-    if recipe.optim.precision == "auto":
-        recipe.optim.precision = "bfloat16" if gpu and has_bfloat16(device) else "float32"
-    return recipe, device
+# ---------------------------------------------------------------- clusters
 
 
-def _resolve_range(recipe: Recipe, images: Images, progress: Progress | None, memory: Path | None) -> None:
-    """Settle data.range: as the features of an `init-memory` folder were made, or by the images.
+def decide_clusters(recipe: Recipe, count: int) -> tuple[int, int, list[str]]:
+    """How many clusters, and from which size on one is small.
 
-    Numbers are written even for the full range of a type, so that nobody who sees the backbone's images later has to
-    guess; `full` is left where no image has more than 8 bits.
-    """
-    if memory is not None and recipe.data.range == "auto":
-        # `_read_memory` says what is wrong with the folder.
-        with suppress(OdcftError, ValueError, KeyError, TypeError, AttributeError):
-            about = read_json(memory / "memory.json")
-            recipe.data.range = about["recipe"]["data"].get("range", "full")
-    if recipe.data.range in ("auto", "full"):
-        looked = {0: own_range(images, recipe.data.range == "full")} if dist.rank() == 0 else {}
-        found, words = dist.gather_dict(looked)[0]  # one answer for all ranks
-        recipe.data.range = found or "full"
-        if progress and words:
-            progress.say(f"Note        {words}")
+    `auto` is images / 128, at least 2, at most 10,000 (the paper's number for ImageNet), and no more than leaves every
+    cluster above the threshold of small clusters. Where even two clusters would be below it, the threshold is lowered.
 
+    Args:
+        recipe: what was asked for.
+        count: images.
 
-def resolve_clusters(recipe: Recipe, count: int, progress: Progress | None = None) -> Recipe:
-    """The recipe with a number of clusters that can work for `count` images.
-
-    `auto` is count / 128, at least 2, at most 10,000 (which the paper has for ImageNet), and no more than leaves every
-    cluster above the small-cluster threshold. Where even two clusters would be below it, the threshold is lowered.
+    Returns:
+        K, the threshold (`memory.min_cluster`), and notes for the user.
 
     Raises:
-        OdcftError: a given number of clusters that leaves some of them small whatever happens.
+        OdcftError: a given K that leaves some clusters small whatever happens, or hardly any images.
     """
-    recipe = recipe.model_copy(deep=True)
-    memory = recipe.memory
     if count < 4:
         few = f"{count_of(count, 'image')} {'is' if count == 1 else 'are'}"
         raise OdcftError(f"{few} too few to cluster; give at least 4, better thousands.")
-    if recipe.method == "dc":  # clusters are small or not as K-Means finds them; only none is left empty
-        memory.min_cluster = 0
-    if count < 2 * (memory.min_cluster + 1):
+    K, notes = recipe.memory.clusters, []
+    # DC takes clusters as K-Means finds them; it only leaves none empty.
+    min_cluster = 0 if recipe.method == "dc" else recipe.memory.min_cluster
+    if count < 2 * (min_cluster + 1):
         lowered = count // 4 - 1
-        if progress:
-            progress.say(
-                f"Note        {count} images cannot make clusters of more than {memory.min_cluster}: "
-                f"memory.min_cluster lowered to {lowered}."
-            )
-        memory.min_cluster = lowered
-    most = count // (memory.min_cluster + 1) if memory.min_cluster >= 0 else count
-    automatic = max(2, min(count // 128, MOST_CLUSTERS, most))
-    if memory.clusters == "auto":
-        memory.clusters = automatic
-    elif memory.clusters > most:
+        notes.append(
+            f"{count} images cannot make two clusters of more than {min_cluster}: "
+            f"memory.min_cluster lowered to {lowered}."
+        )
+        min_cluster = lowered
+    most = count // (min_cluster + 1) if min_cluster >= 0 else count
+    automatic = max(2, min(count // IMAGES_PER_CLUSTER, MOST_CLUSTERS, most))
+    if K == "auto":
+        return automatic, min_cluster, notes
+    if most < K:
         why = (
-            f"each needs more than {memory.min_cluster} images"
-            if most < count
-            else "there would be more clusters than images"
+            f"each needs more than {min_cluster} images" if most < count else "there would be more clusters than images"
         )
         raise OdcftError(
-            f"{memory.clusters:,} clusters for {count:,} images cannot work: {why}. "
+            f"{K:,} clusters for {count:,} images cannot work: {why}. "
             f"--clusters auto would use {automatic}; {most} is the most."
         )
-    elif progress and recipe.method == "dc" and memory.clusters * FEW > count:
-        progress.say(
-            f"Note        {count:,} images leave {count // memory.clusters} for each of {memory.clusters:,} clusters, "
-            f"few to learn from: --clusters auto would use {automatic}. For thousands of images: --recipe dc_small."
+    if recipe.method == "dc" and count < K * FEW_IMAGES:
+        notes.append(
+            f"{count:,} images leave {count // K} for each of {K:,} clusters, few to learn from: "
+            f"--clusters auto would use {automatic}. For thousands of images: --recipe dc_small."
         )
-    elif progress and memory.clusters * 2 * (memory.min_cluster + 1) > count:
-        progress.say(
-            f"Note        {count:,} images leave {count // memory.clusters} for each of {memory.clusters:,} clusters, "
-            f"little more than memory.min_cluster={memory.min_cluster}: many will be refilled again and again."
+    elif K * 2 * (min_cluster + 1) > count:
+        notes.append(
+            f"{count:,} images leave {count // K} for each of {K:,} clusters, little more than "
+            f"memory.min_cluster={min_cluster}: many will be refilled again and again."
         )
-    return recipe
+    return K, min_cluster, notes
 
 
-def view_of(recipe: Recipe) -> View:
-    """How a resolved recipe has images seen where they are not augmented."""
-    assert recipe.data.range != "auto", "the recipe is resolved by now"
-    intensity = None if recipe.data.range == "full" else recipe.data.range
-    return View(_number(recipe.data.size), recipe.data.crop_fraction, intensity=intensity)
+# ---------------------------------------------------------------- images
 
 
-def _number(value: Any) -> int:
-    assert isinstance(value, int), "the recipe is resolved by now"
-    return value
-
-
-def automatic_size(network_size: int, fixed: bool, side: int) -> int:
-    """Pixels of the input where nothing else says: the network's own size, or the images' where they are smaller.
+def automatic_size(backbone: Backbone, side: int) -> int:
+    """Pixels of the input by default: the network's own size, or the images' where they are smaller.
 
     Small images are not blown up, but brought to the next multiple of 8, unless the network takes one size only.
 
     Args:
-        network_size: pixels of the input that the network was made for.
-        fixed: whether it takes no other.
-        side: of the images (`usual_side`), 0 if unknown.
+        backbone: of the images.
+        side: the usual shorter side of the images (`usual_side`), 0 if unknown.
     """
-    return network_size if fixed or side == 0 else min(network_size, max(32, -(-side // 8) * 8))
+    own = backbone.size
+    return own if backbone.fixed_size or side == 0 else min(own, max(32, -(-side // 8) * 8))
 
 
-def view_for_evaluation(loaded: "Loaded", images: "Images", size: int | None, run: "View | None" = None) -> "View":
+def _decide_size(recipe: Recipe, backbones: Sequence[Backbone], images: Images) -> int:
+    """`data.size`, where it is `auto` the smallest that some member would get."""
+    if recipe.data.size != "auto":
+        return recipe.data.size
+    side = usual_side(images)
+    return min({b.size for b in backbones if b.fixed_size} or {automatic_size(b, side) for b in backbones})
+
+
+def _refuse_size(backbone: Backbone, size: int) -> None:
+    if backbone.fixed_size and size != backbone.size:
+        raise OdcftError(
+            f"{backbone.arch} takes images of {backbone.size} pixels only, not {size}. "
+            f"Pass --set data.size={backbone.size}, or auto; members of codc all see the same images."
+        )
+    if not backbone.takes(size):
+        raise OdcftError(
+            f"{backbone.arch} cannot take images of {size} pixels. "
+            f"It was made for {backbone.size}: try --set data.size={backbone.size}."
+        )
+
+
+def _decide_range(recipe: Recipe, images: Images) -> tuple[Literal["full"] | tuple[float, float], str]:
+    """`data.range` by the images, the same on every rank, and a note for the user.
+
+    Numbers are written even for the full range of a type, so that nobody who sees the backbone's images later has to
+    guess; "full" is left where no image has more than 8 bits.
+    """
+    if not isinstance(recipe.data.range, str):
+        return recipe.data.range, ""
+    looked = {0: own_range(images, recipe.data.range == "full")} if dist.rank() == 0 else {}
+    found, note = dist.gather_dict(looked)[0]
+    return found or "full", note
+
+
+def view_for_evaluation(loaded: Loaded, images: Images, size: int | None, run: View | None = None) -> View:
     """How labelled images are seen: as the recipe that trained the backbone says, where its file tells.
 
     A network that was made for larger images is not shown small ones enlarged, but whole and as they are, unless its
-    file says so.
+    file says otherwise.
 
     Args:
         loaded: the backbone.
         images: those to see.
-        size: the user's word.
-        run: how the RUN it is of saw its images.
+        size: given by the user.
+        run: how the RUN that it belongs to saw its images.
     """
-    from odcft.data.intensity_range import own_range, usual_side
-
     backbone = loaded.backbone
     view = run or backbone.input.view
     if view.intensity is None:  # it was trained on images of 8 bits, or somewhere else
         view = replace(view, intensity=own_range(images)[0])
     if size is not None or run is not None or loaded.told:
         return replace(view, size=size or view.size)
-    size = automatic_size(view.size, backbone.fixed_size, usual_side(images))
+    size = automatic_size(backbone, usual_side(images))
     return replace(view, size=size, crop_fraction=1.0 if size < view.size else view.crop_fraction)
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def _workers(gpu: bool) -> int:
+    """Data loader processes for each rank: a share of this machine's cores where a GPU trains, else none."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
+    return min(16, cores // ranks_here) if gpu else 0
+
+
+# ---------------------------------------------------------------- which recipe suits
+
+
+def suitable_recipe(backbones: Sequence[Backbone], count: int) -> str | None:
+    """The shipped recipe that suits such networks and so many images; None for the default."""
+    if any(backbone.is_transformer for backbone in backbones):
+        return "odc_vit"
+    return "small" if count < FEW_STEPS * load_recipe().optim.batch_size else None
+
+
+def unsuitable(backbones: Sequence[Backbone], count: int, recipe: Recipe) -> list[str]:
+    """A sentence wherever another shipped recipe is made for such networks or so few images."""
+    notes = []
+    transformers = [backbone.arch for backbone in backbones if backbone.is_transformer]
+    if transformers and recipe.optim.optimizer == "sgd":
+        notes.append(
+            f"{transformers[0]} is a transformer, and this recipe trains with SGD, which suits convolutional networks: "
+            "--recipe odc_vit is made for transformers."
+        )
+    steps = count // recipe.optim.batch_size
+    if steps < FEW_STEPS and recipe.optim.batch_size >= LARGE_BATCH and not transformers:
+        notes.append(
+            f"{count:,} images make {count_of(max(1, steps), 'step')} an epoch with batches of "
+            f"{recipe.optim.batch_size}: --recipe {'dc_small' if recipe.method == 'dc' else 'small'} is made for "
+            "thousands of images."
+        )
+    return notes

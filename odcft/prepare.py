@@ -1,376 +1,265 @@
-"""The memory that `init-memory` wrote, read back."""
+"""What training starts from: checkpoints loaded, images found, the plan made, both memories filled; and the state of a
+run, new or resumed.
+
+Shapes: N images, S of them on this rank, K clusters, D embedding.
+"""
 
 import json
 import time
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from odcft import files, members, seeds
+from odcft import files
 from odcft.backbone.load import Loaded, load_backbone
 from odcft.backbone.network import Backbone
-from odcft.clustering import odc
+from odcft.clustering.clusters import Clusters
 from odcft.clustering.kmeans import assign, kmeans
 from odcft.clustering.methods import METHODS
-from odcft.data.batches import Crops
+from odcft.data.batches import Crops, steps_per_epoch
 from odcft.data.feature_extraction import extract
-from odcft.data.intensity_range import own_range
 from odcft.data.sources import Images, find_images
 from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
-from odcft.files import read_json
+from odcft.members import joint_features, make_members, make_necks
 from odcft.optim import lr_at
-from odcft.plan import _number, resolve, resolve_clusters, resolve_members, view_of
+from odcft.plan import Plan, decide_members, make_plan, unsuitable, with_clusters_for
 from odcft.precision import allow_tf32
 from odcft.progress import Progress
-from odcft.recipe import MemberRecipe, Recipe, flat, load_recipe, make_recipe, taken_as
-from odcft.run import output_checks, snapshot_files
-from odcft.run.folder import RUN_FILES, write_image_lists
+from odcft.recipe import MemberRecipe, Recipe, make_recipe, taken_as
+from odcft.run import memory_folder, output_checks, resume_checks, snapshot_files
+from odcft.run.folder import RUN_FILES, Run, write_image_lists
 from odcft.run.identity import checksums, made_by, made_from
-from odcft.run.resume_checks import (
-    read_about,
-    read_quarantine,
-    refuse_odd_state,
-    refuse_other_checkpoint,
-    resumed_recipe,
-    same_images,
-)
+from odcft.seeds import seed
+from odcft.state import Snapshot, State, new_state, restore, versions
 from odcft.text import count_of, duration
-
-FEW_STEPS, LARGE_BATCH = 200, 256  # an epoch of fewer steps with larger batches: the recipe is for more images
 
 
 @dataclass
 class Start:
-    """What training starts from: the same on every rank but for the rows of the memory."""
+    """What is there before the first step: the same on every rank but for the rows of the memory."""
 
-    loaded: list[Loaded]  # of each member: one, but for codc
+    plan: Plan
+    loaded: list[Loaded]  # one for each member
     necks: list[nn.Module]
-    dim: int  # of what a neck gives
+    dim: int  # D, the length of what a neck gives
     images: Images  # those that can be read
-    recipe: Recipe  # resolved
-    state: odc.State
-    device: torch.device
-    unreadable: dict[str, str] = field(default_factory=dict)  # name: reason
+    clusters: Clusters
+    unreadable: dict[str, str]  # the other images: name to reason
+
+    @property
+    def backbones(self) -> list[Backbone]:
+        """One for each member."""
+        return [one.backbone for one in self.loaded]
 
 
-# ---------------------------------------------------------------- what a run starts from
+# ---------------------------------------------------------------- checkpoints, images, memories
 
 
-def begin(
-    ckpts: list[str],
-    data: str,
-    recipe: Recipe,
-    progress: Progress,
-    arch: str | None = None,
-    memory: Path | None = None,
-    training: bool = True,
-) -> Start:
-    """Load the checkpoints, find the images, and build both memories, by K-Means or from an `init-memory` folder."""
-    images = find_images(data)
-    recipe = resolve_members(recipe, ckpts)
-    with progress.waiting(f"Loading     {', '.join(ckpts)} …"):
-        loaded = load_members(ckpts, arch, recipe)
-    resolve_clusters(recipe, len(images))  # refuse what cannot work before anything slow is done
-    recipe, device = resolve(recipe, loaded, images, progress, memory)
-    allow_tf32(recipe.optim.tf32)
-    method = METHODS[recipe.method]
-    necks, dim = make_necks(loaded, recipe)
-    _describe(loaded, images, recipe, progress, training)
+def begin(run: Run, recipe: Recipe, progress: Progress, *, memory: Path | None = None, training: bool = True) -> Start:
+    """Load the checkpoints, find the images, and fill both memories, by K-Means or from a folder of `init-memory`.
 
-    if memory is not None:
-        return _read_memory(memory, ckpts, loaded, necks, dim, images, recipe, device)
-
-    networks = [nn.Sequential(one.backbone, neck).to(device).eval() for one, neck in zip(loaded, necks, strict=True)]
-
-    def network(images: Tensor) -> Tensor:
-        return members.side_by_side([network(images) for network in networks])
-
-    batch = max(1, recipe.optim.batch_size // dist.world_size())
-    crops = Crops(images, view_of(recipe))
-    features_SD, bad_here = extract(network, crops, batch, _number(recipe.data.workers), device, progress)
-    bad = dist.gather_dict(bad_here)
-    unreadable = {images.names[i]: reason for i, reason in sorted(bad.items())}
-    if len(bad) == len(images):
-        name, reason = next(iter(unreadable.items()))
-        raise OdcftError(f"None of the {len(images):,} images in {data} can be read. The first is {name}: {reason}.")
-    if bad:
-        features_SD = ownership.without(features_SD, set(bad), len(images))
-        images = images.without(set(bad))
+    Args:
+        run: checkpoints and images.
+        recipe: what was asked for.
+        progress: where to speak.
+        memory: a folder of `init-memory`.
+        training: whether training follows, for what is said.
+    """
+    images = find_images(run.data)
+    asked = recipe = decide_members(recipe, run.ckpts)
+    stored = memory_folder.read_memory(memory, run.ckpts, images) if memory is not None else None
+    if stored is not None:
+        recipe, images = memory_folder.recipe_for_memory(recipe, stored), stored.images
+    loaded = _load(run, recipe, progress)
+    backbones = [one.backbone for one in loaded]
+    plan, notes = make_plan(recipe, backbones, images)
+    allow_tf32(plan.optim.tf32)
+    _describe(loaded, images, plan, notes, progress, training)
+    necks, dim = make_necks(backbones, plan)
+    if stored is not None:
+        clusters = _from_memory(stored, plan, loaded[0], necks[0], dim)
+        return Start(plan, loaded, necks, dim, images, clusters, stored.unreadable)
+    features_SD, unreadable = _extract(backbones, necks, images, plan, progress)
     if unreadable:
-        some = ", ".join(list(unreadable)[:3]) + (", …" if len(unreadable) > 3 else "")
-        progress.say(f"            {len(unreadable):,} unreadable and skipped: {some} (all in quarantine.csv)")
-
-    recipe = resolve_clusters(recipe, len(images), progress)
-    started = time.monotonic()
-    K = _number(recipe.memory.clusters)
-    seed = seeds.seed(recipe.seed, "kmeans", 0)
-    with progress.waiting(f"K-Means     {K:,} clusters of {len(images):,} images …"):
-        features_SD = method.compact(features_SD, recipe)
-        centroids_KD = kmeans(features_SD, K, seed, recipe.kmeans.iterations, recipe.kmeans.engine)
-        labels_S = assign(features_SD, centroids_KD)[0]
-    state = method.start(features_SD, labels_S, recipe)
-    sizes_K = state.memory.sizes_K
-    progress.say(
-        f"K-Means     {K:,} clusters · {recipe.kmeans.iterations} iterations · "
-        f"sizes {int(sizes_K.min()):,} … {int(sizes_K.max()):,} · {duration(time.monotonic() - started)}"
-    )
-    return Start(loaded, necks, dim, images, recipe, state, device, unreadable)
+        images = images.without(set(unreadable))
+        plan, notes = with_clusters_for(plan, asked, len(images))
+        _say_notes(notes, progress)
+    clusters = _cluster(features_SD, len(images), plan, progress)
+    return Start(plan, loaded, necks, dim, images, clusters, dict(unreadable.values()))
 
 
-def load_members(ckpts: list[str], arch: str | None, recipe: Recipe) -> list[Loaded]:
-    """The backbone of each checkpoint, as the recipe wants them taken."""
-    return [
-        load_backbone(ckpt, arch, **taken_as(recipe), seed=recipe.seed, member=member)
-        for member, ckpt in enumerate(ckpts)
-    ]
+def _load(run: Run, recipe: Recipe, progress: Progress) -> list[Loaded]:
+    """The checkpoint of each member, taken as the recipe says."""
+    with progress.waiting(f"Loading     {', '.join(run.ckpts)} …"):
+        return [
+            load_backbone(ckpt, run.arch, **taken_as(recipe), seed=recipe.seed, member=member)
+            for member, ckpt in enumerate(run.ckpts)
+        ]
 
 
-def make_necks(loaded: list[Loaded], recipe: Recipe) -> tuple[list[nn.Module], int]:
-    """A neck for each member, and the length of what each gives."""
-    made = []
-    for member, one in enumerate(loaded):
-        with seeds.weights(recipe.seed, "neck", member):
-            made.append(METHODS[recipe.method].neck(one.backbone.width, recipe))
-    return [neck for neck, _ in made], made[0][1]
-
-
-def _describe(loaded: list[Loaded], images: Images, recipe: Recipe, progress: Progress, training: bool) -> None:
+def _describe(
+    loaded: list[Loaded], images: Images, plan: Plan, notes: list[str], progress: Progress, training: bool
+) -> None:
     """Say what was found and what will be done, before anything slow is."""
     for one in loaded:
         found = one.match
         cover = f"{len(found.tensors)}/{found.expected} tensors under {found.where}" if found else one.source
         progress.say(f"Checkpoint  {one.family} · {one.backbone.arch} · {one.backbone.input.color}, {cover}")
-        for note in one.notes:
-            progress.say(f"Note        {note}")
-    if recipe.method == "codc" and len(loaded) == 1 and recipe.codc.members == [MemberRecipe()]:
-        progress.say("Note        One plain member has no one to collaborate with: this is ODC.")
+        _say_notes(one.notes, progress)
+    if plan.method == "codc" and plan.codc.members == [MemberRecipe()]:
+        progress.say("Note        A single plain member has no one to collaborate with: this is ODC.")
     progress.say(f"Images      {len(images):,} in {images.source}")
     if images.skipped:
         progress.say(f"Not read    {images.not_read()}")
-    optim, ranks = recipe.optim, dist.world_size()
-    plan = [recipe.method.upper(), count_of(optim.epochs, "epoch"), f"batch {optim.batch_size}"] if training else []
-    plan += [f"{recipe.data.size} px", f"{ranks} process{'es' if ranks > 1 else ''}", optim.precision]
-    progress.say(f"Plan        {' · '.join(plan)}")
+    optim, ranks = plan.optim, dist.world_size()
+    parts = [plan.method.upper(), count_of(optim.epochs, "epoch"), f"batch {optim.batch_size}"] if training else []
+    parts += [f"{plan.data.size} px", f"{ranks} process{'es' if ranks > 1 else ''}", optim.precision]
+    progress.say(f"Plan        {' · '.join(parts)}")
+    _say_notes(notes, progress)
     if training:
-        for note in unfit(loaded, len(images), recipe):
-            progress.say(f"Note        {note}")
+        _say_notes(unsuitable([one.backbone for one in loaded], len(images), plan), progress)
 
 
-def fitting_recipe(backbones: list[Backbone], count: int) -> str | None:
-    """The shipped recipe that suits such networks and so many images; None for the default."""
-    if any(backbone.is_transformer for backbone in backbones):
-        return "odc_vit"
-    return "small" if count < FEW_STEPS * load_recipe().optim.batch_size else None
+def _say_notes(notes: list[str], progress: Progress) -> None:
+    for note in notes:
+        progress.say(f"Note        {note}")
 
 
-def unfit(loaded: list[Loaded], count: int, recipe: Recipe) -> list[str]:
-    """Where another recipe is made for such networks or so few images, a sentence each."""
-    notes = []
-    transformers = [one.backbone.arch for one in loaded if one.backbone.is_transformer]
-    if transformers and recipe.optim.optimizer == "sgd":
-        notes.append(
-            f"{transformers[0]} is a transformer, and this recipe trains by SGD, which suits convolutional networks: "
-            "--recipe odc_vit is made for transformers."
+def _extract(
+    backbones: list[Backbone], necks: list[nn.Module], images: Images, plan: Plan, progress: Progress
+) -> tuple[Tensor, dict[int, tuple[str, str]]]:
+    """Features (S, D) of this rank's share of the readable images; and the others: number to name and reason."""
+    device = dist.this_device()
+    networks = [nn.Sequential(*parts).to(device).eval() for parts in zip(backbones, necks, strict=True)]
+
+    def network(images: Tensor) -> Tensor:
+        return joint_features([network(images) for network in networks])
+
+    crops = Crops(images, plan.view)
+    features_SD, mine = extract(network, crops, plan.batch_of_rank, plan.data.workers, device, progress)
+    unreadable = {number: (images.names[number], why) for number, why in sorted(dist.gather_dict(mine).items())}
+    if len(unreadable) == len(images):
+        name, why = next(iter(unreadable.values()))
+        raise OdcftError(
+            f"None of the {len(images):,} images in {images.source} can be read. The first is {name}: {why}."
         )
-    steps = count // recipe.optim.batch_size
-    if steps < FEW_STEPS and recipe.optim.batch_size >= LARGE_BATCH and not transformers:
-        notes.append(
-            f"{count:,} images are {count_of(max(1, steps), 'step')} an epoch with batches of "
-            f"{recipe.optim.batch_size}: --recipe {'dc_small' if recipe.method == 'dc' else 'small'} is made for "
-            "thousands of images."
-        )
-    return notes
+    if unreadable:
+        features_SD = ownership.without(features_SD, set(unreadable), len(images))
+        names = [name for name, _ in unreadable.values()]
+        some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        progress.say(f"            {len(names):,} unreadable and skipped: {some} (all in quarantine.csv)")
+    return features_SD, unreadable
 
 
-def _new_run(
-    ckpts: list[str],
-    data: str,
-    out: Path,
-    recipe: Recipe,
-    progress: Progress,
-    arch: str | None,
-    memory: Path | None,
-) -> Start:
+def _cluster(features_SD: Tensor, count: int, plan: Plan, progress: Progress) -> Clusters:
+    """Both memories, from one K-Means over the features of all ranks."""
+    began, method, K = time.monotonic(), METHODS[plan.method], plan.memory.clusters
+    with progress.waiting(f"K-Means     {K:,} clusters of {count:,} images …"):
+        features_SD = method.features_for_kmeans(features_SD, plan)
+        centroids_KD = kmeans(features_SD, K, seed(plan.seed, "kmeans", 0), plan.kmeans.iterations, plan.kmeans.engine)
+        labels_S = assign(features_SD, centroids_KD)[0]
+    clusters: Clusters = method.start(features_SD, labels_S, plan)
+    sizes_K = clusters.memory.sizes_K
+    progress.say(
+        f"K-Means     {K:,} clusters · {plan.kmeans.iterations} iterations · "
+        f"sizes {int(sizes_K.min()):,} … {int(sizes_K.max()):,} · {duration(time.monotonic() - began)}"
+    )
+    return clusters
+
+
+def _from_memory(stored: memory_folder.StoredMemory, plan: Plan, loaded: Loaded, neck: nn.Module, dim: int) -> Clusters:
+    """Both memories, from a folder of `init-memory`; the neck gets the weights its features were made with."""
+    random_weights = loaded.match is None or bool(loaded.match.missing)
+    memory_folder.refuse_other_features(stored, plan, dim, random_weights)
+    try:
+        neck.load_state_dict(stored.neck)
+    except RuntimeError:
+        raise OdcftError(
+            f"{stored.folder / 'neck.safetensors'} is not the neck of this recipe. Make the memory again."
+        ) from None
+    device = dist.this_device()
+    features_SD, labels_S = (tensor.to(device) for tensor in stored.rows_of_rank())
+    clusters: Clusters = METHODS[plan.method].start(features_SD, labels_S, plan)
+    return clusters
+
+
+# ---------------------------------------------------------------- a run, new or resumed
+
+
+def new_run(run: Run, recipe: Recipe, progress: Progress, *, memory: Path | None = None) -> tuple[Start, State]:
     """The start of a RUN, and what is written of it before its first state."""
-    start = begin(ckpts, data, recipe, progress, arch, memory)
+    start = begin(run, recipe, progress, memory=memory)
     if dist.rank() == 0:
-        output_checks.clear(out, RUN_FILES)
-        about = made_from(ckpts, [one.backbone.arch for one in start.loaded], data, start.images)
+        output_checks.clear(run.out, RUN_FILES)
+        about = made_from(run.ckpts, [backbone.arch for backbone in start.backbones], run.data, start.images)
         about |= {"asked": recipe.model_dump(mode="json"), "sample": checksums(start.images)}
-        about |= {"arch_given": arch, **made_by(ckpts)}
-        files.write_whole(out / "run.json", json.dumps(about, indent=2))
-        write_image_lists(start.images, start.unreadable, out)
+        about |= {"arch_given": run.arch, **made_by(run.ckpts)}
+        files.write_whole(run.out / "run.json", json.dumps(about, indent=2))
+        write_image_lists(start.images, start.unreadable, run.out)
     dist.barrier()
-    return start
+    network = make_members(start.backbones, start.necks, start.dim, start.plan)
+    return start, new_state(network, start.clusters, start.plan)
 
 
-def _resume_point(
-    ckpts: list[str],
-    data: str,
-    out: Path,
-    recipe: Recipe,
-    epochs: int | None,
-    progress: Progress,
-    arch: str | None,
-) -> tuple[Start, snapshot_files.State]:
-    """Where a RUN that was interrupted goes on: its own recipe, images and checkpoint, and its newest state.
+def resumed_run(run: Run, recipe: Recipe, epochs: int | None, progress: Progress) -> tuple[Start, State]:
+    """Where a RUN that was interrupted continues: its own recipe, images and checkpoint, and its newest state.
+
+    Args:
+        run: checkpoints and images as given now.
+        recipe: as given now.
+        epochs: how many in all, to prolong the run.
+        progress: where to speak.
 
     Raises:
         OdcftError: no intact state; another recipe, checkpoint or data than the run was started with.
     """
-    saved = snapshot_files.load(snapshot_files.newest(out, progress.say))
-    refuse_odd_state(out, saved.about)
-    about = read_about(out)
-    arch = arch or about.get("arch_given")
-    recipe = resumed_recipe(recipe, epochs, out, about, saved.about)
-    if dist.rank() == 0 and recipe.optim.epochs != saved.about["recipe"]["optim"]["epochs"]:
+    snapshot = snapshot_files.load(snapshot_files.newest(run.out, progress.say))
+    resume_checks.refuse_odd_state(run.out, snapshot.about)
+    about = resume_checks.read_about(run.out)
+    recipe = resume_checks.resumed_recipe(recipe, epochs, run.out, about, snapshot.about)
+    if dist.rank() == 0 and recipe.optim.epochs != snapshot.about["recipe"]["optim"]["epochs"]:
         # A later --resume need not say it again.
-        files.write_whole(out / "run.json", json.dumps({**about, "epochs": recipe.optim.epochs}, indent=2))
-    refuse_other_checkpoint(ckpts, out, about)
-    with progress.waiting(f"Loading     {', '.join(ckpts)} …"):
-        loaded = load_members(ckpts, arch, recipe)
-    images = same_images(data, out, about)
-    recipe, device = resolve(recipe, loaded, images)
-    allow_tf32(recipe.optim.tf32)
-    necks, dim = make_necks(loaded, recipe)
-    rows = len(ownership.owned(len(images)))
-    nothing_SD = torch.zeros(rows, len(necks) * dim, device=device)
-    state = METHODS[recipe.method].start(nothing_SD, torch.zeros(rows, dtype=torch.int32, device=device), recipe)
-    unreadable = dict.fromkeys(read_quarantine(out), "")
-    progress.say(f"Resuming    {out} after {saved.about['step']:,} steps")
-    _tell_new_rate(saved.about, recipe, progress)
-    changed = [f"{name} {then} then, {now} now" for name, then, now in _other_versions(saved.about["versions"])]
-    if changed:
-        progress.say(f"Note        {'; '.join(changed)}: it goes on, but perhaps not to the same bits.")
-    return Start(loaded, necks, dim, images, recipe, state, device, unreadable), saved
+        files.write_whole(run.out / "run.json", json.dumps({**about, "epochs": recipe.optim.epochs}, indent=2))
+    resume_checks.refuse_other_checkpoint(run.ckpts, run.out, about)
+    arch = run.arch or about.get("arch_given")
+    loaded = _load(Run(run.out, run.ckpts, run.data, arch), recipe, progress)
+    images = resume_checks.same_images(run.data, run.out, about)
+    backbones = [one.backbone for one in loaded]
+    plan, _ = make_plan(recipe, backbones, images)
+    allow_tf32(plan.optim.tf32)
+    necks, dim = make_necks(backbones, plan)
+    clusters = _no_clusters_yet(len(images), len(necks) * dim, plan)
+    unreadable = dict.fromkeys(resume_checks.read_quarantine(run.out), "")
+    state = new_state(make_members(backbones, necks, dim, plan), clusters, plan)
+    restore(state, snapshot, steps_per_epoch(len(images), plan.optim.batch_size))
+    progress.say(f"Resuming    {run.out} after {snapshot.about['step']:,} steps")
+    _say_notes([*_new_rate(snapshot, plan), *_other_versions(snapshot)], progress)
+    return Start(plan, loaded, necks, dim, images, clusters, unreadable), state
 
 
-def _tell_new_rate(saved: dict[str, Any], recipe: Recipe, progress: Progress) -> None:
-    """Say how a prolonged schedule goes on."""
-    before, epochs = make_recipe(saved["recipe"]).optim, recipe.optim.epochs
-    if before.epochs != epochs:
-        was, now = (
-            lr_at(max(0, saved["step"] - 1), saved["steps_per_epoch"], optim) for optim in (before, recipe.optim)
-        )
-        rate = f"goes from {was:.3g} to {now:.3g}" if was != now else f"stays at {now:.3g}"
-        progress.say(f"Note        {epochs} epochs instead of {before.epochs}: the learning rate {rate}.")
+def _no_clusters_yet(images: int, dim: int, plan: Plan) -> Clusters:
+    """Clusters of the right sizes, to restore those of a snapshot into."""
+    rows, device = len(ownership.owned(images)), dist.this_device()
+    labels_S = torch.zeros(rows, dtype=torch.int32, device=device)
+    clusters: Clusters = METHODS[plan.method].start(torch.zeros(rows, dim, device=device), labels_S, plan)
+    return clusters
 
 
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("odcft", "torch", "timm", "safetensors")}
+def _new_rate(snapshot: Snapshot, plan: Plan) -> list[str]:
+    """How the learning rate continues where the run was prolonged."""
+    about, then = snapshot.about, make_recipe(snapshot.about["recipe"]).optim
+    if then.epochs == plan.optim.epochs:
+        return []
+    step = max(0, about["step"] - 1)
+    was, now = (lr_at(step, about["steps_per_epoch"], optim) for optim in (then, plan.optim))
+    rate = f"goes from {was:.3g} to {now:.3g}" if was != now else f"stays at {now:.3g}"
+    return [f"{plan.optim.epochs} epochs instead of {then.epochs}: the learning rate {rate}."]
 
 
-def _other_versions(then: dict[str, str]) -> list[tuple[str, str, str]]:
-    return [(name, then[name], now) for name, now in _versions().items() if then.get(name, now) != now]
-
-
-# ---------------------------------------------------------------- from a folder of init-memory
-
-
-def _read_memory(
-    folder: Path,
-    ckpts: list[str],
-    loaded: list[Loaded],
-    necks: list[nn.Module],
-    dim: int,
-    images: Images,
-    recipe: Recipe,
-    device: torch.device,
-) -> Start:
-    """The start that `init-memory` wrote, for the same checkpoint and images."""
-    if len(ckpts) > 1:
-        raise OdcftError(
-            f"{folder} holds the memory of one checkpoint; several checkpoints make theirs together. Drop --memory."
-        )
-    (ckpt,), (neck,) = ckpts, necks
-    try:
-        for name in ("memory.safetensors", "neck.safetensors"):
-            if (folder / name).exists() and not (folder / name).is_file():
-                raise ValueError(f"{name} is no file")
-        about = read_json(folder / "memory.json")
-        made_from, sha256 = str(about["checkpoint"]), str(about["sha256"])
-        made_with = make_recipe(about["recipe"], str(folder / "memory.json"))
-        tensors = load_file(folder / "memory.safetensors")
-        neck_tensors = load_file(folder / "neck.safetensors")
-        names = files.read_column(folder / "images.csv", "path")
-        (count, length), (clusters, _) = tensors["features"].shape, tensors["centroids"].shape
-        if tensors["labels"].dtype != torch.int32 or tensors["features"].dtype not in (torch.float16, torch.float32):
-            raise ValueError("its tensors are of other types")
-        if not (tensors["labels"].shape == (count,) == (len(names),) and tensors["centroids"].shape[1] == length):
-            raise ValueError("its tensors do not fit each other")
-        if not (count and 0 <= int(tensors["labels"].min()) <= int(tensors["labels"].max()) < clusters):
-            raise ValueError("its labels are not those of its clusters")
-        if not tensors["features"].isfinite().all():
-            raise ValueError("its features are not finite")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise OdcftError(
-            f"{folder} is not a complete folder of `odcft init-memory` ({error}). Make it again."
-        ) from None
-    if sha256 != files.sha256(ckpt):
-        raise OdcftError(
-            f"{folder} was made from another checkpoint ({made_from}), not from {ckpt}. "
-            "Make it again with `odcft init-memory`."
-        )
-    known = set(names)
-    unreadable = {name: "unreadable for init-memory" for name in images.names if name not in known}
-    images = images.without({i for i, name in enumerate(images.names) if name not in known})
-    if images.names != names:
-        raise OdcftError(
-            f"{folder} was made from {len(names):,} images that are not those of {images.source} now. "
-            "Make it again with `odcft init-memory`."
-        )
-    if made_with.data.range == "auto":  # of before there was a range: all of the type's
-        made_with.data.range = own_range(images, full=True)[0] or "full"
-    random_weights = loaded[0].match is None or bool(loaded[0].match.missing)
-    _refuse_other_features(folder, made_with, recipe, random_weights)
-    if recipe.memory.clusters not in ("auto", clusters):
-        raise OdcftError(
-            f"{folder} has {clusters:,} clusters, and {recipe.memory.clusters:,} are asked for. "
-            "Drop --clusters, or make the memory again."
-        )
-    recipe.memory.clusters = clusters
-    recipe = resolve_clusters(recipe, len(images))
-    try:
-        neck.load_state_dict(neck_tensors)
-    except RuntimeError:
-        raise OdcftError(
-            f"{folder / 'neck.safetensors'} is not the neck of this recipe. Make the memory again."
-        ) from None
-    if recipe.method != "dc" and length != dim:
-        raise OdcftError(
-            f"{folder} has features of {length} numbers, and this recipe's neck gives {dim}. Make it again."
-        )
-    neck.to(device)
-    loaded[0].backbone.to(device)
-    owned = torch.tensor(ownership.owned(len(images)))
-    state = METHODS[recipe.method].start(
-        tensors["features"][owned].to(device), tensors["labels"][owned].to(device), recipe
-    )
-    return Start(loaded, necks, dim, images, recipe, state, device, unreadable)
-
-
-# What the features in a memory depend on, besides checkpoint and images; `dc.pca` for dc, the neck for odc.
-FEATURES = (
-    *("method", "data.size", "data.crop_fraction", "data.range", "data.mean", "data.std", "backbone.input"),
-    *("backbone.arch_args", "neck.hidden", "neck.dim", "dc.pca"),
-)
-
-
-def _refuse_other_features(folder: Path, made_with: Recipe, recipe: Recipe, random_weights: bool) -> None:
-    """Refuse a memory whose features this recipe would not have made."""
-    then, now = flat(made_with.model_dump(mode="json")), flat(recipe.model_dump(mode="json"))
-    others = "neck." if recipe.method == "dc" else "dc."
-    names = [name for name in FEATURES if name in then and not name.startswith(others)]
-    for name in [*names, *(["seed"] if random_weights else [])]:
-        if then[name] != now[name]:
-            raise OdcftError(
-                f"{folder} was made with {name}={then[name]}, and this run has {name}={now[name]}: its features would "
-                "be others. Give the same recipe and settings as for `odcft init-memory`, or make the memory again."
-            )
+def _other_versions(snapshot: Snapshot) -> list[str]:
+    then = snapshot.about["versions"]
+    changed = [f"{name} {then[name]} then, {now} now" for name, now in versions().items() if then.get(name, now) != now]
+    return [f"{'; '.join(changed)}: the run continues, but perhaps not to the same bits."] if changed else []

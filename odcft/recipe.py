@@ -21,6 +21,7 @@ from odcft.text import brief
 LARGEST, LONGEST, DEEPEST = 1 << 20, 10_000, 30  # bytes of a recipe, letters of a value, levels
 
 MOST_EPOCHS, LARGEST_SIDE, WIDEST, MOST_WORKERS = 1_000_000, 4096, 65_536, 1024  # beyond use, within memory
+MOST_MEMBERS = 9  # of codc
 
 Auto = Literal["auto"]
 

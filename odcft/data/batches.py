@@ -85,6 +85,12 @@ def collate(items: list[tuple[Tensor | str, int]]) -> Batch:
     return Batch(pixels, torch.tensor([index for _, index in good], dtype=torch.int64), bad)
 
 
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """How many steps every rank takes in an epoch over `count` images, with batches of so many over all ranks."""
+    share = count // dist.world_size()
+    return max(1, share // min(batch_size // dist.world_size(), share))
+
+
 class TrainingOrder:
     """The batches of a run, from a step on: every rank shuffles its own images anew each epoch,
     and takes as many steps.
@@ -102,15 +108,19 @@ class TrainingOrder:
         first_step: int = 0,
         draw: Callable[[torch.Generator], Tensor] | None = None,
     ) -> None:
-        self.owned = torch.tensor(ownership.owned(count))
+        self.count, self.owned = count, torch.tensor(ownership.owned(count))
         self.batch = min(batch, count // dist.world_size())  # of this rank
-        self.steps_per_epoch = max(1, count // dist.world_size() // self.batch)
+        self.steps_per_epoch = steps_per_epoch(count, batch * dist.world_size())
         self.steps = self.steps_per_epoch * epochs
         self.seed, self.first_step = seed, first_step
         self.draw = draw or (lambda generator: torch.randperm(len(self.owned), generator=generator))
 
     def __len__(self) -> int:
         return self.steps - self.first_step
+
+    def images_left(self) -> int:
+        """How many images all ranks will see from `first_step` on."""
+        return len(self) * self.batch * dist.world_size()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch in range(self.first_step // self.steps_per_epoch, self.steps // self.steps_per_epoch):
@@ -125,13 +135,54 @@ class TrainingOrder:
                 yield [(epoch, i) for i in order[step * self.batch : (step + 1) * self.batch].tolist()]
 
 
+class TrainingBatches:
+    """The batches of a run, an epoch at a time, from loader processes that live as long as the run does.
+
+    They read ahead into the next epoch; only where the order has to be drawn again (dc: labels are new) do they start
+    from there.
+
+    Args:
+        crops: the images, with augmentation.
+        order: which images make a batch.
+        workers: loader processes.
+        device: where the batches are going.
+    """
+
+    def __init__(self, crops: "Crops", order: TrainingOrder, workers: int, device: torch.device) -> None:
+        self.order = order
+        self._loader = loader(crops, order, workers, device, stay=True)
+        self._running: Iterator[Batch] | None = None
+
+    def draw_again(self) -> None:
+        """Forget what was read ahead."""
+        self._running = None
+
+    def of_epoch(self, step: int) -> Iterator[Batch]:
+        """The batches of an epoch from a step of the run on."""
+        if self._running is None:
+            self.order.first_step = step
+            self._running = iter(self._loader)
+        for _ in range(step, (step // self.order.steps_per_epoch + 1) * self.order.steps_per_epoch):
+            yield next(self._running)
+
+
 def in_order(indices: range, batch: int) -> list[list[tuple[int, int]]]:
     """Batches of these images, one after the other."""
     return [[(0, i) for i in indices[start : start + batch]] for start in range(0, len(indices), batch)]
 
 
-def loader(crops: Crops, batches: object, workers: int, device: torch.device) -> torch.utils.data.DataLoader:
-    """A loader of `Batch`es; batches are lists of (epoch, index)."""
+def loader(
+    crops: Crops, batches: object, workers: int, device: torch.device, *, stay: bool = False
+) -> torch.utils.data.DataLoader:
+    """A loader of `Batch`es.
+
+    Args:
+        crops: the images.
+        batches: lists of (epoch, index).
+        workers: loader processes.
+        device: where the batches are going.
+        stay: whether the processes stay for the next iteration.
+    """
     workers = shared_memory.usable_workers(workers)
     return torch.utils.data.DataLoader(
         crops,  # type: ignore[arg-type]
@@ -140,6 +191,7 @@ def loader(crops: Crops, batches: object, workers: int, device: torch.device) ->
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
+        persistent_workers=stay and workers > 0,
         worker_init_fn=_in_worker,
     )
 

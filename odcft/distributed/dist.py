@@ -29,6 +29,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def this_device() -> torch.device:
+    """Where this rank computes: a GPU of its own if there are any, else the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def _started() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 

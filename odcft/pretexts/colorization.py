@@ -13,8 +13,7 @@ from odcft.data.lab_colors import colours, lab, nearest_colour
 from odcft.data.sources import Images
 from odcft.data.view import View
 from odcft.errors import OdcftError
-from odcft.plan import view_of
-from odcft.recipe import Recipe
+from odcft.plan import Plan
 
 
 class Colorization(nn.Module):
@@ -27,7 +26,7 @@ class Colorization(nn.Module):
 
     CELL = 4
 
-    def __init__(self, backbone: Backbone, images: Images, size: int, recipe: Recipe) -> None:
+    def __init__(self, backbone: Backbone, images: Images, size: int, plan: Plan) -> None:
         super().__init__()
         self.backbone = backbone
         self.backbone.eval()  # looked at once, for its shape
@@ -41,7 +40,7 @@ class Colorization(nn.Module):
         self.colours_Q2: Tensor
         self.weight_C: Tensor
         self.register_buffer("colours_Q2", colours(), persistent=False)
-        weight_C = rebalancing(images, size, self.colours_Q2, intensity=view_of(recipe).intensity)
+        weight_C = rebalancing(images, size, self.colours_Q2, intensity=plan.view.intensity)
         self.register_buffer("weight_C", weight_C, persistent=False)
         self.head = nn.Conv2d(maps.shape[1], len(self.colours_Q2) * self.CELL**2, 1)
 

@@ -10,7 +10,7 @@ from odcft.backbone.network import Backbone
 from odcft.data.augmentation import augment_batch
 from odcft.data.sources import Images
 from odcft.errors import OdcftError
-from odcft.recipe import Recipe
+from odcft.plan import Plan
 
 
 class Jigsaw(nn.Module):
@@ -25,9 +25,9 @@ class Jigsaw(nn.Module):
 
     weight_C = None
 
-    def __init__(self, backbone: Backbone, images: Images, size: int, recipe: Recipe) -> None:
+    def __init__(self, backbone: Backbone, images: Images, size: int, plan: Plan) -> None:
         super().__init__()
-        self.backbone, self.augment = backbone, recipe.augment
+        self.backbone, self.augment = backbone, plan.augment
         self.side = 3 if size >= 96 else 2
         patch = size // self.side * 7 // 8
         if not backbone.takes(patch):

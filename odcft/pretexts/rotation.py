@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from odcft.backbone.network import Backbone
 from odcft.data.augmentation import augment_batch, turned
 from odcft.data.sources import Images
-from odcft.recipe import Recipe
+from odcft.plan import Plan
 
 
 class Rotation(nn.Module):
@@ -14,9 +14,9 @@ class Rotation(nn.Module):
 
     weight_C = None
 
-    def __init__(self, backbone: Backbone, images: Images, size: int, recipe: Recipe) -> None:
+    def __init__(self, backbone: Backbone, images: Images, size: int, plan: Plan) -> None:
         super().__init__()
-        self.backbone, self.augment = backbone, recipe.augment
+        self.backbone, self.augment = backbone, plan.augment
         self.head = nn.Linear(backbone.width, 4)
 
     def forward(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from odcft import files, seeds
 from odcft.backbone.checkpoint_files import load_torch
-from odcft.backbone.load import Loaded, normalise, refuse_unknown
+from odcft.backbone.load import normalise, refuse_unknown
 from odcft.backbone.metadata import check_arguments
 from odcft.backbone.network import Backbone
 from odcft.backbone.network_input import Input
@@ -28,9 +28,8 @@ from odcft.distributed import dist
 from odcft.distributed.stop_signals import Stopped
 from odcft.errors import OdcftError
 from odcft.optim import lr_at, make_optimizer, set_lr
-from odcft.plan import resolve, view_of
+from odcft.plan import make_plan, suitable_recipe
 from odcft.precision import allow_tf32
-from odcft.prepare import fitting_recipe
 from odcft.pretexts.colorization import Colorization
 from odcft.pretexts.jigsaw import Jigsaw
 from odcft.pretexts.rotation import Rotation
@@ -115,24 +114,24 @@ def _train(
     if state and recipe.data.range == "auto":
         recipe = recipe.model_copy(deep=True)
         recipe.data.range = tuple(state.get("intensity") or ()) or "full"
-    recipe, device = resolve(recipe, [Loaded(backbone, f"scratch:{arch}", None)], images, progress)
-    allow_tf32(recipe.optim.tf32)
-    optim, size = recipe.optim, recipe.data.size
-    assert isinstance(size, int)
-    assert isinstance(recipe.data.workers, int)
+    plan, notes = make_plan(recipe, [backbone], images, clustered=False)
+    for note in notes:
+        progress.say(f"Note        {note}")
+    allow_tf32(plan.optim.tf32)
+    device, optim, size = dist.this_device(), plan.optim, plan.data.size
     if state and state["size"] != size:
         raise OdcftError(f"{out} was trained at {state['size']} pixels, not at {size}. Choose another --out.")
-    view = view_of(recipe)
+    view = plan.view
     if state and "intensity" in state and tuple(state["intensity"] or ()) != (view.intensity or ()):
         raise OdcftError(
-            f"{out} was trained with data.range={state['intensity']}, not {recipe.data.range}. Choose another --out."
+            f"{out} was trained with data.range={state['intensity']}, not {plan.data.range}. Choose another --out."
         )
     then = {name: state.get(name) for name in ("arch_args", "mean", "std")}
     now = {"arch_args": backbone.kwargs, "mean": list(backbone.input.mean), "std": list(backbone.input.std)}
     for name in now if state else ():
         if then[name] not in (now[name], None):
             raise OdcftError(f"{out} was trained with {name}={then[name]}, not {now[name]}. Choose another --out.")
-    network: Task = TASKS[task](backbone, images, size, recipe)
+    network: Task = TASKS[task](backbone, images, size, plan)
     network.to(device)
     if optim.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -152,14 +151,14 @@ def _train(
             raise OdcftError(f"{out} has had its {state['epoch']} epochs. Pass more with --epochs to prolong it.")
         progress.say(f"Resuming    {out} after {state['epoch']} epochs")
 
-    crops = Crops(images, view, recipe.augment, recipe.seed)
+    crops = Crops(images, view, plan.augment, plan.seed)
     sums_3 = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, puzzles since the epoch began
     figures: dict[str, float] = {}
     unreadable: dict[int, str] = {}
     network.train()
     puzzled = len(order) * order.batch * dist.world_size()
     with explained(recipe), files.made(out.parent), progress.phase(task.capitalize(), puzzled) as advance:
-        batches = iter(loader(crops, order, recipe.data.workers, device))
+        batches = iter(loader(crops, order, plan.data.workers, device))
         for step in range(order.first_step, order.steps):
             batch = next(batches)
             for i in batch.unreadable.keys() - unreadable.keys():
@@ -205,7 +204,7 @@ def _train(
         "epochs": optim.epochs,
         **figures,
         "chance": 1 / logits_MC.shape[1],
-        "recipe": fitting_recipe([backbone], len(images)),
+        "recipe": suitable_recipe([backbone], len(images)),
         "seconds": round(time.monotonic() - began, 1),
     }
 

@@ -1,16 +1,21 @@
 """What odcft writes into its folders."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from odcft.data.sources import Images
 from odcft.files import _write_table
+from odcft.recipe import MOST_MEMBERS
 
 # What odcft writes into its folders, and all that --overwrite may remove: None for a file, for a folder what is in it.
 Layout = dict[str, Any]
 LOCK = "lock"
 BACKBONE_FILES: Layout = {"config.json": None, "model.safetensors": None, "README.md": None}
-BACKBONES = ("backbone", *(f"backbone_{member}" for member in range(2, 10)))  # of codc's members, in their order
+BACKBONES = (
+    "backbone",
+    *(f"backbone_{member}" for member in range(2, MOST_MEMBERS + 1)),
+)  # of codc's members, in their order
 MEMORY_FILES: Layout = dict.fromkeys(
     ("memory.safetensors", "neck.safetensors", "memory.json", "images.csv", "quarantine.csv", LOCK)
 )
@@ -25,6 +30,23 @@ RUN_FILES: Layout = {
 }
 BEGUN = {"recipe.yaml", "run.json", "images.csv", "quarantine.csv", "checkpoints", "metrics.jsonl", "tensorboard"}
 LINKED = ("checkpoints", "tensorboard")  # may be links to folders of the user's, on another disk
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder that odcft writes, and what it is made from.
+
+    Attributes:
+        out: the folder.
+        ckpts: what `load_backbone` takes, one for each member.
+        data: what `find_images` takes.
+        arch: given by the user instead of the checkpoint's own.
+    """
+
+    out: Path
+    ckpts: list[str]
+    data: str
+    arch: str | None = None
 
 
 def write_image_lists(images: Images, unreadable: dict[str, str], out: Path) -> None:

@@ -1,12 +1,13 @@
-"""The state of a run on disk: enough to go on as if it had never stopped. No pickle: safetensors and JSON.
+"""Snapshots: the state of a run on disk, enough to continue as if it had never stopped. Safetensors and JSON only.
 
     RUN/checkpoints/step-000001200/
         same.safetensors          what is the same on every rank; rank 0 writes it
         rank-0-of-2.safetensors   what one rank has of its own; each writes its own, nothing is gathered
         state.json                step, recipe, versions, SHA-256 of the files and of itself
 
-Rows of the samples memory say by their place which image they belong to (dist.py), so a run may go on with another
-number of ranks. Random numbers are drawn from the seed and the place in the run alone (seeds.py): no generator is kept.
+The place of a row in the samples memory tells which image it belongs to (distributed/ownership.py), so a run may
+continue on another number of ranks. Random numbers depend on the seed and the step alone (seeds.py): no generator is
+saved.
 """
 
 import hashlib
@@ -14,7 +15,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +27,24 @@ from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
 from odcft.files import digest, remove, save_file, sync, write_whole
 from odcft.run.folder import STEP
+from odcft.state import Snapshot, under
 
 KEPT = 2  # newest states
 PIECE = 65536  # rows read at a time
 
 
-@dataclass
-class State:
-    """What a run needs to go on."""
-
-    same: dict[str, Tensor]  # the same on every rank: weights, optimizer, centroids
-    rows: dict[str, Tensor]  # of this rank's images, (S, ...), in row order
-    own: dict[str, Tensor] = field(default_factory=dict)  # else of this rank alone; floats that a mean can stand for
-    about: dict[str, Any] = field(default_factory=dict)  # what JSON can hold: step, images, recipe …
-
-
-def save(run: Path, state: State) -> str:
+def save(run: Path, snapshot: Snapshot) -> str:
     """Write `checkpoints/step-N`, whole or not at all; older states but one go once it has been read back.
 
     Args:
         run: the RUN folder.
-        state: `about` has `step`, how many are done, and `images`, N.
+        snapshot: its `about` has `step`, how many are done, and `images`, N.
 
     Returns:
         Why it could not be written, on every rank, or "". What was there before is there still, then.
     """
     ranks = dist.world_size()
-    folder = run / "checkpoints" / f"step-{state.about['step']:09d}"
+    folder = run / "checkpoints" / f"step-{snapshot.about['step']:09d}"
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     sums: dict[str, str] = {}
 
@@ -64,9 +55,9 @@ def save(run: Path, state: State) -> str:
             unfinished.mkdir(parents=True)
 
     def write() -> None:
-        files = {_shard(dist.rank(), ranks): {**_prefixed("rows", state.rows), **_prefixed("own", state.own)}}
+        files = {_shard(dist.rank(), ranks): {**_prefixed("rows", snapshot.rows), **_prefixed("own", snapshot.own)}}
         if dist.rank() == 0:
-            files["same.safetensors"] = state.same
+            files["same.safetensors"] = snapshot.same
         for name, tensors in files.items():
             save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, unfinished / name)
             sync(unfinished / name)
@@ -74,9 +65,9 @@ def save(run: Path, state: State) -> str:
 
     def finish() -> None:
         if dist.rank() == 0:
-            text = json.dumps({**state.about, "ranks": ranks, "files": all_sums})
+            text = json.dumps({**snapshot.about, "ranks": ranks, "files": all_sums})
             write_whole(unfinished / "state.json", json.dumps({"sha256": _sum_of(text), "state": text}))
-            if folder.exists():  # of an earlier life of this run, which the one that is gone on from did not reach
+            if folder.exists():  # left by an earlier attempt, which got further than the state this one resumed from
                 remove(folder)
             unfinished.rename(folder)
             sync(folder.parent)
@@ -144,7 +135,7 @@ def damage(folder: Path, from_disk: bool = True) -> str:
     return together(check)
 
 
-def load(folder: Path) -> State:
+def load(folder: Path) -> Snapshot:
     """A state in host memory: this rank's rows, whatever the number of ranks that wrote them.
 
     Of `own`, a rank gets back its own where the ranks are as many as they were, else the mean over those that wrote.
@@ -154,7 +145,7 @@ def load(folder: Path) -> State:
     same = load_file(folder / "same.safetensors")
     if before == now:
         mine = load_file(folder / _shard(dist.rank(), now))
-        return State(same, under("rows.", mine), under("own.", mine), about)
+        return Snapshot(same, under("rows.", mine), under("own.", mine), about)
     rows: dict[str, Tensor] = {}
     means: dict[str, Tensor] = {}
     for rank in range(before):
@@ -165,19 +156,18 @@ def load(folder: Path) -> State:
                     means[name[4:]] = means.get(name[4:], 0) + shard.get_tensor(name) / before
                 elif (rank - dist.rank()) % math.gcd(before, now) == 0:  # else they have no image in common
                     _take_rows(rows, name[5:], part, rank, before, about["images"])
-    return State(same, rows, means, about)
+    return Snapshot(same, rows, means, about)
 
 
 def _take_rows(rows: dict[str, Tensor], name: str, part: Any, rank: int, before: int, images: int) -> None:
-    """Put those rows of another rank's share that are this rank's now where they belong (image i at row i // ranks)."""
-    now = dist.world_size()
+    """Put those rows of another rank's share that are this rank's now where they belong."""
     for start in range(0, part.get_shape()[0], PIECE):
         piece = part[start : start + PIECE]
-        image = (torch.arange(start, start + len(piece))) * before + rank
-        mine = image % now == dist.rank()
+        image = ownership.image_of(torch.arange(start, start + len(piece)), rank, before)
+        mine = ownership.is_mine(image)
         if name not in rows:
             rows[name] = torch.empty(len(ownership.owned(images)), *piece.shape[1:], dtype=piece.dtype)
-        rows[name][image[mine] // now] = piece[mine]
+        rows[name][ownership.row_of(image[mine])] = piece[mine]
 
 
 def _states(run: Path) -> list[Path]:
@@ -232,7 +222,3 @@ def _shard(rank: int, ranks: int) -> str:
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
-
-
-def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

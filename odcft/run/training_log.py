@@ -1,67 +1,95 @@
-"""The figures of the steps between two log lines."""
+"""The log of a run: figures of the steps, a line now and then, warnings."""
 
 import math
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from odcft.clustering.cluster_statistics import cluster_figures, nmi
+from odcft.data.batches import Batch
 from odcft.distributed import dist
+from odcft.plan import Plan
+from odcft.run.collapse_warnings import summary, warnings
+from odcft.run.metrics import Metrics
+from odcft.run.non_finite import NonFiniteGuard
+from odcft.state import State
 
 
-class Window:
-    """Sums over the steps between two log lines, on the device, so that no step has to wait for its figures."""
+class TrainingLog:
+    """Collects the figures of the steps, and writes a line of them at intervals and at the end of every epoch.
 
-    def __init__(self, device: torch.device) -> None:
-        self.loss = torch.zeros((), device=device)
-        self.change = torch.zeros((), device=device)
-        self.steps = self.images = 0
-        self.waited = 0.0
-        self.opened = self._mark = time.perf_counter()
+    Args:
+        metrics: where the lines go.
+        plan: how often.
+        state: of the run; its window has the sums since the last line.
+        steps_per_epoch: of this run.
+        guard: its words for a loss that is not finite.
+        say: told of warnings.
+    """
 
-    def waiting(self) -> None:
-        """The loop asks for a batch now."""
-        self._mark = time.perf_counter()
+    def __init__(
+        self,
+        metrics: Metrics,
+        plan: Plan,
+        state: State,
+        steps_per_epoch: int,
+        *,
+        guard: NonFiniteGuard,
+        say: Callable[[str], None],
+    ) -> None:
+        self.metrics, self.plan, self.state = metrics, plan, state
+        self.steps_per_epoch, self.guard, self.say = steps_per_epoch, guard, say
 
-    def working(self) -> None:
-        """The batch is there."""
-        self.waited += time.perf_counter() - self._mark
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; how long each was waited for is counted."""
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self.state.window.waited += time.perf_counter() - began
+            yield batch
 
-    def add(self, loss: Tensor, change_ratio: Tensor, images: int) -> None:
-        """The figures of a step: two tensors of no dimension on the device, and the images of all ranks."""
-        self.loss += loss
-        self.change += change_ratio
-        self.steps += 1
-        self.images += images
+    def add(self, loss: Tensor, moved: Tensor, batch: Batch) -> None:
+        """The figures of a step: its loss, the share of labels that moved (tensors on the device), and its images."""
+        self.state.window.add(loss.detach(), moved, len(batch.index_B) * dist.world_size())
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """For a snapshot: what is this rank's own, and what JSON can hold."""
-        counts = {"steps": self.steps, "images": self.images, "waited": self.waited}
-        return {"loss": self.loss, "change": self.change}, {
-            **counts,
-            "seconds": time.perf_counter() - self.opened,
+    def line(self) -> str:
+        """After a step: a line of figures where one is due, in words; else "".
+
+        Raises:
+            OdcftError: the loss is not finite.
+        """
+        plan, state = self.plan, self.state
+        epoch_ends = state.step % self.steps_per_epoch == 0
+        if not state.window.steps or not (epoch_ends or state.step % plan.log.interval == 0):
+            return ""
+        clusters, last = state.clusters.memory, state.step - 1
+        figures: dict[str, Any] = {
+            "epoch": state.step / self.steps_per_epoch,
+            **state.window.close(plan.memory.clusters),
+            **cluster_figures(clusters.sizes_K, clusters.centroids_KD),
         }
+        if not math.isfinite(figures["loss"]):
+            raise self.guard.error(last)
+        figures["lr"] = state.optimizer.param_groups[0]["lr"]
+        # DC's first labels have none before them.
+        if epoch_ends and not (plan.method == "dc" and torch.equal(state.labels_before_S, clusters.labels_S)):
+            figures["nmi_previous"] = nmi(state.labels_before_S, clusters.labels_S)
+            state.labels_before_S = clusters.labels_S.clone()
+        self._warn(last, figures)
+        self.metrics.write(last, figures)
+        return f"epoch {math.ceil(figures['epoch'])}/{plan.optim.epochs} · {summary(figures, plan.method)}"
 
-    def restore(self, own: dict[str, Tensor], counts: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
-        self.loss.copy_(own["loss"])
-        self.change.copy_(own["change"])
-        self.steps, self.images, self.waited = counts["steps"], counts["images"], counts["waited"]
-        self.opened = time.perf_counter() - counts["seconds"]
-
-    def close(self, K: int) -> dict[str, float]:
-        """Means since the last line, over all ranks, and a new beginning."""
-        sums = torch.stack([self.loss, self.change]) / self.steps
-        dist.all_sum_(sums)
-        loss, change = (sums / dist.world_size()).tolist()
-        seconds = time.perf_counter() - self.opened
-        figures = {
-            "loss": loss,
-            "loss_over_ln_k": loss / math.log(K),
-            "change_ratio": change,
-            "images_per_second": self.images / seconds,
-            "data_wait": self.waited / seconds,
-        }
-        self.__init__(self.loss.device)  # type: ignore[misc]
-        return figures
+    def _warn(self, step: int, figures: dict[str, Any]) -> None:
+        """Say what looks wrong, once while it lasts, and put it into the line."""
+        lines = [*self.metrics.lines(), {"step": step, **figures}]
+        troubles = warnings(lines, self.plan.memory.clusters, self.plan.method)
+        for trouble, what in troubles.items():
+            if trouble not in self.metrics.last().get("warnings", []):
+                self.say(f"Warning     Step {step}: {what}")
+        if troubles:
+            figures["warnings"] = sorted(troubles)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from odcft import files
-from odcft.clustering import odc
+from odcft.clustering.memory import Memory
 from odcft.data.sources import Images
 from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
@@ -20,15 +20,11 @@ def require_parquet() -> None:
         raise OdcftError(f"clusters.parquet needs pyarrow ({error}): pip install pyarrow.") from None
 
 
-# ---------------------------------------------------------------- files
-
-
-def write_clusters(state: odc.State, images: Images, path: Path) -> None:
+def write_clusters(memory: Memory, images: Images, path: Path) -> None:
     """clusters.parquet: path, cluster, and distance of the stored feature to the cluster's centroid.
 
     Rows are those of images.csv. Parquet's text is UTF-8: bytes of a path that are not are written as \\xNN.
     """
-    memory = state.memory
     distances = [
         (memory.features_SD[rows].float() - memory.centroids_KD[memory.labels_S[rows].long()]).norm(dim=1)
         for rows in torch.arange(len(memory.labels_S), device=memory.labels_S.device).split(65536)

@@ -1,0 +1,59 @@
+"""What a method carries from step to step: the memory, and whether some cluster has become small."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from odcft.clustering import memory
+from odcft.clustering.memory import VARIANTS, Memory, Rules
+from odcft.clustering.small_clusters import SmallClusterWatch
+from odcft.distributed import dist
+from odcft.plan import Plan
+
+
+@dataclass
+class Clusters:
+    """The images' clusters, as ODC or DC keeps them."""
+
+    memory: Memory
+    plan: Plan
+    watch: SmallClusterWatch = field(default_factory=SmallClusterWatch)
+
+    @property
+    def rules(self) -> Rules:
+        """Of the variant that the plan asks for."""
+        return VARIANTS[self.plan.memory.variant]
+
+
+def stored(clusters: Clusters) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a snapshot keeps.
+
+    Args:
+        clusters: only read.
+
+    Returns:
+        By name: rows of this rank's images, (S, ...) each; and what is the same on every rank.
+    """
+    kept, pending = clusters.memory, clusters.watch.late.pending()
+    same = {"centroids": kept.centroids_KD} | ({} if pending is None else {"small_pending": pending})
+    return {"features": kept.features_SD, "labels": kept.labels_S}, same
+
+
+def restore(clusters: Clusters, rows: dict[str, Tensor], same: dict[str, Tensor]) -> None:
+    """Put back what was `stored`; sums and counts follow from it, exactly.
+
+    Args:
+        clusters: with features of the dtype and on the device that they are to have; changed in place.
+        rows: this rank's.
+        same: the same on every rank.
+    """
+    old = clusters.memory.features_SD
+    features_SD, labels_S = rows["features"].to(old.device), rows["labels"].to(old.device)
+    centroids_KD = same["centroids"].to(old.device)
+    new = memory.new_memory(features_SD, labels_S, len(centroids_KD), old.dtype, normalise=False)
+    new.sizes_K = dist.all_sum(new.counts_K)
+    new.centroids_KD = centroids_KD
+    new.half_squares_K = memory.half_squares(centroids_KD)
+    clusters.memory = new
+    if "small_pending" in same and old.device.type != "cpu":
+        clusters.watch.late.put_back(same["small_pending"])

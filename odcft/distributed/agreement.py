@@ -1,0 +1,56 @@
+"""What all ranks agree on in a step, without making the host wait for an accelerator."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from odcft.distributed import dist, stop_signals
+from odcft.distributed.delayed_reader import LateReader
+
+
+class Agreed(NamedTuple):
+    """The same answers on every rank, in the same step."""
+
+    broken: bool  # a loss is not finite
+    stop: bool  # a rank was asked to stop
+    save: bool  # a state is due by rank 0's clock
+
+
+class Agreement:
+    """Collects, step by step, what one rank alone knows and all have to act on.
+
+    On a CPU the answer is that of this step, on an accelerator that of the step before.
+    """
+
+    def __init__(self) -> None:
+        self._late = LateReader()
+
+    def after_step(self, loss: Tensor, save: bool) -> Agreed:
+        """What all ranks agree on.
+
+        Args:
+            loss: this rank's, on the device; zero where the step was skipped.
+            save: whether a state is due by this rank's clock; rank 0's counts.
+        """
+        flags = torch.stack(
+            [
+                loss.isfinite().logical_not().float(),
+                torch.full((), float(bool(stop_signals.asked())), device=loss.device),
+                torch.full((), float(save and dist.rank() == 0), device=loss.device),
+            ]
+        )
+        dist.all_sum_(flags)
+        answer = self._late.read(flags)
+        return Agreed(*map(bool, answer.tolist())) if answer is not None else Agreed(False, False, False)
+
+    def delay(self, device: torch.device) -> int:
+        """How many steps late an answer is."""
+        return self._late.delay(device)
+
+
+def asked_anywhere(device: torch.device) -> bool:
+    """Whether some rank was asked to stop. The host waits for the device."""
+    asked = torch.full((), float(bool(stop_signals.asked())), device=device)
+    dist.all_sum_(asked)
+    return bool(asked)

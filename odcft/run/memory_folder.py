@@ -1,0 +1,193 @@
+"""The folder of `odcft init-memory`: both memories, the neck they were made with, and what they were made from."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from odcft import files
+from odcft.clustering.memory import Memory
+from odcft.data.intensity_range import own_range
+from odcft.data.sources import Images
+from odcft.distributed import dist, ownership
+from odcft.errors import OdcftError
+from odcft.files import read_json
+from odcft.plan import Plan
+from odcft.recipe import Recipe, flat, make_recipe
+from odcft.run.folder import MEMORY_FILES, Run, write_image_lists
+from odcft.run.identity import made_by, made_from
+from odcft.run.output_checks import clear
+
+# What the features in a memory depend on, besides checkpoint and images; `dc.pca` for dc, the neck for odc.
+FEATURES = (
+    *("method", "data.size", "data.crop_fraction", "data.range", "data.mean", "data.std", "backbone.input"),
+    *("backbone.arch_args", "neck.hidden", "neck.dim", "dc.pca"),
+)
+
+
+@dataclass
+class StoredMemory:
+    """What a folder of `init-memory` holds, checked against a checkpoint and images.
+
+    Attributes:
+        folder: where it is.
+        made_with: the plan it was made with.
+        features_ND, labels_N: of all images.
+        clusters: K.
+        neck: the neck's tensors.
+        images: those it was made from.
+        unreadable: the others: name to reason.
+    """
+
+    folder: Path
+    made_with: Recipe
+    features_ND: Tensor
+    labels_N: Tensor
+    clusters: int
+    neck: dict[str, Tensor]
+    images: Images
+    unreadable: dict[str, str]
+
+    def rows_of_rank(self) -> tuple[Tensor, Tensor]:
+        """Features (S, D) and labels (S,) of this rank's images."""
+        owned = torch.tensor(ownership.owned(len(self.images)))
+        return self.features_ND[owned], self.labels_N[owned]
+
+
+def write_memory(
+    run: Run, plan: Plan, arch: str, images: Images, unreadable: dict[str, str], memory: Memory, neck: dict[str, Tensor]
+) -> None:
+    """Write the folder, replacing an earlier one; every rank takes part, rank 0 writes.
+
+    Args:
+        run: where to, and from which checkpoint and images.
+        plan: of the features.
+        arch: of the backbone.
+        images: those that could be read.
+        unreadable: the others: name to reason.
+        memory: this rank's.
+        neck: tensors of the neck.
+    """
+    tensors = {
+        "features": ownership.in_dataset_order(memory.features_SD, len(images)),
+        "labels": ownership.in_dataset_order(memory.labels_S, len(images)),
+        "centroids": memory.centroids_KD,
+    }
+    if dist.rank() == 0:
+        about = made_from(run.ckpts, [arch], run.data, images)
+        about |= {"seed": plan.seed, "recipe": plan.model_dump(mode="json"), **made_by(run.ckpts)}
+        clear(run.out, MEMORY_FILES)
+        with files.filling(run.out) as unfinished:
+            for name, part in {"memory": tensors, "neck": neck}.items():
+                part = {key: tensor.cpu().contiguous() for key, tensor in part.items()}
+                files.save_file(part, unfinished / f"{name}.safetensors")
+            write_image_lists(images, unreadable, unfinished)
+            files.write_whole(unfinished / "memory.json", json.dumps(about, indent=2))
+    dist.barrier()
+
+
+def read_memory(folder: Path, ckpts: list[str], images: Images) -> StoredMemory:
+    """What `write_memory` wrote, for the same checkpoint and images.
+
+    Raises:
+        OdcftError: the folder is incomplete, or was made from another checkpoint or other images.
+    """
+    if len(ckpts) > 1:
+        raise OdcftError(
+            f"{folder} holds the memory of one checkpoint; several checkpoints make theirs together. Drop --memory."
+        )
+    try:
+        about, tensors, neck = _read_files(folder)
+        names = files.read_column(folder / "images.csv", "path")
+        _refuse_odd_tensors(tensors, len(names))
+        made_from, sha256 = str(about["checkpoint"]), str(about["sha256"])
+        made_with = make_recipe(about["recipe"], str(folder / "memory.json"))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise OdcftError(
+            f"{folder} is not a complete folder of `odcft init-memory` ({error}). Make it again."
+        ) from None
+    if sha256 != files.sha256(ckpts[0]):
+        raise OdcftError(
+            f"{folder} was made from another checkpoint ({made_from}), not from {ckpts[0]}. "
+            "Make it again with `odcft init-memory`."
+        )
+    known = set(names)
+    unreadable = {name: "unreadable for init-memory" for name in images.names if name not in known}
+    images = images.without({i for i, name in enumerate(images.names) if name not in known})
+    if images.names != names:
+        raise OdcftError(
+            f"{folder} was made from {len(names):,} images, which are not those of {images.source} now. "
+            "Make it again with `odcft init-memory`."
+        )
+    if made_with.data.range == "auto":  # written before there was a range: all of the type's
+        made_with.data.range = own_range(images, full=True)[0] or "full"
+    return StoredMemory(
+        folder, made_with, tensors["features"], tensors["labels"], len(tensors["centroids"]), neck, images, unreadable
+    )
+
+
+def _read_files(folder: Path) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+    for name in ("memory.safetensors", "neck.safetensors"):
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise ValueError(f"{name} is not a file")
+    about = read_json(folder / "memory.json")
+    return about, load_file(folder / "memory.safetensors"), load_file(folder / "neck.safetensors")
+
+
+def _refuse_odd_tensors(tensors: dict[str, Tensor], images: int) -> None:
+    (count, length), (clusters, _) = tensors["features"].shape, tensors["centroids"].shape
+    if tensors["labels"].dtype != torch.int32 or tensors["features"].dtype not in (torch.float16, torch.float32):
+        raise ValueError("its tensors have other dtypes")
+    if not (tensors["labels"].shape == (count,) == (images,) and tensors["centroids"].shape[1] == length):
+        raise ValueError("the shapes of its tensors do not fit each other")
+    if not (count and 0 <= int(tensors["labels"].min()) <= int(tensors["labels"].max()) < clusters):
+        raise ValueError("its labels are not those of its clusters")
+    if not tensors["features"].isfinite().all():
+        raise ValueError("its features are not finite")
+
+
+def recipe_for_memory(recipe: Recipe, stored: StoredMemory) -> Recipe:
+    """The recipe with what the memory decides: K, and `data.range` where it is `auto`.
+
+    Raises:
+        OdcftError: another K is asked for.
+    """
+    if recipe.memory.clusters not in ("auto", stored.clusters):
+        raise OdcftError(
+            f"{stored.folder} has {stored.clusters:,} clusters, but {recipe.memory.clusters:,} were requested. "
+            "Drop --clusters, or make the memory again."
+        )
+    recipe = recipe.model_copy(deep=True)
+    recipe.memory.clusters = stored.clusters
+    if recipe.data.range == "auto":
+        recipe.data.range = stored.made_with.data.range
+    return recipe
+
+
+def refuse_other_features(stored: StoredMemory, plan: Plan, dim: int, random_weights: bool) -> None:
+    """Refuse a memory whose features this plan would not have made.
+
+    Args:
+        stored: the memory.
+        plan: of the run.
+        dim: D, the length of what the neck gives.
+        random_weights: whether some weights of the backbone depend on the seed.
+    """
+    then, now = flat(stored.made_with.model_dump(mode="json")), flat(plan.model_dump(mode="json"))
+    others = "neck." if plan.method == "dc" else "dc."
+    names = [name for name in FEATURES if name in then and not name.startswith(others)]
+    for name in [*names, *(["seed"] if random_weights else [])]:
+        if then[name] != now[name]:
+            raise OdcftError(
+                f"{stored.folder} was made with {name}={then[name]}, but this run has {name}={now[name]}, which gives "
+                "different features. Use the recipe and settings of `odcft init-memory`, or make the memory again."
+            )
+    if plan.method != "dc" and stored.features_ND.shape[1] != dim:
+        raise OdcftError(
+            f"{stored.folder} has features of length {stored.features_ND.shape[1]}, but the neck of this recipe gives "
+            f"{dim}. Make the memory again."
+        )

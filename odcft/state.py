@@ -1,0 +1,141 @@
+"""Everything that changes from one step to the next: what a snapshot stores, and what a resumed run restores."""
+
+import math
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from odcft import optim
+from odcft.clustering import clusters as clusters_module
+from odcft.clustering.clusters import Clusters
+from odcft.distributed import dist
+from odcft.members import Members
+from odcft.plan import Plan
+
+
+class Window:
+    """Sums over the steps between two log lines, on the device, so that no step has to wait for its figures."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), device=device)
+        self.change = torch.zeros((), device=device)
+        self.steps = self.images = 0
+        self.waited = 0.0
+        self.opened = time.perf_counter()
+
+    def add(self, loss: Tensor, change_ratio: Tensor, images: int) -> None:
+        """The figures of a step: two tensors of no dimension on the device, and the images of all ranks."""
+        self.loss += loss
+        self.change += change_ratio
+        self.steps += 1
+        self.images += images
+
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """For a snapshot: what is this rank's own, and what JSON can hold."""
+        counts = {"steps": self.steps, "images": self.images, "waited": self.waited}
+        return {"loss": self.loss, "change": self.change}, {
+            **counts,
+            "seconds": time.perf_counter() - self.opened,
+        }
+
+    def restore(self, own: dict[str, Tensor], counts: dict[str, Any]) -> None:
+        """Put back what was `stored`."""
+        self.loss.copy_(own["loss"])
+        self.change.copy_(own["change"])
+        self.steps, self.images, self.waited = counts["steps"], counts["images"], counts["waited"]
+        self.opened = time.perf_counter() - counts["seconds"]
+
+    def close(self, K: int) -> dict[str, float]:
+        """Means over the steps and all ranks; then it starts anew."""
+        sums = torch.stack([self.loss, self.change]) / self.steps
+        dist.all_sum_(sums)
+        loss, change = (sums / dist.world_size()).tolist()
+        seconds = time.perf_counter() - self.opened
+        figures = {
+            "loss": loss,
+            "loss_over_ln_k": loss / math.log(K),
+            "change_ratio": change,
+            "images_per_second": self.images / seconds,
+            "data_wait": self.waited / seconds,
+        }
+        self.__init__(self.loss.device)  # type: ignore[misc]
+        return figures
+
+
+@dataclass
+class State:
+    """A run between two steps. Random numbers are no part of it: they depend on seed and step alone (seeds.py)."""
+
+    network: Members
+    optimizer: torch.optim.Optimizer
+    clusters: Clusters
+    window: Window  # the log's sums since its last line
+    labels_before_S: Tensor  # those of the epoch before, for its NMI
+    step: int = 0  # how many are done
+    logged: int = 0  # the lines in metrics.jsonl of so many steps count: `step`, as the ranks of then counted
+    skipped: int = 0  # how many of the last in a row were skipped, as a gradient was not finite
+
+
+def new_state(network: Members, clusters: Clusters, plan: Plan) -> State:
+    """The state before the first step."""
+    optimizer = optim.make_optimizer(network.body(), network.heads(), plan.optim)
+    labels_S = clusters.memory.labels_S
+    return State(network, optimizer, clusters, Window(labels_S.device), labels_S.clone())
+
+
+@dataclass
+class Snapshot:
+    """A state as it is on disk."""
+
+    same: dict[str, Tensor]  # the same on every rank: weights, optimizer, centroids
+    rows: dict[str, Tensor]  # of this rank's images, (S, ...), in row order
+    own: dict[str, Tensor] = field(default_factory=dict)  # all else of this rank alone; floats whose mean makes sense
+    about: dict[str, Any] = field(default_factory=dict)  # what JSON can hold: step, images, recipe …
+
+
+def stored(state: State, plan: Plan, images: int, steps_per_epoch: int) -> Snapshot:
+    """What a snapshot keeps of a state.
+
+    Args:
+        state: only read.
+        plan: of the run.
+        images: N.
+        steps_per_epoch: with another number of ranks it may be another one.
+    """
+    rows, clusters = clusters_module.stored(state.clusters)
+    own, counts = state.window.stored()
+    same = {f"method.{name}": tensor for name, tensor in clusters.items()}
+    same |= {f"model.{name}": tensor for name, tensor in state.network.state_dict().items()}
+    same |= {f"optimizer.{name}": tensor for name, tensor in optim.stored(state.optimizer).items()}
+    about = {
+        **{"step": state.step, "steps_per_epoch": steps_per_epoch, "images": images, "skipped": state.skipped},
+        **{"window": counts, "recipe": plan.model_dump(mode="json"), "versions": versions()},
+    }
+    return Snapshot(same, {**rows, "labels_before": state.labels_before_S}, own, about)
+
+
+def restore(state: State, snapshot: Snapshot, steps_per_epoch: int) -> None:
+    """Put back what was `stored`, in place; the snapshot may come from another number of ranks."""
+    state.network.load_state_dict(under("model.", snapshot.same))
+    optim.restore(state.optimizer, under("optimizer.", snapshot.same))
+    clusters_module.restore(state.clusters, snapshot.rows, under("method.", snapshot.same))
+    state.window.restore(snapshot.own, snapshot.about["window"])
+    state.labels_before_S.copy_(snapshot.rows["labels_before"])
+    # In the same epoch and equally far, where an epoch has another number of steps now.
+    epoch, rest = divmod(snapshot.about["step"], snapshot.about["steps_per_epoch"])
+    state.step = epoch * steps_per_epoch + rest * steps_per_epoch // snapshot.about["steps_per_epoch"]
+    state.logged, state.skipped = snapshot.about["step"], snapshot.about["skipped"]
+
+
+def versions() -> dict[str, str]:
+    """Of odcft and of what its bits depend on."""
+    return {name: version(name) for name in ("odcft", "torch", "timm", "safetensors")}
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names start with a prefix, without it."""
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
