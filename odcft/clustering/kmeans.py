@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from odcft.clustering.memory import UNIT, half_squares
-from odcft.distributed import dist
+from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
 from odcft.precision import exact_products, has_bfloat16
 
@@ -249,8 +249,8 @@ def _start(features_SD: Tensor, k: int, seed: int) -> Tensor:
     dist.all_sum_(count)
     chosen_K = torch.randperm(int(count), generator=torch.Generator().manual_seed(seed))[:k].to(features_SD.device)
     centroids_KD = torch.zeros(k, features_SD.shape[1], device=features_SD.device)
-    mine_K = chosen_K % dist.world_size() == dist.rank()
-    centroids_KD[mine_K] = features_SD[chosen_K[mine_K] // dist.world_size()].float()
+    mine_K = ownership.is_mine(chosen_K)
+    centroids_KD[mine_K] = features_SD[ownership.row_of(chosen_K[mine_K])].float()
     dist.all_sum_(centroids_KD)
     return centroids_KD
 
@@ -259,7 +259,7 @@ def _fill_empty(centroids_KD: Tensor, counts_K: Tensor, features_SD: Tensor, dis
     """Put the centroids of empty clusters onto the rows that lie farthest from their own; of equally far, the first."""
     empty = (counts_K == 0).nonzero()[:, 0]
     row_E = distance_S.argsort(descending=True, stable=True)[: len(empty)]
-    image_E = row_E * dist.world_size() + dist.rank()
+    image_E = ownership.image_of(row_E)
     far, images = dist.gather_rows(distance_S[row_E]), dist.gather_rows(image_E)
     rows = dist.gather_rows(features_SD[row_E].float())
     by_image = images.argsort()

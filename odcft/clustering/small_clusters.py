@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from odcft.clustering.memory import UNIT, Memory, Rules, half_squares, move, nearest_centroid, small_clusters, to_units
-from odcft.distributed import dist
+from odcft.distributed import dist, ownership
 from odcft.distributed.delayed_reader import LateReader
 
 ROWS = 4096  # at a time
@@ -183,7 +183,7 @@ def _enough_on_both_sides(score_M: Tensor, second_M: Tensor, row_M: Tensor, at_l
     if second_size == second:
         return second_M
     # The members' scores and image numbers, not their features, go to every rank, and all sort alike.
-    image_M = row_M * dist.world_size() + dist.rank()
+    image_M = ownership.image_of(row_M)
     scores, images = dist.gather_rows(score_M), dist.gather_rows(image_M)
     by_image = torch.argsort(images)
     order = by_image[torch.argsort(scores[by_image], stable=True)]  # ties: by image number

@@ -1,4 +1,10 @@
-"""Which images a rank owns: with W ranks, rank r owns images i with i % W == r, and keeps image i at its row i // W."""
+"""Which rank owns which image: of W ranks, rank r owns image i if i % W == r, and keeps it in its row i // W.
+
+No other module knows this rule. Images are numbered as in the dataset, rows as in the tensors of one rank. Where a
+function takes one number, it also takes an integer tensor of them.
+"""
+
+from typing import TypeVar, overload
 
 import torch
 import torch.distributed
@@ -6,10 +12,40 @@ from torch import Tensor
 
 from odcft.distributed import dist
 
+PIECE = 65536  # images handled at a time when some are removed
+
+Index = TypeVar("Index", int, Tensor)
+
 
 def owned(count: int) -> range:
     """The images this rank owns among `count`, in row order."""
     return range(dist.rank(), count, dist.world_size())
+
+
+@overload
+def is_mine(image: int) -> bool: ...
+@overload
+def is_mine(image: Tensor) -> Tensor: ...
+def is_mine(image: int | Tensor) -> bool | Tensor:
+    """Whether this rank owns an image."""
+    return image % dist.world_size() == dist.rank()
+
+
+def row_of(image: Index) -> Index:
+    """The row in which its owner keeps an image."""
+    return image // dist.world_size()
+
+
+def image_of(row: Index, rank: int | None = None, ranks: int | None = None) -> Index:
+    """The image in a row: the inverse of `row_of`.
+
+    Args:
+        row: of a rank's tensors.
+        rank: whose row it is; this rank's by default.
+        ranks: how many ranks share the images; as many as there are now by default. A snapshot may be from another
+            number of ranks.
+    """
+    return row * (dist.world_size() if ranks is None else ranks) + (dist.rank() if rank is None else rank)
 
 
 def in_dataset_order(rows: Tensor, count: int) -> Tensor:
@@ -27,9 +63,6 @@ def in_dataset_order(rows: Tensor, count: int) -> Tensor:
     gathered = dist.gather_rows(rows)
     order = torch.cat([torch.arange(r, count, dist.world_size()) for r in range(dist.world_size())]).to(rows.device)
     return torch.empty_like(gathered).index_copy_(0, order, gathered)
-
-
-PIECE = 65536  # images at a time that travel when some leave
 
 
 def without(rows: Tensor, left_out: set[int], count: int) -> Tensor:
