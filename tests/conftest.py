@@ -45,6 +45,15 @@ def make_checkpoint():
 
 
 @pytest.fixture
+def outside(tmp_path):
+    """A folder of the user's that nothing may happen to."""
+    (tmp_path / "outside" / "inner").mkdir(parents=True)
+    (tmp_path / "outside" / "precious").write_text("mine")
+    (tmp_path / "outside" / "inner" / "precious").write_text("mine, too")
+    return tmp_path / "outside"
+
+
+@pytest.fixture
 def odcft_command(capfd):
     """A function that runs the command line in this process: arguments in, (exit code, stdout, stderr) out."""
     import sys

@@ -1,4 +1,4 @@
-"""What tests/test_ranks.py runs on one process or two: `python on_ranks.py RANKS CASE OUT`."""
+"""What tests/distributed/test_ranks.py runs on one process or two: `python on_ranks.py RANKS CASE OUT`."""
 
 import contextlib
 import json

@@ -23,7 +23,6 @@ from odcft.progress import Progress
 from odcft.recipe import load_recipe
 from odcft.run import snapshot_files
 from odcft.run.collapse_warnings import summary, warnings
-from odcft.run.lock import locked
 from odcft.run.metrics import Metrics
 from odcft.train import fine_tune
 
@@ -477,12 +476,6 @@ def test_two_runs_cannot_write_to_one_folder(go, tmp_path):
     other.kill()
     other.wait()
     go()  # what a killed run leaves does not lock
-
-
-def test_lock_leaves_nothing_behind(tmp_path):
-    with locked(tmp_path / "new", print):
-        assert (tmp_path / "new" / "lock").exists()
-    assert not (tmp_path / "new").exists()
 
 
 def test_half_a_line_of_metrics_does_not_count(tmp_path):

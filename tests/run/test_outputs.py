@@ -16,7 +16,7 @@ from odcft.errors import OdcftError
 from odcft.exports import export
 from odcft.first_memory import init_memory
 from odcft.recipe import load_recipe
-from odcft.run import failures, output_checks
+from odcft.run import output_checks
 from odcft.train import fine_tune
 
 QUICK = ["optim.batch_size=4", "log.tensorboard=false", "optim.epochs=1", "neck.hidden=16", "neck.dim=8"]
@@ -49,14 +49,6 @@ def inputs(tmp_path_factory):
 def run(inputs, tmp_path):
     """A copy of the run."""
     return shutil.copytree(inputs / "run", tmp_path / "run")
-
-
-@pytest.fixture
-def outside(tmp_path):
-    """A folder of the user's that nothing may happen to."""
-    (tmp_path / "outside" / "inner").mkdir(parents=True)
-    (tmp_path / "outside" / "precious").write_text("mine")
-    return tmp_path / "outside"
 
 
 def tree(folder):
@@ -367,29 +359,6 @@ def test_demo_that_leads_elsewhere_is_refused_by_name(odcft_command, tmp_path, o
 
 
 # ---------------------------------------------------------------- disks that fail on the way
-
-
-@pytest.mark.parametrize(
-    ("number", "name", "sentence"),
-    [
-        (errno.ENOSPC, "a/b", "a/b cannot be written: No space left on device. Make room and go on with --resume"),
-        (errno.EDQUOT, None, "The output cannot be written: Disk quota exceeded. Make room and go on with --resume"),
-        (errno.EFBIG, "a", "a cannot be written: File too large. Make room"),
-        (errno.EROFS, "a", "a: Read-only file system. Mend that and go on with --resume"),
-        (errno.EIO, "a", "a: Input/output error. Mend that"),
-        (errno.ESTALE, "a", "a: Stale file handle. Mend that"),
-    ],
-)
-def test_a_disk_that_fails_is_told_of_in_a_sentence(number, name, sentence):
-    with pytest.raises(OdcftError, match=sentence), failures.explained(load_recipe("small")):
-        raise OSError(number, os.strerror(number), name)
-
-
-def test_a_fault_of_ours_is_not_taken_for_the_disks():
-    with pytest.raises(OSError, match="odd"), failures.explained(load_recipe("small")):
-        raise OSError("odd")
-    with pytest.raises(OSError, match="Read-only"), failures.explained(load_recipe("small")):
-        raise OSError(errno.EROFS, "Read-only file system")
 
 
 @pytest.mark.parametrize("which", ["save_file", "save_checkpoint"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).parent / "on_ranks.py"
+SCRIPT = Path(__file__).parent.parent / "on_ranks.py"
 
 
 def on_ranks(ranks, case, out):

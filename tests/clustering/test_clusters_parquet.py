@@ -1,0 +1,15 @@
+"""clusters.parquet needs pyarrow, and says so before a run begins."""
+
+import sys
+
+import pytest
+
+from odcft.clustering import clusters_parquet
+from odcft.errors import OdcftError
+
+
+def test_without_pyarrow_no_run_begins(monkeypatch):
+    clusters_parquet.require_parquet()
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(OdcftError, match=r"clusters.parquet needs pyarrow .*: pip install pyarrow"):
+        clusters_parquet.require_parquet()

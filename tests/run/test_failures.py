@@ -1,0 +1,33 @@
+"""Disks that fail are explained in a sentence; faults of odcft's own are not."""
+
+import errno
+import os
+
+import pytest
+
+from odcft.errors import OdcftError
+from odcft.recipe import load_recipe
+from odcft.run import failures
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "sentence"),
+    [
+        (errno.ENOSPC, "a/b", "a/b cannot be written: No space left on device. Make room and go on with --resume"),
+        (errno.EDQUOT, None, "The output cannot be written: Disk quota exceeded. Make room and go on with --resume"),
+        (errno.EFBIG, "a", "a cannot be written: File too large. Make room"),
+        (errno.EROFS, "a", "a: Read-only file system. Mend that and go on with --resume"),
+        (errno.EIO, "a", "a: Input/output error. Mend that"),
+        (errno.ESTALE, "a", "a: Stale file handle. Mend that"),
+    ],
+)
+def test_a_disk_that_fails_is_told_of_in_a_sentence(number, name, sentence):
+    with pytest.raises(OdcftError, match=sentence), failures.explained(load_recipe("small")):
+        raise OSError(number, os.strerror(number), name)
+
+
+def test_a_fault_of_ours_is_not_taken_for_the_disks():
+    with pytest.raises(OSError, match="odd"), failures.explained(load_recipe("small")):
+        raise OSError("odd")
+    with pytest.raises(OSError, match="Read-only"), failures.explained(load_recipe("small")):
+        raise OSError(errno.EROFS, "Read-only file system")
