@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-fast test-all lint clean
 
 demo: .venv/ready
 	$(BIN)/odcft demo --out demo --overwrite
@@ -10,6 +10,12 @@ demo: .venv/ready
 # Two test processes of one thread each: small networks gain nothing from threads inside.
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow"
+
+# The tests of one room, in seconds: make test-fast ROOM=clustering. Without ROOM, what all rooms stand on.
+ROOM ?=
+FAST := $(if $(ROOM),$(wildcard tests/$(ROOM)/ tests/$(ROOM)_tests/),tests/test_layers.py tests/test_plan.py tests/test_recipe.py tests/clustering)
+test-fast: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow" $(or $(filter %_tests/,$(FAST)),$(FAST))
 
 # Those and the slow ones: many networks, many ranks, whole demos.
 test-all: test

@@ -19,15 +19,17 @@ import time
 import torch
 
 from odcft.clustering import odc
+from odcft.clustering.clusters import Clusters
 from odcft.clustering.memory import VARIANTS, small_clusters
 from odcft.distributed import dist, ownership
 from odcft.distributed.launch import relaunch
+from odcft.plan import decided
 from odcft.recipe import MemoryRecipe, Recipe
 
 INTERVAL = 10  # steps between two refreshes of the centroids, as in the paper
 
 
-def start(args: argparse.Namespace) -> odc.State:
+def start(args: argparse.Namespace) -> Clusters:
     """A memory of random features, in place: nothing N-sized is made but the memory itself."""
     owned = len(ownership.owned(args.images))
     draw = torch.Generator().manual_seed(dist.rank())
@@ -49,7 +51,7 @@ def start(args: argparse.Namespace) -> odc.State:
         dtype=args.dtype,
         min_cluster=args.min_cluster,
     )
-    return odc.start(features_SD, labels_S, Recipe(memory=recipe))
+    return odc.start(features_SD, labels_S, decided(Recipe(memory=recipe)))
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:

@@ -19,6 +19,7 @@ import torch
 from odcft.clustering import odc
 from odcft.distributed import dist, ownership
 from odcft.distributed.launch import relaunch
+from odcft.plan import decided
 from odcft.recipe import MemoryRecipe, Recipe
 
 
@@ -49,15 +50,15 @@ def replay(path: Path, variant: str) -> dict[str, float]:
     state = odc.start(
         torch.from_numpy(trace["init_features"][mine]),
         torch.from_numpy(trace["init_labels"][mine]),
-        Recipe(memory=recipe),
+        decided(Recipe(memory=recipe)),
     )
 
     mismatches, weight_error = 0, 0.0
     centroid_error = np.abs(state.memory.centroids_KD.numpy() - trace["centroids"][0]).max()
     for step in range(steps):
         index_B = trace["indices"][step]
-        own_B = index_B % dist.world_size() == dist.rank()
-        row_B = torch.from_numpy(index_B[own_B] // dist.world_size())
+        own_B = ownership.is_mine(index_B)
+        row_B = torch.from_numpy(ownership.row_of(index_B[own_B]))
         odc.update(state, row_B, torch.from_numpy(trace["features"][step][own_B]), step)
         mismatches += int((state.memory.labels_S[row_B].numpy() != trace["labels_after"][step][own_B]).sum())
         if (step + 1) % interval == 0 and (step + 1) // interval < len(trace["centroids"]):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from odcft import train
+from odcft import members, train
 from odcft.clustering import odc
 from odcft.clustering.kmeans import kmeans
 from odcft.clustering.memory import VARIANTS, new_memory, set_centroids
@@ -18,6 +18,7 @@ from odcft.clustering.small_clusters import handle_small_clusters
 from odcft.distributed import dist, ownership, stop_signals
 from odcft.distributed.launch import relaunch
 from odcft.errors import OdcftError
+from odcft.plan import decided
 from odcft.recipe import MemoryRecipe, Recipe, load_recipe
 from odcft.train import fine_tune
 
@@ -67,14 +68,14 @@ def leaving():
 
 def steps():
     features_ND, labels_N = features_and_labels()
-    recipe = Recipe(memory=MemoryRecipe(clusters=K, min_cluster=20, centroid_interval=3, dtype="float32"))
-    state = odc.start(mine(features_ND), mine(labels_N), recipe)
+    plan = decided(Recipe(memory=MemoryRecipe(clusters=K, min_cluster=20, centroid_interval=3, dtype="float32")))
+    state = odc.start(mine(features_ND), mine(labels_N), plan)
     draw = torch.Generator().manual_seed(5)
     for step in range(40):
         index_B = torch.randint(N, (32,), generator=draw)
         features_BD = torch.randn(32, D, generator=draw).relu()
         own_B = index_B % dist.world_size() == dist.rank()
-        odc.update(state, index_B[own_B] // dist.world_size(), features_BD[own_B], step)
+        odc.update(state, ownership.row_of(index_B[own_B]), features_BD[own_B], step)
     memory = state.memory
     return {
         "labels": ownership.in_dataset_order(memory.labels_S, N),
@@ -112,7 +113,7 @@ def goes_on():
         calls.append(1)
         return augment_batch(images, *args) * (float("nan") if len(calls) == 4 and last else 1)
 
-    lr_at, augment_batch, calls = train.lr_at, train.augment_batch, []
+    lr_at, augment_batch, calls = train.lr_at, members.augment_batch, []
     whole, figures = go("whole")
     train.lr_at = asked
     with stop_signals.listening(), contextlib.suppress(stop_signals.Stopped):
@@ -120,7 +121,7 @@ def goes_on():
         raise AssertionError("did not stop")
     train.lr_at = lr_at
     parts, figures_of_parts = go("parts", resume=True)
-    train.augment_batch = broken
+    members.augment_batch = broken
     skipped, figures_of_skipped = go("skipped")
     return (
         {

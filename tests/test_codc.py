@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from odcft.errors import OdcftError
-from odcft.members import Copies, copies, losses, side_by_side
+from odcft.members import Views, joint_features, losses, with_copies
 from odcft.model import Output
-from odcft.recipe import CODCRecipe, MemberRecipe, load_recipe
+from odcft.plan import CODCPlan
+from odcft.recipe import MemberRecipe, load_recipe
 from odcft.train import fine_tune
 
 QUICK = ["optim.batch_size=4", "log.interval=1", "log.tensorboard=false", "neck.hidden=16", "neck.dim=8"]
@@ -76,23 +77,23 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, checkpoints, images):
 
 def test_members_have_the_same_say_in_the_joint_memory():
     small, large = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 500.0]])
-    assert side_by_side([small, large]).tolist() == [[pytest.approx(0.6), pytest.approx(0.8), 0, 1]]
-    assert side_by_side([small]) is small
+    assert joint_features([small, large]).tolist() == [[pytest.approx(0.6), pytest.approx(0.8), 0, 1]]
+    assert joint_features([small]) is small
 
 
 def test_copies_are_made_only_for_members_that_want_them():
     images = torch.rand(6, 3, 8, 8)
-    plain = copies(images, CODCRecipe(members=[MemberRecipe()]), torch.Generator().manual_seed(0))
-    assert plain.turned is None
+    plain = with_copies(images, CODCPlan(members=[MemberRecipe()]), torch.Generator().manual_seed(0))
+    assert plain.rotated is None
     assert plain.mixed is None
-    made = copies(
-        images, CODCRecipe(members=[MemberRecipe(rotation=1), MemberRecipe(mixup=1)]), torch.Generator().manual_seed(0)
+    made = with_copies(
+        images, CODCPlan(members=[MemberRecipe(rotation=1), MemberRecipe(mixup=1)]), torch.Generator().manual_seed(0)
     )
-    for image, turn, copy in zip(images, made.turn_B, made.turned, strict=True):
+    for image, turn, copy in zip(images, made.quarters_B, made.rotated, strict=True):
         assert torch.equal(copy, torch.rot90(image, int(turn), (1, 2)))
     assert torch.allclose(made.mixed, made.share * images + (1 - made.share) * images[made.partner_B])
-    again = copies(
-        images, CODCRecipe(members=[MemberRecipe(rotation=1), MemberRecipe(mixup=1)]), torch.Generator().manual_seed(0)
+    again = with_copies(
+        images, CODCPlan(members=[MemberRecipe(rotation=1), MemberRecipe(mixup=1)]), torch.Generator().manual_seed(0)
     )
     assert torch.equal(again.mixed, made.mixed)
 
@@ -104,8 +105,8 @@ def test_every_loss_counts_with_its_weight():
     weight_K = torch.tensor([1.0, 2.0, 3.0])
     member = MemberRecipe(cluster=2, rotation=3, mixup=5)
     output = Output(torch.zeros(5, 2), logits_BK, turn_B4, mixed_BK)
-    made = Copies(turn_B=turn_B, partner_B=partner_B, share=0.25)
-    total, shown = losses([output], CODCRecipe(members=[member]), label_B, weight_K, made)
+    made = Views(torch.zeros(5), quarters_B=turn_B, partner_B=partner_B, share=0.25)
+    total, shown = losses([output], CODCPlan(members=[member]), label_B, weight_K, made)
     cluster = F.cross_entropy(logits_BK, label_B, weight_K)
     mixup = 0.25 * F.cross_entropy(mixed_BK, label_B, weight_K) + 0.75 * F.cross_entropy(
         mixed_BK, label_B[partner_B], weight_K

@@ -17,6 +17,7 @@ from odcft.run import output_checks, snapshot_files
 from odcft.run.folder import write_image_lists
 from odcft.run.lock import locked
 from odcft.run.metrics import Metrics
+from odcft.state import Snapshot
 
 # ---------------------------------------------------------------- removing
 
@@ -123,7 +124,7 @@ def test_files_have_the_rights_of_the_umask(tmp_path, umask, expected):
         with files.whole(tmp_path / "c.pth") as unfinished:
             files.save_checkpoint({"a": torch.ones(2)}, unfinished)
         files.write_whole(tmp_path / "d.json", "{}")
-        state = snapshot_files.State({"a": torch.ones(2)}, {"labels": torch.arange(7)}, {}, {"step": 1, "images": 7})
+        state = Snapshot({"a": torch.ones(2)}, {"labels": torch.arange(7)}, {}, {"step": 1, "images": 7})
         assert snapshot_files.save(tmp_path, state) == ""
         with locked(tmp_path, print):
             assert rights(tmp_path / "lock") == expected

@@ -1,11 +1,144 @@
-"""Who may import whom (rewritten below, when the rooms are furnished)."""
+"""Who may import whom. A broken rule names the offender, the line and the rule."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "odcft"
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "odcft"
+
+# From the top floor down: a module imports from its own room and from the floors below its own, and from nowhere else.
+# What stands on one floor does not know each other, unless it is in one room.
+FLOORS = [
+    {"__main__"},
+    {"cli"},
+    {"demo"},
+    {"train", "first_memory", "exports"},  # programs: only cli and demo call them
+    {"evaluation", "pretexts", "prepare"},
+    {"run"},
+    {"state"},
+    {"members"},
+    {"model"},
+    {"clustering"},
+    {"plan"},
+    {"backbone"},
+    {"data"},
+    {"progress", "optim"},
+    {"recipe", "files"},
+    {"distributed"},
+    {"errors", "text", "seeds", "precision", "torchvision_on_cpu", "__init__"},
+]
+# A library that only some may import, and where.
+ONLY_IN = {
+    "timm": ("backbone/", "distributed/dist.py"),  # dist: timm's own conversion to SyncBN
+    "PIL": ("data/", "demo.py"),  # images are opened in data/; the demo writes some
+    "faiss": ("clustering/kmeans.py",),
+    "torch.distributed": ("distributed/",),
+    "sklearn": ("evaluation/", "clustering/cluster_statistics.py", "demo.py"),
+    "typer": ("cli.py",),
+    "rich": ("progress.py",),
+    "pickle": ("backbone/safe_unpickle.py",),
+    "onnx": ("exports.py", "run/output_checks.py"),
+    "pyarrow": ("run/clusters_parquet.py", "data/"),
+    "yaml": ("recipe.py",),
+}
 
 
-def test_memory_knows_no_files_and_no_ranks():
-    tree = ast.parse((PACKAGE / "clustering" / "memory.py").read_text())
-    assert not [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module.startswith("odcft")]
+def imports(source):
+    """Line, module, and the names taken from it ("" for the module itself), of every import statement."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative imports hide where a name comes from"
+            yield from ((node.lineno, node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            yield node.lineno, "torch.distributed", ""
+
+
+def floor_of(place):
+    """The number of the floor, counted from the ground, of "room/module.py" or "module.py"."""
+    name = place.split("/")[0].removesuffix(".py")
+    for number, floor in enumerate(reversed(FLOORS)):
+        if name in floor:
+            return number
+    raise AssertionError(f"{place} stands on no floor: put {name} into FLOORS")
+
+
+def broken(place, source):
+    """The rules that a module breaks, in words."""
+    room = place.split("/")[0]
+    for line, module, name in imports(source):
+        for library, where in ONLY_IN.items():
+            if f"{module}.".startswith(f"{library}.") and not place.startswith(where):
+                yield f"{place}, line {line}: imports {library}, which only {', '.join(where)} may"
+        if module == "odcft" and name == "__version__":
+            continue
+        if module.split(".")[0] != "odcft":
+            continue
+        if name.startswith("_") and not name.startswith("__"):
+            yield f"{place}, line {line}: takes {name}, a private name, from {module}"
+        other = [*module.split(".")[1:], name][0]
+        if other and other != room.removesuffix(".py") and floor_of(other) >= floor_of(place):
+            yield f"{place}, line {line}: imports {other}, which does not stand below {room.removesuffix('.py')}"
+        if other in ("train", "first_memory", "exports") and place not in ("cli.py", "demo.py"):
+            yield f"{place}, line {line}: calls a program ({other}), which only cli.py and demo.py may"
+
+
+def modules():
+    return {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
+
+
+def test_no_module_breaks_a_rule():
+    found = [rule for place, source in modules().items() for rule in broken(place, source)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("place", "source", "rule"),
+    [
+        ("data/sources.py", "from odcft.backbone.load import load_backbone", "imports backbone, which does not stand"),
+        ("model.py", "from odcft import members", "imports members, which does not stand below model"),
+        ("optim.py", "from odcft.progress import Progress", "imports progress, which does not stand below optim"),
+        ("evaluation/svm.py", "from odcft.prepare import begin", "imports prepare, which does not stand below"),
+        ("evaluation/svm.py", "from odcft.train import fine_tune", "calls a program"),
+        ("exports.py", "import timm.models", "imports timm, which only backbone/"),
+        ("evaluation/knn.py", "def f():\n    import faiss", "line 2: imports faiss"),
+        ("clustering/odc.py", "import torch\ntorch.distributed.barrier()", "imports torch.distributed"),
+        ("pretexts/jigsaw.py", "from PIL import Image", "imports PIL, which only data/"),
+        ("prepare.py", "from odcft.files import _new", "takes _new, a private name, from odcft.files"),
+        ("kitchen/sink.py", "from odcft import files", "stands on no floor"),
+    ],
+)
+def test_a_broken_rule_names_the_offender(place, source, rule):
+    with pytest.raises(AssertionError, match=rule):
+        found = list(broken(place, source))
+        raise AssertionError("\n".join(found))
+
+
+def test_the_memory_knows_no_files_and_no_ranks():
+    assert not [module for _, module, _ in imports(modules()["clustering/memory.py"]) if module.startswith("odcft")]
+
+
+def test_every_room_says_what_it_is_and_hands_nothing_on():
+    """No re-exports: a name has one place."""
+    for path in PACKAGE.glob("*/__init__.py"):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        assert len(tree.body) == 1, f"{path} does more than say what the room is"
+
+
+def test_every_test_file_stands_where_its_module_does():
+    """tests/ mirrors odcft/: tests/ROOM/test_X.py tests odcft/ROOM/X.py, or several of the room together."""
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert folders <= rooms | {"data_tests"}, folders - rooms  # tests/data has what tests read
+
+
+def test_the_drawing_is_what_the_code_says():
+    script = ROOT / "tools" / "draw_architecture.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], check=False)
+    assert done.returncode == 0, f"Draw it again: python {script.relative_to(ROOT)}"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from odcft import prepare, train
+from odcft import members, prepare, train
 from odcft.distributed import stop_signals
 from odcft.distributed.delayed_reader import LateReader
 from odcft.distributed.stop_signals import Stopped
@@ -402,13 +402,13 @@ def test_disk_that_is_full_from_the_start_is_refused(go, monkeypatch):
 
 
 def broken_image(monkeypatch, steps):
-    whole, count = train.augment_batch, [0]
+    whole, count = members.augment_batch, [0]
 
     def augment(images, *args):
         count[0] += 1
         return whole(images, *args) * (float("nan") if count[0] - 1 in steps else 1)
 
-    monkeypatch.setattr(train, "augment_batch", augment)
+    monkeypatch.setattr(members, "augment_batch", augment)
 
 
 def test_non_finite_step_ends_the_run_and_is_named(go, tmp_path, monkeypatch):
@@ -441,7 +441,7 @@ def test_memory_that_runs_out_names_the_batch_to_try(go, monkeypatch):
     def full(*args):
         raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    monkeypatch.setattr(train, "augment_batch", full)
+    monkeypatch.setattr(members, "augment_batch", full)
     with pytest.raises(OdcftError, match=r"optim.batch_size=2 --set optim.lr=0.015"):
         go()
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from datetime import datetime
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +13,8 @@ from safetensors.torch import load_file, save_file
 from odcft.backbone.load import load_backbone
 from odcft.errors import OdcftError
 from odcft.first_memory import init_memory
-from odcft.plan import resolve_clusters
-from odcft.prepare import unfit
 from odcft.progress import Progress
-from odcft.recipe import load_recipe, shipped
+from odcft.recipe import load_recipe
 from odcft.run import snapshot_files
 from odcft.run.non_finite import all_finite
 from odcft.train import fine_tune
@@ -242,27 +239,6 @@ def test_image_that_vanishes_during_the_run_is_skipped(tmp_path, checkpoint, ima
     assert fine_tune(checkpoint, images, tmp_path / "run", quick())["steps"] == 6
 
 
-@pytest.mark.parametrize("recipe", [name for name in shipped() if name not in ("demo", "pretext")])
-@pytest.mark.parametrize(
-    ("count", "clusters"), [(1_281_167, 10_000), (10_000_000, 10_000), (20_000, 156), (400, 3), (100, 2), (43, 2)]
-)
-def test_automatic_clusters_are_the_papers_on_imagenet_and_work_for_any_set(recipe, count, clusters):
-    assert resolve_clusters(load_recipe(recipe), count).memory.clusters == clusters
-
-
-def test_too_many_clusters_are_refused_with_a_number_that_works():
-    recipe = load_recipe("odc_r50_finetune", ["memory.clusters=10000"])
-    with pytest.raises(OdcftError, match=r"10,000 clusters for 1,300 images cannot work.*would use 10; 61 is the most"):
-        resolve_clusters(recipe, 1300)
-    recipe.memory.clusters = 61
-    assert resolve_clusters(recipe, 1300).memory.clusters == 61
-
-
-def test_tiny_sets_lower_the_threshold():
-    resolved = resolve_clusters(load_recipe("small"), 12)
-    assert (resolved.memory.clusters, resolved.memory.min_cluster) == (2, 2)
-
-
 FIELDS = {
     "seed": 5, "backbone.input": "bgr", "data.size": 40, "data.crop_fraction": 0.5,
     "data.mean": [0.1, 0.2, 0.3], "data.std": [1, 2, 3], "augment.crop_scale": [0.5, 0.6],
@@ -386,21 +362,6 @@ def test_images_too_small_for_a_network_are_refused_with_a_size_that_works(tmp_p
     assert load_backbone("scratch:alexnet").backbone.takes(224)
 
 
-def test_another_recipe_is_named_before_a_run_that_it_suits_better():
-    transformer, convolutions = load_backbone("scratch:test_vit"), load_backbone("scratch:test_resnet")
-    (note,) = unfit([transformer], 20_000, load_recipe("small"))
-    assert "test_vit is a transformer" in note
-    assert "--recipe odc_vit" in note
-    assert not unfit([transformer], 20_000, load_recipe("odc_vit"))
-    (note,) = unfit([convolutions], 20_000, load_recipe())
-    assert "20,000 images are 39 steps an epoch with batches of 512: --recipe small" in note
-    (note,) = unfit([convolutions], 300, load_recipe("dc_r50_finetune"))
-    assert "300 images are 1 step an epoch" in note
-    assert "--recipe dc_small" in note
-    assert not unfit([convolutions], 1_281_167, load_recipe())
-    assert not unfit([convolutions], 2_000, load_recipe("small"))
-
-
 def test_a_run_says_who_made_it_where_and_when(tmp_path, checkpoint, images):
     fine_tune(checkpoint, images, tmp_path / "run", quick())
     about = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -421,13 +382,3 @@ def test_init_memory_announces_no_epochs(tmp_path, checkpoint, images):
     assert not any("epoch" in line for line in said)
     fine_tune(checkpoint, images, tmp_path / "run", quick("optim.epochs=1"), progress=progress)
     assert any("· 1 epoch ·" in line for line in said)
-
-
-def test_dc_says_when_clusters_would_have_few_images():
-    said = []
-    progress = SimpleNamespace(say=said.append)
-    resolve_clusters(load_recipe("dc_r50_finetune", ["memory.clusters=10000"]), 20_000, progress)
-    assert "leave 2 for each of 10,000 clusters, few to learn from: --clusters auto would use 156" in said[0]
-    resolve_clusters(load_recipe("dc_r50_finetune"), 1_281_167, progress)
-    resolve_clusters(load_recipe("dc_small"), 20_000, progress)
-    assert len(said) == 1

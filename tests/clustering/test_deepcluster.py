@@ -4,18 +4,21 @@ import pytest
 import torch
 
 from odcft.clustering import deepcluster
+from odcft.clustering.clusters import restore, stored
 from odcft.clustering.memory import new_memory
 from odcft.distributed import dist, ownership
+from odcft.plan import decided
 from odcft.recipe import DCRecipe, MemoryRecipe, Recipe
 
 
-def recipe(clusters, **options):
-    return Recipe(method="dc", memory=MemoryRecipe(clusters=clusters, dtype="float32"), dc=DCRecipe(**options))
+def plan(clusters, dtype="float32", **options):
+    recipe = Recipe(method="dc", memory=MemoryRecipe(clusters=clusters, dtype=dtype), dc=DCRecipe(**options))
+    return decided(recipe)
 
 
 def state_of(labels, clusters, balance="sampling"):
     features = torch.randn(len(labels), 8, generator=torch.Generator().manual_seed(0))
-    return deepcluster.start(features, torch.tensor(labels), recipe(clusters, balance=balance))
+    return deepcluster.start(features, torch.tensor(labels), plan(clusters, balance=balance))
 
 
 def bunches(noise=0.0):
@@ -27,20 +30,13 @@ def bunches(noise=0.0):
 # ---------------------------------------------------------------- what K-Means sees
 
 
-def test_there_is_no_neck():
-    neck, length = deepcluster.neck(7, recipe(2))
-    images = torch.randn(4, 7)
-    assert length == 7
-    assert neck(images) is images
-
-
 def test_rows_near_the_middle_have_unit_length_too():
-    compact = deepcluster.compact(torch.tensor([[-1.0], [1.0], [0.01], [-0.01]]), recipe(2))
+    compact = deepcluster.features_for_kmeans(torch.tensor([[-1.0], [1.0], [0.01], [-0.01]]), plan(2))
     assert compact.flatten().abs().tolist() == pytest.approx([1, 1, 1, 1])
 
 
 def test_fewer_images_than_components_give_fewer_components():
-    features_SD = deepcluster.compact(torch.randn(5, 12), Recipe(method="dc"))
+    features_SD = deepcluster.features_for_kmeans(torch.randn(5, 12), plan(2))
     assert features_SD.shape == (5, 4)
     assert torch.allclose(features_SD.norm(dim=1), torch.ones(5))
 
@@ -134,7 +130,7 @@ def test_labels_of_a_batch_and_its_weights():
 def test_nothing_moves_within_an_epoch():
     state = state_of([0, 1, 0, 1], 2)
     before = state.memory.features_SD.clone()
-    assert deepcluster.update(state, torch.tensor([0, 1]), torch.randn(2, 8), 5)["change_ratio"] == 0
+    assert deepcluster.update(state, torch.tensor([0, 1]), torch.randn(2, 8), 5) == 0
     assert torch.equal(state.memory.features_SD, before)
     assert state.memory.labels_S.tolist() == [0, 1, 0, 1]
 
@@ -160,7 +156,7 @@ def test_clusters_of_a_single_image_are_left_alone():
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_features_are_kept_in_the_recipe_s_dtype(dtype):
-    chosen = Recipe(method="dc", memory=MemoryRecipe(clusters=2, dtype=dtype))
+    chosen = plan(2, dtype)
     kept = deepcluster.start(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([0, 1]), chosen).memory.features_SD
     assert kept.dtype == {"float16": torch.float16, "float32": torch.float32}[dtype]
     assert torch.allclose(kept.float(), torch.tensor([[0.6, 0.8], [0, 1]]), atol=1e-3)
@@ -169,7 +165,7 @@ def test_features_are_kept_in_the_recipe_s_dtype(dtype):
 def test_clusters_are_found_anew_every_so_many_epochs():
     """The state had every second row in one cluster; features have two bunches, so that is what comes of K-Means."""
     features, asked = bunches(), []
-    state = deepcluster.start(torch.randn(32, 2), torch.arange(32) % 2, recipe(2, interval=3, pca=2))
+    state = deepcluster.start(torch.randn(32, 2), torch.arange(32) % 2, plan(2, interval=3, pca=2))
     before = state.memory
 
     def embed():
@@ -183,7 +179,7 @@ def test_clusters_are_found_anew_every_so_many_epochs():
     labels = state.memory.labels_S.tolist()
     assert len(set(labels[:20])) == len(set(labels[20:])) == len({labels[0], labels[20]}) - 1 == 1
     assert sorted(state.memory.sizes_K.tolist()) == [12, 20]
-    unit = deepcluster.compact(features, recipe(2, pca=2))
+    unit = deepcluster.features_for_kmeans(features, plan(2, pca=2))
     assert torch.allclose(state.memory.features_SD, unit, atol=1e-5)
     assert torch.allclose(state.memory.centroids_KD[labels[0]], unit[:20].mean(0), atol=1e-5)
     assert [deepcluster.begin_epoch(state, epoch, embed) for epoch in (4, 5, 6)] == [False, False, True]
@@ -191,13 +187,13 @@ def test_clusters_are_found_anew_every_so_many_epochs():
 
 
 def test_clusters_are_found_anew_every_epoch_but_the_first():
-    state = deepcluster.start(bunches(), torch.arange(32) % 2, recipe(2))
+    state = deepcluster.start(bunches(), torch.arange(32) % 2, plan(2))
     assert [deepcluster.begin_epoch(state, epoch, bunches) for epoch in range(4)] == [False, True, True, True]
 
 
 def test_labels_are_the_nearest_of_what_kmeans_finds(monkeypatch):
     """Rows of one component come to -1 and 1, and the second centroid is the nearer one of all that are above 0."""
-    asked, chosen = [], recipe(3, pca=1)
+    asked, chosen = [], plan(3, pca=1)
     chosen.kmeans.iterations, chosen.kmeans.engine = 7, "torch"
 
     def kmeans(features_SD, k, seed, iterations, engine):
@@ -220,7 +216,7 @@ def test_ranks_cluster_together(on_threads, ranks):
 
     def work():
         mine = list(ownership.owned(32))
-        state = deepcluster.start(bunches(0.1)[mine], torch.arange(32)[mine] % 2, recipe(3))
+        state = deepcluster.start(bunches(0.1)[mine], torch.arange(32)[mine] % 2, plan(3))
         assert torch.equal(state.memory.sizes_K, dist.all_sum(state.memory.counts_K))
         first = state.memory.centroids_KD
         assert deepcluster.begin_epoch(state, 1, lambda: bunches(0.1)[mine])
@@ -236,10 +232,10 @@ def test_ranks_cluster_together(on_threads, ranks):
 def test_what_is_stored_and_put_back_is_the_same_to_the_bit():
     state, fresh = state_of([0, 0, 0, 1, 1, 2], 3), state_of([1, 0, 2, 1, 0, 2], 3)
     state.memory.centroids_KD += 0.5  # of no mean: it is what was stored that comes back
-    rows, same = deepcluster.stored(state)
+    rows, same = stored(state)
     assert set(rows) == {"features", "labels"}
     assert set(same) == {"centroids"}
     fresh.memory.features_SD.zero_()
-    deepcluster.restore(fresh, {name: rows[name].clone() for name in rows}, {name: same[name].clone() for name in same})
+    restore(fresh, {name: rows[name].clone() for name in rows}, {name: same[name].clone() for name in same})
     for name in ("features_SD", "labels_S", "sums_KD", "counts_K", "sizes_K", "centroids_KD"):
         assert torch.equal(getattr(fresh.memory, name), getattr(state.memory, name)), name

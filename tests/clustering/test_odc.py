@@ -5,22 +5,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from odcft.clustering import odc
+from odcft.clustering import memory, odc
+from odcft.clustering.clusters import restore, stored
 from odcft.clustering.memory import VARIANTS
 from odcft.distributed import dist, ownership
-from odcft.recipe import MemoryRecipe, NeckRecipe, Recipe
+from odcft.plan import decided
+from odcft.recipe import MemoryRecipe, Recipe
 
 # Four images around east, two around north.
 FEATURES = [[2.0, 0.0], [3.0, 0.0], [0.8, 0.6], [0.8, -0.6], [0.0, 5.0], [0.6, 0.8]]
 LABELS = [0, 0, 0, 0, 1, 1]
 
 
-def recipe(clusters=2, min_cluster=-1, dtype="float32", **options):
-    return Recipe(memory=MemoryRecipe(clusters=clusters, min_cluster=min_cluster, dtype=dtype, **options))
+def plan(clusters=2, min_cluster=-1, dtype="float32", seed=0, **options):
+    memory = MemoryRecipe(clusters=clusters, min_cluster=min_cluster, dtype=dtype, **options)
+    return decided(Recipe(seed=seed, memory=memory))
 
 
 def start(features=FEATURES, labels=LABELS, **options):
-    return odc.start(torch.tensor(features), torch.tensor(labels), recipe(**options))
+    return odc.start(torch.tensor(features), torch.tensor(labels), plan(**options))
 
 
 def same_memory(first, second):
@@ -34,15 +37,9 @@ def near(tensor, expected):
 # ---------------------------------------------------------------- before training
 
 
-def test_neck_makes_vectors_of_the_recipe_s_length():
-    neck, length = odc.neck(7, Recipe(neck=NeckRecipe(hidden=5, dim=3)))
-    assert length == 3
-    assert neck(torch.randn(4, 7)).shape == (4, 3)
-
-
 def test_kmeans_sees_features_of_unit_length_however_short_they_were():
     features = torch.tensor([[3.0, 4.0], [-3e-6, 4e-6], [0.0, 0.0]])
-    compact = odc.compact(features, Recipe())
+    compact = odc.features_for_kmeans(features, plan())
     assert near(compact, [[0.6, 0.8], [-0.6, 0.8], [0, 0]])
     assert compact.data_ptr() == features.data_ptr()  # there may be no room for two
 
@@ -59,12 +56,9 @@ def test_memories_start_with_normalised_features_and_the_means_of_them(dtype):
     assert state.memory.sizes_K.tolist() == [4, 2, 0]
 
 
-def test_state_carries_what_the_recipe_says():
-    options = {"momentum": 0.3, "centroid_interval": 7, "min_cluster": 4, "reweight": False, "variant": "official"}
-    state = odc.start(torch.tensor(FEATURES), torch.tensor(LABELS), Recipe(seed=9, memory=recipe(**options).memory))
-    assert (state.momentum, state.centroid_interval, state.min_cluster, state.reweight) == (0.3, 7, 4, False)
-    assert state.rules is VARIANTS["official"]
-    assert state.seed == 9
+def test_rules_are_those_of_the_variant_in_the_plan():
+    assert start().rules is VARIANTS["paper"]
+    assert start(variant="official").rules is VARIANTS["official"]
 
 
 def test_labels_evolve_steadily_so_no_epoch_begins_anew():
@@ -98,13 +92,13 @@ def test_a_batch_moves_samples_at_once_and_centroids_every_kth_step():
     """Image 3 comes round to the north with m = 1; the centroids follow at the third step."""
     state = start(momentum=1.0, centroid_interval=3)
     north, before = torch.tensor([[0.0, 2.0], [4.0, 0.0]]), state.memory.centroids_KD.clone()
-    figures = odc.update(state, torch.tensor([3, 0]), north, 0)
-    assert figures["change_ratio"] == 0.5
+    moved = odc.update(state, torch.tensor([3, 0]), north, 0)
+    assert moved == 0.5
     assert state.memory.labels_S.tolist() == [0, 0, 0, 1, 1, 1]
     assert state.memory.sizes_K.tolist() == [3, 3]
     assert near(state.memory.features_SD[3], [0.0, 1.0])
     assert torch.equal(state.memory.centroids_KD, before)
-    assert odc.update(state, torch.tensor([3, 0]), north, 1)["change_ratio"] == 0
+    assert odc.update(state, torch.tensor([3, 0]), north, 1) == 0
     assert torch.equal(state.memory.centroids_KD, before)
     odc.update(state, torch.tensor([3, 0]), north, 2)
     after = state.memory.centroids_KD.clone()
@@ -154,10 +148,10 @@ def test_what_is_stored_and_put_back_is_the_same_to_the_bit():
     """Features are no unit vectors any more, and centroids not their means, when a run is stopped between refreshes."""
     state, fresh = start(clusters=3), start(labels=[1, 0, 1, 0, 1, 0], clusters=3)
     odc.update(state, torch.tensor([1, 3]), torch.tensor([[1.0, 1.0], [-1.0, 2.0]]), 0)
-    rows, same = odc.stored(state)
+    rows, same = stored(state)
     assert set(rows) == {"features", "labels"}
     assert set(same) == {"centroids"}
-    odc.restore(fresh, {name: rows[name].clone() for name in rows}, {name: same[name].clone() for name in same})
+    restore(fresh, {name: rows[name].clone() for name in rows}, {name: same[name].clone() for name in same})
     assert same_memory(state.memory, fresh.memory)
     for step in range(1, 20):
         features = torch.randn(2, 2, generator=torch.Generator().manual_seed(step))
@@ -170,15 +164,17 @@ def test_an_accelerator_s_answer_on_its_way_is_stored_and_put_back_there_only(mo
     state, back = start(), []
     monkeypatch.setattr(state.watch.late, "pending", lambda: torch.tensor(True))
     monkeypatch.setattr(state.watch.late, "put_back", back.append)
-    rows, same = odc.stored(state)
+    rows, same = stored(state)
     assert same["small_pending"]
-    odc.restore(state, rows, same)
+    restore(state, rows, same)
     assert back == []  # on a CPU the answer is that of the step itself
-    elsewhere = SimpleNamespace(labels_S=SimpleNamespace(device=torch.device("cuda")))
-    monkeypatch.setattr(odc, "restored", lambda *args: elsewhere)
-    odc.restore(state, rows, {"centroids": same["centroids"]})
+    state.memory.features_SD = state.memory.features_SD.to("meta")  # stands for an accelerator
+    made = SimpleNamespace(counts_K=torch.zeros(2))
+    monkeypatch.setattr(memory, "new_memory", lambda *args, **how: made)
+    restore(state, rows, {"centroids": same["centroids"]})
     assert back == []
-    odc.restore(state, rows, same)
+    state.memory = SimpleNamespace(features_SD=torch.empty(6, 2, device="meta"))
+    restore(state, rows, same)
     assert back == [same["small_pending"]]
 
 
@@ -194,13 +190,13 @@ def test_ranks_end_with_the_memory_of_one(on_threads, ranks):
 
     def work():
         mine = list(ownership.owned(images))
-        state = odc.start(features[mine], labels[mine], recipe(K, 3, centroid_interval=2))
+        state = odc.start(features[mine], labels[mine], plan(K, 3, centroid_interval=2))
         for step, (image_B, features_BD) in enumerate(batches):
             own_B = image_B % dist.world_size() == dist.rank()
             odc.update(state, image_B[own_B] // dist.world_size(), features_BD[own_B], step)
-        rows, same = odc.stored(state)
-        fresh = odc.start(features[mine], labels[mine], recipe(K))
-        odc.restore(fresh, rows, same)
+        rows, same = stored(state)
+        fresh = odc.start(features[mine], labels[mine], plan(K))
+        restore(fresh, rows, same)
         assert same_memory(state.memory, fresh.memory)
         return state.memory
 

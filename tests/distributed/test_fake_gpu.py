@@ -8,12 +8,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from odcft.clustering import deepcluster, odc
-from odcft.clustering.memory import VARIANTS, Memory
+from odcft.clustering.clusters import Clusters
+from odcft.clustering.memory import Memory
 from odcft.data.augmentation import augment_batch, turned
 from odcft.distributed.delayed_reader import LateReader
-from odcft.members import Copies, losses, side_by_side
+from odcft.members import Views, joint_features, losses
 from odcft.model import Output
-from odcft.recipe import AugmentRecipe, CODCRecipe, MemberRecipe, MemoryRecipe, Recipe
+from odcft.plan import CODCPlan, decided
+from odcft.recipe import AugmentRecipe, MemberRecipe, MemoryRecipe, Recipe
 
 CUDA = torch.device("cuda", 0)
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal")
@@ -42,7 +44,7 @@ def fake_gpu(monkeypatch):
         yield
 
 
-def fake_state(variant, dtype, S=200, K=20, D=16):
+def fake_state(variant, dtype, method="odc", S=200, K=20, D=16):
     memory = Memory(
         torch.empty(S, D, dtype=dtype, device=CUDA),
         torch.empty(S, dtype=torch.int32, device=CUDA),
@@ -52,7 +54,7 @@ def fake_state(variant, dtype, S=200, K=20, D=16):
         torch.empty(K, D, device=CUDA),
         torch.empty(K, device=CUDA),
     )
-    return odc.State(memory, VARIANTS[variant], 0.5, 10, 20, True, 0)
+    return Clusters(memory, decided(Recipe(method=method, memory=MemoryRecipe(clusters=K, variant=variant))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -63,8 +65,8 @@ def test_memory_step_stays_on_the_device_and_never_waits(fake_gpu, variant, dtyp
     with NoWaiting():
         for step in (0, 9):  # 9: with a refresh of the centroids
             label_B, weight_K = odc.targets(state, row_B)
-            stats = odc.update(state, row_B, features_BD, step)
-    assert label_B.device == weight_K.device == stats["change_ratio"].device == CUDA
+            moved = odc.update(state, row_B, features_BD, step)
+    assert label_B.device == weight_K.device == moved.device == CUDA
     assert state.memory.centroids_KD.device == CUDA
 
 
@@ -112,7 +114,7 @@ def test_augmentation_follows_the_images(monkeypatch):
 
 
 def test_members_copies_and_losses_stay_on_the_device_and_never_wait(fake_gpu):
-    recipe = CODCRecipe(members=[MemberRecipe(), MemberRecipe(rotation=1, mixup=1)])
+    recipe = CODCPlan(members=[MemberRecipe(), MemberRecipe(rotation=1, mixup=1)])
     images, row_B = torch.empty(8, 3, 32, 32, device=CUDA), torch.empty(8, dtype=torch.int64, device=CUDA)
     state = fake_state("paper", torch.float16)
     with NoWaiting():
@@ -123,19 +125,15 @@ def test_members_copies_and_losses_stay_on_the_device_and_never_wait(fake_gpu):
             Output(*(torch.empty(8, n, device=CUDA) for n in (8, 20, 4, 20))),
         ]
         label_B, weight_K = odc.targets(state, row_B)
-        made = Copies(copy, turn_B, copy, row_B, 0.3)
+        made = Views(images, copy, turn_B, copy, row_B, 0.3)
         total, shown = losses(outputs, recipe, label_B, weight_K, made)
-        odc.update(state, row_B, side_by_side([output.features_BD for output in outputs]), 0)
+        odc.update(state, row_B, joint_features([output.features_BD for output in outputs]), 0)
     assert total.device == shown.device == CUDA
 
 
 def test_dc_step_stays_on_the_device_and_never_waits(fake_gpu):
-    recipe = Recipe(method="dc", memory=MemoryRecipe(clusters=20))
-    state, row_B = (
-        deepcluster.State(fake_state("paper", torch.float16).memory, recipe),
-        torch.empty(8, dtype=torch.int64).to(CUDA),
-    )
+    state, row_B = fake_state("paper", torch.float16, "dc"), torch.empty(8, dtype=torch.int64).to(CUDA)
     with NoWaiting():
         label_B, weight_K = deepcluster.targets(state, row_B)
-        stats = deepcluster.update(state, row_B, torch.empty(8, 16, device=CUDA), 0)
-    assert label_B.device == weight_K.device == stats["change_ratio"].device == CUDA
+        moved = deepcluster.update(state, row_B, torch.empty(8, 16, device=CUDA), 0)
+    assert label_B.device == weight_K.device == moved.device == CUDA

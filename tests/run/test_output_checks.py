@@ -16,6 +16,7 @@ from odcft.run import output_checks, snapshot_files
 from odcft.run.folder import BEGUN, MEMORY_FILES, RUN_FILES
 from odcft.run.lock import locked
 from odcft.run.output_checks import only_begun
+from odcft.state import Snapshot
 
 STATE = "checkpoints/step-000000003"
 PLACES = [  # of files and folders in a RUN
@@ -201,7 +202,7 @@ def test_a_folder_of_the_users_on_another_disk_is_used_emptied_and_kept(run, tmp
     if name == "checkpoints":
         same = {"weight": torch.ones(3)}
         for step in range(1, 5):
-            state = snapshot_files.State(same, {"labels": torch.arange(7)}, {}, {"step": step, "images": 7})
+            state = Snapshot(same, {"labels": torch.arange(7)}, {}, {"step": step, "images": 7})
             assert snapshot_files.save(run, state) == ""
         assert sorted(tree(run)) == ["checkpoints", "lock"]
         assert sorted(path.name for path in (tmp_path / "scratch").iterdir()) == ["step-000000003", "step-000000004"]

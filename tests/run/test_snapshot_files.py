@@ -11,13 +11,12 @@ from safetensors.torch import load_file, save_file
 from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
 from odcft.run import snapshot_files
+from odcft.state import Snapshot
 
 
 def make_state(step, value=1.0):
     same = {"weight": torch.full((3, 5), value)}
-    return snapshot_files.State(
-        same, {"labels": torch.arange(7)}, {"loss": torch.tensor(2.0)}, {"step": step, "images": 7}
-    )
+    return Snapshot(same, {"labels": torch.arange(7)}, {"loss": torch.tensor(2.0)}, {"step": step, "images": 7})
 
 
 @pytest.mark.parametrize("file", ["same.safetensors", "rank-0-of-1.safetensors", "state.json"])
@@ -256,7 +255,7 @@ def state_of_rank(step):
     """What a rank of several has: rows of its own of seven images, and the same weights."""
     mine = torch.tensor(list(ownership.owned(7)))
     own = {"loss": torch.tensor(float(dist.rank()))}
-    return snapshot_files.State({"weight": torch.ones(2)}, {"labels": mine}, own, {"step": step, "images": 7})
+    return Snapshot({"weight": torch.ones(2)}, {"labels": mine}, own, {"step": step, "images": 7})
 
 
 def test_ranks_write_and_read_their_own_and_the_first_does_the_rest(tmp_path, on_threads):

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from odcft.clustering import clusters_parquet
 from odcft.errors import OdcftError
+from odcft.run import clusters_parquet
 
 
 def test_without_pyarrow_no_run_begins(monkeypatch):

@@ -1,0 +1,95 @@
+"""The plan: every `auto` of a recipe decided once, and what cannot work refused."""
+
+import pytest
+import yaml
+
+from odcft.backbone.load import load_backbone
+from odcft.data.sources import find_images
+from odcft.errors import OdcftError
+from odcft.plan import decide_clusters, decided, make_plan, unsuitable, with_clusters_for
+from odcft.recipe import Recipe, dump, flat, load_recipe, shipped
+
+
+@pytest.mark.parametrize("recipe", [name for name in shipped() if name not in ("demo", "pretext")])
+@pytest.mark.parametrize(
+    ("count", "clusters"), [(1_281_167, 10_000), (10_000_000, 10_000), (20_000, 156), (400, 3), (100, 2), (43, 2)]
+)
+def test_automatic_clusters_are_the_papers_on_imagenet_and_work_for_any_set(recipe, count, clusters):
+    assert decide_clusters(load_recipe(recipe), count)[0] == clusters
+
+
+def test_too_many_clusters_are_refused_with_a_number_that_works():
+    recipe = load_recipe("odc_r50_finetune", ["memory.clusters=10000"])
+    with pytest.raises(OdcftError, match=r"10,000 clusters for 1,300 images cannot work.*would use 10; 61 is the most"):
+        decide_clusters(recipe, 1300)
+    recipe.memory.clusters = 61
+    assert decide_clusters(recipe, 1300)[0] == 61
+
+
+def test_tiny_sets_lower_the_threshold():
+    clusters, min_cluster, notes = decide_clusters(load_recipe("small"), 12)
+    assert (clusters, min_cluster) == (2, 2)
+    assert notes == ["12 images cannot make two clusters of more than 20: memory.min_cluster lowered to 2."]
+
+
+def test_another_recipe_is_named_before_a_run_that_it_suits_better():
+    transformer, convolutions = (load_backbone(f"scratch:{name}").backbone for name in ("test_vit", "test_resnet"))
+    (note,) = unsuitable([transformer], 20_000, load_recipe("small"))
+    assert "test_vit is a transformer" in note
+    assert "--recipe odc_vit" in note
+    assert not unsuitable([transformer], 20_000, load_recipe("odc_vit"))
+    (note,) = unsuitable([convolutions], 20_000, load_recipe())
+    assert "20,000 images make 39 steps an epoch with batches of 512: --recipe small" in note
+    (note,) = unsuitable([convolutions], 300, load_recipe("dc_r50_finetune"))
+    assert "300 images make 1 step an epoch" in note
+    assert "--recipe dc_small" in note
+    assert not unsuitable([convolutions], 1_281_167, load_recipe())
+    assert not unsuitable([convolutions], 2_000, load_recipe("small"))
+
+
+def test_dc_says_when_clusters_would_have_few_images():
+    (note,) = decide_clusters(load_recipe("dc_r50_finetune", ["memory.clusters=10000"]), 20_000)[2]
+    assert "leave 2 for each of 10,000 clusters, few to learn from: --clusters auto would use 156" in note
+    assert decide_clusters(load_recipe("dc_r50_finetune"), 1_281_167)[2] == []
+    assert decide_clusters(load_recipe("dc_small"), 20_000)[2] == []
+
+
+def test_odc_says_when_clusters_would_be_refilled_all_the_time():
+    (note,) = decide_clusters(load_recipe("small", ["memory.clusters=60"]), 2_000)[2]
+    assert "2,000 images leave 33 for each of 60 clusters, little more than memory.min_cluster=20" in note
+
+
+def test_a_plan_has_nothing_left_to_decide_and_is_what_recipe_yaml_says(make_images, tmp_path):
+    backbone, images = load_backbone("scratch:test_resnet").backbone, find_images(make_images(tmp_path))
+    recipe = load_recipe("odc_r50_finetune", ["data.size=auto", "optim.batch_size=4"])
+    plan, _ = make_plan(recipe, [backbone], images)
+    assert "auto" not in dump(plan)
+    assert Recipe.model_validate(yaml.safe_load(dump(plan))).model_dump() == plan.model_dump()
+    assert (plan.data.size, plan.memory.clusters, plan.optim.final_epochs) == (32, 2, 20)
+    assert recipe.data.size == "auto"  # what was asked for stays as it was
+
+
+def test_what_the_recipe_says_is_not_decided_again(make_images, tmp_path):
+    backbone, images = load_backbone("scratch:test_resnet").backbone, find_images(make_images(tmp_path))
+    asked = ["data.size=64", "data.range=[0,9]", "data.workers=1", "memory.clusters=3", "memory.dtype=float16"]
+    asked += ["kmeans.engine=faiss", "optim.final_epochs=1", "optim.precision=bfloat16", "optim.batch_size=4"]
+    recipe = load_recipe("small", [*asked, "memory.min_cluster=2"])
+    plan, notes = make_plan(recipe, [backbone], images)
+    then, now = flat(recipe.model_dump()), flat(plan.model_dump())
+    assert {name for name in now if now[name] != then[name]} == {"codc.members"}
+    assert len(notes) == 1  # three clusters of twelve images are close to the threshold
+
+
+def test_clusters_follow_the_images_that_can_be_read():
+    recipe = load_recipe("small")
+    plan, notes = with_clusters_for(decided(recipe, clusters=200), recipe, 1280)
+    assert (plan.memory.clusters, notes) == (10, [])
+
+
+def test_members_see_the_same_images_of_a_size_that_all_can_take(make_images, tmp_path):
+    backbones = [load_backbone(f"scratch:{name}").backbone for name in ("test_vit", "test_resnet")]
+    images = find_images(make_images(tmp_path, side=200))
+    recipe = load_recipe("small", ["data.size=auto", "optim.batch_size=4"])
+    assert make_plan(recipe, backbones, images)[0].data.size == backbones[0].size
+    with pytest.raises(OdcftError, match="takes images of 160 pixels only, not 32"):
+        make_plan(load_recipe("small", ["data.size=32", "optim.batch_size=4"]), backbones, images)
