@@ -102,9 +102,7 @@ def read_column(path: Path, column: str) -> list[str]:
     except OSError as error:
         raise OdcftError(f"{path} cannot be read: {error.strerror}.") from None
     except (csv.Error, KeyError) as error:
-        raise OdcftError(
-            f"{path} is damaged or was not written by odcft: there is no column {column} ({error})."
-        ) from None
+        raise OdcftError(f"{path} is damaged ({error}), or is not an odcft table with a column {column}.") from None
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -117,7 +115,7 @@ def write_whole(path: Path, text: str) -> None:
 def whole(path: Path) -> Iterator[Path]:
     """Write a file completely or not at all: under a temporary name, renamed to `path` once it is on the disk.
 
-    The temporary file stands in the same folder and has the permissions that the umask gives. Whatever already has its
+    The temporary file is in the same folder and has the permissions that the umask gives. Whatever already has its
     name is replaced, never written through. On an error it is removed, and `path` stays as it was.
 
     Yields:

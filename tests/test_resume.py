@@ -197,7 +197,7 @@ def test_two_ranks_one_killed_then_asked_to_stop_then_alone(inputs, go, tmp_path
     os.kill(int(ranks[1]), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1, err
-    assert "--resume goes on" in err
+    assert "Continue with --resume" in err
 
     process = started("--resume")
     process.send_signal(signal.SIGUSR1)

@@ -12,9 +12,7 @@ DIVERGED = 1.5  # of ln K: far worse than guessing
 EFFECTIVE = 0.5  # of K; the effective number of clusters is exp(entropy of the sizes)
 SHARE, TIMES_EVEN = 0.1, 10.0  # of the largest cluster, both exceeded: of all images, and of the even share 1 / K
 SPREAD = 0.02  # the cosines between centroids are then about 0.98
-SETTLED = (
-    50  # steps, with five centroid updates: a new neck's centroids are nearly one point at first, and separate later
-)
+SETTLED = 50  # steps, or five centroid updates: a new neck's centroids are nearly one point at first
 
 
 def warnings(lines: list[dict[str, Any]], K: int, method: str = "odc") -> dict[str, str]:
