@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, checksums, and small files that anybody may have written."""
+"""Writing files completely or not at all, checksums, and reading small files from untrusted sources."""
 
 import csv
 import hashlib
@@ -19,49 +19,48 @@ from torch import Tensor
 
 from odcft.errors import OdcftError
 
-LARGEST = 16 << 20  # bytes of JSON; timm's config.json of a network for 21,000 classes has 3 million
+LARGEST = 16 << 20  # bytes of JSON; timm's config.json of a network with 21,000 classes has 3 million
+UNFINISHED = ".unfinished"  # while it is written, a file is called .NAME.unfinished; .unfinished holds a folder's files
+
+# File names are bytes on disk. Python represents those that are not UTF-8 by surrogates; this writes the same bytes.
+NAMES: Any = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 
 def read_text(path: Path) -> str:
-    """The text of a small file that anybody may have written; what is no UTF-8 in it is replaced.
+    """The text of a small file from an untrusted source; bytes that are not UTF-8 are replaced.
 
     Raises:
-        OdcftError: it is not there, no regular file, or too large.
+        OdcftError: it does not exist, is not a regular file, cannot be read, or is too large.
     """
     try:
         if not path.is_file():
-            raise OdcftError(f"{path} is {'no file' if path.exists() else 'missing'}.")
+            raise OdcftError(f"{path} is {'not a file' if path.exists() else 'missing'}.")
         if path.stat().st_size > LARGEST:
-            raise OdcftError(f"{path} has {path.stat().st_size:,} bytes, too many for a description.")
+            raise OdcftError(
+                f"{path} has {path.stat().st_size:,} bytes, which is too large for a description (at most {LARGEST:,})."
+            )
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise OdcftError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file that anybody may have written.
+    """The object in a JSON file from an untrusted source.
 
     Raises:
-        OdcftError: it is not there, no regular file, too large, or no JSON object.
+        OdcftError: `read_text` cannot read it, or it is not a JSON object.
     """
     try:
-        about = json.loads(read_text(path))
+        content = json.loads(read_text(path))
     except (ValueError, RecursionError):
-        about = None
-    if not isinstance(about, dict):
-        raise OdcftError(f"{path} is damaged: it is no JSON object.")
-    return about
-
-
-UNFINISHED = ".unfinished"  # being written: .NAME.unfinished a file, .unfinished what a folder will hold
-
-
-# A file system's names are bytes: those that are no UTF-8 come out of Python, and into a table, as the same bytes.
-NAMES: Any = {"encoding": "utf-8", "errors": "surrogateescape"}
+        content = None
+    if not isinstance(content, dict):
+        raise OdcftError(f"{path} is damaged: it is not a JSON object.")
+    return content
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder, or a link but not what it leads to; or nothing, where there is nothing."""
+    """Remove a file, a folder, or a link (not its target), if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -70,18 +69,19 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """Make a folder with those above it; what was made and is still empty at the end goes again."""
+    """Create a folder and its parents; on leaving, remove those created here that are still empty."""
     new = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     finally:
-        with suppress(OSError):  # one that is not empty, and so all above it
+        with suppress(OSError):  # raised by the first that is not empty; its parents are not empty either
             for place in new:
                 place.rmdir()
 
 
-def _write_table(path: Path, header: list[str], rows: Iterable[tuple]) -> None:
+def write_table(path: Path, header: list[str], rows: Iterable[tuple]) -> None:
+    """Write a .csv file, completely or not at all."""
     with whole(path) as unfinished, unfinished.open("w", newline="", **NAMES) as file:
         table = csv.writer(file)
         table.writerow(header)
@@ -89,39 +89,39 @@ def _write_table(path: Path, header: list[str], rows: Iterable[tuple]) -> None:
 
 
 def read_column(path: Path, column: str) -> list[str]:
-    """One column of a .csv of ours.
+    """One column of a .csv file that odcft wrote.
 
     Raises:
-        OdcftError: it is not there, or not as we write it.
+        OdcftError: it does not exist, cannot be read, or is not a table with this column.
     """
     try:
         if not path.is_file():
-            raise OdcftError(f"{path} is {'no file' if path.exists() else 'missing'}.")
+            raise OdcftError(f"{path} is {'not a file' if path.exists() else 'missing'}.")
         with path.open(newline="", **NAMES) as file:
             return [row[column] for row in csv.DictReader(file)]
     except OSError as error:
         raise OdcftError(f"{path} cannot be read: {error.strerror}.") from None
     except (csv.Error, KeyError) as error:
-        raise OdcftError(f"{path} is damaged ({error}), or not a table of odcft's with a column {column}.") from None
+        raise OdcftError(f"{path} is damaged ({error}), or is not an odcft table with a column {column}.") from None
 
 
 def write_whole(path: Path, text: str) -> None:
-    """A text file that appears whole or not at all, and stays through a power failure."""
+    """Write a text file, completely or not at all; it survives a power failure."""
     with whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A new file to write into, which takes its place once it is whole and on the disk, and goes on an error.
+    """Write a file completely or not at all: under a temporary name, renamed to `path` once it is on the disk.
 
-    It is made under a name of its own beside its place, whatever has that name is not written through, and it has the
-    rights that the umask gives.
+    The temporary file is in the same folder and has the permissions that the umask gives. Whatever already has its
+    name is replaced, never written through. On an error it is removed, and `path` stays as it was.
 
     Yields:
-        Where to write.
+        The temporary path to write to.
     """
-    unfinished = _new(path)
+    unfinished = create_unfinished(path)
     try:
         yield unfinished
         sync(unfinished)
@@ -131,8 +131,8 @@ def whole(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def _new(path: Path) -> Path:
-    """An empty file of ours under the name that `path` has until it is whole."""
+def create_unfinished(path: Path) -> Path:
+    """Create the empty temporary file that will become `path`; return where it is."""
     unfinished = path.with_name(f".{path.name}{UNFINISHED}")
     unfinished.unlink(missing_ok=True)
     os.close(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
@@ -141,15 +141,15 @@ def _new(path: Path) -> Path:
 
 @contextmanager
 def filling(folder: Path) -> Iterator[Path]:
-    """A hidden folder to write files into, which take their places in `folder` once all of them are whole.
+    """Write several files of a folder: into a hidden folder, moved to their places once all of them are complete.
 
-    It lies inside: what is beside `folder` may be another disk, or nobody's to write to.
+    The hidden folder is inside `folder`: beside it may be another disk, or a place without write permission.
 
     Args:
-        folder: made, or these of its files replaced; gone again where it was made and nothing came of it.
+        folder: created if it does not exist, and removed again on an error; files that are not written anew stay.
 
     Yields:
-        Where to write.
+        The hidden folder to write into.
     """
     with made(folder):
         unfinished = folder / UNFINISHED
@@ -166,13 +166,13 @@ def filling(folder: Path) -> Iterator[Path]:
 
 
 def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """safetensors' own, but with the rights that the umask gives: it makes files for their owner alone.
+    """Write safetensors, with the permissions that the umask gives: safetensors itself lets only the owner read.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; safetensors raises an error of its own.
     """
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
-    rights = stat.S_IMODE(path.stat().st_mode)
+    permissions = stat.S_IMODE(path.stat().st_mode)
     try:
         safetensors.torch.save_file(tensors, path, metadata)
     except SafetensorError as error:
@@ -180,14 +180,14 @@ def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] |
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-    path.chmod(rights)
+    path.chmod(permissions)
 
 
 def save_checkpoint(tree: Any, path: Path) -> None:
-    """torch's own, for a file that is there.
+    """Write anything that torch can save.
 
     Raises:
-        OSError: it cannot be written; torch hides it behind an error of its own.
+        OSError: it cannot be written; torch raises an error of its own.
     """
     try:
         with path.open("wb") as file:
@@ -199,7 +199,7 @@ def save_checkpoint(tree: Any, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or what a folder lists, on the disk before going on."""
+    """Wait until a file, or the listing of a folder, is on the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -208,7 +208,7 @@ def sync(path: Path) -> None:
 
 
 def sha256(ckpt: str) -> str:
-    """Of a checkpoint's bytes; a name (timm:resnet18) stands for itself."""
+    """The checksum of a checkpoint's bytes; for a name (timm:resnet18), the name itself."""
     path = Path(ckpt)
     for inner in ("backbone/model.safetensors", "model.safetensors", "pytorch_model.bin"):
         if path.is_dir() and (path / inner).exists():
@@ -221,7 +221,7 @@ def digest(path: Path, from_disk: bool = False) -> str:
 
     Args:
         path: the file.
-        from_disk: forget what memory holds of it first, so that the disk has to show what it has.
+        from_disk: drop the file from the page cache first, so that it is read back from the disk.
     """
     with path.open("rb") as file:
         if from_disk and hasattr(os, "posix_fadvise"):

@@ -262,14 +262,14 @@ def test_no_network_is_made_that_the_file_cannot_fill(tmp_path):
 def test_a_description_that_is_no_json_object_gets_one_sentence(file, text, tmp_path):
     folder = folder_of(tmp_path / "c", {})
     (folder / file).write_bytes(text.encode("utf-8", "surrogatepass"))
-    assert "is damaged: it is no JSON object" in answer(folder)
+    assert "is damaged: it is not a JSON object" in answer(folder)
 
 
 def test_a_description_of_many_megabytes_is_not_read(tmp_path):
     folder = folder_of(tmp_path / "c", {})
     with (folder / "config.json").open("wb") as file:
         file.truncate(1 << 30)
-    assert "too many for a description" in answer(folder)
+    assert "too large for a description" in answer(folder)
 
 
 # ---------------------------------------------------------------- any description at all

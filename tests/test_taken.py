@@ -393,7 +393,7 @@ def test_a_memory_of_pipes_is_not_waited_for(name, theirs, odcft_command):
     os.mkfifo(theirs / "m" / name)
     code, _, told = odcft_command(*BEGUN)
     assert code == 2
-    assert f"{name} is no file" in told
+    assert f"{name} is not a file" in told or f"{name} is no file" in told
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ def test_a_pipe_where_a_file_should_be_is_not_waited_for(command, theirs, odcft_
 def test_overwriting_does_not_read_a_device_or_unpack_a_bomb(theirs):
     with zipfile.ZipFile("bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(50_000_000))
-    for path, said in ((Path("/dev/zero"), "is no file"), (Path("bomb.pth"), "was not written by odcft")):
+    for path, said in ((Path("/dev/zero"), "is not a file"), (Path("bomb.pth"), "was not written by odcft")):
         with pytest.raises(OdcftError, match=said):
             output_checks.refuse_file_of_others(path)
 

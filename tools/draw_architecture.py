@@ -1,7 +1,7 @@
 """Draw which part of odcft imports which into docs/architecture.md, from the import statements of the code.
 
-    python tools/draw_architecture.py            write the drawing
-    python tools/draw_architecture.py --check    exit with 1 if the drawing is not what the code says
+python tools/draw_architecture.py            write the drawing
+python tools/draw_architecture.py --check    exit with 1 if the drawing is not what the code says
 """
 
 import ast

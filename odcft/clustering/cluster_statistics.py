@@ -1,4 +1,4 @@
-"""How evenly the images fall into clusters, and how clusters of two epochs agree."""
+"""Statistics of a clustering: how even the clusters are, how far apart, and how much two clusterings agree."""
 
 import math
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 
 def cluster_figures(sizes_K: Tensor, centroids_KD: Tensor) -> dict[str, float]:
-    """How evenly the images fall into clusters, and how far these are from being one and the same.
+    """How evenly the images are distributed over the clusters, and how far apart the centroids are.
 
     Args:
-        sizes_K: (K,) integers, images of each cluster over all ranks.
+        sizes_K: (K,) integers, images in each cluster, on all ranks.
         centroids_KD: (K, D) float32.
 
     Returns:
-        `empty`, `smallest`, `largest`: numbers of clusters and of images. `largest_share` of all images. `entropy` of
-        the sizes over ln K: 1 where all are as large, 0 where one has everything. `centroid_spread`: the centroids'
-        mean squared distance from their mean, over their mean squared length: 0 where all are the same, 1 where they
-        point in all directions.
+        `empty`: the number of empty clusters. `smallest`, `largest`: numbers of images. `largest_share`: the largest
+        cluster's share of all images. `entropy`: of the sizes, divided by ln K: 1 if all are equal, 0 if one cluster
+        has every image. `centroid_spread`: the centroids' mean squared distance from their mean, divided by their mean
+        squared length: 0 if all are the same, 1 if they point in all directions.
     """
     K = len(sizes_K)
     share_K = sizes_K.double() / sizes_K.sum()
@@ -25,18 +25,16 @@ def cluster_figures(sizes_K: Tensor, centroids_KD: Tensor) -> dict[str, float]:
     weight_K = (sizes_K > 0).float() / (sizes_K > 0).sum()
     squares = weight_K @ centroids_KD.square().sum(1)
     spread = (1 - (weight_K @ centroids_KD).square().sum() / squares.clamp(min=1e-12)) * (squares > 1e-12)
-    counts = [(sizes_K == 0).sum(), sizes_K.min(), sizes_K.max(), share_K.max(), entropy, spread]
-    empty, smallest, largest, share, even, apart = torch.stack([count.double() for count in counts]).tolist()
-    return {
-        **{"empty": int(empty), "smallest": int(smallest), "largest": int(largest)},
-        **{"largest_share": share, "entropy": even, "centroid_spread": apart},
-    }
+    counts = {"empty": (sizes_K == 0).sum(), "smallest": sizes_K.min(), "largest": sizes_K.max()}
+    figures = {**counts, "largest_share": share_K.max(), "entropy": entropy, "centroid_spread": spread}
+    values = torch.stack([figure.double() for figure in figures.values()]).tolist()  # waits for the device only once
+    return {name: int(value) if name in counts else value for name, value in zip(figures, values, strict=True)}
 
 
 def nmi(before_S: Tensor, after_S: Tensor) -> float:
-    """Normalised mutual information of two labellings of this rank's images, (S,) each: 0..1.
+    """Normalised mutual information of two labellings of this rank's images, (S,) each: 0 to 1.
 
-    With several ranks it is that of rank 0's share, a random sample of the images.
+    With several ranks, rank 0's images serve as a sample of all.
     """
     from sklearn.metrics import normalized_mutual_info_score
 

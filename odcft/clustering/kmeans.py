@@ -1,15 +1,15 @@
 """K-Means over features that stay where they are: Lloyd's algorithm, on any device and any number of ranks.
 
-Shapes: S rows of this rank, B rows at a time, K clusters, D embedding, C candidates.
+Shapes: S rows of this rank, B rows at a time, K clusters, D embedding, C some centroids, or candidates of the B rows.
 
-Two things make it fast, and neither gives a row another label than plain float32 would.
+Two things make it fast, and neither changes the labels that plain float32 would give.
 
-- Scores of all centroids are computed in bfloat16 (where the processor multiplies it), with a bound of what rounding
-  can have changed. Only centroids that could be the nearest within that bound are compared in float32: about two a row.
-- For each row an upper bound of the distance to its centroid and a lower bound of the distance to all others are
-  kept; as centroids move, so do the bounds, and only where they meet is a row searched again (Hamerly, "Making k-means
-  even faster", SDM 2010). The few fastest centroids, which would spoil the bound for all rows, are compared anew with
-  every row.
+- Scores of all centroids are computed in bfloat16 (if the processor multiplies it fast), with a bound on the rounding
+  error. Only centroids that could be the nearest within that bound are compared in float32: about two per row.
+- Each row keeps an upper bound of the distance to its own centroid and a lower bound of the distance to all others. As
+  centroids move, the bounds are widened, and a row is searched again only when they meet (Hamerly, "Making k-means even
+  faster", SDM 2010). The few centroids that moved farthest, which would spoil the bound of all rows, are compared with
+  every row instead.
 """
 
 import torch
@@ -21,55 +21,55 @@ from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
 from odcft.precision import exact_products, has_bfloat16
 
-ROWS = 8192  # at a time, in passes over all rows
-SCORES = 1 << 21  # at a time: they should stay in the processor's cache
-PLACES = 32  # centroids whose scores are looked through together
-FASTEST = 64
+ROWS = 8192  # processed at a time, in passes over all rows
+SCORES = 1 << 21  # computed at a time: they should stay in the processor's cache
+GROUP = 32  # centroids: the search skips whole groups whose best score is too low
+FASTEST = 64  # centroids, those that moved farthest, that are compared with every row
 
 
 @exact_products()
 def kmeans(features_SD: Tensor, k: int, seed: int, iterations: int = 20, engine: str = "torch") -> Tensor:
     """Centroids of K-Means.
 
-    It starts from k different rows drawn by the seed. A cluster that becomes empty takes the place of the row that lies
-    farthest from its centroid; none that is returned is empty, unless there are fewer than k different rows. Sums over
-    members are exact, so any number of ranks comes to the same centroids.
+    It starts from k different rows, drawn with the seed. The centroid of a cluster that becomes empty moves to the row
+    that is farthest from its own centroid; no cluster is empty at the end unless there are fewer than k distinct rows.
+    Sums over the rows are exact, so any number of ranks gives the same centroids.
 
     Args:
-        features_SD: (S, D) float, this rank's rows.
-        k: clusters; all ranks together have as many rows or more.
-        seed: of the start.
-        iterations: of Lloyd.
+        features_SD: (S, D) float, of this rank.
+        k: clusters, at most as many as there are rows on all ranks.
+        seed: for drawing the first centroids.
+        iterations: of Lloyd's algorithm, at most.
         engine: "torch", described above; or "faiss", which gathers the features on rank 0 and needs faiss installed.
 
     Returns:
         (k, D) float32, the same on every rank.
 
     Raises:
-        OdcftError: faiss is asked for and not installed.
+        OdcftError: the engine is faiss, and faiss is not installed.
     """
     if engine == "faiss":
         return _faiss_kmeans(features_SD, k, seed, iterations)
-    centroids_KD = _start(features_SD, k, seed)
+    centroids_KD = _first_centroids(features_SD, k, seed)
     nearest = _Nearest(features_SD, centroids_KD)
-    members = _Members(features_SD, nearest.label_S, k)
+    sums = _ClusterSums(features_SD, nearest.label_S, k)
     for iteration in range(iterations + 10):
-        empty = bool((members.counts_K == 0).any())
-        if iteration >= iterations and not empty:  # past the last iteration, only to fill what is still empty
+        empty = bool((sums.counts_K == 0).any())
+        if iteration >= iterations and not empty:  # after the last iteration, go on only to fill empty clusters
             break
-        centroids_KD = members.means()
+        centroids_KD = sums.means()
         if empty:
             nearest.measure(torch.arange(len(features_SD), device=features_SD.device))
-            _fill_empty(centroids_KD, members.counts_K, features_SD, nearest.distance_S)
+            _fill_empty(centroids_KD, sums.counts_K, features_SD, nearest.distance_S)
         nearest.follow(centroids_KD)
-        if not members.follow(nearest.label_S) and not empty:
-            break  # nothing moves any more
+        if not sums.follow(nearest.label_S) and not empty:
+            break  # no label changes any more
     return centroids_KD
 
 
 @exact_products()
 def assign(features_SD: Tensor, centroids_KD: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest centroid of each row, and how far it is.
+    """The nearest centroid of each row, and its squared distance.
 
     Args:
         features_SD: (S, D) float.
@@ -89,11 +89,11 @@ def assign(features_SD: Tensor, centroids_KD: Tensor) -> tuple[Tensor, Tensor]:
     return label_S, square_S
 
 
-class _Members:
-    """Sums and counts of the clusters over all ranks, following the labels.
+class _ClusterSums:
+    """Sums and counts of the clusters, updated as labels change.
 
-    The sums are whole numbers of units in float64, and exact as long as they stay below 2**53 (two million members of
-    unit length): it does not matter in which order, or on which rank, rows are added and taken away.
+    The sums are whole numbers of units in float64, which are exact below 2**53 (two million rows of unit length): the
+    order in which rows are added and subtracted, and the rank that does it, make no difference.
     """
 
     def __init__(self, features_SD: Tensor, label_S: Tensor, k: int) -> None:
@@ -105,7 +105,7 @@ class _Members:
         self.counts_K = dist.all_sum(torch.bincount(label_S, minlength=k))  # of all ranks
 
     def follow(self, label_S: Tensor) -> int:
-        """Move the rows whose label has changed; return how many on all ranks."""
+        """Move the rows whose label has changed; return their number on all ranks."""
         changed_M = (label_S != self.label_S).nonzero()[:, 0]
         for row_B in changed_M.split(ROWS):
             units_BD = _whole_units(self.features_SD.index_select(0, row_B))
@@ -127,12 +127,12 @@ def _whole_units(features: Tensor) -> Tensor:
 
 
 class _Nearest:
-    """The nearest centroid of each row, following the centroids. Of scores x.c - |c|^2 / 2 the nearest's is largest."""
+    """The nearest centroid of each row, updated as centroids move. It has the largest score x.c - |c|^2 / 2."""
 
     def __init__(self, features_SD: Tensor, centroids_KD: Tensor) -> None:
         S, device = len(features_SD), features_SD.device
         self.features_SD, self.dtype = features_SD, _coarse_dtype(device)
-        # Distances stay when everything is moved so that the centroids are around zero, and rounding hurts least there.
+        # Shifting everything keeps the distances. Rounding errors are smallest with the centroids around zero.
         self.centre_D = centroids_KD.mean(0)
         self.coarse_SD = torch.empty(S, features_SD.shape[1], dtype=self.dtype, device=device)
         self.square_S, self.length_S, self.rounding_S = torch.empty(3, S, device=device)
@@ -141,18 +141,18 @@ class _Nearest:
             rows_BD = features_SD[rows].float()
             self.square_S[rows] = rows_BD.square().sum(1)
             self.coarse_SD[rows], self.length_S[rows], self.rounding_S[rows] = self._round(rows_BD)
-        # Bounds and distances are compared with a margin far above the rounding of float32 scores.
-        self.margin = 1e-3 * float(self.square_S.mean().sqrt())  # NaN, and needed nowhere, where a rank has no rows
+        # Margin for comparing bounds with distances, far larger than the rounding of float32 scores.
+        self.margin = 1e-3 * float(self.square_S.mean().sqrt())  # NaN, but unused, if a rank has no rows
         self.label_S = torch.zeros(S, dtype=torch.int64, device=device)
         self.distance_S = torch.empty(S, device=device)  # to the row's own centroid; an upper bound
         self.others_S = torch.empty(S, device=device)  # to all other centroids; a lower bound
-        self._set(centroids_KD)
+        self._set_centroids(centroids_KD)
         self._search(torch.arange(S, device=device))
 
     def follow(self, centroids_KD: Tensor) -> None:
-        """Search again where the centroids' movement leaves it open which is nearest."""
+        """Move the centroids, and search again for the rows whose nearest centroid may have changed."""
         moved_K = (centroids_KD - self.centroids_KD).norm(dim=1)
-        self._set(centroids_KD)
+        self._set_centroids(centroids_KD)
         self.distance_S += moved_K.index_select(0, self.label_S)
         fastest = moved_K.topk(min(FASTEST + 1, len(moved_K)))
         self.others_S -= fastest.values[-1]
@@ -163,26 +163,26 @@ class _Nearest:
         self._search(row_M[self.others_S[row_M] < self.distance_S[row_M] + self.margin])
 
     def measure(self, row_M: Tensor) -> None:
-        """Make the distances of these rows, which may be upper bounds, exact."""
+        """Compute the exact distances of these rows, for which only upper bounds may be known."""
         for row_B in row_M.split(ROWS):
             self.distance_S[row_B] = self._distance(row_B, self._score(row_B, self.label_S[row_B]))
 
-    def _set(self, centroids_KD: Tensor) -> None:
+    def _set_centroids(self, centroids_KD: Tensor) -> None:
         self.centroids_KD, self.half_squares_K = centroids_KD, half_squares(centroids_KD)
-        spare = -len(centroids_KD) % PLACES  # places without a centroid, whose scores are -inf
+        padding = -len(centroids_KD) % GROUP  # fills the last group, with scores of -inf
         coarse_KD, length_K, rounding_K = self._round(centroids_KD)
-        self.coarse_CD = F.pad(coarse_KD, (0, 0, 0, spare))
-        self.coarse_half_squares_C = F.pad(half_squares(centroids_KD - self.centre_D), (0, spare), value=-torch.inf)
-        # How far coarse scores of a row can be from true ones (Cauchy-Schwarz): rounding of either factor, of the
-        # product, and of its sum.
-        last_place = torch.finfo(self.dtype).eps / 2 + len(self.centre_D) * torch.finfo(torch.float32).eps
+        self.coarse_CD = F.pad(coarse_KD, (0, 0, 0, padding))
+        self.coarse_half_squares_C = F.pad(half_squares(centroids_KD - self.centre_D), (0, padding), value=-torch.inf)
+        # How far a row's coarse scores can be from the true ones (Cauchy-Schwarz): rounding of both factors, of the
+        # products, and of their sum.
+        relative = torch.finfo(self.dtype).eps / 2 + len(self.centre_D) * torch.finfo(torch.float32).eps
         longest = length_K.max()
-        self.error_S = self.rounding_S * longest + self.length_S * (rounding_K.max() + last_place * longest)
+        self.error_S = self.rounding_S * longest + self.length_S * (rounding_K.max() + relative * longest)
 
     def _round(self, rows_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         centred_BD = rows_BD - self.centre_D
         coarse_BD = centred_BD.to(self.dtype)
-        # Lengths a little too long rather than too short: the rounding of either is in them.
+        # The length is an upper bound: the rounding error is added.
         rounding_B = (centred_BD - coarse_BD.float()).norm(dim=1)
         return coarse_BD, centred_BD.norm(dim=1) + rounding_B, rounding_B
 
@@ -194,7 +194,7 @@ class _Nearest:
         return (self.square_S[row_B] - 2 * score_B).clamp_(min=0).sqrt_()
 
     def _compare_with(self, some_K: Tensor) -> None:
-        """Lower the bounds of all rows to what some centroids require."""
+        """Lower the bounds `others_S` of all rows to the distances of some centroids."""
         coarse_CD, half_squares_C = self.coarse_CD[some_K], self.coarse_half_squares_C[some_K]
         for start in range(0, len(self.label_S), ROWS):
             rows = slice(start, start + ROWS)
@@ -205,30 +205,30 @@ class _Nearest:
 
     def _search(self, row_S: Tensor) -> None:
         """Compare rows with all centroids."""
-        places = len(self.coarse_CD)
-        for row_B in row_S.split(max(1, SCORES // places)):
+        padded_K = len(self.coarse_CD)
+        for row_B in row_S.split(max(1, SCORES // padded_K)):
             B = len(row_B)
             error_B = self.error_S[row_B]
             scores_BC = torch.mm(self.coarse_SD.index_select(0, row_B), self.coarse_CD.T).float()
-            scores_BGP = scores_BC.add_(self.coarse_half_squares_C).view(B, places // PLACES, PLACES)
+            scores_BGP = scores_BC.add_(self.coarse_half_squares_C).view(B, padded_K // GROUP, GROUP)
             best_BG = scores_BGP.amax(2)
             least_B = best_BG.amax(1) - 2 * error_B
-            # Candidates: first the groups of places that hold one, then the places.
+            # Candidates: first the groups that have one, then the positions within these groups.
             b_M, group_M = (best_BG >= least_B.unsqueeze(1)).nonzero().unbind(1)
-            near_MP = scores_BGP.view(-1, PLACES).index_select(0, b_M * best_BG.shape[1] + group_M)
-            m_C, place_C = (near_MP >= least_B[b_M].unsqueeze(1)).nonzero().unbind(1)
-            b_C, k_C = b_M[m_C], group_M[m_C] * PLACES + place_C
+            near_MP = scores_BGP.view(-1, GROUP).index_select(0, b_M * best_BG.shape[1] + group_M)
+            m_C, position_C = (near_MP >= least_B[b_M].unsqueeze(1)).nonzero().unbind(1)
+            b_C, k_C = b_M[m_C], group_M[m_C] * GROUP + position_C
             score_C = self._score(row_B[b_C], k_C)
             score_B = score_C.new_full((B,), -torch.inf).scatter_reduce_(0, b_C, score_C, "amax")
-            k_C.masked_fill_(score_C < score_B[b_C], places)
-            label_B = k_C.new_full((B,), places).scatter_reduce_(0, b_C, k_C, "amin")
+            k_C.masked_fill_(score_C < score_B[b_C], padded_K)
+            label_B = k_C.new_full((B,), padded_K).scatter_reduce_(0, b_C, k_C, "amin")
             self.label_S[row_B] = label_B
             self.distance_S[row_B] = self._distance(row_B, score_B)
-            # The best of the others.
+            # The best score of all other centroids.
             scores_BC.scatter_(1, label_B.unsqueeze(1), -torch.inf)
-            own_B = label_B // PLACES
+            own_B = label_B // GROUP
             first_B = torch.arange(B, device=own_B.device) * best_BG.shape[1]
-            own_BP = scores_BGP.view(-1, PLACES).index_select(0, first_B + own_B)
+            own_BP = scores_BGP.view(-1, GROUP).index_select(0, first_B + own_B)
             best_BG.scatter_(1, own_B.unsqueeze(1), own_BP.amax(1, keepdim=True))
             self.others_S[row_B] = self._coarse_distance(row_B, best_BG.amax(1))
 
@@ -239,12 +239,12 @@ class _Nearest:
 
 
 def _coarse_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where it is faster than float32 to multiply."""
+    """bfloat16 if the device multiplies it faster than float32, else float32."""
     return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
-def _start(features_SD: Tensor, k: int, seed: int) -> Tensor:
-    """k different rows, chosen by their images' numbers, so that it does not matter which rank holds them."""
+def _first_centroids(features_SD: Tensor, k: int, seed: int) -> Tensor:
+    """k different rows, drawn by image number, so that the choice does not depend on which rank holds them."""
     count = torch.tensor([len(features_SD)], device=features_SD.device)
     dist.all_sum_(count)
     chosen_K = torch.randperm(int(count), generator=torch.Generator().manual_seed(seed))[:k].to(features_SD.device)
@@ -256,7 +256,7 @@ def _start(features_SD: Tensor, k: int, seed: int) -> Tensor:
 
 
 def _fill_empty(centroids_KD: Tensor, counts_K: Tensor, features_SD: Tensor, distance_S: Tensor) -> None:
-    """Put the centroids of empty clusters onto the rows that lie farthest from their own; of equally far, the first."""
+    """Move the centroids of empty clusters to the rows farthest from their own centroids (ties: the lower image)."""
     empty = (counts_K == 0).nonzero()[:, 0]
     row_E = distance_S.argsort(descending=True, stable=True)[: len(empty)]
     image_E = ownership.image_of(row_E)
@@ -268,8 +268,9 @@ def _fill_empty(centroids_KD: Tensor, counts_K: Tensor, features_SD: Tensor, dis
 
 
 def _faiss_kmeans(features_SD: Tensor, k: int, seed: int, iterations: int) -> Tensor:
+    """K-Means by faiss: on rank 0, from the features of all ranks."""
     try:
-        import faiss  # noqa: TID251 - this is the one place
+        import faiss  # noqa: TID251 - the only import of faiss
     except ImportError:
         raise OdcftError(
             "kmeans.engine=faiss needs faiss: pip install faiss-cpu. Or leave the engine at auto."
@@ -277,7 +278,7 @@ def _faiss_kmeans(features_SD: Tensor, k: int, seed: int, iterations: int) -> Te
     everything = dist.gather_rows(features_SD.float())
     centroids_KD = torch.zeros(k, features_SD.shape[1], device=features_SD.device)
     if dist.rank() == 0:
-        machine = faiss.Kmeans(
+        clustering = faiss.Kmeans(
             features_SD.shape[1],
             k,
             niter=iterations,
@@ -286,7 +287,7 @@ def _faiss_kmeans(features_SD: Tensor, k: int, seed: int, iterations: int) -> Te
             min_points_per_centroid=1,
             gpu=hasattr(faiss, "StandardGpuResources") and features_SD.device.type == "cuda",
         )
-        machine.train(everything.cpu().numpy())
-        centroids_KD.copy_(torch.from_numpy(machine.centroids))
+        clustering.train(everything.cpu().numpy())
+        centroids_KD.copy_(torch.from_numpy(clustering.centroids))
     dist.broadcast_(centroids_KD)
     return centroids_KD

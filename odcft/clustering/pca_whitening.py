@@ -1,4 +1,4 @@
-"""PCA and whitening of the features that DeepCluster gives to K-Means."""
+"""PCA and whitening of the features that DeepCluster clusters."""
 
 import torch
 from torch import Tensor
@@ -6,18 +6,18 @@ from torch import Tensor
 from odcft.distributed import dist
 from odcft.precision import exact_products
 
-ROWS = 16384  # at a time
+ROWS = 16384  # processed at a time
 
 
 @exact_products()
 def whiten(features_SF: Tensor, components: int) -> Tensor:
-    """Coordinates along the main directions of all ranks' features, each with variance 1.
+    """Project the features onto the principal components over all ranks, and scale each to variance 1.
 
-    Sums are taken in pieces and in float64; nothing else as large as the features is made.
+    Sums are taken in pieces and in float64; besides the result, nothing as large as the features is allocated.
 
     Args:
-        features_SF: (S, F) float, this rank's.
-        components: D at most; no more than F, or than images less one.
+        features_SF: (S, F) float, of this rank.
+        components: D, unless F or the number of images less one is smaller.
 
     Returns:
         (S, D) float32.
@@ -38,8 +38,8 @@ def whiten(features_SF: Tensor, components: int) -> Tensor:
     dist.all_sum_(covariance_FF)
     variance_F, direction_FF = torch.linalg.eigh(covariance_FF / count)  # smallest first
     D = max(1, min(components, width, count - 1))
-    # Directions without variance would only blow up rounding: they are left at almost nothing.
+    # Dividing by a variance of almost zero would only amplify rounding errors: such directions stay close to zero.
     scale_D = variance_F[-D:].clamp(min=1e-6 * float(variance_F[-1]) + 1e-12).rsqrt()
-    turn_FD = (direction_FF[:, -D:] * scale_D).float()
-    dist.broadcast_(turn_FD)  # the sign of a direction is the library's choice
-    return torch.cat([(piece_SF.float() - mean_F) @ turn_FD for piece_SF in features_SF.split(ROWS)])
+    projection_FD = (direction_FF[:, -D:] * scale_D).float()
+    dist.broadcast_(projection_FD)  # the sign of an eigenvector depends on the library
+    return torch.cat([(piece_SF.float() - mean_F) @ projection_FD for piece_SF in features_SF.split(ROWS)])

@@ -1,7 +1,7 @@
-"""Dealing with small clusters (paper, sec. 3.2): disperse their members, refill them by splitting the largest in two.
+"""Handling small clusters (paper, sec. 3.2): disperse their images, then refill them by splitting the largest in two.
 
-Shapes as in memory.py; M rows of this rank at hand. All decisions are made from integer sums over all ranks, so every
-rank comes to the same answer, and so does any number of ranks.
+Shapes as in memory.py; M: some rows of this rank. All decisions are made from integer sums over all ranks, so every
+rank comes to the same result, and so does any number of ranks.
 """
 
 import heapq
@@ -13,14 +13,14 @@ from odcft.clustering.memory import UNIT, Memory, Rules, half_squares, move, nea
 from odcft.distributed import dist, ownership
 from odcft.distributed.delayed_reader import LateReader
 
-ROWS = 4096  # at a time
+ROWS = 4096  # processed at a time
 
 
 class SmallClusterWatch:
-    """Tells, step by step, whether some cluster is small, without making the host wait for an accelerator.
+    """Tells in every step whether some cluster is small, without making the host wait for an accelerator.
 
-    On a CPU the answer is that of this step; on an accelerator it comes a step later, and small clusters wait that one
-    step.
+    On a CPU the answer is for this step; on an accelerator it comes one step later, so small clusters are handled one
+    step later.
     """
 
     def __init__(self) -> None:
@@ -33,13 +33,13 @@ class SmallClusterWatch:
 
 
 def handle_small_clusters(memory: Memory, min_cluster: int, rules: Rules, generator: torch.Generator) -> int:
-    """Empty every small cluster into its members' nearest normal ones, and refill it with half of the largest.
+    """Move the images of small clusters to the nearest normal ones, and refill each with half of the largest cluster.
 
-    `paper` cuts the largest so that neither half is small, and so is done in one pass; `official` takes the halves as
-    they fall. A cluster stays small only where none is large enough to give two normal ones.
+    `paper` splits the largest so that neither half is small, so one pass is enough; `official` takes the halves as
+    K-Means gives them. A cluster stays small only if none is large enough to give two normal ones.
 
     Args:
-        memory: changed in place, on every rank alike.
+        memory: changed in place, in the same way on every rank.
         min_cluster: the threshold of sec. 3.2, in images.
         rules: of the variant.
         generator: on the CPU, in the same state on every rank.
@@ -56,15 +56,15 @@ def handle_small_clusters(memory: Memory, min_cluster: int, rules: Rules, genera
     return _refill(memory, small_K.nonzero()[:, 0].tolist(), at_least, rules, generator)
 
 
-def members(memory: Memory, clusters: list[int]) -> dict[int, Tensor]:
-    """The rows of each of these clusters on this rank, in row order; one pass over the labels for all of them.
+def rows_by_cluster(memory: Memory, clusters: list[int]) -> dict[int, Tensor]:
+    """Find the rows of some clusters on this rank, in row order, in one pass over the labels.
 
     Args:
         memory: only read.
-        clusters: labels, each once.
+        clusters: their labels, each once.
 
     Returns:
-        label: (M,) int64 rows.
+        For each label, (M,) int64 rows.
     """
     device = memory.labels_S.device
     wanted_K = torch.zeros(len(memory.counts_K), dtype=torch.bool, device=device)
@@ -76,7 +76,7 @@ def members(memory: Memory, clusters: list[int]) -> dict[int, Tensor]:
 
 
 def _disperse(memory: Memory, small_K: Tensor, rules: Rules) -> None:
-    """Move the members of all small clusters to the nearest of the normal ones."""
+    """Move the images of all small clusters to the nearest normal ones."""
     normal_C = (~small_K).nonzero()[:, 0]  # labels of the C normal clusters
     row_M = small_K[memory.labels_S].nonzero()[:, 0]
     centroids_CD, half_squares_C = memory.centroids_KD[normal_C], memory.half_squares_K[normal_C]
@@ -87,21 +87,21 @@ def _disperse(memory: Memory, small_K: Tensor, rules: Rules) -> None:
 
 
 def _refill(memory: Memory, empty: list[int], at_least: int, rules: Rules, generator: torch.Generator) -> int:
-    """Fill each empty cluster with half of what is then the largest one; return how many were filled."""
-    # Splitting E times takes no cluster beyond the E largest of now, so their members are found once. The halves are
-    # pushed back, and may be the largest again.
+    """Fill each empty cluster with half of the currently largest one; return how many were filled."""
+    # E splits only involve clusters that are now among the E largest, and their halves, so one search finds all rows.
+    # The halves are pushed back, and may become the largest again.
     sizes = memory.sizes_K.tolist()
-    largest = heapq.nsmallest(len(empty), ((-size, label) for label, size in enumerate(sizes)))  # sorted: a heap
-    rows = members(memory, [label for _, label in largest])
+    largest = heapq.nsmallest(len(empty), ((-size, label) for label, size in enumerate(sizes)))  # sorted, so a heap
+    rows = rows_by_cluster(memory, [label for _, label in largest])
     filled = 0
     for label in empty:
-        size, source = largest[0]
-        if size == -1:
+        negative_size, source = largest[0]
+        if negative_size == -1:
             break
         row_M = rows[source]
-        enough = min(at_least, -size // 2)  # rather a small cluster than an empty one
-        draw = generator if rules.random_half else torch.Generator().manual_seed(0)  # official: random_state=0
-        second_M, sums_2D, sizes_2 = split_in_two(memory.features_SD[row_M].float(), row_M, enough, draw)
+        min_half = min(at_least, -negative_size // 2)  # a small cluster is better than an empty one
+        start = generator if rules.random_half else torch.Generator().manual_seed(0)  # official: random_state=0
+        second_M, sums_2D, sizes_2 = split_in_two(memory.features_SD[row_M].float(), row_M, min_half, start)
         if rules.random_half and torch.rand((), generator=generator) < 0.5:
             second_M, sums_2D, sizes_2 = ~second_M, sums_2D.flip(0), sizes_2[::-1]
         move(memory, row_M[second_M], torch.full_like(row_M[second_M], label))
@@ -119,17 +119,18 @@ def _refill(memory: Memory, empty: list[int], at_least: int, rules: Rules, gener
 def split_in_two(
     features_MD: Tensor, row_M: Tensor, at_least: int, generator: torch.Generator, iterations: int = 20
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Two-means over the members of one cluster, wherever they are: this rank's rows in, the same cut on every rank.
+    """Split the images of one cluster, on all ranks together, by K-Means with K = 2.
 
-    It starts from the two sides of the main direction (two power iterations), then does Lloyd's iterations.
+    The start is a cut perpendicular to the first principal component (two power iterations); then come Lloyd's
+    iterations.
 
     Args:
-        features_MD: (M, D) float32, this rank's members; M may be 0.
-        row_M: (M,) int64, their rows: they decide between members that cannot be told apart.
-        at_least: images that each side must have; all ranks together have twice that or more. Where the cut of K-Means
-            leaves a side short, the cut is shifted until the side has that many.
+        features_MD: (M, D) float32, of the cluster's images on this rank; M may be 0.
+        row_M: (M,) int64, their rows: they decide between images with the same score.
+        at_least: images that each side must have; all ranks together must have twice as many. If K-Means leaves fewer
+            on one side, the cut is shifted until that side has as many.
         generator: on the CPU, in the same state on every rank.
-        iterations: of Lloyd, at most (20: official code).
+        iterations: of Lloyd's algorithm, at most (20: official code).
 
     Returns:
         (M,) bool, True for the second side; (2, D) int64 sums of both sides over all ranks; their two sizes.
@@ -137,7 +138,7 @@ def split_in_two(
     M, D = features_MD.shape
     device = features_MD.device
     units_MD = to_units(features_MD)
-    total_D1 = torch.cat([units_MD.sum(0), units_MD.new_tensor([M])])  # sums, and the count as the last entry
+    total_D1 = torch.cat([units_MD.sum(0), units_MD.new_tensor([M])])  # the sums, then the count
     dist.all_sum_(total_D1)
     size = int(total_D1[-1])
     mean_D = total_D1[:-1].float() * (UNIT / size)
@@ -145,7 +146,7 @@ def split_in_two(
     centred_MD = features_MD - mean_D
     direction_D = torch.randn(D, generator=generator).to(device)
     for _ in range(2):
-        # Row by row, not as a product with a matrix, whose rounding depends on how many rows a rank has.
+        # Summed row by row: the rounding of a matrix product would depend on how many rows a rank has.
         along_M1 = (centred_MD * direction_D).sum(1, keepdim=True)
         spread_D = to_units(centred_MD * along_M1).sum(0)
         dist.all_sum_(spread_D)
@@ -158,7 +159,7 @@ def split_in_two(
         second_D1 = torch.cat([(units_MD * second_M.unsqueeze(1)).sum(0), second_M.sum().unsqueeze(0)])
         dist.all_sum_(second_D1)
         second_size = int(second_D1[-1])
-        if second_size in (0, size) or torch.equal(second_D1, before_D1):  # the same sums give the same cut again
+        if second_size in (0, size) or torch.equal(second_D1, before_D1):  # the same sums give the same cut
             break
         before_D1 = second_D1
         second_mean_D = second_D1[:-1].float() * (UNIT / second_size)
@@ -175,14 +176,14 @@ def split_in_two(
 
 
 def _enough_on_both_sides(score_M: Tensor, second_M: Tensor, row_M: Tensor, at_least: int) -> Tensor:
-    """Shift the cut along the scores, where one side has fewer than `at_least`, until it has that many."""
+    """Shift the cut along the scores if one side has fewer than `at_least` images, until it has that many."""
     sizes = torch.stack([(~second_M).sum(), second_M.sum()])
     dist.all_sum_(sizes)
     first, second = sizes.tolist()
     second_size = min(max(second, at_least), first + second - at_least)
     if second_size == second:
         return second_M
-    # The members' scores and image numbers, not their features, go to every rank, and all sort alike.
+    # Every rank gets the scores and image numbers of all, not the features, and sorts them in the same way.
     image_M = ownership.image_of(row_M)
     scores, images = dist.gather_rows(score_M), dist.gather_rows(image_M)
     by_image = torch.argsort(images)

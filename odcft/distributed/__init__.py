@@ -1,1 +1,1 @@
-"""Processes that work together, are started together and stop together."""
+"""Several processes that train together: starting and stopping them, and what they exchange."""

@@ -1,25 +1,25 @@
-"""What the host learns about a step, without ever waiting for an accelerator."""
+"""Reading a step's results on the host without waiting for an accelerator."""
 
 import torch
 from torch import Tensor
 
 
 class LateReader:
-    """Brings a small tensor of each step to the host: that of this step on a CPU, of the step before elsewhere.
+    """Brings a small tensor of every step to the host: at once on a CPU, one step later on an accelerator.
 
-    On an accelerator the tensor is copied to host memory behind the step's kernels and read one step later, when it has
-    long arrived.
+    On an accelerator the copy to host memory is queued after the step's kernels and read one step later, when it has
+    long been done.
     """
 
     def __init__(self) -> None:
-        self._host: Tensor | None = None  # pinned, on its way
+        self._host: Tensor | None = None  # pinned; being copied to
         self._arrived: torch.cuda.Event | None = None
 
     def read(self, value: Tensor) -> Tensor | None:
-        """This step's value (CPU), or that of the step before (accelerator; None when there was none).
+        """This step's value (CPU), or the previous step's (accelerator; None in the first step).
 
         Args:
-            value: of the same shape and dtype in every step.
+            value: with the same shape and dtype in every step.
         """
         return value if value.device.type == "cpu" else self._exchange(value)
 
@@ -35,17 +35,17 @@ class LateReader:
 
     @staticmethod
     def delay(device: torch.device) -> int:
-        """How many steps late a value of this device is."""
+        """How many steps late values from this device are."""
         return 0 if device.type == "cpu" else 1
 
     def pending(self) -> Tensor | None:
-        """The value that the next `read` will give, if one is on its way."""
+        """The value that the next `read` will return, if it is already known."""
         if self._host is None:
             return None
         if self._arrived is not None:
-            self._arrived.synchronize()  # of the step before: the device is past it, or about to be
+            self._arrived.synchronize()  # the copy of the previous step: done, or nearly
         return self._host.clone()
 
     def put_back(self, value: Tensor) -> None:
-        """Let the next `read` give this value, as it was `pending` when a snapshot was written."""
+        """Make the next `read` return this value, which was `pending` when a snapshot was written."""
         self._host, self._arrived = value.pin_memory(), torch.cuda.Event()

@@ -1,7 +1,7 @@
-"""Processes working together: the same verbs for one process as for many, so that nobody asks which it is.
+"""Collectives and process groups, with the same functions for one process as for many.
 
-Ownership rule: with W ranks, rank r owns images i with i % W == r, and keeps image i at its row i // W. A rank draws
-its batches from its own images, so reading and writing the samples memory is local, and only K-sized tensors travel.
+A rank draws its batches from the images it owns (see ownership.py), so it reads and writes the samples memory locally,
+and only tensors with one entry or row per cluster are exchanged.
 """
 
 import os
@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 
 def rank() -> int:
-    """This process's number among the ranks, 0 when alone."""
+    """This process's rank; 0 for a single process."""
     return torch.distributed.get_rank() if _started() else 0
 
 
 def world_size() -> int:
-    """How many ranks there are, 1 when alone."""
+    """The number of ranks; 1 for a single process."""
     return torch.distributed.get_world_size() if _started() else 1
 
 
 def local_rank() -> int:
-    """This process's number on its machine: the GPU it takes."""
+    """This process's number on its machine, which is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -39,7 +39,7 @@ def _started() -> bool:
 
 
 def start(device: torch.device) -> None:
-    """Join the processes that torchrun (or `--devices`) started; alone, do nothing."""
+    """Join the other processes that torchrun (or `--devices`) started; do nothing in a single process."""
     if "RANK" in os.environ and not _started():
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -47,22 +47,22 @@ def start(device: torch.device) -> None:
 
 
 def lost_another(error: BaseException) -> bool:
-    """Whether this is torch's way to say that another process is gone, which says itself why, or cannot be reached."""
+    """Whether torch raised this error because another process has ended (and reports why itself), or is unreachable."""
     if not _started() or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)
 
 
 def leave(code: int) -> NoReturn:
-    """End this process with an exit code; one of several ends on the spot, having left the group if all is well.
+    """End this process with an exit code; one of several ranks skips Python's own shutdown.
 
-    The threads that carried the tensors may still be letting go of them, and outlive the group where DDP holds it: one
-    that asks for Python while Python takes itself down aborts the process, after all its work was done (described in
-    github.com/pytorch/pytorch/pull/179291, not mended there).
+    The threads that carried out collectives may still be releasing tensors, and outlive the group if DDP holds it. One
+    that needs the interpreter while that is shutting down aborts the process, although all its work is done (described
+    in github.com/pytorch/pytorch/pull/179291, not fixed there).
     """
     if not _started():
         sys.exit(code)
-    if code == 0:  # with an error, the others are somewhere else and would not answer
+    if code == 0:  # after an error the other ranks are not in the same place, and would not answer
         torch.distributed.destroy_process_group()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # the terminal may be gone
@@ -71,7 +71,7 @@ def leave(code: int) -> NoReturn:
 
 
 def all_sum_(*tensors: Tensor) -> None:
-    """Sum each tensor over the ranks, in place. Alone there is nothing to add."""
+    """Sum each tensor over the ranks, in place."""
     if world_size() > 1:
         for tensor in tensors:
             torch.distributed.all_reduce(tensor)
@@ -85,17 +85,17 @@ def all_sum(tensor: Tensor) -> Tensor:
 
 
 def broadcast_(*tensors: Tensor) -> None:
-    """Give every rank rank 0's values, in place."""
+    """Copy rank 0's values to every rank, in place."""
     if world_size() > 1:
         for tensor in tensors:
             torch.distributed.broadcast(tensor, src=0)
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """All ranks' rows, rank by rank; the ranks may hold different numbers of them.
+    """The rows of all ranks, ordered by rank; their numbers may differ.
 
     Args:
-        rows: (S, ...), this rank's.
+        rows: (S, ...), of this rank.
 
     Returns:
         (sum of S, ...), the same on every rank.
@@ -114,7 +114,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def gather_dict(mine: dict) -> dict:
-    """The entries of all ranks' dicts; meant for few and small ones."""
+    """The dicts of all ranks, merged; for small dicts only."""
     if world_size() == 1:
         return mine
     parts: list[dict] = [{} for _ in range(world_size())]
@@ -123,11 +123,11 @@ def gather_dict(mine: dict) -> dict:
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as all ranks train it: gradients averaged, batch statistics over all ranks. Alone, the model itself."""
+    """The model with gradients averaged and batch statistics taken over all ranks; unchanged in a single process."""
     if world_size() == 1:
         return model
-    if device.type == "cuda":  # torch has SyncBN for accelerators only; CPU ranks normalise over their own batches
-        from timm.layers import convert_sync_batchnorm  # torch's own would lose the activation in timm's BatchNormAct2d
+    if device.type == "cuda":  # SyncBN needs an accelerator; CPU ranks normalise over their own batches
+        from timm.layers import convert_sync_batchnorm  # torch's own drops the activation of BatchNormAct2d
 
         model = convert_sync_batchnorm(model)
     ids = [device.index] if device.type == "cuda" else None
@@ -135,6 +135,6 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has arrived here."""
     if world_size() > 1:
         torch.distributed.barrier()

@@ -1,4 +1,4 @@
-"""Which rank owns which image: of W ranks, rank r owns image i if i % W == r, and keeps it in its row i // W.
+"""Which rank owns which image: with W ranks, rank r owns image i if i % W == r, and keeps it in its row i // W.
 
 No other module knows this rule. Images are numbered as in the dataset, rows as in the tensors of one rank. Where a
 function takes one number, it also takes an integer tensor of them.
@@ -49,11 +49,11 @@ def image_of(row: Index, rank: int | None = None, ranks: int | None = None) -> I
 
 
 def in_dataset_order(rows: Tensor, count: int) -> Tensor:
-    """The rows of all ranks in the order of the images.
+    """The rows of all ranks, ordered by image.
 
     Args:
-        rows: (S, ...), this rank's, in row order.
-        count: N, how many images there are in all.
+        rows: (S, ...), of this rank, in row order.
+        count: N, the number of images on all ranks.
 
     Returns:
         (N, ...), the same on every rank.
@@ -66,28 +66,28 @@ def in_dataset_order(rows: Tensor, count: int) -> Tensor:
 
 
 def without(rows: Tensor, left_out: set[int], count: int) -> Tensor:
-    """The rows of this rank when some images leave: all others move up, and so most change their rank.
+    """The rows of this rank after some images are removed: the others are renumbered, so most change their rank.
 
     Args:
-        rows: (S, D), this rank's, in row order; a rank that knows none of its rows may have D = 0.
-        left_out: images that leave, the same on every rank.
-        count: N, how many images there were in all.
+        rows: (S, D), of this rank, in row order; a rank whose images could not be read at all may have D = 0.
+        left_out: the images to remove, the same on every rank.
+        count: N, the number of images on all ranks before.
 
     Returns:
-        (S', D), this rank's among those that are left.
+        (S', D), of this rank, in the new row order.
     """
     ranks, width = dist.world_size(), torch.tensor([rows.shape[1]], device=rows.device)
     if ranks > 1:
         torch.distributed.all_reduce(width, torch.distributed.ReduceOp.MAX)
     if rows.shape[1] < int(width):
         rows = rows.new_zeros(len(rows), int(width))
-    kept, place = [], 0
+    pieces, first_new = [], 0  # `first_new`: the new number of the first image kept in a piece
     for start in range(0, count, PIECE):
         images = range(start, min(start + PIECE, count))
         mine = rows[-(-(start - dist.rank()) // ranks) : -(-(images.stop - dist.rank()) // ranks)]
         order = torch.tensor([image for r in range(ranks) for image in images if image % ranks == r])
-        stay = torch.tensor([image for image in images if image not in left_out], dtype=torch.int64)
-        piece = dist.gather_rows(mine)[torch.argsort(order)][stay - start]  # in the order of the images
-        kept.append(piece[(dist.rank() - place) % ranks :: ranks].clone())
-        place += len(stay)
-    return torch.cat(kept)
+        kept = torch.tensor([image for image in images if image not in left_out], dtype=torch.int64)
+        piece = dist.gather_rows(mine)[torch.argsort(order)][kept - start]  # ordered by image
+        pieces.append(piece[(dist.rank() - first_new) % ranks :: ranks].clone())
+        first_new += len(kept)
+    return torch.cat(pieces)

@@ -1,7 +1,7 @@
-"""Being asked to stop: SIGTERM, SIGUSR1 (schedulers), SIGHUP (a closed terminal) and the first Ctrl-C.
+"""Requests to stop: SIGTERM, SIGUSR1 (schedulers), SIGHUP (a closed terminal) and the first Ctrl-C.
 
-A signal ends the program with `Stopped`, at once, unless it is within `deferred()`: there it is only noted, for the
-loop to look at where it can stop without losing anything. The second Ctrl-C always ends the program on the spot.
+A signal raises `Stopped` immediately. Within `deferred()` it is only recorded, for the loop to check at a point where
+it can stop without losing anything. A second Ctrl-C always ends the program immediately.
 """
 
 import os
@@ -12,33 +12,33 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-EXIT = 75  # EX_TEMPFAIL: "try again later", which is what schedulers take it for
+EXIT = 75  # the exit code of a stopped program: EX_TEMPFAIL, which schedulers read as "try again later"
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
-APART = 1.0  # seconds: two Ctrl-C closer than that are one, delivered by the terminal and by a launcher
+SAME_CTRL_C = 1.0  # seconds within which two Ctrl-C count as one, delivered by both the terminal and a launcher
 
-LAUNCHER = "ODCFT_LAUNCHER"  # environment: the process that started this rank and hands signals on (launch.py)
+LAUNCHER = "ODCFT_LAUNCHER"  # environment variable: id of the process that started this rank and forwards signals to it
 
-_process = 0  # that listens: data workers inherit the handlers and must not heed them
-_asked = ""  # the first signal
+_process = 0  # id of the process that handles signals: data workers inherit the handlers, but must not act on them
+_asked = ""  # name of the first signal
 _asked_at = 0.0
 _deferred = False
-# torchrun heeds no SIGUSR1 and dies of it; its processes go on as orphans.
+# torchrun does not handle SIGUSR1 and dies of it; its processes then run on as orphans, and notice by this.
 _launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else int(os.environ.get(LAUNCHER, 0))
 
 
 class Stopped(BaseException):
-    """The program was asked to stop and did. Not an Exception: nothing that mends errors may swallow it."""
+    """The program was asked to stop. Not an Exception, so that no error handler swallows it."""
 
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Within, the signals are heeded. Only the main thread can do that; elsewhere the program's own handlers stay."""
+    """Handle the signals within this context. Only the main thread can; in any other, the handlers stay as they are."""
     global _process, _asked, _deferred
     _process, _asked, _deferred = os.getpid(), "", False
     before = {}
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-        # What is ignored stays so: SIGHUP under nohup, SIGINT in a shell's background.
+        # Signals that are ignored stay ignored: SIGHUP under nohup, SIGINT in a background job of a shell.
         before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, _on_signal)
@@ -51,7 +51,7 @@ def listening() -> Iterator[None]:
 
 
 def asked() -> str:
-    """What asked this process to stop, or "": a signal, or the end of the process that launched it."""
+    """What asked this process to stop: the name of a signal, or the end of its launcher; "" if nothing did."""
     if _launcher and os.getppid() != _launcher:
         return "launcher gone"
     return _asked
@@ -59,7 +59,7 @@ def asked() -> str:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Within, a request is only noted: whoever works here looks at `asked()` where it can stop."""
+    """Only record requests to stop within this context; the code in it checks `asked()` where it can stop."""
     global _deferred
     _deferred = True
     try:
@@ -69,9 +69,10 @@ def deferred() -> Iterator[None]:
 
 
 def ignore_in_worker() -> None:
-    """In a data worker: a signal to all processes of a job is for the one that trains, which still needs its batches.
+    """Ignore the signals in a data worker.
 
-    A worker ends when that process asks it to or is gone.
+    Schedulers signal all processes of a job, but the training process still needs batches to finish its step. A worker
+    ends when that process tells it to, or has ended.
     """
     for name in SIGNALS:
         if hasattr(signal, name):
@@ -84,8 +85,8 @@ def _on_signal(number: int, frame: object) -> None:
         return
     now = time.monotonic()
     if _asked:
-        if number == signal.SIGINT and now - _asked_at > APART:
-            _say("odcft: ended at once. --resume goes on from the last state, if there is one.\n")
+        if number == signal.SIGINT and now - _asked_at > SAME_CTRL_C:
+            _say("odcft: ended at once. --resume continues from the last state, if there is one.\n")
             os._exit(1)
         return
     _asked, _asked_at = signal.Signals(number).name, now
@@ -96,5 +97,5 @@ def _on_signal(number: int, frame: object) -> None:
 
 
 def _say(text: str) -> None:
-    with suppress(OSError):  # the terminal may be gone; a handler must not print through buffers that are in use
+    with suppress(OSError):  # the terminal may be gone; and a signal handler must not use buffered output
         os.write(sys.stderr.fileno(), text.encode())

@@ -1,4 +1,4 @@
-"""clusters.parquet: path, cluster and distance of every image."""
+"""clusters.parquet: path, cluster and distance to the centroid of every image."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from odcft.errors import OdcftError
 
 
 def require_parquet() -> None:
-    """Refuse to begin a run whose clusters.parquet could not be written when all its steps are done."""
+    """Refuse to start a run that could not write clusters.parquet at its end."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
@@ -21,9 +21,9 @@ def require_parquet() -> None:
 
 
 def write_clusters(memory: Memory, images: Images, path: Path) -> None:
-    """clusters.parquet: path, cluster, and distance of the stored feature to the cluster's centroid.
+    """Write clusters.parquet: path, cluster, and distance of the stored feature to the cluster's centroid.
 
-    Rows are those of images.csv. Parquet's text is UTF-8: bytes of a path that are not are written as \\xNN.
+    The rows are in the order of images.csv. Text in Parquet is UTF-8: other bytes in a path are written as \\xNN.
     """
     distances = [
         (memory.features_SD[rows].float() - memory.centroids_KD[memory.labels_S[rows].long()]).norm(dim=1)

@@ -1,50 +1,48 @@
-"""The figures of a run and what they say about its health.
+"""Warnings that a run collapses, and its one-line summary, from the figures in metrics.jsonl.
 
 Shapes: S images of this rank, K clusters.
 """
 
 from typing import Any
 
-# Where a run looks as if it collapsed. The nearest that healthy runs came (docs/reliability.md) were 0.79 K clusters in
-# effect, 3.7 times the even share in the largest, a spread of 0.06, and three epochs above 0.93 ln K.
-CHANCE, CHANCE_EPOCHS = 0.98, 3.0  # of ln K, which is what guessing costs
+# Thresholds beyond which a run looks collapsed. The closest that healthy runs came (docs/reliability.md) were 0.79 K
+# effective clusters, a largest cluster of 3.7 times the even share, a spread of 0.06, and three epochs above 0.93 ln K.
+CHANCE, CHANCE_EPOCHS = 0.98, 3.0  # of ln K, the loss of guessing; and for how many epochs
 DIVERGED = 1.5  # of ln K: far worse than guessing
-EFFECTIVE = 0.5  # of K: exp(entropy) is how many clusters of the same size would be as uneven
-SHARE, TIMES_EVEN = 0.1, 10.0  # both: of all images, and of what is its even share
-SPREAD = 0.02  # the centroids' cosines are about 0.98 then
-SETTLED = (
-    50  # steps, in which centroids are renewed five times; those of a new neck are nearly one point, and part later
-)
+EFFECTIVE = 0.5  # of K; the effective number of clusters is exp(entropy of the sizes)
+SHARE, TIMES_EVEN = 0.1, 10.0  # of the largest cluster, both exceeded: of all images, and of the even share 1 / K
+SPREAD = 0.02  # the cosines between centroids are then about 0.98
+SETTLED = 50  # steps, or five centroid updates: a new neck's centroids are nearly one point at first
 
 
 def warnings(lines: list[dict[str, Any]], K: int, method: str = "odc") -> dict[str, str]:
-    """What is wrong with a run by its figures, and what helps.
+    """What the figures say is wrong with a run, and what helps.
 
     Args:
         lines: of metrics.jsonl, the newest last.
-        K: clusters.
-        method: dc's classifiers are at chance for another reason.
+        K: number of clusters.
+        method: DeepCluster ("dc") stays at chance for other reasons than ODC.
 
     Returns:
-        A word for each trouble, and a sentence or two; empty for a healthy run.
+        For each problem a word, and a sentence or two that explain it; empty for a healthy run.
     """
     now, found = lines[-1], {}
-    lately = [line for line in lines if line["epoch"] > now["epoch"] - CHANCE_EPOCHS]
+    recent = [line for line in lines if line["epoch"] > now["epoch"] - CHANCE_EPOCHS]
     gentler = "a milder augmentation or a lower learning rate (docs/small_data.md)"
     if now["loss_over_ln_k"] > DIVERGED:
         found["diverging"] = (
             f"the loss is {now['loss_over_ln_k']:.1f} ln K, worse than guessing: the learning rate is too high. "
             "Try --set optim.lr at a third, or optim.warmup_epochs=1."
         )
-    elif now["epoch"] >= CHANCE_EPOCHS and all(line["loss_over_ln_k"] >= CHANCE for line in lately):
+    elif now["epoch"] >= CHANCE_EPOCHS and all(line["loss_over_ln_k"] >= CHANCE for line in recent):
         why = f"the labels carry no signal. Try {gentler}."
         if method == "dc":
             why = (
-                "a classifier that starts anew learns nothing. Try --set optim.schedule=step, a higher --set "
-                "optim.head_lr, or --set dc.interval=2."
+                "the classifier learns nothing before it is re-initialised. Try --set optim.schedule=step, a higher "
+                "--set optim.head_lr, or --set dc.interval=2."
             )
         found["chance"] = f"the loss has stayed at ln K for {CHANCE_EPOCHS:.0f} epochs: {why}"
-    if now["epoch"] < 1:  # as K-Means and an untrained neck left them
+    if now["epoch"] < 1:  # clusters and centroids are still those of K-Means and an untrained neck
         return found
     effective = K ** now["entropy"]
     if effective < EFFECTIVE * K or now["largest_share"] > max(SHARE, TIMES_EVEN / K):
@@ -61,7 +59,7 @@ def warnings(lines: list[dict[str, Any]], K: int, method: str = "odc") -> dict[s
 
 
 def summary(figures: dict[str, Any], method: str) -> str:
-    """The figures of a line, in words; dc's labels move between epochs only."""
+    """One line that sums up the figures of a line of metrics.jsonl; dc's labels change only between epochs."""
     moving = "" if method == "dc" else f"labels moving {figures['change_ratio']:.0%} · "
     early = "too early to tell" if figures["centroid_spread"] < SPREAD else "healthy"
     condition = "not learning yet" if figures["loss_over_ln_k"] >= CHANCE else early

@@ -1,4 +1,4 @@
-"""What commonly goes wrong in a run through no fault of odcft: told in a sentence, with what to do."""
+"""What commonly fails in a run through no fault of odcft, explained in a sentence that says what to do."""
 
 import errno
 from collections.abc import Iterator
@@ -8,15 +8,15 @@ from odcft.distributed import dist
 from odcft.errors import OdcftError, ran_out_of_memory
 from odcft.recipe import Recipe
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def explained(recipe: Recipe) -> Iterator[None]:
-    """Turn memory that runs out, data workers that die and disks that fill up into an OdcftError.
+    """Turn running out of memory, dying data workers and failing disks into an OdcftError.
 
     Args:
-        recipe: what was tried; its numbers are in the advice.
+        recipe: of the run; the advice names its numbers.
     """
     try:
         yield
@@ -27,30 +27,30 @@ def explained(recipe: Recipe) -> Iterator[None]:
             raise OdcftError(worker_died(str(error), recipe)) from None
         raise
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in DISK_FULL:
             what = f"{error.filename or 'The output'} cannot be written: {error.strerror}. Make room"
         elif error.errno is not None and error.filename is not None:
-            what = f"{error.filename}: {error.strerror}. Mend that"
+            what = f"{error.filename}: {error.strerror}. Fix it"
         else:
             raise
-        raise OdcftError(f"{what} and go on with --resume.") from None
+        raise OdcftError(f"{what} and continue with --resume.") from None
 
 
 def out_of_memory(recipe: Recipe) -> str:
-    """The batch to try next."""
+    """The error after running out of memory, with the batch size to try next."""
     optim, ranks = recipe.optim, dist.world_size()
     half = max(2 * ranks, optim.batch_size // 2)
     return (
         f"Out of memory with optim.batch_size={optim.batch_size} on {ranks} process{'es' if ranks > 1 else ''}. "
         f"Start again with --set optim.batch_size={half} --set optim.lr={optim.lr * half / optim.batch_size:g}, or, "
-        f"where there are more devices, go on with --resume --devices {2 * ranks}: the processes share the batch."
+        f"if you have more devices, continue with --resume --devices {2 * ranks}: the processes share the batch."
     )
 
 
 def worker_died(text: str, recipe: Recipe) -> str:
-    """What a dead data worker may mean."""
+    """The error after a data worker died, with the likely cause."""
     workers = recipe.data.workers if isinstance(recipe.data.workers, int) else 8
     return (
-        f"A data worker died ({text.strip().splitlines()[0]}). Mostly memory was short, in a container shared memory "
-        f"(docker run --shm-size=8g). Go on with --resume --set data.workers={workers // 2}."
+        f"A data worker died ({text.strip().splitlines()[0]}). Usually the memory ran out; in a container, the shared "
+        f"memory (docker run --shm-size=8g). Continue with --resume --set data.workers={workers // 2}."
     )

@@ -1,21 +1,19 @@
-"""What odcft writes into its folders."""
+"""The layout of the folders that odcft writes, and their lists of images."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from odcft.data.sources import Images
-from odcft.files import _write_table
+from odcft.files import write_table
 from odcft.recipe import MOST_MEMBERS
 
-# What odcft writes into its folders, and all that --overwrite may remove: None for a file, for a folder what is in it.
+# What odcft writes into a folder, which is all that --overwrite may remove: a name or pattern maps to None for a file,
+# or to the layout of a folder.
 Layout = dict[str, Any]
 LOCK = "lock"
 BACKBONE_FILES: Layout = {"config.json": None, "model.safetensors": None, "README.md": None}
-BACKBONES = (
-    "backbone",
-    *(f"backbone_{member}" for member in range(2, MOST_MEMBERS + 1)),
-)  # of codc's members, in their order
+BACKBONES = ("backbone", *(f"backbone_{member}" for member in range(2, MOST_MEMBERS + 1)))  # of codc, in order
 MEMORY_FILES: Layout = dict.fromkeys(
     ("memory.safetensors", "neck.safetensors", "memory.json", "images.csv", "quarantine.csv", LOCK)
 )
@@ -28,8 +26,9 @@ RUN_FILES: Layout = {
     "checkpoints": {STEP: STATE_FILES, f"damaged-{STEP}": STATE_FILES},
     "tensorboard": {"events.out.tfevents.*": None},
 }
+# All that a RUN holds before its first state and its first step.
 BEGUN = {"recipe.yaml", "run.json", "images.csv", "quarantine.csv", "checkpoints", "metrics.jsonl", "tensorboard"}
-LINKED = ("checkpoints", "tensorboard")  # may be links to folders of the user's, on another disk
+LINKED = ("checkpoints", "tensorboard")  # may be links to folders of the user's, e.g. on another disk
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Run:
 
 
 def write_image_lists(images: Images, unreadable: dict[str, str], out: Path) -> None:
-    """images.csv, and quarantine.csv where an image could not be read (name: reason); names byte by byte."""
-    _write_table(out / "images.csv", ["row", "path"], enumerate(images.names))
+    """Write images.csv, and quarantine.csv if images could not be read (name: reason); names keep their bytes."""
+    write_table(out / "images.csv", ["row", "path"], enumerate(images.names))
     if unreadable:
-        _write_table(out / "quarantine.csv", ["path", "reason"], unreadable.items())
+        write_table(out / "quarantine.csv", ["path", "reason"], unreadable.items())

@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""A lock that lets only one run at a time work in a folder."""
 
 import errno
 import fcntl
@@ -15,38 +15,23 @@ from odcft.errors import OdcftError
 from odcft.files import made
 from odcft.run.folder import LOCK
 
-# ---------------------------------------------------------------- one run at a time
-
 
 @contextmanager
 def locked(out: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Keep every other run out of a folder for as long as this one works in it; rank 0 does it for all.
+    """Keep every other run out of a folder while this one works in it; rank 0 holds the lock for all ranks.
 
-    The lock is the kernel's, on the file `lock`: it ends with the process, however that ends. It is of the POSIX kind,
-    which forked data workers do not inherit (they outlive a killed run by seconds) and NFS servers keep too.
+    The kernel keeps the lock, on the file `lock`, so it ends with the process, however that ends. It is a POSIX lock:
+    forked data workers, which outlive a killed run by seconds, do not inherit it, and NFS servers support it.
 
     Args:
-        out: made, where there is none; and removed, where it is still empty at the end.
-        say: told where a file system cannot lock.
+        out: created if it does not exist, and removed if it is still empty at the end.
+        say: called with a note if the file system does not support locks.
 
     Raises:
         OdcftError: another run works there, or the folder cannot be written.
     """
-    file: BinaryIO | None = None
-    refused, note = "", ""
     with ExitStack() as stack:
-        if dist.rank() == 0:
-            try:
-                stack.enter_context(made(out))
-                file, note = _lock(out / LOCK)
-            except FileExistsError:
-                refused = f"{out / LOCK} is not a lock that odcft wrote. Move it away, or choose another --out."
-            except BlockingIOError:
-                refused = (
-                    f"Another run is writing to {out} ({_holder(out / LOCK)}). Wait for it, or choose another --out."
-                )
-            except OSError as error:
-                refused = f"{out} cannot be written: {error.strerror}. Choose another --out."
+        file, note, refused = _lock_or_why_not(out, stack) if dist.rank() == 0 else (None, "", "")
         refused = dist.gather_dict({0: refused} if refused else {}).get(0, "")
         if refused:
             raise OdcftError(refused)
@@ -57,22 +42,44 @@ def locked(out: Path, say: Callable[[str], None]) -> Iterator[None]:
         finally:
             if file is not None:
                 with suppress(OSError):
-                    (out / LOCK).unlink(missing_ok=True)  # while it is held
+                    (out / LOCK).unlink(missing_ok=True)  # while we still hold it
                 file.close()
 
 
-def _lock(path: Path) -> tuple[BinaryIO, str]:
-    """Make and lock the file that says who works here.
+def _lock_or_why_not(out: Path, stack: ExitStack) -> tuple[BinaryIO | None, str, str]:
+    """Lock a folder, creating it if need be.
 
-    Its last holder may remove it while we wait for the lock, and it may have a second name, under which somebody
-    keeps it: what we write into is there under this name alone.
+    Args:
+        out: the folder.
+        stack: on closing, removes the folder if it was created here and is empty.
 
     Returns:
-        The file, held as long as it is open, and what to say where the file system cannot lock.
+        The locked file, a note if the file system does not support locks, and why the folder could not be locked or "".
+    """
+    try:
+        stack.enter_context(made(out))
+        return *_lock(out / LOCK), ""
+    except FileExistsError:
+        return None, "", f"{out / LOCK} is not a lock that odcft wrote. Move it away, or choose another --out."
+    except BlockingIOError:
+        who = _holder(out / LOCK)
+        return None, "", f"Another run is writing to {out} ({who}). Wait for it, or choose another --out."
+    except OSError as error:
+        return None, "", f"{out} cannot be written: {error.strerror}. Choose another --out."
+
+
+def _lock(path: Path) -> tuple[BinaryIO, str]:
+    """Create and lock the file that names the process working here.
+
+    The previous holder may remove the file while we open and lock it; and somebody may keep the file under a second
+    name (a hard link). Either way this tries again, until it has locked a file that has this name and no other.
+
+    Returns:
+        The file, locked as long as it is open, and a note if the file system does not support locks.
 
     Raises:
-        BlockingIOError: another process holds it.
-        FileExistsError: what has its name is not ours.
+        BlockingIOError: another process holds the lock.
+        FileExistsError: there is something else of this name.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -84,7 +91,7 @@ def _lock(path: Path) -> tuple[BinaryIO, str]:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise BlockingIOError from None
-            return file, f"{path.parent} cannot be locked ({error.strerror}): let no other run write to it."
+            return file, f"{path.parent} cannot be locked ({error.strerror}): make sure that no other run writes to it."
         found = os.fstat(descriptor)
         if not b"process ".startswith(file.read(8)):
             raise FileExistsError
@@ -100,6 +107,7 @@ def _lock(path: Path) -> tuple[BinaryIO, str]:
 
 
 def _holder(path: Path) -> str:
+    """What a lock says of the process that holds it, or ""."""
     try:
         return path.read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""What an output may replace: nothing that odcft did not write, and nothing unasked."""
+"""Checks before anything is written: nothing is replaced that odcft did not write, and nothing without --overwrite."""
 
 import os
 import stat
@@ -10,43 +10,40 @@ from safetensors import safe_open
 
 from odcft.distributed import dist
 from odcft.errors import OdcftError
-from odcft.files import UNFINISHED, _new, made, remove
+from odcft.files import UNFINISHED, create_unfinished, made, remove
 from odcft.run.folder import BEGUN, LINKED, LOCK, RUN_FILES, STEP, Layout
+
+MAX_ONNX_BYTES = 1 << 31  # of a file that holds its tensors itself: protobuf allows no more
+KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
+SPECIAL = "special file"  # a device, pipe or socket
 
 
 def only_begun(out: Path) -> bool:
-    """Whether a RUN folder holds nothing yet that would be lost by beginning again: no state, no step."""
+    """Whether starting a RUN folder over would lose nothing: it has no state and no step yet."""
     metrics = out / "metrics.jsonl"
-    stepped = any((out / "checkpoints").glob(f"*{STEP}")) or (metrics.exists() and metrics.stat().st_size > 0)
-    return contents(out, RUN_FILES) <= BEGUN and not stepped
-
-
-ONNX = 1 << 31  # bytes; one that holds its tensors is smaller
-KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
-
-
-# ---------------------------------------------------------------- what may be written to
+    has_steps = any((out / "checkpoints").glob(f"*{STEP}")) or (metrics.exists() and metrics.stat().st_size > 0)
+    return contents(out, RUN_FILES) <= BEGUN and not has_steps
 
 
 def refuse_full(out: Path, ours: Layout, overwrite: bool) -> None:
-    """Refuse an output that would be written over, or through which other places would be."""
+    """Refuse an output folder that is not empty (without `overwrite`), holds foreign files, or cannot be written."""
     refuse_unreachable(out)
     if out.is_symlink() and not out.exists():
-        raise OdcftError(f"{out} is a link that leads nowhere. Make the folder it leads to, or choose another --out.")
+        raise OdcftError(f"{out} is a broken link. Create the folder it points to, or choose another --out.")
     if out.exists() and not out.is_dir():
         raise OdcftError(f"{out} is a file. Choose a folder for the output.")
     if contents(out, ours) and not overwrite:
-        resume = "--resume to go on with it, " if "checkpoints" in ours else ""
+        resume = "--resume to continue it, " if "checkpoints" in ours else ""
         raise OdcftError(f"{out} is not empty. Pass {resume}--overwrite to replace it, or choose another --out.")
     refuse_strange(out, ours)
-    standing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not (standing.is_dir() and os.access(standing, os.W_OK | os.X_OK)):
-        raise OdcftError(f"{out} cannot be written: {standing} is not a folder you may write to. Choose another --out.")
-    dist.barrier()  # every rank has looked before one writes
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise OdcftError(f"{out} cannot be written: {existing} is not a folder you may write to. Choose another --out.")
+    dist.barrier()  # no rank writes before every rank has checked
 
 
 def refuse_unreachable(path: Path) -> None:
-    """Refuse an output that may not even be looked at: its name is too long, or a folder above it is closed."""
+    """Refuse an output that cannot even be looked up: its name is too long, or a folder above it has no access."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -56,15 +53,15 @@ def refuse_unreachable(path: Path) -> None:
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Refuse a file that cannot be written, before hours are spent on what goes into it; nothing stays of the trial."""
+    """Refuse a file that cannot be written, before hours of computing its content; the trial leaves nothing behind."""
     refused = ""
     if dist.rank() == 0:
         try:
             with made(path.parent):
-                _new(path).unlink()
+                create_unfinished(path).unlink()
         except OSError as error:
             in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
-            why = "something else is where its folder would be" if in_the_way else error.strerror
+            why = "something else is in the place of its folder" if in_the_way else error.strerror
             refused = f"{path} cannot be written: {why}. Choose another place."
     refused = dist.gather_dict({0: refused} if refused else {}).get(0, "")
     if refused:
@@ -74,15 +71,15 @@ def refuse_unwritable(path: Path) -> None:
 def refuse_file_of_others(path: Path) -> None:
     """Refuse to replace a file that odcft did not write, or a link."""
     if path.is_symlink():
-        raise OdcftError(f"{path} is a link. Give the place that it leads to, or choose another.")
+        raise OdcftError(f"{path} is a link. Give the path it points to, or choose another.")
     if path.exists() and not path.is_file():
-        raise OdcftError(f"{path} is no file, and odcft replaces nothing else. Choose another place.")
+        raise OdcftError(f"{path} is not a file, and odcft replaces nothing else. Choose another place.")
     if path.exists() and not written_by_odcft(path):
         raise OdcftError(f"{path} was not written by odcft, so --overwrite will not touch it. Choose another place.")
 
 
 def written_by_odcft(path: Path) -> bool:
-    """Whether a file is of `odcft pretext` or `odcft export`, as it says itself."""
+    """Whether a file's own metadata says that `odcft pretext` or `odcft export` wrote it."""
     try:
         with path.open("rb") as file:
             start = file.read(10)
@@ -93,31 +90,31 @@ def written_by_odcft(path: Path) -> bool:
             return {"task", "arch", "epoch", "optimizer"} <= set(tree) or "odcft" in getattr(tree, "_metadata", {})
         if start[8:9] == b"{":
             with safe_open(path, "pt") as tensors:
-                words = set(tensors.metadata() or {})
-        elif path.stat().st_size < ONNX:
+                keys = set(tensors.metadata() or {})
+        elif path.stat().st_size < MAX_ONNX_BYTES:
             import onnx
 
-            words = {word.key for word in onnx.load(path, load_external_data=False).metadata_props}
+            keys = {entry.key for entry in onnx.load(path, load_external_data=False).metadata_props}
         else:
             return False
-        return {"architecture", "input"} <= words
-    except Exception:  # each reader has its own kinds for a file that is not of its kind
+        return {"architecture", "input"} <= keys
+    except Exception:  # each reader raises errors of its own for other formats
         return False
 
 
 def refuse_strange(out: Path, ours: Layout, resumed: bool = False) -> None:
-    """Refuse a folder in which writing or removing what is ours would reach anything else.
+    """Refuse a folder in which writing or removing odcft's files would touch anything else.
 
-    One that somebody else made may hold links that lead elsewhere under our names, or files of that person's.
+    Somebody else's folder may hold files of theirs, or links to other places under the names that odcft uses.
 
     Args:
-        out: the folder, if it is there; it may itself be a link to one.
+        out: the folder, which need not exist; it may itself be a link to one.
         ours: what odcft writes into it.
-        resumed: leave alone what is not ours beside it; nothing will be removed.
+        resumed: accept other files beside odcft's, because nothing will be removed.
     """
-    for path, trouble in _strange(out, ours, out) if out.is_dir() else ():
-        if trouble:
-            raise OdcftError(f"{path} {trouble}, or choose another output.")
+    for path, problem in _foreign(out, ours, out) if out.is_dir() else ():
+        if problem:
+            raise OdcftError(f"{path} {problem}, or choose another output.")
         if not resumed:
             raise OdcftError(
                 f"{out} holds files odcft did not write ({path.relative_to(out)}), so --overwrite will not touch it. "
@@ -125,67 +122,70 @@ def refuse_strange(out: Path, ours: Layout, resumed: bool = False) -> None:
             )
 
 
-def _strange(folder: Path, ours: Layout, out: Path) -> Iterator[tuple[Path, str]]:
-    """What is not as odcft makes it: where, and what is wrong and to be done; "" where it is none of ours."""
+def _foreign(folder: Path, ours: Layout, out: Path) -> Iterator[tuple[Path, str]]:
+    """Everything in a folder that is not as odcft writes it: (path, what is wrong and how to fix it).
+
+    The second is "" where the name is not one that odcft uses.
+    """
     for path in sorted(folder.iterdir()):
-        name, unfinished = _finished(path.name)
+        name, unfinished = _final_name(path.name)
         pattern = next((pattern for pattern in ours if fnmatchcase(name, pattern)), "")
         if not pattern and name:
             yield path, ""
             continue
         inner = ours[pattern] if pattern else {}
-        kind = KINDS.get(stat.S_IFMT(path.lstat().st_mode), "device")
+        kind = KINDS.get(stat.S_IFMT(path.lstat().st_mode), SPECIAL)
         if kind == "link" and pattern in LINKED and not unfinished:
-            if trouble := _wrong_target(path, inner, out):
-                yield path, trouble
+            if problem := _wrong_target(path, inner, out):
+                yield path, problem
         elif kind == "link":
-            yield path, "is a link, and odcft writes through none. Put in its place what it leads to"
-        elif unfinished and kind != "device":
-            continue  # what a killed process left: removed whole
-        elif kind != ("file" if inner is None else "folder"):
-            yield path, f"is a {kind}, where odcft writes another kind. Move it away"
+            yield path, "is a link, and odcft does not write through links. Replace it with what it points to"
+        elif unfinished and kind != SPECIAL:
+            continue  # left by a killed process; it is removed as a whole
+        elif kind != (expected := "file" if inner is None else "folder"):
+            yield path, f"is a {kind}, but odcft writes a {expected} of this name. Move it away"
         elif inner is not None:
-            yield from _strange(path, inner, out)
+            yield from _foreign(path, inner, out)
 
 
-def _finished(name: str) -> tuple[str, bool]:
-    """What something will be called once it is whole ("" what a folder will hold), and whether it still is not."""
+def _final_name(name: str) -> tuple[str, bool]:
+    """The name that an unfinished file will get ("" for a folder of several), and whether it is unfinished."""
     if not (name.startswith(".") and name.endswith(UNFINISHED)):
         return name, False
     return name.removesuffix(UNFINISHED)[1:], True
 
 
 def _wrong_target(link: Path, ours: Layout, out: Path) -> str:
-    """Why what a link leads to may not be written to, or ""."""
+    """Why odcft may not write to the target of a link, and how to fix it; "" if it may."""
     try:
         target = link.resolve()
         owner = target.stat().st_uid
-    except (OSError, RuntimeError):  # nowhere, or in circles (RuntimeError before Python 3.13)
-        return "is a link that leads nowhere. Make the folder it leads to"
+    except (OSError, RuntimeError):  # it does not exist, or links form a loop (RuntimeError before Python 3.13)
+        return "is a broken link. Create the folder it points to"
     if not target.is_dir():
-        return f"is a link to {target}, which is no folder. Remove the link"
+        return f"is a link to {target}, which is not a folder. Remove the link"
     if owner not in (os.geteuid(), out.stat().st_uid):
         return f"is a link to {target}, which belongs to somebody else. Remove the link"
     if (target.parent / "run.json").exists():
         return f"is a link to {target}, which belongs to another RUN. Remove the link"
-    for path, trouble in _strange(target, ours, out):
-        return f"is a link to {target}, where {path.name} {trouble or 'is not what odcft writes'}. Remove the link"
+    for path, problem in _foreign(target, ours, out):
+        return f"is a link to {target}, where {path.name} {problem or 'was not written by odcft'}. Remove the link"
     return ""
 
 
 def contents(out: Path, ours: Layout) -> set[str]:
-    """The names in a folder that may not be there, but for our lock and what a killed process left half-written."""
+    """The names in a folder, which need not exist; without odcft's lock and what a killed process left unfinished."""
     if not out.is_dir():
         return set()
-    there = {path.name: _finished(path.name) for path in out.iterdir() if path.name != LOCK or LOCK not in ours}
-    return {name for name, (whole, unfinished) in there.items() if not unfinished or (whole and whole not in ours)}
+    found = {path.name: _final_name(path.name) for path in out.iterdir() if path.name != LOCK or LOCK not in ours}
+    return {name for name, (final, unfinished) in found.items() if not unfinished or (final and final not in ours)}
 
 
 def clear(out: Path, ours: Layout) -> None:
-    """Make the folder, and remove what odcft wrote there before.
+    """Create the folder, or remove what odcft wrote there before.
 
     Raises:
-        OdcftError: something else has come to be there; nothing has been removed by then.
+        OdcftError: something else is there by now; then nothing has been removed.
     """
     out.mkdir(parents=True, exist_ok=True)
     refuse_strange(out, ours)
@@ -195,6 +195,6 @@ def clear(out: Path, ours: Layout) -> None:
 def _clear(folder: Path, ours: Layout) -> None:
     for path in list(folder.iterdir()):
         if path.is_symlink():
-            _clear(path, ours[path.name])  # the user's own folder on another disk stays
-        elif path.name != LOCK:  # which this very process holds
+            _clear(path, ours[path.name])  # empty the folder, but keep it and the link: they are the user's
+        elif path.name != LOCK:  # held by this process
             remove(path)

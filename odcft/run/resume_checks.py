@@ -1,4 +1,4 @@
-"""Whether a RUN can go on: with the recipe, the checkpoint and the images it was started with, and nothing else."""
+"""Checks before a RUN is resumed: recipe, checkpoints and images must be those that it was started with."""
 
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,14 @@ from odcft.files import digest, read_column, read_json, sha256
 from odcft.recipe import MOST_EPOCHS, Recipe, flat, make_recipe
 from odcft.text import brief
 
-FREE = ("data.workers", "log")  # how fast, how often it speaks: may change, for they change no result
+MAY_CHANGE = ("data.workers", "log")  # speed and frequency of messages, which do not change the result
 
 
 def read_about(run: Path) -> dict[str, Any]:
     """run.json: what the RUN was started from.
 
     Raises:
-        OdcftError: it is not there, or of another version of odcft.
+        OdcftError: it does not exist, or is not as this version of odcft writes it.
     """
     try:
         about = read_json(run / "run.json")
@@ -28,13 +28,13 @@ def read_about(run: Path) -> dict[str, Any]:
         return about
     except (OdcftError, ValueError, KeyError) as error:
         raise OdcftError(
-            f"{run} cannot be resumed: its run.json is missing or not of this version of odcft ({error}). "
-            "Start anew with --overwrite, or with another --out."
+            f"{run} cannot be resumed: its run.json is missing or not from this version of odcft ({error}). "
+            "Start over with --overwrite, or choose another --out."
         ) from None
 
 
 def refuse_odd_state(run: Path, saved: dict[str, Any]) -> None:
-    """Refuse a state whose words are not those of a run, before any of them is followed."""
+    """Refuse a state whose state.json is not as a run writes it, before anything in it is used."""
     kinds = (("recipe", dict), ("versions", dict), ("window", dict), ("steps_per_epoch", int), ("skipped", int))
     odd = next((name for name, kind in kinds if not isinstance(saved.get(name), kind)), "")
     if not odd and saved["steps_per_epoch"] < 1:
@@ -46,8 +46,8 @@ def refuse_odd_state(run: Path, saved: dict[str, Any]) -> None:
         odd = "recipe.optim"
     if odd:
         raise OdcftError(
-            f"{run} cannot be resumed: its newest state does not say what a run's does ({odd}). "
-            "Start anew with --overwrite, or with another --out."
+            f"{run} cannot be resumed: {odd} is missing or wrong in its newest state. "
+            "Start over with --overwrite, or choose another --out."
         )
     make_recipe(saved["recipe"], f"the recipe of {run}'s newest state")
 
@@ -55,82 +55,86 @@ def refuse_odd_state(run: Path, saved: dict[str, Any]) -> None:
 def resumed_recipe(
     given: Recipe, epochs: int | None, run: Path, about: dict[str, Any], saved: dict[str, Any]
 ) -> Recipe:
-    """The recipe of a RUN, with what a resumed run may change.
+    """The recipe of a RUN, with the changes that a resumed run may make.
 
     Args:
-        given: what is asked for now, `auto` fields and all.
-        epochs: how many in all now, or None for as many as before.
+        given: the recipe given now, whose fields may still be `auto`.
+        epochs: the new total number of epochs, or None to keep it.
         run: for the message.
-        about: its run.json, with the recipe as it was asked for then, and the epochs of an earlier prolongation.
-        saved: what its state says, with the recipe as it was resolved and the steps that are done.
+        about: its run.json, with the recipe as given at the start, and the epochs if it was prolonged before.
+        saved: the state.json of its state, with the resolved recipe and the number of steps done.
 
     Raises:
         OdcftError: names the first field that differs.
     """
-    then, asked, now = flat(saved["recipe"]), flat(about["asked"]), flat(given.model_dump(mode="json"))
+    then, given_then, now = flat(saved["recipe"]), flat(about["asked"]), flat(given.model_dump(mode="json"))
     prolonged = about.get("epochs")
     if not isinstance(prolonged, int) or not 1 <= prolonged <= MOST_EPOCHS:
         prolonged = then["optim.epochs"]
-    follows = set() if epochs is None else {"optim.epochs"}
+    recomputed = set() if epochs is None else {"optim.epochs"}
     if epochs is not None or prolonged != then["optim.epochs"]:
-        follows.add("optim.final_epochs")
+        recomputed.add("optim.final_epochs")
     for name, value in now.items():
-        if name.split(".")[0] in FREE or name in FREE or name not in then or name in follows:
+        if name.split(".")[0] in MAY_CHANGE or name in MAY_CHANGE or name not in then or name in recomputed:
             continue
-        if value not in ("auto", then[name], asked.get(name), prolonged if name == "optim.epochs" else then[name]):
-            how = "Pass --epochs to change it" if name == "optim.epochs" else "Resume without that"
+        if value not in ("auto", then[name], given_then.get(name), prolonged if name == "optim.epochs" else then[name]):
+            how = "Pass --epochs to change it" if name == "optim.epochs" else "Resume without this change"
             raise OdcftError(
                 f"{run} was started with {name}={then[name]}, not {value}. {how}, or choose another --out."
             )
-    # A run of before there was a range has seen all of the type's.
+    # Runs older than the field data.range used the full range of the image type.
     recipe = make_recipe({**saved["recipe"], "data": {"range": "full", **saved["recipe"]["data"]}})
     recipe.log, recipe.data.workers = given.log, given.data.workers
     epochs = prolonged if epochs is None else epochs
     if epochs != recipe.optim.epochs:
         _prolong(
-            recipe, epochs, saved["step"] / saved["steps_per_epoch"], asked.get("optim.final_epochs") == "auto", run
+            recipe,
+            epochs,
+            saved["step"] / saved["steps_per_epoch"],
+            given_then.get("optim.final_epochs") == "auto",
+            run,
         )
     return recipe
 
 
 def _prolong(recipe: Recipe, epochs: int, done: float, automatic: bool, run: Path) -> None:
-    """Let a recipe run for another number of epochs.
+    """Change the number of epochs of a recipe.
 
     Args:
         recipe: resolved; changed in place.
-        epochs: how many in all.
-        done: how many of them are done.
-        automatic: whether the recipe leaves the last epochs at a lower rate to us.
+        epochs: the new total.
+        done: how many epochs are done.
+        automatic: whether the number of last epochs at a lower learning rate was left at `auto`.
         run: for the message.
     """
     if epochs < done:
         raise OdcftError(
-            f"{run} has done {done:.1f} epochs already: --epochs {epochs} is less. Drop it, or choose more."
+            f"{run} has already done {done:.1f} epochs, more than --epochs {epochs}. Drop it, or choose more."
         )
     assert recipe.optim.final_epochs != "auto", "the recipe is resolved by now"
     dropped = recipe.optim.epochs - recipe.optim.final_epochs
     recipe.optim.epochs = epochs
-    if recipe.optim.schedule == "step" and done > dropped:  # the rate has dropped, and does not rise again
+    if recipe.optim.schedule == "step" and done > dropped:  # the rate has dropped; do not raise it again
         recipe.optim.final_epochs = epochs - dropped
     elif automatic:
         recipe.optim.final_epochs = "auto"
 
 
 def refuse_other_checkpoint(ckpts: list[str], run: Path, about: dict[str, Any]) -> None:
-    """Refuse to go on from other checkpoints than the RUN was started from."""
+    """Refuse checkpoints different from those that the RUN was started from."""
     then = about["sha256"] if isinstance(about["sha256"], list) else [about["sha256"]]
     if then != [sha256(ckpt) for ckpt in ckpts]:
         raise OdcftError(
-            f"{run} was started from {about['checkpoint']}, not from {', '.join(ckpts)} (other contents). "
-            "Resume with that, or choose another --out."
+            f"{run} was started from {about['checkpoint']}, not from {', '.join(ckpts)} (the contents differ). "
+            "Resume with the original, or choose another --out."
         )
 
 
 def same_images(data: str, run: Path, about: dict[str, Any]) -> Images:
-    """The images of a RUN, found again.
+    """Find the images of a RUN again.
 
     Raises:
-        OdcftError: some are missing, or new, or have another content (of those that run.json has a checksum of).
+        OdcftError: images are missing, new or in another order, or one whose checksum run.json has was changed.
     """
     images = find_images(data)
     names, unreadable = read_column(run / "images.csv", "path"), set(read_quarantine(run))
@@ -142,13 +146,13 @@ def same_images(data: str, run: Path, about: dict[str, Any]) -> Images:
         else:
             what = f"{len(new):,} are new ({new[0]})" if new else "they are in another order"
         raise OdcftError(
-            f"{run} was started on {len(names):,} images, and {data} holds others now: {what}. "
-            "Make it what it was, or start anew with --overwrite."
+            f"{run} was started on {len(names):,} images, and {data} has changed since: {what}. "
+            "Restore it, or start over with --overwrite."
         )
-    if strange := sorted(set(about["sample"]) - set(names)):
+    if unknown := sorted(set(about["sample"]) - set(names)):
         raise OdcftError(
-            f"{run} cannot be resumed: its run.json tells of {brief(strange[0])}, which is none of its images. "
-            "Start anew with --overwrite, or with another --out."
+            f"{run} cannot be resumed: its run.json lists {brief(unknown[0])}, which is not one of its images. "
+            "Start over with --overwrite, or choose another --out."
         )
     for name, sum_then in about["sample"].items():
         if not (images.root / name).is_file():
@@ -156,16 +160,16 @@ def same_images(data: str, run: Path, about: dict[str, Any]) -> Images:
         try:
             changed = digest(images.root / name) != sum_then
         except OSError:
-            continue  # the run skips what cannot be read any more
+            continue  # the run skips images that have become unreadable
         if changed:
             raise OdcftError(
-                f"{run} was started on other images: {images.root / name} has another content now. "
-                "Put it back, or start anew with --overwrite."
+                f"{run} was started on other images: the content of {images.root / name} has changed. "
+                "Restore it, or start over with --overwrite."
             )
     return images
 
 
 def read_quarantine(run: Path) -> list[str]:
-    """The images that could not be read when the RUN was started."""
+    """The names of the images that could not be read when the RUN was started."""
     path = run / "quarantine.csv"
     return read_column(path, "path") if path.exists() else []

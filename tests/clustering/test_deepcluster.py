@@ -144,8 +144,8 @@ def test_an_empty_cluster_takes_half_of_the_largest():
     assert state.memory.sizes_K[1] == 3
     assert state.memory.sizes_K.sum() == 13
     for k in range(4):
-        members = state.memory.features_SD[state.memory.labels_S == k]
-        assert torch.allclose(state.memory.centroids_KD[k], members.mean(0), atol=1e-6)
+        features = state.memory.features_SD[state.memory.labels_S == k]
+        assert torch.allclose(state.memory.centroids_KD[k], features.mean(0), atol=1e-6)
 
 
 def test_clusters_of_a_single_image_are_left_alone():

@@ -246,7 +246,7 @@ def test_fresh_bounds_are_the_distances(exact):
     assert torch.allclose(nearest.others_S, others(nearest, centroids).float(), atol=1e-3)
     assert nearest.margin == pytest.approx(1e-3 * float((features**2).sum(1).mean() ** 0.5))
     moved = centroids + torch.randn(40, 4, generator=draw) / 100
-    nearest._set(moved)
+    nearest._set_centroids(moved)
     nearest.measure(torch.arange(0, 200, 3))
     own = distances(nearest, moved).gather(1, nearest.label_S.unsqueeze(1))[:, 0].float()
     assert torch.allclose(nearest.distance_S[::3], own[::3], atol=1e-4)
@@ -307,7 +307,7 @@ def test_search_takes_so_many_rows_at_a_time_that_scores_stay_few(monkeypatch, s
     monkeypatch.setattr(
         _Nearest, "_distance", lambda self, row_B, score_B: (rows.append(len(row_B)), distance(self, row_B, score_B))[1]
     )
-    _Nearest(torch.randn(7, 2), CORNERS)  # places for 32 centroids
+    _Nearest(torch.randn(7, 2), CORNERS)  # one group of 32 centroids
     assert rows == pieces
 
 

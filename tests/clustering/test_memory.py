@@ -21,7 +21,7 @@ def fresh_sums(mem):
     return sums.index_add_(0, mem.labels_S, to_units(mem.features_SD))
 
 
-def test_centroid_is_the_mean_of_normalised_members():
+def test_centroid_is_the_mean_of_normalised_features():
     mem = plane_memory([[2, 0], [0, 3], [0, 5]], [0, 0, 1], 2)
     assert mem.centroids_KD.tolist() == [[0.5, 0.5], [0, 1]]
     assert mem.sizes_K.tolist() == [2, 1]
@@ -146,7 +146,7 @@ def test_moved_rows_take_their_sums_and_counts_with_them():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("variant", ["paper", "official"])
 def test_sums_do_not_drift(dtype, variant):
-    """Not a little drift: none. After any number of updates the sums are those of the members, to the last bit."""
+    """Not a little drift: none. After any number of updates the sums are those of the images, to the last bit."""
     draw = torch.Generator().manual_seed(0)
     mem = new_memory(torch.randn(500, 16, generator=draw), torch.randint(7, (500,), generator=draw), 7, dtype)
     set_centroids(mem, mem.sums_KD)

@@ -9,7 +9,7 @@ import torch
 
 from odcft.clustering import small_clusters
 from odcft.clustering.memory import UNIT, VARIANTS, new_memory, set_centroids
-from odcft.clustering.small_clusters import SmallClusterWatch, handle_small_clusters, members, split_in_two
+from odcft.clustering.small_clusters import SmallClusterWatch, handle_small_clusters, rows_by_cluster, split_in_two
 from odcft.distributed import dist, ownership
 
 PAPER, OFFICIAL = VARIANTS["paper"], VARIANTS["official"]
@@ -113,15 +113,15 @@ def test_split_leaves_enough_on_both_sides():
     assert sorted(sizes) == [10, 41]
 
 
-def test_members_of_several_clusters():
+def test_rows_of_several_clusters():
     mem = make([[1.0, 0.0]] * 6, [2, 0, 2, 1, 0, 2], 4)
-    found = members(mem, [2, 3, 0])
+    found = rows_by_cluster(mem, [2, 3, 0])
     assert {label: rows.tolist() for label, rows in found.items()} == {0: [1, 4], 2: [0, 2, 5], 3: []}
     with pytest.raises(ValueError, match="shorter"):
-        members(mem, [2, 2])
+        rows_by_cluster(mem, [2, 2])
     mem = make([[1.0, 0.0]] * 500, [row % 3 for row in range(500)], 3)
-    assert members(mem, [1])[1].tolist() == list(range(1, 500, 3))
-    assert members(mem, [2, 0])[0].tolist() == list(range(0, 500, 3))
+    assert rows_by_cluster(mem, [1])[1].tolist() == list(range(1, 500, 3))
+    assert rows_by_cluster(mem, [2, 0])[0].tolist() == list(range(0, 500, 3))
 
 
 # ---------------------------------------------------------------- when, and which
@@ -160,7 +160,7 @@ def test_nothing_happens_where_no_cluster_is_small():
 
 
 @pytest.mark.parametrize("rows", [1, 4096])
-def test_members_of_small_clusters_go_to_the_nearest_normal_one_by_the_rules(monkeypatch, rows):
+def test_images_of_small_clusters_go_to_the_nearest_normal_one_by_the_rules(monkeypatch, rows):
     """From 30, 12 is nearer than 100, but the product with 100 is larger; 99 goes to 100 in either case."""
     monkeypatch.setattr(small_clusters, "ROWS", rows)
     clusters = [[99], [12] * 4, [30], [100] * 4, [-50] * 6 + [-90] * 6]
@@ -411,7 +411,7 @@ def test_ranks_come_to_what_one_comes_to(on_threads, ranks, case, rules):
 
 
 def test_ranks_stop_cutting_together(on_threads):
-    """Rank 0's members settle at once, rank 1's do not: it is the last that decides for both."""
+    """Rank 0's images settle at once, rank 1's do not: it is the last that decides for both."""
     numbers = torch.tensor([0.0, 0, 1, 3, 0, 7, 0, 9, 100, 30, 100, 40, 100, 45, 100, 50]).unsqueeze(1)
 
     def work():

@@ -92,7 +92,7 @@ def test_rank_that_is_killed_is_all_that_is_said(inputs, tmp_path):
     result = finetune(inputs, tmp_path / "run", 1, "kill")
     assert result.returncode == 1
     (line,) = after_the_start(result)
-    assert line.startswith("odcft: process 1 was ended from outside (SIGKILL")
+    assert line.startswith("odcft: process 1 was killed (SIGKILL")
 
 
 @pytest.mark.slow

@@ -13,12 +13,12 @@ from odcft.run import failures
 @pytest.mark.parametrize(
     ("number", "name", "sentence"),
     [
-        (errno.ENOSPC, "a/b", "a/b cannot be written: No space left on device. Make room and go on with --resume"),
-        (errno.EDQUOT, None, "The output cannot be written: Disk quota exceeded. Make room and go on with --resume"),
+        (errno.ENOSPC, "a/b", "a/b cannot be written: No space left on device. Make room and continue with --resume"),
+        (errno.EDQUOT, None, "The output cannot be written: Disk quota exceeded. Make room and continue with --resume"),
         (errno.EFBIG, "a", "a cannot be written: File too large. Make room"),
-        (errno.EROFS, "a", "a: Read-only file system. Mend that and go on with --resume"),
-        (errno.EIO, "a", "a: Input/output error. Mend that"),
-        (errno.ESTALE, "a", "a: Stale file handle. Mend that"),
+        (errno.EROFS, "a", "a: Read-only file system. Fix it and continue with --resume"),
+        (errno.EIO, "a", "a: Input/output error. Fix it"),
+        (errno.ESTALE, "a", "a: Stale file handle. Fix it"),
     ],
 )
 def test_a_disk_that_fails_is_told_of_in_a_sentence(number, name, sentence):

@@ -129,7 +129,7 @@ def test_file_system_that_cannot_lock_is_told_of(tmp_path, monkeypatch, number, 
         return
     with locked(tmp_path, said.append):
         assert (tmp_path / "lock").exists()
-    assert "cannot be locked (No locks available): let no other run write to it" in said[0]
+    assert "cannot be locked (No locks available): make sure that no other run writes to it" in said[0]
 
 
 def test_full_disk_does_not_hinder_locking(tmp_path, monkeypatch):

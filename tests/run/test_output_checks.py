@@ -78,7 +78,7 @@ def test_a_link_under_a_name_of_ours_is_refused_by_name(run, outside, place, tar
     before = tree(outside)
     files.remove(run / place)
     (run / place).symlink_to(outside / target)
-    refused(run, f"{run / place} is a link, and odcft writes through none.*choose another output")
+    refused(run, f"{run / place} is a link, and odcft does not write through links.*choose another output")
     assert tree(outside) == before
 
 
@@ -88,17 +88,18 @@ def test_another_kind_under_a_name_of_ours_is_refused_by_name(run, place):
     folder = (run / place).is_dir()
     files.remove(run / place)
     (run / place).write_text("mine") if folder else (run / place).mkdir()
-    refused(run, f"{run / place} is a {'file' if folder else 'folder'}, where odcft writes another kind")
+    found, expected = ("file", "folder") if folder else ("folder", "file")
+    refused(run, f"{run / place} is a {found}, but odcft writes a {expected} of this name")
     files.remove(run / place)
     os.mkfifo(run / place)
-    refused(run, f"{run / place} is a device, where odcft writes another kind")
+    refused(run, f"{run / place} is a special file, but odcft writes a {expected} of this name")
 
 
 @pytest.mark.parametrize("name", [".backbone.unfinished", "backbone/.unfinished", ".run.json.unfinished"])
 def test_a_pipe_for_a_leftover_is_refused(run, name):
     files.remove(run / name)
     os.mkfifo(run / name)
-    refused(run, "is a device")
+    refused(run, "is a special file")
 
 
 FOREIGN = [
@@ -121,7 +122,7 @@ def test_what_odcft_did_not_write_is_not_overwritten_and_does_not_hinder_resumin
 @pytest.mark.parametrize("name", [".thesis.unfinished", "thesis.unfinished", "thesis.txt", "unfinished"])
 def test_a_folder_that_holds_something_is_not_empty(tmp_path, name):
     (tmp_path / name).write_text("mine")
-    with pytest.raises(OdcftError, match=r"is not empty. Pass --resume to go on with it, --overwrite to replace it"):
+    with pytest.raises(OdcftError, match=r"is not empty. Pass --resume to continue it, --overwrite to replace it"):
         output_checks.refuse_full(tmp_path, RUN_FILES, overwrite=False)
     with pytest.raises(OdcftError, match=r"is not empty. Pass --overwrite"):
         output_checks.refuse_full(tmp_path, MEMORY_FILES, overwrite=False)
@@ -164,7 +165,7 @@ def test_an_output_that_is_no_folder_is_refused(tmp_path):
     with pytest.raises(OdcftError, match=r"run cannot be written: .*file is not a folder you may write to"):
         output_checks.refuse_full(tmp_path / "file" / "run", RUN_FILES, overwrite=True)
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
-    with pytest.raises(OdcftError, match="nowhere is a link that leads nowhere"):
+    with pytest.raises(OdcftError, match="nowhere is a broken link"):
         output_checks.refuse_full(tmp_path / "nowhere", RUN_FILES, overwrite=True)
     output_checks.refuse_full(tmp_path / "a" / "b", RUN_FILES, overwrite=False)
     assert not (tmp_path / "a").exists()
@@ -212,13 +213,16 @@ def test_a_folder_of_the_users_on_another_disk_is_used_emptied_and_kept(run, tmp
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("precious", r"is a link to .*outside, where inner is not what odcft writes. Remove the link"),
-        ("nothing", "is a link that leads nowhere. Make the folder"),
-        ("circle", "is a link that leads nowhere"),
-        ("file", "is a link to .*precious, which is no folder"),
+        ("precious", r"is a link to .*outside, where inner was not written by odcft. Remove the link"),
+        ("nothing", "is a broken link. Create the folder"),
+        ("circle", "is a broken link"),
+        ("file", "is a link to .*precious, which is not a folder"),
         ("another run", "is a link to .*other/checkpoints, which belongs to another RUN"),
         ("somebody's", "is a link to .*empty, which belongs to somebody else"),
-        ("link inside", "is a link to .*states, where step-000000001 is a link, and odcft writes through none"),
+        (
+            "link inside",
+            "is a link to .*states, where step-000000001 is a link, and odcft does not write through links",
+        ),
         ("itself", "is a link to .*run, where"),
     ],
 )
@@ -361,6 +365,6 @@ def test_a_link_is_not_replaced(tmp_path):
     output_checks.refuse_file_of_others(tmp_path / "new")
     for target in ("r.pth", "nowhere"):
         (tmp_path / "link").symlink_to(target)
-        with pytest.raises(OdcftError, match=r"link is a link. Give the place that it leads to"):
+        with pytest.raises(OdcftError, match=r"link is a link. Give the path it points to"):
             output_checks.refuse_file_of_others(tmp_path / "link")
         (tmp_path / "link").unlink()
