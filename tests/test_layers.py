@@ -114,9 +114,12 @@ def test_no_module_breaks_a_rule():
     ],
 )
 def test_a_broken_rule_names_the_offender(place, source, rule):
-    with pytest.raises(AssertionError, match=rule):
-        found = list(broken(place, source))
-        raise AssertionError("\n".join(found))
+    try:
+        found = "\n".join(broken(place, source))
+    except AssertionError as error:  # a room that nobody knows
+        found = str(error)
+    assert rule in found
+    assert place in found
 
 
 def test_the_memory_knows_no_files_and_no_ranks():
