@@ -1,6 +1,6 @@
-"""Pretext tasks: a checkpoint to start from where there is none (`odcft pretext`).
+"""Train a network from random weights on a pretext task (`odcft pretext`), if there is no checkpoint to start from.
 
-A task is a network that makes puzzles of images and says which answers it believes in; the loop is one for all.
+A task is a module that turns images into puzzles and returns logits and targets; the training loop is the same for all.
 
 Shapes: B images, M puzzles, C answers, P patches, F features.
 """
@@ -59,28 +59,30 @@ def train_pretext(
     Args:
         task: one of TASKS.
         data: what `find_images` takes; labels are never read.
-        arch: a timm name.
-        out: the .pth to write: a dict with `task`, `arch`, `arch_args`, `input` ("rgb", or "lab_l": lightness alone),
+        arch: the timm name of the network.
+        out: the .pth to write: a dict with `task`, `arch`, `arch_args`, `input` ("rgb", or "lab_l" for lightness only),
             `size`, `crop_fraction` and `intensity` (as in `View`), `mean` and `std` (of RGB in 0..1, or of L in
             0..100), `epoch`, `state_dict` (`backbone.` and `head.`) and `optimizer`.
-        recipe: its groups data, augment, optim and log, and the seed. Colorization leaves colours as they are.
+        recipe: its seed and its groups data, augment, optim and log are used. Colorization does not jitter colours.
         overwrite: replace `out`.
-        resume: go on with `out`, from its last epoch.
-        progress: where to speak.
+        resume: continue from the last epoch in `out`.
+        progress: where to print.
 
     Returns:
         out, task, arch, images, unreadable, epochs, loss, accuracy (0..1, over the last epoch, on augmented training
-        images), chance (of an answer), recipe (to fine-tune with), seconds.
+        images), chance (accuracy of a random guess), recipe (the one to fine-tune with), seconds.
 
     Raises:
-        OdcftError: for anything the user can mend.
-        Stopped: within `stopping.listening()`, asked to stop by a signal; `out` holds the last finished epoch.
+        OdcftError: for anything the user can fix.
+        Stopped: within `stop_signals.listening()`, when a signal asks to stop; `out` holds the last finished epoch.
     """
     try:
         return _train(task, data, arch, out, recipe, overwrite, resume, progress or Progress())
     except Stopped as stopped:
         if out.exists():
-            stopped.args = (f"{out} holds the last finished epoch; the same command with --resume goes on from there.",)
+            stopped.args = (
+                f"{out} holds the last finished epoch; run the same command with --resume to continue from there.",
+            )
         raise
 
 
@@ -96,11 +98,11 @@ def _train(
 ) -> dict[str, Any]:
     began = time.monotonic()
     if task not in TASKS:
-        raise OdcftError(f"{task}: no such pretext task. Choose from {', '.join(TASKS)}.")
+        raise OdcftError(f"There is no pretext task {task}. Choose from {', '.join(TASKS)}.")
     output_checks.refuse_unreachable(out)
     if out.is_dir() or (out.exists() and not (overwrite or resume)):
         raise OdcftError(
-            f"{out} exists. Pass --resume to go on with it, --overwrite to replace it, or choose another --out."
+            f"{out} exists. Pass --resume to continue from it, --overwrite to replace it, or choose another --out."
         )
     if not resume or out.is_symlink():
         output_checks.refuse_file_of_others(out)
@@ -149,11 +151,13 @@ def _train(
         optimizer.load_state_dict(state["optimizer"])
         order.first_step = state["epoch"] * order.steps_per_epoch
         if order.first_step >= order.steps:
-            raise OdcftError(f"{out} has had its {state['epoch']} epochs. Pass more with --epochs to prolong it.")
+            raise OdcftError(
+                f"{out} has already been trained for {state['epoch']} epochs. Pass a larger --epochs to train on."
+            )
         progress.say(f"Resuming    {out} after {state['epoch']} epochs")
 
     crops = Crops(images, view, recipe.augment, recipe.seed)
-    sums_3 = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, puzzles since the epoch began
+    sums_3 = torch.zeros(3, dtype=torch.float64, device=device)  # of the epoch so far: loss, correct answers, puzzles
     figures: dict[str, float] = {}
     unreadable: dict[int, str] = {}
     network.train()
@@ -166,7 +170,9 @@ def _train(
                 progress.say(f"Warning     {images.names[i]} is skipped: it cannot be read ({batch.unreadable[i]}).")
             unreadable |= batch.unreadable
             if len(batch.index_B) < 2:
-                raise OdcftError(f"Step {step}: hardly any image of {images.source} can be read.")
+                raise OdcftError(
+                    f"Step {step}: fewer than 2 images of the batch can be read. Check the images in {images.source}."
+                )
             set_lr(optimizer, lr_at(step, order.steps_per_epoch, optim))
             pixels = to_float(batch.pixels, device)
             if optim.channels_last:
@@ -178,20 +184,20 @@ def _train(
             loss.backward()
             optimizer.step()
 
-            right = (logits_MC.detach().argmax(1) == answer_M).sum()
-            sums_3 += torch.stack([loss.detach() * len(answer_M), right, torch.full_like(right, len(answer_M))])
+            correct = (logits_MC.detach().argmax(1) == answer_M).sum()
+            sums_3 += torch.stack([loss.detach() * len(answer_M), correct, torch.full_like(correct, len(answer_M))])
             epoch_ends = (step + 1) % order.steps_per_epoch == 0
             note = ""
             if epoch_ends or (step + 1) % recipe.log.interval == 0:
-                loss_sum, right_sum, puzzles = dist.all_sum(sums_3).tolist()
-                figures = {"loss": loss_sum / puzzles, "accuracy": right_sum / puzzles}
+                loss_sum, correct_sum, puzzles = dist.all_sum(sums_3).tolist()
+                figures = {"loss": loss_sum / puzzles, "accuracy": correct_sum / puzzles}
                 if not math.isfinite(figures["loss"]):
                     raise OdcftError(
                         f"The loss is not finite at step {step} (learning rate {optim.lr:.3g}). "
-                        "Start again with a lower rate (--set optim.lr=…)."
+                        "Start again with a lower learning rate (--set optim.lr=…)."
                     )
                 note = f"epoch {step // order.steps_per_epoch + 1}/{optim.epochs} · loss {figures['loss']:.2f}"
-                note += f" · {figures['accuracy']:.0%} right"
+                note += f" · {figures['accuracy']:.0%} correct"
             advance(len(batch.index_B) * dist.world_size(), note)
             if epoch_ends:
                 sums_3.zero_()
@@ -211,7 +217,7 @@ def _train(
 
 
 def new_backbone(arch: str, task: str, recipe: Recipe) -> Backbone:
-    """A network with random weights, for three colours, or for lightness alone where colour is the question."""
+    """Build a network with random weights, for RGB images, or for lightness only if the task is colorization."""
     refuse_unknown(arch)
     arch_args = check_arguments(recipe.backbone.arch_args or {})
     backbone = Backbone(arch, **arch_args)
@@ -222,7 +228,7 @@ def new_backbone(arch: str, task: str, recipe: Recipe) -> Backbone:
 
 
 def _save(out: Path, task: str, network: Task, optimizer: torch.optim.Optimizer, view: View, epoch: int) -> None:
-    """Write the file, whole or not at all."""
+    """Write the checkpoint atomically, on the first rank."""
     if dist.rank() == 0:
         backbone = network.backbone
         weights = {f"backbone.{name}": tensor for name, tensor in backbone.net.state_dict().items()}
@@ -247,17 +253,19 @@ def _save(out: Path, task: str, network: Task, optimizer: torch.optim.Optimizer,
 
 
 def _read_state(out: Path, task: str, arch: str) -> dict[str, Any]:
-    """What `_save` wrote."""
+    """Read the checkpoint that `_save` wrote, to resume from it."""
     try:
         if out.exists() and not out.is_file():
-            raise ValueError("a pipe, or a device")
+            raise ValueError("a folder, pipe or device")
         state = load_torch(out)
         ours = (state["task"], state["arch"])
         state["epoch"], state["state_dict"], state["optimizer"]
     except FileNotFoundError:
-        raise OdcftError(f"{out}: no such file to resume from. Leave --resume away to start.") from None
-    except Exception:  # torch raises many kinds for a file that is no checkpoint
-        raise OdcftError(f"{out} was not written by `odcft pretext`, so it cannot go on with it.") from None
+        raise OdcftError(
+            f"{out} does not exist, so there is nothing to resume. Drop --resume to start from scratch."
+        ) from None
+    except Exception:  # torch raises many types for a file that is not a checkpoint
+        raise OdcftError(f"{out} was not written by `odcft pretext`, so it cannot be resumed. Check --out.") from None
     if ours != (task, arch):
         raise OdcftError(f"{out} holds {ours[0]} of {ours[1]}, not {task} of {arch}. Choose another --out.")
     return state

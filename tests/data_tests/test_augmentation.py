@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
-from odcft.data.augmentation import _hue, _rotate, augment_batch, random_crop, turned
+from odcft.data.augmentation import augment_batch, random_crop, rotate, shift_hue, turned
 from odcft.recipe import AugmentRecipe
 
 STILL = AugmentRecipe(
@@ -179,7 +179,7 @@ def test_hue_turns_the_colour_circle_and_leaves_value_and_saturation():
     corners = torch.cartesian_prod(*[torch.tensor([0.0, 0.03, 0.5, 1.0])] * 3)  # gray, pure, two channels alike, dark
     colours = torch.cat([corners, torch.rand(200, 3)])
     shifts = torch.linspace(-0.5, 0.5, len(colours))
-    ours = _hue(colours.view(-1, 3, 1, 1), shifts.view(-1, 1, 1, 1)).flatten(1)
+    ours = shift_hue(colours.view(-1, 3, 1, 1), shifts.view(-1, 1, 1, 1)).flatten(1)
     for colour, shift, found in zip(colours.tolist(), shifts.tolist(), ours.tolist(), strict=True):
         h, s, v = colorsys.rgb_to_hsv(*colour)
         assert found == pytest.approx(colorsys.hsv_to_rgb((h + shift) % 1, s, v), abs=2e-5)
@@ -189,17 +189,17 @@ def test_hue_turns_the_colour_circle_and_leaves_value_and_saturation():
 def test_rotation_is_torchvisions_about_the_middle_with_black_corners(height, width):
     images = torch.rand(6, 3, height, width)
     degrees = torch.tensor([-170.0, -30, -1, 3, 45, 90])
-    ours = _rotate(images, degrees)
+    ours = rotate(images, degrees)
     for image, angle, found in zip(images, degrees.tolist(), ours, strict=True):
         theirs = tv.rotate(image, angle, tv.InterpolationMode.NEAREST)
         assert (theirs != found).float().mean() < 0.05  # where two pixels are equally near
-    assert (_rotate(torch.ones(1, 3, height, width), torch.tensor([45.0]))[..., 0, 0] == 0).all()
+    assert (rotate(torch.ones(1, 3, height, width), torch.tensor([45.0]))[..., 0, 0] == 0).all()
 
 
 def test_every_image_is_rotated_by_an_angle_of_its_own_within_the_recipes():
     images = torch.rand(6, 3, 16, 16)
     degrees = torch.empty(6).uniform_(-30, 30, generator=draw())
-    assert torch.equal(augment_batch(images, only(rotation=30.0), draw()), _rotate(images, degrees))
+    assert torch.equal(augment_batch(images, only(rotation=30.0), draw()), rotate(images, degrees))
 
 
 def test_quarters_are_rot90_of_each_image():

@@ -70,4 +70,4 @@ def test_broken_images_are_the_same_with_data_workers(tmp_path, make_images, mak
         told.append((done["images"], done["unreadable"], done["loss"], (run / "quarantine.csv").read_text()))
     assert told[0] == told[1]
     assert told[0][:2] == (12, 5)
-    assert read_column(tmp_path / "run0" / "quarantine.csv", "reason")[0] == "a pipe, no file"
+    assert read_column(tmp_path / "run0" / "quarantine.csv", "reason")[0] == "a pipe, not a file"

@@ -238,23 +238,23 @@ U8 = DRAW.integers(0, 256, (4, 5, 7)).astype(np.uint8)
 @pytest.mark.parametrize(
     ("array", "how", "words"),
     [
-        (U8[..., :2], {"extra": [0]}, "2 bands of 8 bits .gray and 1 besides"),
+        (U8[..., :2], {"extra": [0]}, "2 bands of 8 bits .gray plus 1 more"),
         (U8[..., :2], {}, "2 bands"),
-        (U8[..., :5], {"extra": [0, 0]}, "5 bands of 8 bits .RGB and 2 besides"),
+        (U8[..., :5], {"extra": [0, 0]}, "5 bands of 8 bits .RGB plus 2 more"),
         (U8[..., :5], {"photometric": 1, "extra": [0] * 4}, "5 bands"),
-        (U8[..., :5], {"photometric": 1, "extra": [0] * 4, "planar": 2}, "5 bands .*, one after the other"),
+        (U8[..., :5], {"photometric": 1, "extra": [0] * 4, "planar": 2}, "5 bands .*, in separate planes"),
         (U8, {"extra": [0] * 4}, "7 bands"),
         (U8[..., :5].astype(np.uint16), {"photometric": 1, "extra": [0] * 4, "order": ">"}, "5 bands of 16 bits"),
         (U8[..., 0].astype(np.float64), {}, "1 band of 64 bits .floating point"),
         (U8[..., 0].astype(np.uint32), {"order": ">"}, "1 band of 32 bits"),
         (U8[..., :3].astype(np.float32), {}, "3 bands of 32 bits .floating point"),
-        (U8[..., :3].astype(np.uint16), {"planar": 2}, "3 bands of 16 bits .*, one after the other"),
-        (U8[..., :3], {"photometric": 1, "extra": [0, 0]}, "3 bands of 8 bits .gray and 2 besides"),
+        (U8[..., :3].astype(np.uint16), {"planar": 2}, "3 bands of 16 bits .*, in separate planes"),
+        (U8[..., :3], {"photometric": 1, "extra": [0, 0]}, "3 bands of 8 bits .gray plus 2 more"),
     ],
 )
 def test_other_bands_are_refused_by_name_and_not_left_out(tmp_path, array, how, words, capfd):
     write_tiff(tmp_path / "x.tif", array, **how)
-    with pytest.raises(OdcftError, match=f"^a TIFF of {words}.*; odcft reads 1 .gray"):
+    with pytest.raises(OdcftError, match=f"^a TIFF of {words}.*; odcft reads 1 band .gray"):
         read_image(str(tmp_path / "x.tif"))
     assert capfd.readouterr().err == ""
 

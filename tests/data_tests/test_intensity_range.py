@@ -10,7 +10,7 @@ from PIL import Image
 
 from odcft.backbone.load import load_backbone
 from odcft.data.batches import Crops
-from odcft.data.image_decoding import read_deep, read_image
+from odcft.data.image_decoding import read_high_depth, read_image
 from odcft.data.intensity_range import own_range, usual_side
 from odcft.data.sources import find_images
 from odcft.data.view import View
@@ -53,7 +53,7 @@ def test_a_set_of_12_bits_is_scaled_by_its_own_range_and_said_so(tmp_path):
     (low, high), words = own_range(images)
     assert 100 <= low < 120
     assert 4000 < high <= 4095
-    assert words.startswith("24 images of 16 bits use 6.1 % of their range: scaled by the set's own, 10")
+    assert words.startswith("24 images of 16 bits use 6.1 % of their range: scaled to the range of the set, 10")
     shown = np.array(read_image(images.path(0), (low, high)))
     assert len(np.unique(shown)) > 150
     assert len(np.unique(read_image(images.path(0)))) < 18  # what it was
@@ -86,7 +86,7 @@ def test_the_sets_own_range_is_taken_where_it_is_less_than_half_of_the_types(tmp
         assert high - 0.02 * (high - low) < found[1] <= high + 1e-6
     else:
         assert found == (0, full)
-    assert own_range(images, full=True) == (read_deep(images.path(0)).full, "")
+    assert own_range(images, full=True) == (read_high_depth(images.path(0)).limits, "")
 
 
 def test_hot_pixels_and_a_frame_gone_wrong_do_not_take_the_range(tmp_path):
@@ -128,7 +128,7 @@ def test_types_in_one_set_are_told_of_together(tmp_path):
     twelve_bits(tmp_path / "f", 4, np.float32, 0, 4000)
     found, words = own_range(find_images(tmp_path))
     assert found[1] > 3900
-    assert words.startswith("8 images of 16 bits and of floating point: scaled by the set's own")
+    assert words.startswith("8 images of 16 bits and of floating point: scaled to the range of the set")
     twelve_bits(tmp_path, 4, high=65535)
     twelve_bits(tmp_path / "f", 4, np.float32, 0, 1)
     assert own_range(find_images(tmp_path)) == (None, "")
@@ -140,10 +140,10 @@ def test_a_bounded_sample_spread_over_the_set_is_looked_at(tmp_path, monkeypatch
     Image.fromarray(np.full((32, 32), 30_000, np.uint16)).save(images.path(1))
     found, words = own_range(images, sample=10)
     assert found[1] < 4096
-    assert words.startswith("10 images of 16 bits (of 10 looked at) use")
+    assert words.startswith("10 images of 16 bits (of 10 examined) use")
     assert own_range(images, sample=10) == (found, words)
     monkeypatch.setattr("odcft.data.intensity_range.usual_side", lambda images: 100_000)
-    assert "(of 10 looked at)" in own_range(images)[1]
+    assert "(of 10 examined)" in own_range(images)[1]
 
 
 QUICK = [
@@ -167,7 +167,7 @@ def test_memory_run_backbone_evaluation_and_export_see_the_same_pixels(tmp_path,
     images = find_images(data)
     init_memory(checkpoint, data, tmp_path / "memory", load_recipe("small", QUICK))
     said = capfd.readouterr().err
-    assert said.count("24 images of 16 bits use 6.1 % of their range: scaled by the set's own") == 1
+    assert said.count("24 images of 16 bits use 6.1 % of their range: scaled to the range of the set") == 1
     made = json.loads((tmp_path / "memory" / "memory.json").read_text())["recipe"]["data"]["range"]
     assert made == list(own_range(images)[0])
 
@@ -189,7 +189,7 @@ def test_memory_run_backbone_evaluation_and_export_see_the_same_pixels(tmp_path,
     assert len(seen(view, images)[0].unique()) > 150  # not 13 levels of gray
     results = evaluate(str(tmp_path / "run"), data, None, ["knn"])
     assert results["view"]["intensity"] == tuple(made)
-    assert "black, 4,0" in capfd.readouterr().err
+    assert "is black, 4,0" in capfd.readouterr().err
     assert view_for_evaluation(load_backbone(checkpoint), images, None).intensity == tuple(
         made
     )  # nobody has told: the same rule

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from odcft.data.lab_colors import colours, lab, nearest_colour
+from odcft.data.lab_colors import ab_bins, lab, nearest_bin
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_lab_is_the_same_under_autocast():
 
 
 def test_every_colour_of_srgb_is_near_its_class():
-    everything = colours()
+    bins = ab_bins()
     ab = lab(torch.rand(1000, 3, 1, 1, generator=torch.Generator().manual_seed(0)))[:, 1:].flatten(1)
-    assert (ab - everything[nearest_colour(ab, everything)]).abs().max() <= 10
-    assert nearest_colour(torch.tensor([[[1.0, -2.0]]]), everything).shape == (1, 1)
+    assert (ab - bins[nearest_bin(ab, bins)]).abs().max() <= 10
+    assert nearest_bin(torch.tensor([[[1.0, -2.0]]]), bins).shape == (1, 1)

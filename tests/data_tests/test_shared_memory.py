@@ -23,7 +23,7 @@ from odcft.run.failures import explained
 
 @pytest.fixture(autouse=True)
 def a_new_process(monkeypatch):
-    monkeypatch.setattr(shared_memory, "_said", set())
+    monkeypatch.setattr(shared_memory, "_warned", set())
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_batches_that_find_no_shared_memory_come_through_the_pipe(crops, monkeyp
     assert same(read(crops, 2), expected)
 
 
-def test_that_shared_memory_is_full_is_said_once(crops, monkeypatch):
+def test_that_shared_memory_is_full_is_warned_once(crops, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
     with pytest.warns(UserWarning, match="/dev/shm is full.*--shm-size=8g") as said:
         read(crops, 1)
@@ -74,19 +74,19 @@ def test_batch_without_any_image_comes_through_the_pipe(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("reason", [errno.EROFS, errno.ENOSPC, errno.EACCES])
-def test_without_room_for_locks_there_are_no_workers_and_it_is_said_why(crops, monkeypatch, reason):
+def test_without_room_for_locks_there_are_no_workers_and_it_is_warned_why(crops, monkeypatch, reason):
     def lock():
         raise OSError(reason, os.strerror(reason))
 
     expected = read(crops, 0)
     monkeypatch.setattr(multiprocessing, "Lock", lock)
-    with pytest.warns(UserWarning, match=rf"/dev/shm cannot be used by data workers \({os.strerror(reason)}\)"):
+    with pytest.warns(UserWarning, match=rf"Data workers cannot use /dev/shm \({os.strerror(reason)}\)"):
         assert same(read(crops, 2), expected)
 
 
 def test_other_ranks_leave_that_to_the_first(monkeypatch, recwarn):
     monkeypatch.setattr(shared_memory.dist, "rank", lambda: 1)
-    shared_memory._say("anything")
+    shared_memory._warn_once("anything")
     assert not recwarn
 
 

@@ -59,7 +59,9 @@ def test_blanks_case_and_delimiters_of_a_table_are_forgiven(tmp_path, make_image
 
 def test_table_without_paths_is_refused_with_the_columns_it_has(tmp_path):
     (tmp_path / "l.csv").write_text("file, class\na.png,cat\n")
-    with pytest.raises(OdcftError, match=r"needs a header with a column `path`.* Its columns are: file, class\."):
+    with pytest.raises(
+        OdcftError, match=r"has no column `path`; its columns are: file, class\. It needs a header with `path`"
+    ):
         find_images(tmp_path / "l.csv")
 
 
@@ -80,10 +82,10 @@ def test_lines_of_a_list_that_give_no_new_image_are_counted(tmp_path, make_image
     listed = find_images(tmp_path / "l.csv")
     assert listed.names == ["a/000.png", "b/001.png"]
     assert listed.labels == ["cat;dog", ""]
-    assert listed.not_read() == "2 lines met again, 2 lines without a path"
+    assert listed.not_read() == "2 duplicate lines, 2 lines without a path"
     (tmp_path / "l.txt").write_text("a/000.png\n\nb/001.png\na//000.png\n")
-    assert find_images(tmp_path / "l.txt").skipped == {"line met again": 1}
-    assert find_images(tmp_path / "l.txt").without({0}).skipped == {"line met again": 1}
+    assert find_images(tmp_path / "l.txt").skipped == {"duplicate line": 1}
+    assert find_images(tmp_path / "l.txt").without({0}).skipped == {"duplicate line": 1}
 
 
 def test_folder_that_links_lead_to_is_read_once_under_its_own_name(tmp_path, make_images):
@@ -93,7 +95,7 @@ def test_folder_that_links_lead_to_is_read_once_under_its_own_name(tmp_path, mak
     for link, target in {"set/0": "set", "set/a/again": "set/b", "set/b/up": "set", "set/A": "set/a"}.items():
         (tmp_path / link).symlink_to(tmp_path / target)
     assert find_images(tmp_path / "set").names == names
-    assert find_images(tmp_path / "set").skipped == {"folder met again": 4}
+    assert find_images(tmp_path / "set").skipped == {"folder already read": 4}
     for link in ("z", "c", "m"):  # three ways to one folder: the first by name
         (tmp_path / "set" / link).symlink_to(tmp_path / "elsewhere")
     assert find_images(tmp_path / "set").names == sorted([*names, "c/a/000.png", "c/b/001.png"])
@@ -112,9 +114,11 @@ def test_what_a_folder_holds_besides_images_is_counted_by_its_ending(tmp_path, m
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     images = find_images(tmp_path)
     assert len(images) == 6  # links to nowhere are images that cannot be read
-    assert images.not_read().startswith("1,200 .heic, 2 .xml, 1 .dcm, 1 .mp4, 1 file without an ending, 1 folder of a")
+    assert images.not_read().startswith(
+        "1,200 .heic, 2 .xml, 1 .dcm, 1 .mp4, 1 file without an extension, 1 hidden folder"
+    )
     assert images.not_read().endswith("1 of 1 other kinds")
-    assert images.skipped["image of a hidden name"] == images.skipped["folder of a hidden name"] == 1
+    assert images.skipped["hidden image"] == images.skipped["hidden folder"] == 1
     assert sum(images.skipped.values()) == 1207
 
 
@@ -136,7 +140,7 @@ def test_only_regular_files_are_images(tmp_path, make_images):
         images = find_images(tmp_path)
     assert images.names == ["a/000.png", "b/001.png"]
     assert images.skipped == {"pipe": 2, "socket": 1, "device": 1}
-    with pytest.raises(OdcftError, match="not images"):
+    with pytest.raises(OdcftError, match="neither a folder nor a list"):
         find_images(tmp_path / "list.txt")
     (tmp_path / "l.csv").write_text("path\npipe.jpg\nzero.jpg\ns.jpg\na\ngone.jpg\na/000.png\n")
     listed = find_images(tmp_path / "l.csv")
@@ -144,7 +148,7 @@ def test_only_regular_files_are_images(tmp_path, make_images):
     batch = collate([Crops(listed, View(8))[0, i] for i in range(len(listed))])
     assert batch.index_B.tolist() == [5]
     assert [reason for _, reason in sorted(batch.unreadable.items())][:4] == [
-        f"a {kind}, no file" for kind in ("pipe", "device", "socket", "folder")
+        f"a {kind}, not a file" for kind in ("pipe", "device", "socket", "folder")
     ]
     assert same_content(listed) == []
 
@@ -212,6 +216,6 @@ def test_what_is_not_read_is_said_once_by_training_and_pretext(tmp_path, make_im
     (data / "again").symlink_to(data)
     quick = ["optim.batch_size=4", "optim.epochs=1", "data.size=32"]
     init_memory(str(make_checkpoint(tmp_path / "c.pth")), str(data), tmp_path / "m", load_recipe("small", quick))
-    assert capfd.readouterr().err.count("Not read    3 .heic, 1 folder met again\n") == 1
+    assert capfd.readouterr().err.count("Not read    3 .heic, 1 folder already read\n") == 1
     train_pretext("rotation", str(data), "test_resnet", tmp_path / "p.pth", load_recipe("pretext", quick))
-    assert capfd.readouterr().err.count("Not read    3 .heic, 1 folder met again\n") == 1
+    assert capfd.readouterr().err.count("Not read    3 .heic, 1 folder already read\n") == 1

@@ -3,9 +3,9 @@
 import torch
 from PIL import Image
 
-from odcft.data.lab_colors import colours, lab, nearest_colour
+from odcft.data.lab_colors import ab_bins, lab, nearest_bin
 from odcft.data.sources import find_images
-from odcft.pretexts.colorization import rebalancing
+from odcft.pretexts.colorization import class_weights
 from odcft.pretexts.training import train_pretext
 from odcft.recipe import load_recipe
 
@@ -13,10 +13,10 @@ from odcft.recipe import load_recipe
 def test_rare_colours_weigh_more(tmp_path):
     for i in range(9):
         Image.new("RGB", (16, 16), (200, 30, 30) if i else (30, 30, 200)).save(tmp_path / f"{i}.png")
-    everything = colours()
-    weights = rebalancing(find_images(tmp_path), 16, everything)
+    bins = ab_bins()
+    weights = class_weights(find_images(tmp_path), 16, bins)
     red, blue = (
-        weights[nearest_colour(lab(torch.tensor(c).view(1, 3, 1, 1) / 255)[:, 1:].flatten(1), everything)]
+        weights[nearest_bin(lab(torch.tensor(c).view(1, 3, 1, 1) / 255)[:, 1:].flatten(1), bins)]
         for c in ((200.0, 30.0, 30.0), (30.0, 30.0, 200.0))
     )
     assert blue > 2 * red

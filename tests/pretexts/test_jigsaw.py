@@ -2,23 +2,23 @@
 
 import torch
 
-from odcft.pretexts.jigsaw import cut, orders
+from odcft.pretexts.jigsaw import cut_patches, distant_permutations
 from odcft.pretexts.training import train_pretext
 
 
 def test_orders_of_patches_are_far_apart():
-    chosen = orders(9, 20)
+    chosen = distant_permutations(9, 20)
     assert chosen[0].tolist() == list(range(9))
     assert torch.equal(chosen.sort(1).values, torch.arange(9).expand(20, 9))
     distances = (chosen.unsqueeze(0) != chosen.unsqueeze(1)).sum(2)[~torch.eye(20, dtype=torch.bool)]
     assert distances.min() >= 7
-    assert len(orders(4, 24).unique(dim=0)) == 24
+    assert len(distant_permutations(4, 24).unique(dim=0)) == 24
 
 
 def test_patches_stay_within_their_cells_and_leave_gaps():
     H = 32
     place = torch.arange(H * H, dtype=torch.float32).view(1, 1, H, H).expand(50, 1, H, H)
-    patches = cut(place, 2, torch.Generator().manual_seed(0)).view(50, 4, 14, 14)
+    patches = cut_patches(place, 2, torch.Generator().manual_seed(0)).view(50, 4, 14, 14)
     for cell in range(4):
         rows, columns = patches[:, cell] // H, patches[:, cell] % H
         assert rows.min() == 16 * (cell // 2)
