@@ -1,4 +1,4 @@
-"""Image files of kinds that Pillow cannot write, for several tests."""
+"""Writers of image files that Pillow cannot write."""
 
 import struct
 import zlib

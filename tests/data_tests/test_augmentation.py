@@ -1,4 +1,4 @@
-"""What training changes about an image, held against its definition: torchvision's, colorsys's, or worked out here."""
+"""The augmentation, compared with torchvision, colorsys or values worked out here."""
 
 import colorsys
 import math
@@ -25,7 +25,7 @@ def only(**changes):
 
 
 class Drawn:
-    """A generator whose answers the test gives; it keeps what it was asked for."""
+    """A fake random.Random that returns the numbers given by the test and records what it was asked for."""
 
     def __init__(self, uniform, randint=(), flip=0.9):
         self.answers, self.corners, self.flip = list(uniform), list(randint), flip
@@ -53,7 +53,7 @@ def cut(image, box, size):
 def test_a_random_crop_has_the_area_and_shape_that_were_drawn():
     draw = Drawn([0.25, math.log(1.5)], [7, 11])
     recipe = only(crop_scale=(0.2, 0.5), crop_ratio=(0.5, 2))
-    # a quarter of 60 x 40 is 600 pixels; half as wide again as high: 30 x 20
+    # a quarter of 60 x 40 is 600 pixels; with an aspect ratio of 1.5: 30 x 20
     assert np.array_equal(np.array(random_crop(PHOTO, 16, recipe, draw)), cut(PHOTO, (7, 11, 37, 31), 16))
     assert draw.asked == [(0.2, 0.5), (math.log(0.5), math.log(2)), (0, 60 - 30), (0, 40 - 20)]
 
@@ -67,17 +67,17 @@ def test_a_crop_may_fill_the_image_and_no_more():
     assert np.array_equal(np.array(random_crop(PHOTO, 16, STILL, flat)), cut(PHOTO, (1, 2, 25, 26), 16))
 
 
-def test_a_crop_of_nothing_is_drawn_again():
+def test_an_empty_crop_is_drawn_again():
     dot = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 3, 3)).astype(np.uint8))
     for ratio in (4, 0.25):  # 2 x 0 and 0 x 2
         draw = Drawn([0.08, math.log(ratio), 1, 0], [0, 0])
         assert np.array_equal(np.array(random_crop(dot, 8, STILL, draw)), cut(dot, (0, 0, 3, 3), 8))
-    one = Drawn([0.12, 0], [2, 1])  # one pixel is something
+    one = Drawn([0.12, 0], [2, 1])  # one pixel is not empty
     assert np.array_equal(np.array(random_crop(dot, 8, STILL, one)), cut(dot, (2, 1, 3, 2), 8))
 
 
 @pytest.mark.parametrize("size", [(61, 8), (8, 61), (60, 9)])
-def test_where_ten_tries_do_not_fit_the_middle_is_taken(size):
+def test_the_centre_is_cropped_if_ten_tries_do_not_fit(size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3)).astype(np.uint8))
     draw = Drawn([1, 0] * 20, [0] * 40)
     side, left, top = min(size), (size[0] - min(size)) // 2, (size[1] - min(size)) // 2
@@ -124,7 +124,7 @@ def test_every_strength_changes_something_and_stays_in_range(recipe):
     assert changed.max() <= 1
 
 
-def test_every_image_has_factors_of_its_own():
+def test_every_image_has_its_own_factors():
     images = torch.full((8, 3, 4, 4), 0.5)
     means = augment_batch(images, only(brightness=0.4), draw()).mean((1, 2, 3))
     assert len(means.unique()) == 8
@@ -136,7 +136,7 @@ def test_every_image_has_factors_of_its_own():
 
 
 def test_every_image_goes_through_its_own_changes_in_its_own_order():
-    """The whole of it, one image at a time with torchvision's functions, from the same draws."""
+    """All changes, one image at a time with torchvision's functions, from the same random numbers."""
     recipe = AugmentRecipe(rotation=0, brightness=0.4, contrast=0.3, saturation=1.5, hue=0.4, gray=0.3)
     images = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     ours = augment_batch(images, recipe, draw())
@@ -160,11 +160,11 @@ def test_every_image_goes_through_its_own_changes_in_its_own_order():
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
-def test_a_strength_above_one_never_turns_a_change_round(name):
+def test_a_strength_above_one_never_inverts_an_image(name):
     images = torch.rand(64, 3, 4, 4)
     recipe = only(**{name: 3.0})
     generator = draw()
-    torch.empty(64).uniform_(0, 0, generator=generator)  # of the hue
+    torch.empty(64).uniform_(0, 0, generator=generator)  # drawn for the hue
     for one in ("brightness", "contrast", "saturation"):
         strength = 3.0 if one == name else 0.0
         factors = torch.empty(64).uniform_(max(0.0, 1 - strength), 1 + strength, generator=generator)
@@ -175,8 +175,8 @@ def test_a_strength_above_one_never_turns_a_change_round(name):
     assert torch.allclose(augment_batch(images, recipe, draw()), torch.stack(expected), atol=1e-5)
 
 
-def test_hue_turns_the_colour_circle_and_leaves_value_and_saturation():
-    corners = torch.cartesian_prod(*[torch.tensor([0.0, 0.03, 0.5, 1.0])] * 3)  # gray, pure, two channels alike, dark
+def test_shifting_the_hue_keeps_value_and_saturation():
+    corners = torch.cartesian_prod(*[torch.tensor([0.0, 0.03, 0.5, 1.0])] * 3)  # gray, pure, two channels equal, dark
     colours = torch.cat([corners, torch.rand(200, 3)])
     shifts = torch.linspace(-0.5, 0.5, len(colours))
     ours = shift_hue(colours.view(-1, 3, 1, 1), shifts.view(-1, 1, 1, 1)).flatten(1)
@@ -196,13 +196,13 @@ def test_rotation_is_torchvisions_about_the_middle_with_black_corners(height, wi
     assert (rotate(torch.ones(1, 3, height, width), torch.tensor([45.0]))[..., 0, 0] == 0).all()
 
 
-def test_every_image_is_rotated_by_an_angle_of_its_own_within_the_recipes():
+def test_every_image_is_rotated_by_its_own_angle_within_the_recipes():
     images = torch.rand(6, 3, 16, 16)
     degrees = torch.empty(6).uniform_(-30, 30, generator=draw())
     assert torch.equal(augment_batch(images, only(rotation=30.0), draw()), rotate(images, degrees))
 
 
-def test_quarters_are_rot90_of_each_image():
+def test_quarter_turns_are_rot90_of_each_image():
     images = torch.rand(9, 2, 5, 5)
     turns = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0, 1])
     expected = torch.stack([image.rot90(int(k), (1, 2)) for image, k in zip(images, turns, strict=True)])

@@ -10,7 +10,7 @@ from odcft.data.view import View
 from odcft.recipe import AugmentRecipe
 
 
-def test_unreadable_image_is_told_and_not_raised(tmp_path, make_images):
+def test_an_unreadable_image_is_reported_and_not_raised(tmp_path, make_images):
     make_images(tmp_path, 2)
     (tmp_path / "a" / "000.png").write_bytes(b"\x89PNG broken")
     crops = Crops(find_images(tmp_path), View(16, 1.0))
@@ -37,7 +37,7 @@ def test_epoch_sees_every_image_once():
         assert sorted(seen) == [(epoch, i) for i in range(12)]
 
 
-def test_order_goes_on_anywhere():
+def test_order_can_resume_at_any_step():
     whole = list(TrainingOrder(11, 3, 4, seed=0))
     assert list(TrainingOrder(11, 3, 4, seed=0, first_step=7)) == whole[7:]
 
@@ -46,7 +46,7 @@ def test_fewer_images_than_a_batch_make_one_batch():
     assert len(list(TrainingOrder(5, 128, 2, seed=0))) == 2
 
 
-def test_broken_images_are_the_same_with_data_workers(tmp_path, make_images, make_checkpoint):
+def test_data_workers_report_the_same_broken_images(tmp_path, make_images, make_checkpoint):
     from odcft.files import read_column
     from odcft.recipe import load_recipe
     from odcft.train import fine_tune

@@ -6,12 +6,12 @@ from odcft.data.duplicates import same_content
 from odcft.data.sources import find_images
 
 
-def test_images_of_the_same_content_are_found(tmp_path, make_images):
+def test_images_with_the_same_bytes_are_found(tmp_path, make_images):
     make_images(tmp_path, 6)
     (tmp_path / "a" / "003.png").write_bytes((tmp_path / "a" / "000.png").read_bytes())
     (tmp_path / "b" / "copy.png").write_bytes((tmp_path / "b" / "005.png").read_bytes())
     (tmp_path / "z.png").symlink_to(tmp_path / "a" / "000.png")
-    for name in ("x.png", "y.png"):  # as long, but not the same
+    for name in ("x.png", "y.png"):  # same size, different bytes
         (tmp_path / name).write_bytes(os.urandom((tmp_path / "a" / "000.png").stat().st_size))
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     images = find_images(tmp_path)

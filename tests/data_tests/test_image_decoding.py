@@ -1,4 +1,4 @@
-"""What a file holds is what the network sees: bits, bands, transparency, which way is up."""
+"""The network sees what a file holds: all bits and bands, transparency on white, the right way up."""
 
 import struct
 import subprocess
@@ -38,7 +38,7 @@ KINDS |= {"webp": "RGB", "jp2": "L RGB", "jpg": "L RGB CMYK"}
 
 
 @pytest.mark.parametrize(("ending", "mode"), [(e, mode) for e, modes in KINDS.items() for mode in modes.split()])
-def test_every_format_and_mode_of_8_bits_is_its_own_colours(tmp_path, ending, mode):
+def test_every_8_bit_format_and_mode_keeps_its_colours(tmp_path, ending, mode):
     square = np.kron(DRAW.integers(0, 2, (2, 2, 3)) * 255, np.ones((16, 16, 1))).astype(np.uint8)
     image = Image.fromarray(square).convert(mode)
     expected = np.array(image.convert("RGB")).astype(int)
@@ -66,7 +66,7 @@ def test_images_are_shown_upright_as_their_exif_says(tmp_path, ending, orientati
 
 @pytest.mark.parametrize("dtype", ["u1", "u2", "i4", "f4"])
 def test_uncompressed_gray_tiffs_are_shown_upright(tmp_path, dtype):
-    """Pillow 13.0 maps such a file with the sides of the turned image."""
+    """Pillow 13.0 memory-maps such a file with width and height swapped."""
     values = DRAW.integers(0, 256, (40, 60)).astype(dtype)
     write_tiff(tmp_path / "x.tif", values, tags={274: [6]}.items())
     assert np.array_equal(pixels(tmp_path / "x.tif", (0, 255))[..., 0], np.rot90(values, -1))
@@ -79,7 +79,7 @@ def test_damaged_exif_leaves_the_pixels_as_they_are(tmp_path, exif):
     assert np.array_equal(pixels(tmp_path / "x.jpg"), pixels(tmp_path / "y.jpg"))
 
 
-def test_deep_images_are_shown_upright_too(tmp_path):
+def test_16_bit_images_are_shown_upright_too(tmp_path):
     gray = DRAW.integers(0, 65536, (4, 6)).astype(np.uint16)
     for order in "<>":
         write_tiff(tmp_path / "x.tif", gray, order=order, tags={274: [6]}.items())
@@ -92,7 +92,7 @@ def test_deep_images_are_shown_upright_too(tmp_path):
     "name", ["x.png", "x.webp", "x.tif", "la.png", "la.tif", "p.png", "p.gif", "key.png", "pa.png"]
 )
 def test_transparent_pixels_are_white_whatever_colour_is_hidden_in_them(tmp_path, name):
-    hidden = np.zeros((8, 8, 4), np.uint8)  # black, all of it transparent but for the left half
+    hidden = np.zeros((8, 8, 4), np.uint8)  # black; all transparent except the left half
     hidden[:, :4] = (200, 0, 0, 255)
     expected = np.full((8, 8, 3), 255)
     expected[:, :4] = (200, 0, 0)
@@ -123,7 +123,7 @@ def test_half_transparent_is_half_white_and_opaque_as_it_is(tmp_path):
     assert np.array_equal(pixels(tmp_path / "opaque.png"), COLOURS)
 
 
-def test_of_an_animation_the_first_frame_is_seen(tmp_path):
+def test_the_first_frame_of_an_animation_is_read(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
     for ending in ("gif", "png", "webp", "tif"):
         more = {"lossless": True} if ending == "webp" else {}
@@ -149,9 +149,9 @@ def test_sixteen_bit_and_palette_and_gray_images_become_rgb(tmp_path):
     ("order", "dtype", "photometric"),
     [("<", dtype, 1) for dtype in ("u2", "i2", "u4", "i4", "f4")]
     + [(">", dtype, 1) for dtype in ("u2", "i2", "i4", "f4")]
-    + [("<", "u2", 0), ("<", "f4", 0), (">", "f4", 0)],  # white is zero; Pillow turns round those of 8 bits only
+    + [("<", "u2", 0), ("<", "f4", 0), (">", "f4", 0)],  # zero is white; Pillow inverts only 8-bit ones
 )
-def test_deep_gray_tiffs_are_scaled_from_black_to_white(tmp_path, order, dtype, photometric):
+def test_high_depth_gray_tiffs_are_scaled_from_black_to_white(tmp_path, order, dtype, photometric):
     low, high = {"u2": (300, 4000), "i2": (-2000, 1000), "u4": (3e9, 4e9), "i4": (-5, 70_000), "f4": (-0.25, 7.5)}[
         dtype
     ]
@@ -160,7 +160,7 @@ def test_deep_gray_tiffs_are_scaled_from_black_to_white(tmp_path, order, dtype, 
     shown = pixels(tmp_path / "x.tif", (low, high))
     expected = RAMP if photometric else 255 - RAMP
     assert np.abs(shown - expected[..., None].astype(int)).max() <= 1
-    twice = pixels(tmp_path / "x.tif", (low + (high - low) / 2, high))[..., 0]  # what is beyond is clipped
+    twice = pixels(tmp_path / "x.tif", (low + (high - low) / 2, high))[..., 0]  # values beyond are clipped
     assert (twice[RAMP < 127] == (0 if photometric else 255)).all()
 
 
@@ -179,8 +179,8 @@ def test_every_16_bit_mode_of_pillow_is_read_and_saved_in_full(tmp_path):
 
 
 @pytest.mark.parametrize("bands", [1, 2, 3, 4])
-def test_deep_pngs_keep_all_bits_of_all_bands(tmp_path, bands):
-    """Pillow itself keeps the upper byte of colours: of 12 bits, 16 levels."""
+def test_16_bit_pngs_keep_all_bits_of_all_bands(tmp_path, bands):
+    """Pillow alone keeps only the upper byte of RGB: 16 levels of a 12-bit image."""
     values = DRAW.integers(0, 4096, (300, 300, bands)).astype(np.uint16)
     opaque = values[..., -1:] / 65535 if bands in (2, 4) else 1
     colours = values[..., : 1 if bands < 3 else 3]
@@ -194,7 +194,7 @@ def test_deep_pngs_keep_all_bits_of_all_bands(tmp_path, bands):
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_deep_colour_tiffs_keep_all_bits_and_a_fourth_band_is_alpha_only_if_it_says_so(tmp_path, order):
+def test_16_bit_colour_tiffs_keep_all_bits_and_a_fourth_band_is_alpha_only_if_the_file_says_so(tmp_path, order):
     values = DRAW.integers(0, 4096, (6, 7, 4)).astype(np.uint16)
     expected = values[..., :3] / 4095 * 255
     for extra in (None, [0], [2]):
@@ -208,7 +208,7 @@ def test_deep_colour_tiffs_keep_all_bits_and_a_fourth_band_is_alpha_only_if_it_s
         assert np.abs(pixels(tmp_path / "x.tif") - (bytes_[..., :3] * opaque + 255 * (1 - opaque))).max() <= 1
 
 
-def test_compressed_deep_tiffs_keep_all_bits(tmp_path):
+def test_compressed_high_depth_tiffs_keep_all_bits(tmp_path):
     values = DRAW.integers(0, 4096, (70, 80)).astype(np.uint16)
     for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits"):
         Image.fromarray(values).save(tmp_path / "x.tif", compression=compression)
@@ -217,12 +217,12 @@ def test_compressed_deep_tiffs_keep_all_bits(tmp_path):
         assert np.abs(pixels(tmp_path / "x.tif", (0, 4095))[..., 0] - values / 4095 * 255).max() <= 1
 
 
-def test_signed_bytes_are_no_unsigned_ones(tmp_path):
+def test_signed_bytes_are_not_read_as_unsigned(tmp_path):
     write_tiff(tmp_path / "x.tif", (RAMP.astype(int) - 128).astype(np.int8))
     assert np.array_equal(pixels(tmp_path / "x.tif")[..., 0], RAMP)
 
 
-def test_what_is_no_number_is_black_and_infinity_white(tmp_path):
+def test_nan_is_black_and_infinity_is_white(tmp_path):
     values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     values[0, :3] = np.nan, np.inf, -np.inf
     write_tiff(tmp_path / "x.tif", values)
@@ -252,7 +252,7 @@ U8 = DRAW.integers(0, 256, (4, 5, 7)).astype(np.uint8)
         (U8[..., :3], {"photometric": 1, "extra": [0, 0]}, "3 bands of 8 bits .gray plus 2 more"),
     ],
 )
-def test_other_bands_are_refused_by_name_and_not_left_out(tmp_path, array, how, words, capfd):
+def test_unsupported_bands_are_refused_and_not_dropped(tmp_path, array, how, words, capfd):
     write_tiff(tmp_path / "x.tif", array, **how)
     with pytest.raises(OdcftError, match=f"^a TIFF of {words}.*; odcft reads 1 band .gray"):
         read_image(str(tmp_path / "x.tif"))
@@ -263,7 +263,7 @@ def test_other_bands_are_refused_by_name_and_not_left_out(tmp_path, array, how, 
 
 
 def broken_files(folder):
-    """Files that end early, lie about their size, or swell."""
+    """Files that are truncated, lie about their size, or expand enormously."""
     whole = Image.fromarray(DRAW.integers(0, 256, (64, 64, 3)).astype(np.uint8))
     for ending in ("png", "jpg", "bmp", "gif", "tif", "webp", "ppm", "jp2"):
         whole.save(folder / f"cut.{ending}")
@@ -277,7 +277,7 @@ def broken_files(folder):
     pixels_ = png_chunk(b"IDAT", zlib.compress(bytes(1000)))
     start = b"\x89PNG\r\n\x1a\n"
     (folder / "huge.png").write_bytes(start + png_chunk(b"IHDR", side + b"\x08\2\0\0\0") + pixels_)
-    large = struct.pack(">II", 10_000, 10_000)  # where Pillow itself would warn and go on
+    large = struct.pack(">II", 10_000, 10_000)  # Pillow would only warn
     (folder / "large.png").write_bytes(start + png_chunk(b"IHDR", large + b"\x08\2\0\0\0") + pixels_)
     (folder / "huge.ppm").write_bytes(b"P6 40000 40000 255\n" + bytes(100))
     (folder / "huge.bmp").write_bytes(
@@ -296,7 +296,7 @@ def broken_files(folder):
     (folder / "program.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
 
 
-def test_broken_files_are_told_without_memory_warnings_or_noise(tmp_path):
+def test_broken_files_are_reported_without_memory_growth_warnings_or_noise(tmp_path):
     broken_files(tmp_path)
     code = """
 import resource, sys

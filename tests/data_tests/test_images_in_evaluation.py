@@ -5,7 +5,7 @@ import pytest
 from odcft.errors import OdcftError
 
 
-def test_evaluation_without_one_readable_image_says_so(tmp_path, make_images):
+def test_evaluation_without_any_readable_image_is_refused(tmp_path, make_images):
     from odcft.evaluation.comparison import evaluate
 
     make_images(tmp_path, 16)

@@ -1,4 +1,4 @@
-"""Which values of images with more than 8 bits a channel become black and white, and that a whole run keeps to them."""
+"""Which values of images with more than 8 bits a channel become black and white, also in a whole run."""
 
 import json
 
@@ -24,7 +24,7 @@ from odcft.train import fine_tune
 
 
 def twelve_bits(folder, count=24, depth=np.uint16, low=0, high=4095):
-    """Images of two kinds whose values run from low to high."""
+    """Write images of two classes whose values run from low to high."""
     for i in range(count):
         kind, draw = "ab"[i % 2], np.random.default_rng(i)
         base = draw.random((4, 4)) if kind == "a" else draw.random((1, 4)).repeat(4, 0)
@@ -48,7 +48,7 @@ def test_size_follows_small_images_but_not_beyond_the_network(tmp_path, make_ima
     assert automatic_size(224, True, 40) == 224
 
 
-def test_a_set_of_12_bits_is_scaled_by_its_own_range_and_said_so(tmp_path):
+def test_a_12_bit_set_is_scaled_to_its_range_with_a_note(tmp_path):
     images = find_images(twelve_bits(tmp_path, low=100))
     (low, high), words = own_range(images)
     assert 100 <= low < 120
@@ -56,7 +56,7 @@ def test_a_set_of_12_bits_is_scaled_by_its_own_range_and_said_so(tmp_path):
     assert words.startswith("24 images of 16 bits use 6.1 % of their range: scaled to the range of the set, 10")
     shown = np.array(read_image(images.path(0), (low, high)))
     assert len(np.unique(shown)) > 150
-    assert len(np.unique(read_image(images.path(0)))) < 18  # what it was
+    assert len(np.unique(read_image(images.path(0)))) < 18  # without scaling
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_set_of_12_bits_is_scaled_by_its_own_range_and_said_so(tmp_path):
         (np.float32, 7, 7, False),
     ],
 )
-def test_the_sets_own_range_is_taken_where_it_is_less_than_half_of_the_types(tmp_path, depth, low, high, own):
+def test_the_range_of_the_set_is_chosen_if_it_is_less_than_half_of_the_types(tmp_path, depth, low, high, own):
     images = find_images(twelve_bits(tmp_path, 6, depth, low, high))
     found, words = own_range(images)
     full = {"u": 65535, "f": 1}.get(np.dtype(depth).kind)
@@ -89,7 +89,7 @@ def test_the_sets_own_range_is_taken_where_it_is_less_than_half_of_the_types(tmp
     assert own_range(images, full=True) == (read_high_depth(images.path(0)).limits, "")
 
 
-def test_hot_pixels_and_a_frame_gone_wrong_do_not_take_the_range(tmp_path):
+def test_hot_pixels_and_a_bad_frame_do_not_set_the_range(tmp_path):
     twelve_bits(tmp_path, 60)
     images = find_images(tmp_path)
     before = own_range(images)[0]
@@ -101,7 +101,7 @@ def test_hot_pixels_and_a_frame_gone_wrong_do_not_take_the_range(tmp_path):
     assert own_range(images)[0] == pytest.approx(before, abs=60)
 
 
-def test_what_is_no_number_does_not_take_the_range(tmp_path):
+def test_nan_and_infinity_do_not_set_the_range(tmp_path):
     twelve_bits(tmp_path, 6, np.float32, 5, 10)
     for i, path in enumerate(sorted(tmp_path.rglob("*.tif"))):
         values = np.array(Image.open(path))
@@ -112,7 +112,7 @@ def test_what_is_no_number_does_not_take_the_range(tmp_path):
     assert 9.8 < high <= 10
 
 
-def test_images_of_8_bits_have_no_range_and_broken_ones_are_left_to_their_turn(tmp_path, make_images):
+def test_8_bit_images_have_no_range_and_broken_ones_are_ignored(tmp_path, make_images):
     images = find_images(make_images(tmp_path, 6))
     (tmp_path / "a" / "000.png").write_text("broken")
     assert own_range(images) == (None, "")
@@ -123,7 +123,7 @@ def test_images_of_8_bits_have_no_range_and_broken_ones_are_left_to_their_turn(t
     assert words.startswith("2 images of 16 bits use")
 
 
-def test_types_in_one_set_are_told_of_together(tmp_path):
+def test_several_types_in_one_set_are_reported_together(tmp_path):
     twelve_bits(tmp_path, 4)
     twelve_bits(tmp_path / "f", 4, np.float32, 0, 4000)
     found, words = own_range(find_images(tmp_path))
@@ -134,8 +134,8 @@ def test_types_in_one_set_are_told_of_together(tmp_path):
     assert own_range(find_images(tmp_path)) == (None, "")
 
 
-def test_a_bounded_sample_spread_over_the_set_is_looked_at(tmp_path, monkeypatch):
-    """The fewer, the larger the images are."""
+def test_a_bounded_sample_spread_over_the_set_is_examined(tmp_path, monkeypatch):
+    """The larger the images, the smaller the sample."""
     images = find_images(twelve_bits(tmp_path, 20))
     Image.fromarray(np.full((32, 32), 30_000, np.uint16)).save(images.path(1))
     found, words = own_range(images, sample=10)
@@ -157,7 +157,7 @@ QUICK = [
 
 
 def seen(view, images):
-    """What the network is shown of every image."""
+    """The pixels of all images, as the network sees them."""
     crops = Crops(images, view)
     return torch.stack([crops[0, i][0] for i in range(len(images))])
 
@@ -171,7 +171,7 @@ def test_memory_run_backbone_evaluation_and_export_see_the_same_pixels(tmp_path,
     made = json.loads((tmp_path / "memory" / "memory.json").read_text())["recipe"]["data"]["range"]
     assert made == list(own_range(images)[0])
 
-    darker = np.array(Image.open(images.path(0))) // 8  # another range, were it looked for again
+    darker = np.array(Image.open(images.path(0))) // 8  # would give another range if it were chosen anew
     fine_tune(checkpoint, data, tmp_path / "run", load_recipe("small", QUICK), memory=tmp_path / "memory")
     fine_tune(checkpoint, data, tmp_path / "run", load_recipe("small", QUICK), resume=True, epochs=2)
     assert "% of their range" not in capfd.readouterr().err
@@ -192,10 +192,10 @@ def test_memory_run_backbone_evaluation_and_export_see_the_same_pixels(tmp_path,
     assert "is black, 4,0" in capfd.readouterr().err
     assert view_for_evaluation(load_backbone(checkpoint), images, None).intensity == tuple(
         made
-    )  # nobody has told: the same rule
+    )  # no stored range: the same rule
 
 
-def test_a_run_told_to_show_the_full_range_is_evaluated_so(tmp_path, make_checkpoint):
+def test_a_run_with_the_full_range_is_evaluated_with_it(tmp_path, make_checkpoint):
     data, checkpoint = str(twelve_bits(tmp_path / "images", 12)), str(make_checkpoint(tmp_path / "c.pth"))
     fine_tune(checkpoint, data, tmp_path / "run", load_recipe("small", [*QUICK, "data.range=full"]))
     fine_tune(checkpoint, data, tmp_path / "run", load_recipe("small", [*QUICK, "data.range=full"]), resume=True)
@@ -213,20 +213,20 @@ def test_memory_made_with_another_range_is_refused(tmp_path, make_checkpoint):
     fine_tune(checkpoint, data, tmp_path / "run", recipe, memory=tmp_path / "memory")
     about = tmp_path / "memory" / "memory.json"
     old = json.loads(about.read_text())
-    del old["recipe"]["data"]["range"]  # of a memory of before there was one
+    del old["recipe"]["data"]["range"]  # as in memories written before data.range existed
     about.write_text(json.dumps(old))
     fine_tune(checkpoint, data, tmp_path / "old", load_recipe("small", QUICK), memory=tmp_path / "memory")
     assert load_recipe(tmp_path / "old" / "recipe.yaml").data.range == (0, 65535)
 
 
 @pytest.mark.parametrize("bad", ["[5, 5]", "[9, 1]", "[.nan, 1]", "[0, .inf]", "half", "[1]"])
-def test_a_range_is_black_below_white(bad):
+def test_a_range_whose_black_is_not_below_white_is_refused(bad):
     with pytest.raises(OdcftError, match=r"data\.range"):
         load_recipe("small", [f"data.range={bad}"])
 
 
 @pytest.mark.parametrize("task", ["rotation", "colorization"])
-def test_a_pretext_checkpoint_tells_the_range_it_was_trained_with(tmp_path, task, capfd):
+def test_a_pretext_checkpoint_stores_the_range_it_was_trained_with(tmp_path, task, capfd):
     data = str(twelve_bits(tmp_path / "images", 12))
     out, recipe = tmp_path / "p.pth", load_recipe("pretext", ["optim.epochs=1", "optim.batch_size=4", "data.size=32"])
     train_pretext(task, data, "test_resnet", out, recipe)

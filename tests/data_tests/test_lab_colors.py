@@ -1,4 +1,4 @@
-"""Lab values are those of other software, and every colour has a class."""
+"""Lab values equal scikit-image's, and every colour is near a bin."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from odcft.data.lab_colors import ab_bins, lab, nearest_bin
         ((0.2, 0.4, 0.6), (42.0099, -0.1500, -32.8458)),
     ],
 )
-def test_lab_is_that_of_the_books(rgb, expected):
+def test_lab_values_equal_those_of_scikit_image(rgb, expected):
     assert lab(torch.tensor(rgb).view(1, 3, 1, 1)).flatten().tolist() == pytest.approx(expected, abs=0.01)
 
 
@@ -28,7 +28,7 @@ def test_lab_is_the_same_under_autocast():
     assert torch.equal(inside, lab(images))
 
 
-def test_every_colour_of_srgb_is_near_its_class():
+def test_every_srgb_colour_is_near_its_bin():
     bins = ab_bins()
     ab = lab(torch.rand(1000, 3, 1, 1, generator=torch.Generator().manual_seed(0)))[:, 1:].flatten(1)
     assert (ab - bins[nearest_bin(ab, bins)]).abs().max() <= 10

@@ -34,7 +34,7 @@ def test_list_files(tmp_path, make_images):
 
 
 @pytest.mark.parametrize("name", ["missing", "empty", "page.html", "l.csv", "l.txt"])
-def test_what_is_no_image_set_is_refused(tmp_path, name):
+def test_a_path_that_is_not_a_set_of_images_is_refused(tmp_path, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "page.html").write_text("x")
     (tmp_path / "l.csv").write_text("file,kind\na,b\n")
@@ -45,7 +45,7 @@ def test_what_is_no_image_set_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize("quote", ["", '"'])
 @pytest.mark.parametrize(("ending", "delimiter"), [(".csv", ","), (".csv", ";"), (".csv", "\t"), (".tsv", "\t")])
-def test_blanks_case_and_delimiters_of_a_table_are_forgiven(tmp_path, make_images, ending, delimiter, quote):
+def test_spaces_case_and_delimiters_of_a_table_do_not_matter(tmp_path, make_images, ending, delimiter, quote):
     make_images(tmp_path, 2)
     labels = "cat" if delimiter == ";" else "cat ; dog"
     rows = [("Path ", " LABEL"), ("a/000.png", labels), ("", ""), ("b/001.png", "dog ")]
@@ -57,7 +57,7 @@ def test_blanks_case_and_delimiters_of_a_table_are_forgiven(tmp_path, make_image
     assert not listed.skipped
 
 
-def test_table_without_paths_is_refused_with_the_columns_it_has(tmp_path):
+def test_a_table_without_paths_is_refused_with_its_columns(tmp_path):
     (tmp_path / "l.csv").write_text("file, class\na.png,cat\n")
     with pytest.raises(
         OdcftError, match=r"has no column `path`; its columns are: file, class\. It needs a header with `path`"
@@ -68,13 +68,13 @@ def test_table_without_paths_is_refused_with_the_columns_it_has(tmp_path):
 @pytest.mark.parametrize(
     "bad", [b"p\0a\0t\0h\0", "path,label\n".encode("utf-16"), b'path\n"' + 200_000 * b"a" + b'"\n']
 )
-def test_what_is_no_text_is_no_list(tmp_path, bad):
+def test_a_list_that_is_not_text_is_refused(tmp_path, bad):
     (tmp_path / "l.csv").write_bytes(bad)
     with pytest.raises(OdcftError, match=r"UTF-8|field larger than field limit"):
         find_images(tmp_path / "l.csv")
 
 
-def test_lines_of_a_list_that_give_no_new_image_are_counted(tmp_path, make_images):
+def test_duplicate_lines_and_lines_without_a_path_are_counted(tmp_path, make_images):
     make_images(tmp_path, 2)
     (tmp_path / "l.csv").write_text(
         "path,label\na/000.png,cat\n,dog\n./a/000.png,dog\na/000.png,cat\nb/001.png\n , x\n"
@@ -88,7 +88,7 @@ def test_lines_of_a_list_that_give_no_new_image_are_counted(tmp_path, make_image
     assert find_images(tmp_path / "l.txt").without({0}).skipped == {"duplicate line": 1}
 
 
-def test_folder_that_links_lead_to_is_read_once_under_its_own_name(tmp_path, make_images):
+def test_a_symlinked_folder_is_read_once_under_its_real_name(tmp_path, make_images):
     make_images(tmp_path / "set", 6)
     make_images(tmp_path / "elsewhere", 2)
     names = find_images(tmp_path / "set").names
@@ -96,14 +96,14 @@ def test_folder_that_links_lead_to_is_read_once_under_its_own_name(tmp_path, mak
         (tmp_path / link).symlink_to(tmp_path / target)
     assert find_images(tmp_path / "set").names == names
     assert find_images(tmp_path / "set").skipped == {"folder already read": 4}
-    for link in ("z", "c", "m"):  # three ways to one folder: the first by name
+    for link in ("z", "c", "m"):  # three links to one folder: the first by name counts
         (tmp_path / "set" / link).symlink_to(tmp_path / "elsewhere")
     assert find_images(tmp_path / "set").names == sorted([*names, "c/a/000.png", "c/b/001.png"])
     (tmp_path / "other").symlink_to(tmp_path / "set")
     assert find_images(tmp_path / "other").names == sorted([*names, "c/a/000.png", "c/b/001.png"])
 
 
-def test_what_a_folder_holds_besides_images_is_counted_by_its_ending(tmp_path, make_images):
+def test_other_files_in_a_folder_are_counted_by_extension(tmp_path, make_images):
     make_images(tmp_path, 4)
     for i in range(1200):
         (tmp_path / f"{i}.HEIC").touch()
@@ -113,7 +113,7 @@ def test_what_a_folder_holds_besides_images_is_counted_by_its_ending(tmp_path, m
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     images = find_images(tmp_path)
-    assert len(images) == 6  # links to nowhere are images that cannot be read
+    assert len(images) == 6  # dangling links count as images that cannot be read
     assert images.not_read().startswith(
         "1,200 .heic, 2 .xml, 1 .dcm, 1 .mp4, 1 file without an extension, 1 hidden folder"
     )
@@ -122,7 +122,7 @@ def test_what_a_folder_holds_besides_images_is_counted_by_its_ending(tmp_path, m
     assert sum(images.skipped.values()) == 1207
 
 
-def test_folder_without_images_says_what_it_holds(tmp_path):
+def test_a_folder_without_images_is_refused_with_what_it_holds(tmp_path):
     (tmp_path / "a").mkdir()
     for i in range(3):
         (tmp_path / "a" / f"{i}.heic").touch()
@@ -166,7 +166,7 @@ ODD = [
 ODD += [b"-x.png", b"back\\slash.png", b"cr\r.png", b"=1+1.png", b"{x}%s.png", b"[bold]x.png"]
 
 
-def test_names_that_are_no_utf8_and_others_of_any_bytes_go_through_a_whole_run(tmp_path, make_images, make_checkpoint):
+def test_file_names_with_any_bytes_survive_a_whole_run(tmp_path, make_images, make_checkpoint):
     import pyarrow.parquet as pq
 
     from odcft.evaluation.comparison import evaluate
@@ -205,7 +205,7 @@ def test_names_that_are_no_utf8_and_others_of_any_bytes_go_through_a_whole_run(t
     assert all(isinstance(Crops(listed, View(8))[0, i][0], torch.Tensor) for i in range(len(listed)))
 
 
-def test_what_is_not_read_is_said_once_by_training_and_pretext(tmp_path, make_images, make_checkpoint, capfd):
+def test_training_and_pretext_say_once_what_is_not_read(tmp_path, make_images, make_checkpoint, capfd):
     from odcft.first_memory import init_memory
     from odcft.pretexts.training import train_pretext
     from odcft.recipe import load_recipe

@@ -29,7 +29,7 @@ def test_a_very_long_image_takes_no_more_memory_than_a_long_one():
 
 
 @pytest.mark.parametrize("size", [(400, 10), (10, 401), (163, 10), (10, 177)])
-def test_of_a_very_long_image_the_middle_sixteen_squares_are_resized(size):
+def test_a_very_long_image_is_cropped_to_its_middle_before_it_is_resized(size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3)).astype(np.uint8))
     left, top = (max(0, (side - 160) // 2) for side in size)
     middle = image.crop((left, top, min(size[0], left + 160), min(size[1], top + 160)))
@@ -39,7 +39,7 @@ def test_of_a_very_long_image_the_middle_sixteen_squares_are_resized(size):
 
 
 @pytest.mark.parametrize("size", [(160, 10), (10, 155)])
-def test_an_image_that_is_not_longer_is_resized_whole(size):
+def test_an_image_within_the_aspect_ratio_is_resized_whole(size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3)).astype(np.uint8))
     scale = 40 / 10
     whole = image.resize([int(scale * side) for side in size], Image.Resampling.BILINEAR)

@@ -11,7 +11,7 @@ QUICK = ["optim.batch_size=16", "optim.lr=0.1", "augment.flip=0", "augment.crop_
 
 @pytest.fixture
 def quick_recipe():
-    """A function that returns a recipe for a few seconds of training, with changes to it."""
+    """A function that returns a recipe for a few seconds of training, with the given changes."""
     return lambda *changes: load_recipe("pretext", [*QUICK, *changes])
 
 

@@ -1,4 +1,4 @@
-"""Weights of colours, and what a network that sees lightness alone is good for."""
+"""Class weights of colours, and fine-tuning a network that sees only lightness."""
 
 import torch
 from PIL import Image

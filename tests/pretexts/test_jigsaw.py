@@ -1,4 +1,4 @@
-"""Patches, the orders they are laid in, and training on them."""
+"""Patches, permutations, and training on jigsaw puzzles."""
 
 import torch
 
@@ -6,7 +6,7 @@ from odcft.pretexts.jigsaw import cut_patches, distant_permutations
 from odcft.pretexts.training import train_pretext
 
 
-def test_orders_of_patches_are_far_apart():
+def test_permutations_are_far_apart():
     chosen = distant_permutations(9, 20)
     assert chosen[0].tolist() == list(range(9))
     assert torch.equal(chosen.sort(1).values, torch.arange(9).expand(20, 9))
@@ -29,8 +29,8 @@ def test_patches_stay_within_their_cells_and_leave_gaps():
     assert 0 <= gaps.min() < gaps.max() <= 4
 
 
-def test_jigsaw_in_bfloat16_leaves_finite_weights_that_no_patch_has_touched(tmp_path, rows_of_stripes, quick_recipe):
-    """One-pixel maps: torch's own bfloat16 gradients of taps that see only padding are whatever was in memory."""
+def test_jigsaw_in_bfloat16_keeps_weights_finite_that_see_only_padding(tmp_path, rows_of_stripes, quick_recipe):
+    """On one-pixel maps, torch's bfloat16 gradients of taps that see only padding are uninitialised memory."""
     out = tmp_path / "j.pth"
     recipe = quick_recipe("optim.epochs=1", "optim.precision=bfloat16")
     train_pretext("jigsaw", rows_of_stripes, "resnet18", out, recipe)

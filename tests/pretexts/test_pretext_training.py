@@ -1,4 +1,4 @@
-"""Pretext tasks: puzzles that can be solved by looking, and checkpoints that the rest of odcft takes."""
+"""Pretext training: tasks are learnt, and the rest of odcft can use the checkpoints."""
 
 import json
 
@@ -11,7 +11,7 @@ from odcft.pretexts.training import train_pretext
 @pytest.mark.parametrize(
     ("task", "epochs", "above"), [("rotation", 5, 0.6), ("jigsaw", 6, 0.2), ("colorization", 6, 0.2)]
 )
-def test_a_task_is_learnt_and_its_checkpoint_is_recognised(
+def test_a_task_is_learnt_and_its_checkpoint_can_be_loaded(
     tmp_path, rows_of_stripes, quick_recipe, task, epochs, above
 ):
     from odcft.backbone.load import load_backbone
@@ -79,7 +79,7 @@ def test_the_command(odcft_command, tmp_path, make_images):
         ("folder that cannot be", "cannot be written"),
     ],
 )
-def test_mistakes_end_in_one_sentence(odcft_command, tmp_path, make_images, case, message):
+def test_mistakes_are_reported_in_one_line(odcft_command, tmp_path, make_images, case, message):
     images, out, task, arch, extra = (
         make_images(tmp_path / "images", 4),
         tmp_path / "o.pth",
