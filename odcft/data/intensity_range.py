@@ -38,9 +38,8 @@ def own_range(images: Images, full: bool = False, sample: int = 256) -> tuple[tu
         and for images of several types that all use their type well. And a sentence to print about it, "" if values
         are not rescaled.
     """
-    found: dict[
-        tuple[str, tuple[float, float]], list[tuple[float, float]]
-    ] = {}  # (kind, limits) to range of each image
+    # (kind, limits) of a type to the range of each image of that type
+    found: dict[tuple[str, tuple[float, float]], list[tuple[float, float]]] = {}
     sample = min(sample, max(16, (1 << 28) // max(1, usual_side(images) ** 2)))  # a few seconds of decoding
     examined = range(0, len(images), max(1, -(-len(images) // sample)))
     for index in examined:
