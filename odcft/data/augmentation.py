@@ -1,7 +1,6 @@
-"""The paper's augmentation (sec. 3.4). Data workers decode and crop; the rest runs on whole batches, on the network's
-device.
+"""The paper's augmentation (sec. 3.4). Data workers only decode and crop; the rest runs on whole batches on the device.
 
-Every factor is drawn separately for each image, from a generator on the CPU, so results are the same on any device.
+Every factor is drawn separately for each image, from a generator on the CPU, so it is the same on any device.
 """
 
 import math
@@ -18,8 +17,9 @@ _GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision
 
 
 def random_crop(image: Image.Image, size: int, recipe: AugmentRecipe, rng: random.Random) -> Image.Image:
-    """Crop a random area and aspect ratio, resize to size x size (as torchvision's RandomResizedCrop), and flip it
-    left to right with probability `recipe.flip`.
+    """Crop a random area and aspect ratio, resize it to size x size and perhaps flip it.
+
+    As torchvision's RandomResizedCrop and RandomHorizontalFlip.
     """
     width, height = image.size
     box = None

@@ -74,7 +74,7 @@ class Batch:
         return Batch(self.pixels.pin_memory(), self.index_B.pin_memory(), self.unreadable)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle for the way from a data worker to the training process, in shared memory if possible."""
+        """Pickle to send from a data worker to the training process, through shared memory if possible."""
         pixels = shared_memory.handed_over(self.pixels)
         return _received, (pixels, tuple(self.pixels.shape), self.index_B.tolist(), self.unreadable)
 
