@@ -376,7 +376,7 @@ def pretext(
     from odcft.pretexts.training import train_pretext
     from odcft.text import duration
 
-    values = train_pretext(task, data, arch, out, resolved, overwrite, resume)
+    values = train_pretext(task, data, arch, out, resolved, overwrite=overwrite, resume=resume)
     lines = [
         f"Done in {duration(values['seconds'])}: {values['accuracy']:.0%} right in the last epoch, "
         f"by chance {values['chance']:.1%}. Checkpoint: {out}",

@@ -134,7 +134,7 @@ def test_a_mistake_does_not_harm_an_earlier_run(odcft_command, tmp_path, checkpo
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("missing folder", "no such folder"),
+        ("missing folder", "nowhere does not exist. Give a folder of images"),
         ("empty folder", "is empty"),
         ("folder without images", "holds no images"),
         ("only broken images", "can be read"),

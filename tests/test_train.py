@@ -270,7 +270,7 @@ SPEECH = {
 STEP = {"optim.final_epochs": 1, "optim.final_factor": 0.5}
 DC = {"dc.interval": 2, "dc.pca": 3, "dc.balance": "reweighting"}
 CODC = {"codc.members": [{"cluster": 1, "rotation": 1}], "codc.alpha": 0.2}
-DEEP = {"data.range"}  # of images of more than 8 bits: test_pixels.py
+DEEP = {"data.range"}  # of images with more than 8 bits a channel: test_intensity_range.py
 
 
 def test_every_field_is_in_one_of_the_lists():

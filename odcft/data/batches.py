@@ -23,13 +23,13 @@ from odcft.text import shown
 
 @dataclass
 class Crops:
-    """A dataset of fixed-size crops: (epoch, index) to pixels and index.
+    """A dataset of fixed-size crops: maps (epoch, index) to pixels and index.
 
     Attributes:
         images: the images.
-        view: how they are seen; with `augment` its size and intensity alone play a part.
-        augment: random crops (of the recipe's strengths), or None for the middle of the image.
-        seed: of the run; without `augment`, seed and epoch play no part.
+        view: how images are prepared; with `augment`, only its size and intensity matter.
+        augment: the strengths of random crops, or None for centre crops.
+        seed: of the run; seed and epoch matter only with `augment`.
     """
 
     images: Images
@@ -38,7 +38,7 @@ class Crops:
     seed: int = 0
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | str, int]:
-        """(3, size, size) uint8, or why the image cannot be read; and the image's number."""
+        """Return the pixels (3, size, size) uint8, or why the image cannot be read; and the image's index."""
         epoch, index = key
         try:
             image = read_image(self.images.path(index), self.view.intensity)
@@ -49,26 +49,32 @@ class Crops:
                 image = centre_crop(image, self.view)
         except OdcftError as error:
             return shown(error), index
-        except Exception as error:  # PIL raises a dozen kinds for broken files; none may end a run of days
-            said = error.strerror if isinstance(error, OSError) else None  # the system's, in words; the path is known
+        except Exception as error:  # Pillow raises a dozen types for broken files; none may stop a long run
+            said = error.strerror if isinstance(error, OSError) else None  # without errno and path
             return shown(said or f"{type(error).__name__}: {error}"), index
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), index
 
 
 @dataclass
 class Batch:
-    """What a loader gives: (B, 3, size, size) uint8, their images' numbers (B,), and those that could not be read."""
+    """What a data loader yields.
+
+    Attributes:
+        pixels: (B, 3, size, size) uint8.
+        index_B: (B,), the index of each image in `Images`.
+        unreadable: index to reason, for the images that could not be read.
+    """
 
     pixels: Tensor
     index_B: Tensor
     unreadable: dict[int, str]
 
     def pin_memory(self) -> "Batch":
-        """(called by the loader)"""
+        """Copy to pinned memory (the data loader calls this)."""
         return Batch(self.pixels.pin_memory(), self.index_B.pin_memory(), self.unreadable)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """(called in a worker)"""
+        """Pickle to send from a data worker to the training process, through shared memory if possible."""
         pixels = shared_memory.handed_over(self.pixels)
         return _received, (pixels, tuple(self.pixels.shape), self.index_B.tolist(), self.unreadable)
 
@@ -78,7 +84,7 @@ def _received(pixels: Tensor | bytes, shape: tuple[int, ...], index: list[int], 
 
 
 def collate(items: list[tuple[Tensor | str, int]]) -> Batch:
-    """Stack what was read, and list what was not."""
+    """Stack the images that were read; list those that were not."""
     good = [(pixels, index) for pixels, index in items if isinstance(pixels, Tensor)]
     bad = {index: reason for reason, index in items if isinstance(reason, str)}
     pixels = torch.stack([p for p, _ in good]) if good else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
@@ -157,6 +163,10 @@ class TrainingBatches:
         """Forget what was read ahead."""
         self._running = None
 
+    def close(self) -> None:
+        """End the loader processes."""
+        self._running = self._loader._iterator = None
+
     def of_epoch(self, step: int) -> Iterator[Batch]:
         """The batches of an epoch from a step of the run on."""
         if self._running is None:
@@ -167,7 +177,7 @@ class TrainingBatches:
 
 
 def in_order(indices: range, batch: int) -> list[list[tuple[int, int]]]:
-    """Batches of these images, one after the other."""
+    """Batches of these images, in order, all for epoch 0."""
     return [[(0, i) for i in indices[start : start + batch]] for start in range(0, len(indices), batch)]
 
 

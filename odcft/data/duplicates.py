@@ -1,4 +1,4 @@
-"""Image files with the same bytes."""
+"""Image files that are byte-for-byte copies of each other."""
 
 import hashlib
 import os
@@ -9,24 +9,24 @@ from odcft.data.sources import Images
 
 
 def same_content(images: Images) -> list[list[int]]:
-    """Images whose files are the same, byte by byte.
+    """Find groups of images whose files are byte-for-byte the same.
 
-    Only files of one size are read. Those that cannot be are in no group.
+    Only files that share their size with another are read. Files that cannot be read are in no group.
 
     Returns:
-        The numbers of two and more images each, ascending; groups by their first image.
+        Groups of two or more image indices, ascending, in the order of their first images.
     """
     sizes: dict[int, list[int]] = {}
     for index in range(len(images)):
         with suppress(OSError):
-            about = os.stat(images.path(index))
-            if stat.S_ISREG(about.st_mode):
-                sizes.setdefault(about.st_size, []).append(index)
+            status = os.stat(images.path(index))
+            if stat.S_ISREG(status.st_mode):
+                sizes.setdefault(status.st_size, []).append(index)
     groups: dict[bytes, list[int]] = {}
     for index in sorted(i for rows in sizes.values() if len(rows) > 1 for i in rows):
         with suppress(OSError), open(images.path(index), "rb") as file:
-            found = hashlib.blake2b(digest_size=16)
-            while piece := file.read(1 << 20):
-                found.update(piece)
-            groups.setdefault(found.digest(), []).append(index)
+            digest = hashlib.blake2b(digest_size=16)
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+            groups.setdefault(digest.digest(), []).append(index)
     return [rows for rows in groups.values() if len(rows) > 1]

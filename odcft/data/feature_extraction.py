@@ -1,4 +1,4 @@
-"""Features of images, extracted once, for the memories and for evaluation alike."""
+"""Features of all images in one pass, for the memories and for evaluation."""
 
 from collections.abc import Callable
 
@@ -22,21 +22,22 @@ def extract(
     dtype: torch.dtype = torch.float32,
     stop: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, dict[int, str]]:
-    """Features of the images this rank owns, in row order, without augmentation.
+    """Extract the features of the images that this rank owns, in the order of its rows, without augmentation.
 
     Args:
-        network: images (B, 3, H, W) float in 0..1 on the device to features (B, D); put it in evaluation mode first.
+        network: maps images (B, 3, H, W), float in 0..1 on the device, to features (B, D); already in eval mode.
         crops: without `augment`.
-        batch: images at a time.
-        workers: loader processes.
+        batch: images per forward pass.
+        workers: data workers.
         device: where the network is.
-        progress: shows how far it is.
-        title: the name of this phase.
+        progress: where to show a progress bar.
+        title: of the progress bar.
         dtype: of the result.
-        stop: asked before every batch; the rest is left out once it says so.
+        stop: called before every batch; extraction ends early once it returns something true.
 
     Returns:
-        (S, D) on the device, rows of unreadable images zero; and those images: number to reason, of this rank.
+        Features (S, D) of this rank's S images, on the device, with zero rows for unreadable ones; and index to reason
+        for the unreadable ones.
     """
     assert crops.augment is None
     owned = ownership.owned(len(crops.images))
@@ -55,11 +56,11 @@ def extract(
                 row_B = (part.index_B // dist.world_size()).to(device, non_blocking=True)
                 features_SD[row_B] = features_BD.to(dtype)
             advance(len(part.index_B) + len(part.unreadable))
-    if features_SD is None:  # not one image of this rank's could be read
+    if features_SD is None:  # no image of this rank could be read
         features_SD = torch.zeros(len(owned), 0, dtype=dtype, device=device)
     return features_SD, unreadable
 
 
 def to_float(pixels: Tensor, device: torch.device) -> Tensor:
-    """(B, 3, H, W) uint8 in 0..255, anywhere, to float in 0..1 on the device."""
+    """Move pixels to the device, as float in 0..1: (B, 3, H, W) uint8 to float32."""
     return pixels.to(device, non_blocking=True).to(torch.float32).div_(255)

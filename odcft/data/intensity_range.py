@@ -1,81 +1,84 @@
-"""Which values of images with more than 8 bits a channel are shown as black and white."""
+"""Which values become black and white, for images with more than 8 bits a channel; and how large images usually are."""
 
 import math
 from contextlib import suppress
 
 import numpy as np
 
-from odcft.data.image_decoding import image_size, read_deep
+from odcft.data.image_decoding import image_size, read_high_depth
 from odcft.data.sources import Images
 
 
 def usual_side(images: Images, sample: int = 32) -> int:
-    """The median shorter side, in pixels, of a few images spread over the set; 0 if none can be read."""
+    """Return the median shorter side, in pixels, of a few images spread over the set; 0 if none can be read."""
     sides = []
     for index in range(0, len(images), max(1, len(images) // sample)):
         try:
             sides.append(min(image_size(images.path(index))))
-        except Exception:  # it will be reported when it is its turn
+        except Exception:  # reported later, when the image is read for training
             continue
     return int(np.median(sides)) if sides else 0
 
 
 def own_range(images: Images, full: bool = False, sample: int = 256) -> tuple[tuple[float, float] | None, str]:
-    """Which values of images with more than 8 bits a channel to show as black and white, where nobody has said.
+    """Choose the values that become black and white, for images with more than 8 bits a channel (data.range=auto).
 
-    Cameras of 12 bits write files of 16: their own range is taken where it is less than half of what the type could
-    hold, and for floating point also where it is beyond 0..1. Up to a pixel in a thousand of an image and one image in
-    fifty may lie beyond it at either end: hot pixels, frames gone wrong.
+    12-bit cameras write 16-bit files. So the range that the images actually use is chosen if it is less than half of
+    what their type can hold, or, for floating point, if it goes beyond 0..1. To ignore hot pixels and bad frames, up to
+    one pixel in a thousand of each image and one image in fifty may lie outside the range, at either end.
 
     Args:
-        images: those to show.
-        full: take the type's limits, whatever use is made of them.
-        sample: how many of them at most, spread over the set, are looked at; fewer, but 16, where they are of more than
-            a million pixels. Only those of more than 8 bits are decoded.
+        images: the images.
+        full: return the limits of the type, however little of it the images use.
+        sample: how many images to examine at most, spread over the set; fewer (at least 16) if they are larger than a
+            million pixels. Only those with more than 8 bits a channel are decoded.
 
     Returns:
-        (low, high), the type's own limits where the images make use of it; None for images of 8 bits, and of several
-        types that are all made use of. And what to tell of it, "" where nothing is changed.
+        (low, high): the range of the images, or the limits of their type if they use it well; None for 8-bit images,
+        and for images of several types that all use their type well. And a sentence to print about it, "" if values
+        are not rescaled.
     """
+    # (kind, limits) of a type to the range of each image of that type
     found: dict[tuple[str, tuple[float, float]], list[tuple[float, float]]] = {}
-    sample = min(sample, max(16, (1 << 28) // max(1, usual_side(images) ** 2)))  # some seconds of decoding
-    looked_at = range(0, len(images), max(1, -(-len(images) // sample)))
-    for index in looked_at:
-        with suppress(Exception):  # it will be reported when it is its turn
-            deep = read_deep(images.path(index))
-            if deep is not None and len(extremes := _extremes(deep.values)):
-                found.setdefault((deep.kind, deep.full), []).append((extremes[0], extremes[1]))
-    if full or all(_uses(ends, limits) for (_, limits), ends in found.items()):
+    sample = min(sample, max(16, (1 << 28) // max(1, usual_side(images) ** 2)))  # a few seconds of decoding
+    examined = range(0, len(images), max(1, -(-len(images) // sample)))
+    for index in examined:
+        with suppress(Exception):  # reported later, when the image is read for training
+            image = read_high_depth(images.path(index))
+            if image is not None and (image_range := _range_of_image(image.values)):
+                found.setdefault((image.kind, image.limits), []).append(image_range)
+    if full or all(_uses_its_type(ranges, limits) for (_, limits), ranges in found.items()):
         return (next(iter(found))[1] if len(found) == 1 else None), ""
-    low, high = _ends([pair for pairs in found.values() for pair in pairs])
+    low, high = _range_of_set([image_range for ranges in found.values() for image_range in ranges])
     count = f"{sum(map(len, found.values())):,} images of {' and of '.join(sorted({kind for kind, _ in found}))}"
-    if len(looked_at) < len(images):
-        count += f" (of {len(looked_at):,} looked at)"
-    least, largest = next(iter(found))[1]
-    inside = len(found) == 1 and least <= low < high <= largest
-    use = f" use {100 * (high - low) / (largest - least):.2g} % of their range" if inside else ""
-    return (low, high), f"{count}{use}: scaled by the set's own, {low:,.6g} is black and {high:,.6g} white."
+    if len(examined) < len(images):
+        count += f" (of {len(examined):,} examined)"
+    smallest, largest = next(iter(found))[1]
+    comparable = len(found) == 1 and smallest <= low < high <= largest
+    use = f" use {100 * (high - low) / (largest - smallest):.2g} % of their range" if comparable else ""
+    return (low, high), f"{count}{use}: scaled to the range of the set, {low:,.6g} is black and {high:,.6g} is white."
 
 
-def _extremes(values: np.ndarray, most: int = 1 << 18) -> list[float]:
-    """The least and the largest value but for a thousandth at either end; [] where there is no number."""
+def _range_of_image(values: np.ndarray, most: int = 1 << 18) -> tuple[float, float] | None:
+    """Return the smallest and largest value after dropping a thousandth at either end; None if no value is finite."""
     step = max(1, math.ceil(math.sqrt(values.size / most)))
-    some = values[::step, ::step].ravel()
-    if some.dtype.kind == "f":
-        some = some[np.isfinite(some)]
-    if not len(some):
-        return []
-    spare = len(some) // 1000
-    some = np.partition(some, [spare, len(some) - 1 - spare])
-    return [float(some[spare]), float(some[len(some) - 1 - spare])]
+    sample = values[::step, ::step].ravel()
+    if sample.dtype.kind == "f":
+        sample = sample[np.isfinite(sample)]
+    if not len(sample):
+        return None
+    dropped = len(sample) // 1000
+    sample = np.partition(sample, [dropped, len(sample) - 1 - dropped])
+    return float(sample[dropped]), float(sample[len(sample) - 1 - dropped])
 
 
-def _ends(pairs: list[tuple[float, float]]) -> tuple[float, float]:
-    spare = len(pairs) // 50
-    return sorted(low for low, _ in pairs)[spare], sorted(high for _, high in pairs)[-1 - spare]
+def _range_of_set(ranges: list[tuple[float, float]]) -> tuple[float, float]:
+    """Return the smallest low and largest high end after dropping a fiftieth of either."""
+    dropped = len(ranges) // 50
+    return sorted(low for low, _ in ranges)[dropped], sorted(high for _, high in ranges)[-1 - dropped]
 
 
-def _uses(pairs: list[tuple[float, float]], full: tuple[float, float]) -> bool:
-    """Whether images make use of the range of their type, or there is nothing to tell apart in them."""
-    low, high = _ends(pairs)
-    return low >= high or (full[0] <= low and high <= full[1] and high - low >= (full[1] - full[0]) / 2)
+def _uses_its_type(ranges: list[tuple[float, float]], limits: tuple[float, float]) -> bool:
+    """Whether images span at least half of what their type can hold (or are constant, so that no range would help)."""
+    low, high = _range_of_set(ranges)
+    return low >= high or (limits[0] <= low and high <= limits[1] and high - low >= (limits[1] - limits[0]) / 2)

@@ -1,7 +1,7 @@
-"""How batches come from data workers: in shared memory, and without it where there is too little of it.
+"""How data workers send batches to the training process: in shared memory, or through a pipe if that is full.
 
-A container often has 64 MB of it (docker run --shm-size=8g gives more). A batch that torch cannot put there is lost in
-the worker, which prints a traceback, and the training waits for it for ever. Here such a batch goes through the pipe.
+A container often has only 64 MB of shared memory (docker run --shm-size=8g gives more). If a batch does not fit, torch
+prints a traceback in the worker and loses the batch, and training waits for it for ever. Here it goes through a pipe.
 """
 
 import multiprocessing
@@ -18,67 +18,69 @@ from torch import Tensor
 from odcft.distributed import dist
 from odcft.text import shown
 
-PLACE = "/dev/shm"
-CURE = "In a container, give it more: docker run --shm-size=8g"
+SHARED_MEMORY = "/dev/shm"
+REMEDY = "In a container, give it more: docker run --shm-size=8g"
 
 
 def usable_workers(workers: int) -> int:
-    """As many data workers as are asked for, or none where the locks they need cannot be made: that is said."""
+    """Return `workers`; or, with a warning, 0 if the locks that they need cannot be created."""
     try:
-        # Held together, for that many a loader needs: 3 a queue, of which each worker has one, 5 for each event.
-        held = [multiprocessing.Lock() for _ in range(4 * workers + 16)] if workers else []
+        # All at once, as many as a data loader needs: 3 for each queue (one a worker), 5 for each event.
+        locks = [multiprocessing.Lock() for _ in range(4 * workers + 16)] if workers else []
     except OSError as error:
-        _say(
-            f"{PLACE} cannot be used by data workers ({error.strerror}), so there are none: images are read between "
-            f"the steps, which is slower. {CURE}."
+        _warn_once(
+            f"Data workers cannot use {SHARED_MEMORY} ({error.strerror}), so the training process reads the images "
+            f"itself, which is slower. {REMEDY}."
         )
         return 0
-    del held
+    del locks
     return workers
 
 
 def handed_over(pixels: Tensor) -> Tensor | bytes:
-    """What a worker pickles of a batch: pixels in shared memory, or, where that has no room, their bytes.
+    """Return what a data worker pickles for the pixels of a batch: a tensor in shared memory, or bytes if that is full.
 
     Args:
         pixels: (B, 3, H, W) uint8.
     """
     try:
         return pixels.share_memory_()
-    except RuntimeError:  # no room; torch asks for it before it writes
+    except RuntimeError:  # full; torch reserves the space before it writes
         return pixels.numpy().tobytes()
 
 
 def received(pixels: Tensor | bytes, shape: tuple[int, ...]) -> Tensor:
-    """The pixels that a worker handed over."""
+    """Return the pixels that `handed_over` has sent."""
     if isinstance(pixels, Tensor):
         return pixels
-    _say(f"{PLACE} is full: batches go through pipes instead, which is slower. {CURE}; else fewer data.workers help.")
+    _warn_once(
+        f"{SHARED_MEMORY} is full, so batches go through pipes, which is slower. {REMEDY}, or use fewer data.workers."
+    )
     return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(shape) if pixels else torch.empty(shape).byte()
 
 
 def end_rather_than_wait() -> None:
-    """In a data worker: nobody waits for ever, for a batch that cannot be handed over, or for a reader that is gone."""
+    """In a data worker: exit if a batch cannot be sent or the training process is gone, instead of waiting for ever."""
     parent = os.getppid()
 
-    def lost(error: Exception, batch: object) -> None:
-        print(f"A data worker cannot hand over a batch: {shown(error)}.", file=sys.stderr, flush=True)
+    def exit_on_error(error: Exception, batch: object) -> None:
+        print(f"A data worker cannot send a batch: {shown(error)}.", file=sys.stderr, flush=True)
         os._exit(1)
 
-    def watch() -> None:
+    def exit_with_parent() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        os._exit(1)  # the pipe may be full, and this process has its other end, too: it would be stuck in writing
+        os._exit(1)  # a write to a full pipe would block: this process holds the reading end, too
 
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lost)  # type: ignore[attr-defined]
-    threading.Thread(target=watch, daemon=True).start()
-
-
-_said: set[str] = set()
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(exit_on_error)  # type: ignore[attr-defined]
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def _say(text: str) -> None:
-    """Once a process, on the first rank."""
-    if dist.rank() == 0 and text not in _said:
-        _said.add(text)
+_warned: set[str] = set()
+
+
+def _warn_once(text: str) -> None:
+    """Warn once per process, on the first rank only."""
+    if dist.rank() == 0 and text not in _warned:
+        _warned.add(text)
         warnings.warn(text, stacklevel=2)

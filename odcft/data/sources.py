@@ -1,4 +1,4 @@
-"""Images: which there are, how they are read, and in what order training sees them."""
+"""Which images a DATA argument names: those of a folder, or of a list file."""
 
 import csv
 import io
@@ -8,119 +8,132 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from odcft.data.image_decoding import special
+from odcft.data.image_decoding import special_kind
 from odcft.errors import OdcftError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".jp2")
-LISTS = {".txt": None, ".csv": ",", ".tsv": "\t"}
+LISTS = {".txt": None, ".csv": ",", ".tsv": "\t"}  # extension to its usual delimiter
+_NOUN = re.compile(r"\b(device|file|folder|image|line|pipe|socket)\b")  # the word of a `skipped` phrase to pluralise
 
 
 @dataclass
 class Images:
-    """The images of a DATA argument, in a fixed order: image i is `names[i]`, under `root`.
+    """The images of a DATA argument, in a fixed order.
 
-    Names are as the file system has them: bytes that are no UTF-8 are surrogates (PEP 383).
+    Names are as the file system has them: bytes that are not UTF-8 become surrogates (PEP 383).
+
+    Attributes:
+        source: the path as the user gave it.
+        root: the folder that names are relative to.
+        names: one path for each image.
+        labels: of a list file, one for each image; several labels of one image are joined by ";".
+        skipped: what is not read, as an extension or a phrase ("pipe", "line without a path"), to how often.
     """
 
-    source: Path  # as the user named it
+    source: Path
     root: Path
-    names: list[str]  # relative to root
-    labels: list[str] | None = None  # of a list file; several joined by ";"
-    skipped: dict[str, int] = field(default_factory=dict)  # what is not read (an ending, or words) to how often
+    names: list[str]
+    labels: list[str] | None = None
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def path(self, index: int) -> str:
-        """Where image `index` is."""
+        """The path of image `index`."""
         return os.path.join(self.root, self.names[index])
 
     def without(self, bad: set[int]) -> "Images":
-        """The images that are left when some are taken out."""
+        """A copy without the images of these indices."""
         keep = [i for i in range(len(self)) if i not in bad]
         labels = [self.labels[i] for i in keep] if self.labels else None
         return Images(self.source, self.root, [self.names[i] for i in keep], labels, self.skipped)
 
     def classes(self) -> list[str]:
-        """What `evaluate` takes for labels: those of the list, or each image's folder."""
+        """The labels that `evaluate` uses: those of the list file, or the name of each image's folder."""
         return self.labels if self.labels is not None else [os.path.dirname(name) for name in self.names]
 
     def not_read(self) -> str:
-        """What there is besides these images, for a sentence: "300 .heic, 2 .xml, 1 pipe"; "" if there is nothing."""
-        return _counted(self.skipped)
+        """What was skipped, as a phrase: "300 .heic, 2 .xml, 1 pipe"; "" if nothing was."""
+        return _summary(self.skipped)
 
 
-def _counted(skipped: dict[str, int], most: int = 6) -> str:
-    often = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
-    words = []
-    for what, count in often[:most]:
-        noun, blank, rest = what.partition(" ")
-        words.append(f"{count:,} {noun}{'s' if count > 1 and not what.startswith('.') else ''}{blank}{rest}")
-    if others := sum(count for _, count in often[most:]):
-        words.append(f"{others:,} of {len(often) - most} other kinds")
-    return ", ".join(words)
+def _summary(skipped: dict[str, int], limit: int = 6) -> str:
+    most_frequent_first = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    phrases = []
+    for what, count in most_frequent_first[:limit]:
+        if count > 1 and not what.startswith("."):
+            what = _NOUN.sub(r"\g<0>s", what, count=1)
+        phrases.append(f"{count:,} {what}")
+    if others := sum(count for _, count in most_frequent_first[limit:]):
+        phrases.append(f"{others:,} of {len(most_frequent_first) - limit} other kinds")
+    return ", ".join(phrases)
 
 
 def find_images(data: str | Path) -> Images:
-    """The images of a folder (searched recursively, sorted by path) or of a list file.
+    """Find the images of a folder (searched recursively, sorted by path) or of a list file.
 
-    A folder that several links lead to is read once, under its own name where it has one here. What is no image to
-    odcft is counted in `skipped`.
+    A folder that can be reached in several ways through symlinks is read once, under its real name if that is inside
+    `data`. Everything that is not an image is counted in `skipped`.
 
     Args:
-        data: a folder; a `.txt` with one path a line; or a `.csv`/`.tsv` with the header `path` or `path,label`.
-            Paths in a list are relative to the list file; a path that is there again is one image, and its labels are
-            joined.
+        data: a folder; a `.txt` with one path per line; or a `.csv`/`.tsv` with the header `path` or `path,label`.
+            Paths in a list file are relative to its folder. A path that is listed several times is one image with all
+            its labels.
 
     Raises:
-        OdcftError: nothing there, no image in it, or a list that is not one.
+        OdcftError: `data` does not exist, holds no images, or is not a readable list.
     """
     path = Path(data)
     try:
         path.lstat()
         if not path.exists():
-            raise FileNotFoundError  # a link to nowhere
+            raise FileNotFoundError  # a dangling symlink
     except (FileNotFoundError, NotADirectoryError):
-        raise OdcftError(f"{path}: no such folder or list file of images.") from None
+        raise OdcftError(
+            f"{path} does not exist. Give a folder of images, or a list file ({', '.join(LISTS)})."
+        ) from None
     except OSError as error:
         raise OdcftError(f"{path} cannot be read: {error.strerror}.") from None
     if path.is_dir():
         names, skipped = _walk(path)
         if not names:
-            what = f"holds no images (but {_counted(skipped)})" if skipped else "is empty"
-            raise OdcftError(f"{path} {what}. odcft looks for {', '.join(ENDINGS)}, also in sub-folders.")
+            what = f"holds no images (but {_summary(skipped)})" if skipped else "is empty"
+            raise OdcftError(f"{path} {what}. odcft looks for {', '.join(ENDINGS)}, in sub-folders too.")
         return Images(path, path, sorted(names), None, dict(skipped))
     if path.suffix.lower() not in LISTS or not path.is_file():
-        raise OdcftError(f"{path} is a file, not images. Give a folder, or a list file ({', '.join(LISTS)}).")
+        raise OdcftError(
+            f"{path} is neither a folder nor a list. Give a folder of images, or a list file ({', '.join(LISTS)})."
+        )
     return _read_list(path)
 
 
 def _walk(top: Path) -> tuple[list[str], Counter[str]]:
-    """Names of all images under a folder, in no order, and what else there is."""
+    """Return the names of all images under a folder, in any order, and a count of everything else."""
     names: list[str] = []
     skipped: Counter[str] = Counter()
-    met: set[tuple[int, int]] = set()
+    seen: set[tuple[int, int]] = set()
     folders, links = [""], list[str]()
     while folders or links:
-        links.sort()  # folders are looked into under their own names first, so links cannot change what they are called
-        at = folders.pop() if folders else links.pop(0)
+        links.sort()  # symlinks come after all real folders, so that they cannot change the names of images
+        folder = folders.pop() if folders else links.pop(0)
         try:
-            about = os.stat(os.path.join(top, at))
-            if (about.st_dev, about.st_ino) in met:
-                skipped["folder met again"] += 1
+            status = os.stat(os.path.join(top, folder))
+            if (status.st_dev, status.st_ino) in seen:
+                skipped["folder already read"] += 1
                 continue
-            met.add((about.st_dev, about.st_ino))
-            with os.scandir(os.path.join(top, at)) as entries:
-                found = list(entries)
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(os.path.join(top, folder)) as listing:
+                entries = list(listing)
         except OSError:
-            skipped["folder not to be opened"] += 1
+            skipped["folder that cannot be opened"] += 1
             continue
-        for entry in found:
-            name = os.path.join(at, entry.name)
+        for entry in entries:
+            name = os.path.join(folder, entry.name)
             kind, is_image, hidden = _kind(entry), entry.name.lower().endswith(ENDINGS), entry.name.startswith(".")
             if hidden:
                 if kind == "folder" or is_image:
-                    skipped["folder of a hidden name" if kind == "folder" else "image of a hidden name"] += 1
+                    skipped["hidden folder" if kind == "folder" else "hidden image"] += 1
             elif kind == "folder":
                 (links if entry.is_symlink() else folders).append(name)
             elif kind != "file":
@@ -128,16 +141,16 @@ def _walk(top: Path) -> tuple[list[str], Counter[str]]:
             elif is_image:
                 names.append(name)
             else:
-                skipped[os.path.splitext(entry.name)[1].lower() or "file without an ending"] += 1
+                skipped[os.path.splitext(entry.name)[1].lower() or "file without an extension"] += 1
     return names, skipped
 
 
 def _kind(entry: os.DirEntry) -> str:
-    """What an entry is: "folder", "file" (so is a link to nowhere, which cannot be read), or as `special` says."""
+    """Return "folder", "file" (also for a dangling symlink, which will be unreadable), or what `special_kind` says."""
     try:
         if entry.is_dir():
             return "folder"
-        return "file" if entry.is_file() else special(entry.stat().st_mode)
+        return "file" if entry.is_file() else special_kind(entry.stat().st_mode)
     except OSError:
         return "file"
 
@@ -159,37 +172,38 @@ def _read_list(path: Path) -> Images:
         skipped["line without a path"] = sum(not name for name, _ in rows)
         rows = [row for row in rows if row[0]]
     if not rows:
-        raise OdcftError(f"{path} is empty: it should hold one image path a line, relative to {path.parent}.")
+        raise OdcftError(f"{path} lists no images. It should hold one image path per line, relative to {path.parent}.")
     labels: dict[str, list[str]] = {}
-    names: dict[str, str] = {}  # by what they lead to
+    names: dict[str, str] = {}  # normalised path to the spelling that came first
     for name, label in rows:
-        there = os.path.normpath(name)
-        parts = labels.setdefault(names.setdefault(there, name), [])
+        parts = labels.setdefault(names.setdefault(os.path.normpath(name), name), [])
         parts += [part for part in map(str.strip, label.split(";")) if part and part not in parts]
-    skipped["line met again"] = len(rows) - len(names)
+    skipped["duplicate line"] = len(rows) - len(names)
     joined = [";".join(parts) for parts in labels.values()] if labelled else None
     return Images(path, path.parent, list(labels), joined, {what: n for what, n in skipped.items() if n})
 
 
 def _read_table(path: Path, text: str, header: str) -> tuple[list[tuple[str, str]], bool]:
-    """Path and label of each line of a .csv or .tsv, and whether it has labels."""
+    """Return the path and label of each line of a .csv or .tsv, and whether there is a column of labels."""
     if len(header) > csv.field_size_limit():
-        raise OdcftError(f"{path}, line 1: {len(header):,} letters are no header. Is it the table you mean?")
-    usual = LISTS[path.suffix.lower()] or ","
-    for delimiter in (usual, ",", ";", "\t"):
+        raise OdcftError(
+            f"{path}, line 1: {len(header):,} characters are too many for a header. Is this the right file?"
+        )
+    default = LISTS[path.suffix.lower()] or ","
+    for delimiter in (default, ",", ";", "\t"):
         columns = [c.strip().lower() for c in next(csv.reader([header], delimiter=delimiter, skipinitialspace=True))]
         if "path" in columns:
             break
     else:
-        found = ", ".join(next(csv.reader([header], delimiter=usual, skipinitialspace=True))) or "none"
+        found = ", ".join(next(csv.reader([header], delimiter=default, skipinitialspace=True))) or "none"
         raise OdcftError(
-            f"{path} needs a header with a column `path` (and, for evaluate, `label`), and a line for each image. "
-            f"Its columns are: {found[:200]}."
+            f"{path} has no column `path`; its columns are: {found[:200]}. "
+            "It needs a header with `path` (and, for evaluate, `label`), and one line for each image."
         )
-    places = [columns.index("path"), *([columns.index("label")] if "label" in columns else [])]
+    positions = [columns.index("path"), *([columns.index("label")] if "label" in columns else [])]
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
-        cells = [[*(line[p].strip() if p < len(line) else "" for p in places), ""] for line in lines if line]
+        cells = [[*(line[p].strip() if p < len(line) else "" for p in positions), ""] for line in lines if line]
     except csv.Error as error:
-        raise OdcftError(f"{path}, line {lines.line_num}: {error}. Is it the table you mean?") from None
+        raise OdcftError(f"{path}, line {lines.line_num}: {error}. Is this the right file?") from None
     return [(cell[0], cell[1]) for cell in cells[1:]], "label" in columns

@@ -1,4 +1,4 @@
-"""How an image file becomes the square of pixels that a network sees without augmentation."""
+"""The resize and centre crop that prepare an image for the network when there is no augmentation."""
 
 import math
 from dataclasses import dataclass
@@ -6,20 +6,21 @@ from dataclasses import dataclass
 from PIL import Image
 
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+MAX_ASPECT_RATIO = 16  # longer images are cropped to this before they are resized
 
 
 @dataclass(frozen=True)
 class View:
-    """How an image file becomes the square of pixels that a network sees without augmentation.
+    """How images are prepared for the network when there is no augmentation.
 
-    As the field does it: the shorter side is resized to size / crop_fraction, and the middle is cut out.
+    This is the usual evaluation transform: resize the shorter side to size / crop_fraction, then crop the centre.
 
     Attributes:
-        size: pixels of the square's side.
-        crop_fraction: of the resized image's shorter side that is kept (timm: crop_pct).
+        size: side of the square crop, in pixels.
+        crop_fraction: the share of the resized image's shorter side that the crop keeps (timm: crop_pct).
         interpolation: one of INTERPOLATIONS.
-        intensity: of images with more than 8 bits a channel, the values that become black and white; None where these
-            are the least and the largest of their type.
+        intensity: for images with more than 8 bits a channel, the values that become black and white; None for the
+            smallest and largest value of their type.
     """
 
     size: int
@@ -29,26 +30,24 @@ class View:
 
 
 def seen_as(view: View) -> str:
-    """A view in words, for a line that says how images are shown."""
+    """Describe a view in a phrase, for messages that say how images are prepared."""
     resized = math.floor(view.size / view.crop_fraction)
-    crop = "shorter side resized to that" if resized == view.size else f"shorter side resized to {resized}"
-    seen = f"seen at {view.size} pixels ({crop}, {view.interpolation}, then the centre)"
-    return seen if view.intensity is None else f"{seen}, {view.intensity[0]:,.6g} black, {view.intensity[1]:,.6g} white"
-
-
-LONGEST = 16  # times the square's side: longer images are cut before they are resized
+    seen = f"seen at {view.size} pixels (shorter side resized to {resized}, {view.interpolation}, centre crop)"
+    if view.intensity is None:
+        return seen
+    return f"{seen}, {view.intensity[0]:,.6g} is black, {view.intensity[1]:,.6g} is white"
 
 
 def centre_crop(image: Image.Image, view: View) -> Image.Image:
-    """The middle of an image as a square of pixels: no augmentation.
+    """Resize an image and crop its centre to a square.
 
-    To the last bit what torchvision's Resize and CenterCrop make of it, and so what timm's `create_transform` does for
-    evaluation.
+    Equal, to the bit, to torchvision's Resize and CenterCrop, and so to timm's `create_transform` for evaluation; but
+    images with an aspect ratio over MAX_ASPECT_RATIO are cropped first.
     """
     width, height = image.size
     short, size = math.floor(view.size / view.crop_fraction), view.size
-    if max(width, height) > LONGEST * min(width, height):
-        side = LONGEST * min(width, height)
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        side = MAX_ASPECT_RATIO * min(width, height)
         left, top = max(0, (width - side) // 2), max(0, (height - side) // 2)
         image = image.crop((left, top, min(width, left + side), min(height, top + side)))
         width, height = image.size

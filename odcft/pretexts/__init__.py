@@ -1,1 +1,1 @@
-"""Pretext tasks: a checkpoint to start from where there is none."""
+"""Pretext tasks, which train a checkpoint from random weights if there is none to start from."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from odcft.backbone.network import Backbone
 from odcft.data.batches import Crops, in_order, loader
 from odcft.data.feature_extraction import to_float
-from odcft.data.lab_colors import colours, lab, nearest_colour
+from odcft.data.lab_colors import ab_bins, lab, nearest_bin
 from odcft.data.sources import Images
 from odcft.data.view import View
 from odcft.errors import OdcftError
@@ -17,75 +17,75 @@ from odcft.plan import Plan
 
 
 class Colorization(nn.Module):
-    """Which colour has each place of a gray image (Zhang et al., ECCV 2016)?
+    """Predict the colour at each position of a gray image (Zhang et al., ECCV 2016).
 
-    The backbone sees lightness alone. Each cell of its last feature map tells the colours of its own part of the image,
-    4 x 4 of them: one cell at 32 pixels, 7 x 7 at 224. A colour is one of 260 squares of the ab plane; rare ones
-    weigh more. The answer is the nearest square, where the paper spreads it over five.
+    The backbone sees only lightness. Each cell of its last feature map (1 x 1 cells at 32 pixels, 7 x 7 at 224) gives
+    4 x 4 predictions for its part of the image. The classes are 260 bins of the ab plane; rare ones weigh more.
+    The target is the nearest bin; the paper spreads it over the nearest five.
     """
 
-    CELL = 4
+    PREDICTIONS_PER_SIDE = 4  # of a cell
 
     def __init__(self, backbone: Backbone, images: Images, size: int, plan: Plan) -> None:
         super().__init__()
         self.backbone = backbone
-        self.backbone.eval()  # looked at once, for its shape
+        self.backbone.eval()  # one forward pass, to get the shape of its feature maps
         with torch.no_grad():
-            maps = self._maps(torch.zeros(1, 3, size, size))
+            maps = self._feature_maps(torch.zeros(1, 3, size, size))
         if maps.ndim != 4 or maps.shape[1] != backbone.net.num_features:
             raise OdcftError(
-                f"colorization needs feature maps (B, F, h, w), and {backbone.arch} gives {tuple(maps.shape)}. "
-                "Take rotation or jigsaw, or a convolutional network."
+                f"colorization needs feature maps (B, F, h, w), but {backbone.arch} gives {tuple(maps.shape)}. "
+                "Use rotation or jigsaw, or a convolutional network."
             )
-        self.colours_Q2: Tensor
+        self.bins_Q2: Tensor
         self.weight_C: Tensor
-        self.register_buffer("colours_Q2", colours(), persistent=False)
-        weight_C = rebalancing(images, size, self.colours_Q2, intensity=plan.view.intensity)
+        self.register_buffer("bins_Q2", ab_bins(), persistent=False)
+        weight_C = class_weights(images, size, self.bins_Q2, intensity=plan.view.intensity)
         self.register_buffer("weight_C", weight_C, persistent=False)
-        self.head = nn.Conv2d(maps.shape[1], len(self.colours_Q2) * self.CELL**2, 1)
+        self.head = nn.Conv2d(maps.shape[1], len(self.bins_Q2) * self.PREDICTIONS_PER_SIDE**2, 1)
 
     def forward(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, H), RGB in 0..1, to logits (M, Q) of all places and their colours (M,)."""
-        logits = F.pixel_shuffle(self.head(self._maps(images)), self.CELL)  # (B, Q, h, w)
+        """Map images (B, 3, H, H), RGB in 0..1, to logits (M, Q) and targets (M,) of all positions."""
+        logits = F.pixel_shuffle(self.head(self._feature_maps(images)), self.PREDICTIONS_PER_SIDE)  # (B, Q, h, w)
         ab = F.adaptive_avg_pool2d(lab(images)[:, 1:], (logits.shape[2], logits.shape[3])).permute(0, 2, 3, 1)
-        return logits.permute(0, 2, 3, 1).flatten(0, 2), nearest_colour(ab, self.colours_Q2).flatten()
+        return logits.permute(0, 2, 3, 1).flatten(0, 2), nearest_bin(ab, self.bins_Q2).flatten()
 
-    def _maps(self, images: Tensor) -> Tensor:
+    def _feature_maps(self, images: Tensor) -> Tensor:
         net: Any = self.backbone.net
         return net.forward_features(self.backbone.adapter(images))
 
 
-def rebalancing(
+def class_weights(
     images: Images,
     size: int,
-    colours_Q2: Tensor,
-    most: int = 2000,
+    bins_Q2: Tensor,
+    sample: int = 2000,
     intensity: tuple[float, float] | None = None,
 ) -> Tensor:
-    """How much each colour weighs in the loss (Zhang et al., sec. 2.2): 1 over a mixture of its share and 1 / Q.
+    """Return the weight of each colour bin in the loss (Zhang et al., sec. 2.2): 1 / (its share mixed with 1 / Q).
 
     Args:
-        images: shares are counted in some 2,000 of them.
-        size: pixels of the input.
-        colours_Q2: (Q, 2).
-        most: images to look at.
+        images: the training images.
+        size: of the input, in pixels.
+        bins_Q2: centres of the bins, (Q, 2).
+        sample: about how many images to estimate the shares from, spread over the set.
         intensity: as in `View`.
 
     Returns:
-        (Q,) float32; the mean weight of a place is 1.
+        (Q,) float32, such that the mean weight over all positions is 1.
     """
-    rows = range(0, len(images), max(1, len(images) // most))
+    rows = range(0, len(images), max(1, len(images) // sample))
     crops = Crops(images, View(size, 1.0, intensity=intensity))
-    counts_Q = torch.zeros(len(colours_Q2))
+    counts_Q = torch.zeros(len(bins_Q2))
     for batch in loader(crops, in_order(rows, 128), 0, torch.device("cpu")):
         if len(batch.index_B):
             ab = F.avg_pool2d(lab(to_float(batch.pixels, torch.device("cpu")))[:, 1:], 4).permute(0, 2, 3, 1)
-            counts_Q += torch.bincount(nearest_colour(ab, colours_Q2).flatten(), minlength=len(colours_Q2))
+            counts_Q += torch.bincount(nearest_bin(ab, bins_Q2).flatten(), minlength=len(bins_Q2))
     if counts_Q.sum() == 0:
-        raise OdcftError(f"None of {len(rows):,} images of {images.source} can be read.")
+        raise OdcftError(f"None of the {len(rows):,} images sampled from {images.source} can be read.")
     share_Q = counts_Q / counts_Q.sum()
-    # Smoothed with a Gaussian of 5 units, so that a colour nobody has counted is not infinitely rare.
-    near_QQ = torch.exp(-torch.cdist(colours_Q2, colours_Q2).square() / (2 * 5.0**2))
-    share_Q = near_QQ / near_QQ.sum(0) @ share_Q
+    # Smooth with a Gaussian of 5 units, so that bins that were never counted do not get infinite weights.
+    kernel_QQ = torch.exp(-torch.cdist(bins_Q2, bins_Q2).square() / (2 * 5.0**2))
+    share_Q = kernel_QQ / kernel_QQ.sum(0) @ share_Q
     weight_Q = 1 / (0.5 * share_Q + 0.5 / len(share_Q))
     return weight_Q / (share_Q * weight_Q).sum()

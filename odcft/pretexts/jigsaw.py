@@ -14,13 +14,13 @@ from odcft.plan import Plan
 
 
 class Jigsaw(nn.Module):
-    """In which order were the patches laid (Noroozi and Favaro, ECCV 2016)?
+    """Predict the order in which the patches of an image were shuffled (Noroozi and Favaro, ECCV 2016).
 
-    3 x 3 patches and 100 orders as there, from 96 pixels on. Smaller images are cut into 2 x 2, and all 24 orders are
-    asked for: a ninth of 32 pixels is 10, less a gap too little to see anything in.
+    As in the paper, there are 3 x 3 patches and 100 permutations, for images of 96 pixels or more. Smaller images are
+    cut into 2 x 2 patches with all 24 permutations: a third of 32 pixels, minus the gap, is too small to show anything.
 
-    Against shortcuts: each patch is cut from a random place in its cell, so that edges do not run on; is normalised by
-    its own mean and spread; and its colours are jittered or dropped (`augment`) by themselves.
+    Against shortcuts, each patch is cut from a random position in its cell, so that edges do not continue across
+    patches; is normalised by its own mean and standard deviation; and is augmented separately (`augment`).
     """
 
     weight_C = None
@@ -32,73 +32,82 @@ class Jigsaw(nn.Module):
         patch = size // self.side * 7 // 8
         if not backbone.takes(patch):
             raise OdcftError(
-                f"{backbone.arch} cannot look at patches of {patch} pixels, which jigsaw cuts from images of {size}. "
-                "Take rotation, a larger --set data.size, or another --arch."
+                f"{backbone.arch} cannot process patches of {patch} pixels, which jigsaw cuts from images of {size}. "
+                "Use rotation, a larger --set data.size, or another --arch."
             )
-        self.order_CP: Tensor
-        self.register_buffer("order_CP", orders(self.side**2, 100 if self.side == 3 else 24), persistent=False)
+        self.permutation_CP: Tensor
+        self.register_buffer(
+            "permutation_CP", distant_permutations(self.side**2, 100 if self.side == 3 else 24), persistent=False
+        )
         self.head = nn.ModuleDict(
             {
                 "patch": nn.Linear(backbone.width, 256),
                 "all": nn.Sequential(
                     nn.BatchNorm1d(256 * self.side**2),
                     nn.ReLU(),
-                    nn.Linear(256 * self.side**2, len(self.order_CP)),
+                    nn.Linear(256 * self.side**2, len(self.permutation_CP)),
                 ),
             }
         )
 
     def forward(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, H), RGB in 0..1, to logits (B, C) and answers (B,)."""
+        """Map images (B, 3, H, H), RGB in 0..1, to logits (B, C) and targets (B,)."""
         generator = torch.Generator().manual_seed(seed)
         B, P = len(images), self.side**2
-        patches = cut(images, self.side, generator)  # (B * P, 3, h, h)
+        patches = cut_patches(images, self.side, generator)  # (B * P, 3, h, h)
         patches = augment_batch(patches, self.augment, generator)
-        mean, spread = patches.mean((2, 3), keepdim=True), patches.std((2, 3), keepdim=True)
-        patches = (patches - mean) / (spread + 0.02)  # a patch of sky stays one, its noise is not blown up
-        answer_B = torch.randint(len(self.order_CP), (B,), generator=generator).to(images.device, non_blocking=True)
-        # On a CPU in float32: on maps of one pixel torch 2.13's bfloat16 convolutions leave uninitialised memory in
-        # the gradients of filter taps that see only padding.
-        exact = images.device.type == "cpu"
-        with torch.autocast("cpu", enabled=False) if exact else nullcontext():
+        mean, std = patches.mean((2, 3), keepdim=True), patches.std((2, 3), keepdim=True)
+        patches = (patches - mean) / (
+            std + 0.02
+        )  # 0.02 so that the noise of a flat patch, such as sky, is not amplified
+        answer_B = torch.randint(len(self.permutation_CP), (B,), generator=generator).to(
+            images.device, non_blocking=True
+        )
+        # Always float32 on a CPU: for feature maps of one pixel, torch 2.13's bfloat16 convolutions leave uninitialised
+        # memory in the gradients of filter taps that see only padding.
+        on_cpu = images.device.type == "cpu"
+        with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
             features_MF = self.backbone.net(patches)
         features_BPF = self.head["patch"](features_MF).view(B, P, -1)
-        laid_BPF = features_BPF.gather(1, self.order_CP[answer_B].unsqueeze(2).expand_as(features_BPF))
-        return self.head["all"](laid_BPF.flatten(1)), answer_B
+        shuffled_BPF = features_BPF.gather(1, self.permutation_CP[answer_B].unsqueeze(2).expand_as(features_BPF))
+        return self.head["all"](shuffled_BPF.flatten(1)), answer_B
 
 
-def cut(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """A patch from each cell of a side x side grid, at a random place in the cell: (B, C, H, H) to (B * P, C, h, h).
+def cut_patches(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """Cut a patch at a random position from each cell of a side x side grid: (B, C, H, H) to (B * P, C, h, h).
 
-    Patches have 7 / 8 of the cell's side (Noroozi and Favaro: 64 of 75 pixels): no gap, or up to a quarter of the cell.
+    The side of a patch is 7 / 8 of the cell's (Noroozi and Favaro: 64 of 75 pixels), so the gap between neighbouring
+    patches is 0 to a quarter of a cell.
     """
     B, C, H, _ = images.shape
     cell = H // side
     patch = cell * 7 // 8
     corner_B2P = torch.randint(cell - patch + 1, (B, 2, side * side), generator=generator)
-    place = torch.arange(side * side)
-    corner_B2P += cell * torch.stack([place // side, place % side])
-    span = torch.arange(patch)
-    rows, columns = (corner_B2P.unsqueeze(3) + span).to(images.device, non_blocking=True).unbind(1)  # (B, P, h) each
+    cell_P = torch.arange(side * side)
+    corner_B2P += cell * torch.stack([cell_P // side, cell_P % side])
+    offset_h = torch.arange(patch)
+    rows, columns = (
+        (corner_B2P.unsqueeze(3) + offset_h).to(images.device, non_blocking=True).unbind(1)
+    )  # (B, P, h) each
     batch = torch.arange(B, device=images.device).view(B, 1, 1, 1)
     patches = images.permute(0, 2, 3, 1)[batch, rows.unsqueeze(3), columns.unsqueeze(2)]  # (B, P, h, h, C)
     return patches.permute(0, 1, 4, 2, 3).reshape(-1, C, patch, patch)
 
 
-def orders(patches: int, count: int) -> Tensor:
-    """Orders of the patches that are told apart most easily: each is the farthest (Hamming) from those before it.
+def distant_permutations(patches: int, count: int) -> Tensor:
+    """Return permutations that are easy to tell apart: each has the largest Hamming distance to those before it.
 
     Args:
         patches: P.
-        count: how many, at most P!.
+        count: how many permutations, at most P!.
 
     Returns:
-        (count, P) int64, the first in place.
+        (count, P) int64; the first is the identity.
     """
-    every = torch.tensor(list(permutations(range(patches))))
+    all_permutations = torch.tensor(list(permutations(range(patches))))
     chosen = [0]
-    distance = torch.full((len(every),), patches + 1)
-    while len(chosen) < min(count, len(every)):
-        distance = torch.minimum(distance, (every != every[chosen[-1]]).sum(1))
+    distance = torch.full((len(all_permutations),), patches + 1)
+    while len(chosen) < min(count, len(all_permutations)):
+        distance = torch.minimum(distance, (all_permutations != all_permutations[chosen[-1]]).sum(1))
         chosen.append(int(distance.argmax()))
-    return every[chosen]
+    return all_permutations[chosen]

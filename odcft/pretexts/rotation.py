@@ -10,7 +10,7 @@ from odcft.plan import Plan
 
 
 class Rotation(nn.Module):
-    """By how many quarters was the image turned (Gidaris et al., ICLR 2018)?"""
+    """Predict by how many quarter turns an image was rotated (Gidaris et al., ICLR 2018)."""
 
     weight_C = None
 
@@ -20,7 +20,7 @@ class Rotation(nn.Module):
         self.head = nn.Linear(backbone.width, 4)
 
     def forward(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, H), RGB in 0..1, to logits (B, 4) and answers (B,)."""
+        """Map images (B, 3, H, H), RGB in 0..1, to logits (B, 4) and targets (B,)."""
         generator = torch.Generator().manual_seed(seed)
         images = augment_batch(images, self.augment, generator)
         turn_B = torch.randint(4, (len(images),), generator=generator).to(images.device, non_blocking=True)

@@ -1,12 +1,14 @@
-"""Pretext tasks: a checkpoint to start from where there is none (`odcft pretext`).
+"""Train a network from random weights on a pretext task (`odcft pretext`), if there is no checkpoint to start from.
 
-A task is a network that makes puzzles of images and says which answers it believes in; the loop is one for all.
+A task is a module that turns images into puzzles and returns logits and targets; the training loop is the same for all.
 
 Shapes: B images, M puzzles, C answers, P patches, F features.
 """
 
 import math
 import time
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,14 @@ from odcft.backbone.load import normalise, refuse_unknown
 from odcft.backbone.metadata import check_arguments
 from odcft.backbone.network import Backbone
 from odcft.backbone.network_input import Input
-from odcft.data.batches import Crops, TrainingOrder, loader
+from odcft.data.batches import Batch, Crops, TrainingBatches, TrainingOrder
 from odcft.data.feature_extraction import to_float
-from odcft.data.sources import find_images
-from odcft.data.view import View
+from odcft.data.sources import Images, find_images
 from odcft.distributed import dist
 from odcft.distributed.stop_signals import Stopped
 from odcft.errors import OdcftError
 from odcft.optim import lr_at, make_optimizer, set_lr
-from odcft.plan import make_plan, suitable_recipe
+from odcft.plan import Plan, make_plan, suitable_recipe
 from odcft.precision import allow_tf32
 from odcft.pretexts.colorization import Colorization
 from odcft.pretexts.jigsaw import Jigsaw
@@ -49,6 +50,7 @@ def train_pretext(
     arch: str,
     out: Path,
     recipe: Recipe,
+    *,
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
@@ -58,52 +60,64 @@ def train_pretext(
     Args:
         task: one of TASKS.
         data: what `find_images` takes; labels are never read.
-        arch: a timm name.
-        out: the .pth to write: a dict with `task`, `arch`, `arch_args`, `input` ("rgb", or "lab_l": lightness alone),
+        arch: the timm name of the network.
+        out: the .pth to write: a dict with `task`, `arch`, `arch_args`, `input` ("rgb", or "lab_l" for lightness only),
             `size`, `crop_fraction` and `intensity` (as in `View`), `mean` and `std` (of RGB in 0..1, or of L in
             0..100), `epoch`, `state_dict` (`backbone.` and `head.`) and `optimizer`.
-        recipe: its groups data, augment, optim and log, and the seed. Colorization leaves colours as they are.
+        recipe: its seed and its groups data, augment, optim and log are used. Colorization does not jitter colours.
         overwrite: replace `out`.
-        resume: go on with `out`, from its last epoch.
-        progress: where to speak.
+        resume: continue from the last epoch in `out`.
+        progress: where to print.
 
     Returns:
         out, task, arch, images, unreadable, epochs, loss, accuracy (0..1, over the last epoch, on augmented training
-        images), chance (of an answer), recipe (to fine-tune with), seconds.
+        images), chance (accuracy of a random guess), recipe (the one to fine-tune with), seconds.
 
     Raises:
-        OdcftError: for anything the user can mend.
-        Stopped: within `stopping.listening()`, asked to stop by a signal; `out` holds the last finished epoch.
+        OdcftError: for anything the user can fix.
+        Stopped: within `stop_signals.listening()`, when a signal asks to stop; `out` holds the last finished epoch.
     """
+    progress, began = progress or Progress(), time.monotonic()
+    if task not in TASKS:
+        raise OdcftError(f"There is no pretext task {task}. Choose from {', '.join(TASKS)}.")
+    _refuse_output(out, overwrite, resume)
     try:
-        return _train(task, data, arch, out, recipe, overwrite, resume, progress or Progress())
+        pretext = _prepare(task, data, arch, out, recipe, resume, progress)
+        with explained(recipe), files.made(out.parent):
+            figures = _train(pretext, progress)
+        return {
+            "out": str(out),
+            "task": task,
+            "arch": arch,
+            "images": len(pretext.images),
+            "epochs": pretext.plan.optim.epochs,
+            **figures,
+            "recipe": suitable_recipe([pretext.network.backbone], len(pretext.images)),
+            "seconds": round(time.monotonic() - began, 1),
+        }
     except Stopped as stopped:
         if out.exists():
-            stopped.args = (f"{out} holds the last finished epoch; the same command with --resume goes on from there.",)
+            stopped.args = (
+                f"{out} holds the last finished epoch; run the same command with --resume to continue from there.",
+            )
         raise
 
 
-def _train(
-    task: str,
-    data: str,
-    arch: str,
-    out: Path,
-    recipe: Recipe,
-    overwrite: bool,
-    resume: bool,
-    progress: Progress,
-) -> dict[str, Any]:
-    began = time.monotonic()
-    if task not in TASKS:
-        raise OdcftError(f"{task}: no such pretext task. Choose from {', '.join(TASKS)}.")
-    output_checks.refuse_unreachable(out)
-    if out.is_dir() or (out.exists() and not (overwrite or resume)):
-        raise OdcftError(
-            f"{out} exists. Pass --resume to go on with it, --overwrite to replace it, or choose another --out."
-        )
-    if not resume or out.is_symlink():
-        output_checks.refuse_file_of_others(out)
-    output_checks.refuse_unwritable(out)
+@dataclass
+class _Pretext:
+    """A task that is being trained."""
+
+    task: str
+    out: Path
+    network: Task
+    optimizer: torch.optim.Optimizer
+    plan: Plan
+    images: Images
+    order: TrainingOrder
+
+
+def _prepare(task: str, data: str, arch: str, out: Path, recipe: Recipe, resume: bool, progress: Progress) -> _Pretext:
+    """Find the images and build the network, with the weights of the last epoch if the task is resumed."""
     images = find_images(data)
     progress.say(f"Images      {len(images):,} in {images.source}")
     if images.skipped:
@@ -118,29 +132,18 @@ def _train(
     for note in notes:
         progress.say(f"Note        {note}")
     allow_tf32(plan.optim.tf32)
-    device, optim, size = dist.this_device(), plan.optim, plan.data.size
-    if state and state["size"] != size:
-        raise OdcftError(f"{out} was trained at {state['size']} pixels, not at {size}. Choose another --out.")
-    view = plan.view
-    if state and "intensity" in state and tuple(state["intensity"] or ()) != (view.intensity or ()):
-        raise OdcftError(
-            f"{out} was trained with data.range={state['intensity']}, not {plan.data.range}. Choose another --out."
-        )
-    then = {name: state.get(name) for name in ("arch_args", "mean", "std")}
-    now = {"arch_args": backbone.kwargs, "mean": list(backbone.input.mean), "std": list(backbone.input.std)}
-    for name in now if state else ():
-        if then[name] not in (now[name], None):
-            raise OdcftError(f"{out} was trained with {name}={then[name]}, not {now[name]}. Choose another --out.")
-    network: Task = TASKS[task](backbone, images, size, plan)
+    device, optim = dist.this_device(), plan.optim
+    if state:
+        _refuse_other_settings(out, state, backbone, plan)
+    network: Task = TASKS[task](backbone, images, plan.data.size, plan)
     network.to(device)
     if optim.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(network.backbone.parameters(), network.head.parameters(), optim)
-    model = dist.parallel(network, device)
-    order = TrainingOrder(len(images), optim.batch_size // dist.world_size(), optim.epochs, recipe.seed)
+    order = TrainingOrder(len(images), optim.batch_size // dist.world_size(), optim.epochs, plan.seed)
     progress.say(
         f"Plan        {task} · {arch} from random weights · {count_of(optim.epochs, 'epoch')} · "
-        f"batch {optim.batch_size} · {size} px · {optim.precision}"
+        f"batch {optim.batch_size} · {plan.data.size} px · {optim.precision}"
     )
     if state:
         network.backbone.net.load_state_dict(_under("backbone.", state["state_dict"]))
@@ -148,69 +151,107 @@ def _train(
         optimizer.load_state_dict(state["optimizer"])
         order.first_step = state["epoch"] * order.steps_per_epoch
         if order.first_step >= order.steps:
-            raise OdcftError(f"{out} has had its {state['epoch']} epochs. Pass more with --epochs to prolong it.")
+            raise OdcftError(
+                f"{out} has already been trained for {state['epoch']} epochs. Pass a larger --epochs to train on."
+            )
         progress.say(f"Resuming    {out} after {state['epoch']} epochs")
+    return _Pretext(task, out, network, optimizer, plan, images, order)
 
-    crops = Crops(images, view, plan.augment, plan.seed)
-    sums_3 = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, puzzles since the epoch began
+
+def _train(pretext: _Pretext, progress: Progress) -> dict[str, Any]:
+    """Train to the last epoch, and save after each one.
+
+    Returns:
+        loss, accuracy, chance, and how many images could not be read.
+    """
+    network, optimizer, plan, order = pretext.network, pretext.optimizer, pretext.plan, pretext.order
+    device, images, chance = dist.this_device(), pretext.images, 0.0
+    crops = Crops(images, plan.view, plan.augment, plan.seed)
+    batches = TrainingBatches(crops, order, plan.data.workers, device)
+    sums_3 = torch.zeros(3, dtype=torch.float64, device=device)  # of the epoch so far: loss, correct answers, puzzles
     figures: dict[str, float] = {}
     unreadable: dict[int, str] = {}
+    model, step = dist.parallel(network, device), order.first_step
     network.train()
-    puzzled = len(order) * order.batch * dist.world_size()
-    with explained(recipe), files.made(out.parent), progress.phase(task.capitalize(), puzzled) as advance:
-        batches = iter(loader(crops, order, plan.data.workers, device))
-        for step in range(order.first_step, order.steps):
-            batch = next(batches)
-            for i in batch.unreadable.keys() - unreadable.keys():
-                progress.say(f"Warning     {images.names[i]} is skipped: it cannot be read ({batch.unreadable[i]}).")
-            unreadable |= batch.unreadable
-            if len(batch.index_B) < 2:
-                raise OdcftError(f"Step {step}: hardly any image of {images.source} can be read.")
-            set_lr(optimizer, lr_at(step, order.steps_per_epoch, optim))
-            pixels = to_float(batch.pixels, device)
-            if optim.channels_last:
-                pixels = pixels.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
-                logits_MC, answer_M = model(pixels, seeds.seed(recipe.seed, "pretext puzzles", dist.rank(), step))
-            loss = F.cross_entropy(logits_MC.float(), answer_M, network.weight_C)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    with closing(batches), progress.phase(pretext.task.capitalize(), order.images_left()) as advance:
+        for epoch in range(step // order.steps_per_epoch, plan.optim.epochs):
+            for batch in batches.of_epoch(step):
+                _say_unreadable(batch, step, unreadable, images, progress)
+                set_lr(optimizer, lr_at(step, order.steps_per_epoch, plan.optim))
+                pixels = to_float(batch.pixels, device)
+                if plan.optim.channels_last:
+                    pixels = pixels.contiguous(memory_format=torch.channels_last)
+                with plan.autocast(device):
+                    logits_MC, answer_M = model(pixels, seeds.seed(plan.seed, "pretext puzzles", dist.rank(), step))
+                loss = F.cross_entropy(logits_MC.float(), answer_M, network.weight_C)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
 
-            right = (logits_MC.detach().argmax(1) == answer_M).sum()
-            sums_3 += torch.stack([loss.detach() * len(answer_M), right, torch.full_like(right, len(answer_M))])
-            epoch_ends = (step + 1) % order.steps_per_epoch == 0
-            note = ""
-            if epoch_ends or (step + 1) % recipe.log.interval == 0:
-                loss_sum, right_sum, puzzles = dist.all_sum(sums_3).tolist()
-                figures = {"loss": loss_sum / puzzles, "accuracy": right_sum / puzzles}
-                if not math.isfinite(figures["loss"]):
-                    raise OdcftError(
-                        f"The loss is not finite at step {step} (learning rate {optim.lr:.3g}). "
-                        "Start again with a lower rate (--set optim.lr=…)."
-                    )
-                note = f"epoch {step // order.steps_per_epoch + 1}/{optim.epochs} · loss {figures['loss']:.2f}"
-                note += f" · {figures['accuracy']:.0%} right"
-            advance(len(batch.index_B) * dist.world_size(), note)
-            if epoch_ends:
-                sums_3.zero_()
-                _save(out, task, network, optimizer, view, (step + 1) // order.steps_per_epoch)
-    return {
-        "out": str(out),
-        "task": task,
-        "arch": arch,
-        "images": len(images),
-        "unreadable": len(dist.gather_dict(unreadable)),
-        "epochs": optim.epochs,
-        **figures,
-        "chance": 1 / logits_MC.shape[1],
-        "recipe": suitable_recipe([backbone], len(images)),
-        "seconds": round(time.monotonic() - began, 1),
-    }
+                correct = (logits_MC.detach().argmax(1) == answer_M).sum()
+                sums_3 += torch.stack([loss.detach() * len(answer_M), correct, torch.full_like(correct, len(answer_M))])
+                step, note, chance = step + 1, "", 1 / logits_MC.shape[1]
+                if step % order.steps_per_epoch == 0 or step % plan.log.interval == 0:
+                    figures = _figures(sums_3, step - 1, plan)
+                    note = f"epoch {epoch + 1}/{plan.optim.epochs} · loss {figures['loss']:.2f}"
+                    note += f" · {figures['accuracy']:.0%} correct"
+                advance(len(batch.index_B) * dist.world_size(), note)
+            sums_3.zero_()
+            _save(pretext, epoch + 1)
+    return {**figures, "chance": chance, "unreadable": len(dist.gather_dict(unreadable))}
+
+
+def _say_unreadable(batch: Batch, step: int, known: dict[int, str], images: Images, progress: Progress) -> None:
+    """Name each image that cannot be read once; a batch without any ends the training."""
+    for i in batch.unreadable.keys() - known.keys():
+        progress.say(f"Warning     {images.names[i]} is skipped: it cannot be read ({batch.unreadable[i]}).")
+    known |= batch.unreadable
+    if len(batch.index_B) < 2:
+        raise OdcftError(
+            f"Step {step}: fewer than 2 images of the batch can be read. Check the images in {images.source}."
+        )
+
+
+def _figures(sums_3: Tensor, step: int, plan: Plan) -> dict[str, float]:
+    """Loss and accuracy of the epoch so far, over all ranks."""
+    loss_sum, correct_sum, puzzles = dist.all_sum(sums_3).tolist()
+    if not math.isfinite(loss_sum):
+        raise OdcftError(
+            f"The loss is not finite at step {step} (learning rate {plan.optim.lr:.3g}). "
+            "Start again with a lower learning rate (--set optim.lr=…)."
+        )
+    return {"loss": loss_sum / puzzles, "accuracy": correct_sum / puzzles}
+
+
+def _refuse_output(out: Path, overwrite: bool, resume: bool) -> None:
+    """Refuse a file that must not be replaced or cannot be written."""
+    output_checks.refuse_unreachable(out)
+    if out.is_dir() or (out.exists() and not (overwrite or resume)):
+        raise OdcftError(
+            f"{out} exists. Pass --resume to continue from it, --overwrite to replace it, or choose another --out."
+        )
+    if not resume or out.is_symlink():
+        output_checks.refuse_file_of_others(out)
+    output_checks.refuse_unwritable(out)
+
+
+def _refuse_other_settings(out: Path, state: dict[str, Any], backbone: Backbone, plan: Plan) -> None:
+    """Refuse to resume with another size, range or network than before."""
+    size, intensity = plan.data.size, plan.view.intensity
+    if state["size"] != size:
+        raise OdcftError(f"{out} was trained at {state['size']} pixels, not at {size}. Choose another --out.")
+    if "intensity" in state and tuple(state["intensity"] or ()) != (intensity or ()):
+        raise OdcftError(
+            f"{out} was trained with data.range={state['intensity']}, not {plan.data.range}. Choose another --out."
+        )
+    now = {"arch_args": backbone.kwargs, "mean": list(backbone.input.mean), "std": list(backbone.input.std)}
+    for name, value in now.items():
+        if state.get(name) not in (value, None):
+            raise OdcftError(f"{out} was trained with {name}={state[name]}, not {value}. Choose another --out.")
 
 
 def new_backbone(arch: str, task: str, recipe: Recipe) -> Backbone:
-    """A network with random weights, for three colours, or for lightness alone where colour is the question."""
+    """Build a network with random weights, for RGB images, or for lightness only if the task is colorization."""
     refuse_unknown(arch)
     arch_args = check_arguments(recipe.backbone.arch_args or {})
     backbone = Backbone(arch, **arch_args)
@@ -220,14 +261,15 @@ def new_backbone(arch: str, task: str, recipe: Recipe) -> Backbone:
     return backbone
 
 
-def _save(out: Path, task: str, network: Task, optimizer: torch.optim.Optimizer, view: View, epoch: int) -> None:
-    """Write the file, whole or not at all."""
+def _save(pretext: _Pretext, epoch: int) -> None:
+    """Write the checkpoint atomically, on the first rank."""
     if dist.rank() == 0:
+        network, view = pretext.network, pretext.plan.view
         backbone = network.backbone
         weights = {f"backbone.{name}": tensor for name, tensor in backbone.net.state_dict().items()}
         weights |= {f"head.{name}": tensor for name, tensor in network.head.state_dict().items()}
         tree = {
-            "task": task,
+            "task": pretext.task,
             "arch": backbone.arch,
             "arch_args": backbone.kwargs,
             "input": backbone.input.color,
@@ -238,25 +280,27 @@ def _save(out: Path, task: str, network: Task, optimizer: torch.optim.Optimizer,
             "std": list(backbone.input.std),
             "epoch": epoch,
             "state_dict": weights,
-            "optimizer": optimizer.state_dict(),
+            "optimizer": pretext.optimizer.state_dict(),
         }
-        with files.whole(out) as unfinished:
+        with files.whole(pretext.out) as unfinished:
             files.save_checkpoint(tree, unfinished)
     dist.barrier()
 
 
 def _read_state(out: Path, task: str, arch: str) -> dict[str, Any]:
-    """What `_save` wrote."""
+    """Read the checkpoint that `_save` wrote, to resume from it."""
     try:
         if out.exists() and not out.is_file():
-            raise ValueError("a pipe, or a device")
+            raise ValueError("a folder, pipe or device")
         state = load_torch(out)
         ours = (state["task"], state["arch"])
         state["epoch"], state["state_dict"], state["optimizer"]
     except FileNotFoundError:
-        raise OdcftError(f"{out}: no such file to resume from. Leave --resume away to start.") from None
-    except Exception:  # torch raises many kinds for a file that is no checkpoint
-        raise OdcftError(f"{out} was not written by `odcft pretext`, so it cannot go on with it.") from None
+        raise OdcftError(
+            f"{out} does not exist, so there is nothing to resume. Drop --resume to start from scratch."
+        ) from None
+    except Exception:  # torch raises many types for a file that is not a checkpoint
+        raise OdcftError(f"{out} was not written by `odcft pretext`, so it cannot be resumed. Check --out.") from None
     if ours != (task, arch):
         raise OdcftError(f"{out} holds {ours[0]} of {ours[1]}, not {task} of {arch}. Choose another --out.")
     return state

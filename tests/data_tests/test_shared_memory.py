@@ -1,4 +1,4 @@
-"""Data workers where shared memory is short, full or unusable: the run goes on without it, or ends in a sentence."""
+"""Data workers where shared memory is short, full or unusable: the run continues without it, or ends with an error."""
 
 import errno
 import multiprocessing
@@ -23,7 +23,7 @@ from odcft.run.failures import explained
 
 @pytest.fixture(autouse=True)
 def a_new_process(monkeypatch):
-    monkeypatch.setattr(shared_memory, "_said", set())
+    monkeypatch.setattr(shared_memory, "_warned", set())
 
 
 @pytest.fixture
@@ -51,13 +51,13 @@ def test_batches_from_workers_are_those_without(crops):
 
 
 @pytest.mark.filterwarnings("ignore:/dev/shm is full")
-def test_batches_that_find_no_shared_memory_come_through_the_pipe(crops, monkeypatch):
+def test_batches_without_shared_memory_come_through_the_pipe(crops, monkeypatch):
     expected = read(crops, 0)
     monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
     assert same(read(crops, 2), expected)
 
 
-def test_that_shared_memory_is_full_is_said_once(crops, monkeypatch):
+def test_full_shared_memory_is_reported_once(crops, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
     with pytest.warns(UserWarning, match="/dev/shm is full.*--shm-size=8g") as said:
         read(crops, 1)
@@ -74,23 +74,23 @@ def test_batch_without_any_image_comes_through_the_pipe(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("reason", [errno.EROFS, errno.ENOSPC, errno.EACCES])
-def test_without_room_for_locks_there_are_no_workers_and_it_is_said_why(crops, monkeypatch, reason):
+def test_without_locks_there_are_no_workers_and_the_reason_is_given(crops, monkeypatch, reason):
     def lock():
         raise OSError(reason, os.strerror(reason))
 
     expected = read(crops, 0)
     monkeypatch.setattr(multiprocessing, "Lock", lock)
-    with pytest.warns(UserWarning, match=rf"/dev/shm cannot be used by data workers \({os.strerror(reason)}\)"):
+    with pytest.warns(UserWarning, match=rf"Data workers cannot use /dev/shm \({os.strerror(reason)}\)"):
         assert same(read(crops, 2), expected)
 
 
-def test_other_ranks_leave_that_to_the_first(monkeypatch, recwarn):
+def test_only_the_first_rank_warns(monkeypatch, recwarn):
     monkeypatch.setattr(shared_memory.dist, "rank", lambda: 1)
-    shared_memory._say("anything")
+    shared_memory._warn_once("anything")
     assert not recwarn
 
 
-def test_batch_that_cannot_be_handed_over_at_all_ends_the_run_in_a_sentence(crops, monkeypatch):
+def test_a_batch_that_cannot_be_sent_at_all_ends_the_run_with_an_error(crops, monkeypatch):
     def reduce(self):
         raise OSError(errno.EMFILE, "Too many open files")
 
@@ -101,7 +101,7 @@ def test_batch_that_cannot_be_handed_over_at_all_ends_the_run_in_a_sentence(crop
     assert time.monotonic() - began < 20
 
 
-def test_worker_that_shared_memory_kills_is_told_of_with_the_cure(crops, monkeypatch):
+def test_a_worker_killed_by_full_shared_memory_is_reported_with_the_remedy(crops, monkeypatch):
     me = os.getpid()
 
     def centre_crop(image, view):
@@ -115,8 +115,8 @@ def test_worker_that_shared_memory_kills_is_told_of_with_the_cure(crops, monkeyp
 
 
 @pytest.mark.slow
-def test_worker_ends_when_nobody_reads_what_it_writes(tmp_path):
-    """The pipe is full and its reader was killed: the worker would be stuck in writing for ever."""
+def test_a_worker_exits_when_its_reader_is_gone(tmp_path):
+    """The pipe is full and its reader was killed: the worker would block in a write for ever."""
     code = (
         "import os, time, torch\n"
         "from odcft.data import batches as data\n"

@@ -1,4 +1,4 @@
-"""What training changes about an image, held against its definition: torchvision's, colorsys's, or worked out here."""
+"""The augmentation, compared with torchvision, colorsys or values worked out here."""
 
 import colorsys
 import math
@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
-from odcft.data.augmentation import _hue, _rotate, augment_batch, random_crop, turned
-from odcft.data.view import View, centre_crop
+from odcft.data.augmentation import augment_batch, random_crop, rotate, shift_hue, turned
 from odcft.recipe import AugmentRecipe
 
 STILL = AugmentRecipe(
@@ -26,7 +25,7 @@ def only(**changes):
 
 
 class Drawn:
-    """A generator whose answers the test gives; it keeps what it was asked for."""
+    """A fake random.Random that returns the numbers given by the test and records what it was asked for."""
 
     def __init__(self, uniform, randint=(), flip=0.9):
         self.answers, self.corners, self.flip = list(uniform), list(randint), flip
@@ -54,7 +53,7 @@ def cut(image, box, size):
 def test_a_random_crop_has_the_area_and_shape_that_were_drawn():
     draw = Drawn([0.25, math.log(1.5)], [7, 11])
     recipe = only(crop_scale=(0.2, 0.5), crop_ratio=(0.5, 2))
-    # a quarter of 60 x 40 is 600 pixels; half as wide again as high: 30 x 20
+    # a quarter of 60 x 40 is 600 pixels; with an aspect ratio of 1.5: 30 x 20
     assert np.array_equal(np.array(random_crop(PHOTO, 16, recipe, draw)), cut(PHOTO, (7, 11, 37, 31), 16))
     assert draw.asked == [(0.2, 0.5), (math.log(0.5), math.log(2)), (0, 60 - 30), (0, 40 - 20)]
 
@@ -68,17 +67,17 @@ def test_a_crop_may_fill_the_image_and_no_more():
     assert np.array_equal(np.array(random_crop(PHOTO, 16, STILL, flat)), cut(PHOTO, (1, 2, 25, 26), 16))
 
 
-def test_a_crop_of_nothing_is_drawn_again():
+def test_an_empty_crop_is_drawn_again():
     dot = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 3, 3)).astype(np.uint8))
     for ratio in (4, 0.25):  # 2 x 0 and 0 x 2
         draw = Drawn([0.08, math.log(ratio), 1, 0], [0, 0])
         assert np.array_equal(np.array(random_crop(dot, 8, STILL, draw)), cut(dot, (0, 0, 3, 3), 8))
-    one = Drawn([0.12, 0], [2, 1])  # one pixel is something
+    one = Drawn([0.12, 0], [2, 1])  # one pixel is not empty
     assert np.array_equal(np.array(random_crop(dot, 8, STILL, one)), cut(dot, (2, 1, 3, 2), 8))
 
 
 @pytest.mark.parametrize("size", [(61, 8), (8, 61), (60, 9)])
-def test_where_ten_tries_do_not_fit_the_middle_is_taken(size):
+def test_the_centre_is_cropped_if_ten_tries_do_not_fit(size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3)).astype(np.uint8))
     draw = Drawn([1, 0] * 20, [0] * 40)
     side, left, top = min(size), (size[0] - min(size)) // 2, (size[1] - min(size)) // 2
@@ -91,48 +90,6 @@ def test_a_crop_is_flipped_as_often_as_the_recipe_says():
     for flip, drawn, flipped in ((0.5, 0.49, True), (0.5, 0.5, False), (0, 0.0, False), (1, 0.999, True)):
         shown = np.array(random_crop(PHOTO, 16, only(flip=flip), Drawn([0.25, 0], [0, 0], drawn)))
         assert np.array_equal(shown[:, ::-1] if flipped else shown, cut(PHOTO, (0, 0, 24, 24), 16))
-
-
-def test_centre_crop():
-    pixels = np.zeros((8, 16, 3), np.uint8)
-    pixels[:, 4:12] = 200
-    assert np.array(centre_crop(Image.fromarray(pixels), View(8, 1.0))).min() == 200
-
-
-@pytest.mark.parametrize("size", [(8, 16), (16, 8), (37, 50), (224, 224), (500, 333), (31, 33)])
-@pytest.mark.parametrize("view", [View(32), View(32, 1.0), View(40, 0.95, "bicubic"), View(33, 0.9, "nearest")])
-def test_centre_crop_is_what_timm_does_for_evaluation(size, view):
-    from timm.data.transforms_factory import create_transform
-
-    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3)).astype(np.uint8)
-    theirs = create_transform(view.size, crop_pct=view.crop_fraction, interpolation=view.interpolation, normalize=False)
-    image = Image.fromarray(pixels)
-    assert np.array_equal(np.array(centre_crop(image, view)), np.array(theirs(image).permute(1, 2, 0)))
-
-
-def test_a_very_long_image_takes_no_more_memory_than_a_long_one():
-    assert centre_crop(Image.new("RGB", (200_000, 10)), View(64)).size == (64, 64)
-
-
-@pytest.mark.parametrize("size", [(400, 10), (10, 401), (163, 10), (10, 177)])
-def test_of_a_very_long_image_the_middle_sixteen_squares_are_resized(size):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3)).astype(np.uint8))
-    left, top = (max(0, (side - 160) // 2) for side in size)
-    middle = image.crop((left, top, min(size[0], left + 160), min(size[1], top + 160)))
-    assert max(middle.size) == 160
-    for view in (View(20, 1.0), View(24, 0.8, "nearest")):
-        assert np.array_equal(np.array(centre_crop(image, view)), np.array(centre_crop(middle, view)))
-
-
-@pytest.mark.parametrize("size", [(160, 10), (10, 155)])
-def test_an_image_that_is_not_longer_is_resized_whole(size):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3)).astype(np.uint8))
-    scale = 40 / 10
-    whole = image.resize([int(scale * side) for side in size], Image.Resampling.BILINEAR)
-    left, top = (round((side - 40) / 2) for side in whole.size)
-    assert np.array_equal(
-        np.array(centre_crop(image, View(40, 1.0))), np.array(whole.crop((left, top, left + 40, top + 40)))
-    )
 
 
 # ---------------------------------------------------------------- colours and angles
@@ -167,7 +124,7 @@ def test_every_strength_changes_something_and_stays_in_range(recipe):
     assert changed.max() <= 1
 
 
-def test_every_image_has_factors_of_its_own():
+def test_every_image_has_its_own_factors():
     images = torch.full((8, 3, 4, 4), 0.5)
     means = augment_batch(images, only(brightness=0.4), draw()).mean((1, 2, 3))
     assert len(means.unique()) == 8
@@ -179,7 +136,7 @@ def test_every_image_has_factors_of_its_own():
 
 
 def test_every_image_goes_through_its_own_changes_in_its_own_order():
-    """The whole of it, one image at a time with torchvision's functions, from the same draws."""
+    """All changes, one image at a time with torchvision's functions, from the same random numbers."""
     recipe = AugmentRecipe(rotation=0, brightness=0.4, contrast=0.3, saturation=1.5, hue=0.4, gray=0.3)
     images = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     ours = augment_batch(images, recipe, draw())
@@ -203,11 +160,11 @@ def test_every_image_goes_through_its_own_changes_in_its_own_order():
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
-def test_a_strength_above_one_never_turns_a_change_round(name):
+def test_a_strength_above_one_never_inverts_an_image(name):
     images = torch.rand(64, 3, 4, 4)
     recipe = only(**{name: 3.0})
     generator = draw()
-    torch.empty(64).uniform_(0, 0, generator=generator)  # of the hue
+    torch.empty(64).uniform_(0, 0, generator=generator)  # drawn for the hue
     for one in ("brightness", "contrast", "saturation"):
         strength = 3.0 if one == name else 0.0
         factors = torch.empty(64).uniform_(max(0.0, 1 - strength), 1 + strength, generator=generator)
@@ -218,11 +175,11 @@ def test_a_strength_above_one_never_turns_a_change_round(name):
     assert torch.allclose(augment_batch(images, recipe, draw()), torch.stack(expected), atol=1e-5)
 
 
-def test_hue_turns_the_colour_circle_and_leaves_value_and_saturation():
-    corners = torch.cartesian_prod(*[torch.tensor([0.0, 0.03, 0.5, 1.0])] * 3)  # gray, pure, two channels alike, dark
+def test_shifting_the_hue_keeps_value_and_saturation():
+    corners = torch.cartesian_prod(*[torch.tensor([0.0, 0.03, 0.5, 1.0])] * 3)  # gray, pure, two channels equal, dark
     colours = torch.cat([corners, torch.rand(200, 3)])
     shifts = torch.linspace(-0.5, 0.5, len(colours))
-    ours = _hue(colours.view(-1, 3, 1, 1), shifts.view(-1, 1, 1, 1)).flatten(1)
+    ours = shift_hue(colours.view(-1, 3, 1, 1), shifts.view(-1, 1, 1, 1)).flatten(1)
     for colour, shift, found in zip(colours.tolist(), shifts.tolist(), ours.tolist(), strict=True):
         h, s, v = colorsys.rgb_to_hsv(*colour)
         assert found == pytest.approx(colorsys.hsv_to_rgb((h + shift) % 1, s, v), abs=2e-5)
@@ -232,20 +189,20 @@ def test_hue_turns_the_colour_circle_and_leaves_value_and_saturation():
 def test_rotation_is_torchvisions_about_the_middle_with_black_corners(height, width):
     images = torch.rand(6, 3, height, width)
     degrees = torch.tensor([-170.0, -30, -1, 3, 45, 90])
-    ours = _rotate(images, degrees)
+    ours = rotate(images, degrees)
     for image, angle, found in zip(images, degrees.tolist(), ours, strict=True):
         theirs = tv.rotate(image, angle, tv.InterpolationMode.NEAREST)
         assert (theirs != found).float().mean() < 0.05  # where two pixels are equally near
-    assert (_rotate(torch.ones(1, 3, height, width), torch.tensor([45.0]))[..., 0, 0] == 0).all()
+    assert (rotate(torch.ones(1, 3, height, width), torch.tensor([45.0]))[..., 0, 0] == 0).all()
 
 
-def test_every_image_is_rotated_by_an_angle_of_its_own_within_the_recipes():
+def test_every_image_is_rotated_by_its_own_angle_within_the_recipes():
     images = torch.rand(6, 3, 16, 16)
     degrees = torch.empty(6).uniform_(-30, 30, generator=draw())
-    assert torch.equal(augment_batch(images, only(rotation=30.0), draw()), _rotate(images, degrees))
+    assert torch.equal(augment_batch(images, only(rotation=30.0), draw()), rotate(images, degrees))
 
 
-def test_quarters_are_rot90_of_each_image():
+def test_quarter_turns_are_rot90_of_each_image():
     images = torch.rand(9, 2, 5, 5)
     turns = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0, 1])
     expected = torch.stack([image.rot90(int(k), (1, 2)) for image, k in zip(images, turns, strict=True)])
