@@ -8,7 +8,7 @@ from fakes import contents, matched
 
 from odcft.backbone import architecture_recognition
 from odcft.backbone.architecture_recognition import COMMON, any_channels, fingerprint, nearest_name, recognise
-from odcft.backbone.metadata import Description
+from odcft.backbone.metadata import Metadata
 from odcft.backbone.networks import NETWORKS, shapes
 from odcft.errors import OdcftError
 
@@ -23,7 +23,7 @@ def of_shapes(**tensors):
 def test_fingerprints_are_of_name_and_shape():
     assert fingerprint("conv1.weight", (64, 3, 7, 7)) == zlib.crc32(b"conv1.weight:64x3x7x7")
     assert any_channels((64, 3, 7, 7)) == (64, 7, 7)
-    assert list(architecture_recognition._ends("a.b.c")) == ["a.b.c", "b.c", "c"]
+    assert list(architecture_recognition._suffixes("a.b.c")) == ["a.b.c", "b.c", "c"]
 
 
 def test_the_index_is_timms():
@@ -51,16 +51,16 @@ def test_networks_are_told_when_all_their_telling_tensors_are_there(index):
         none=(30, ("a", (2, 2)), ("c", (3,))),
     )
     there = {("a", (2, 2)), ("b", (3,))}
-    assert architecture_recognition._by_tensors(there) == ["one", "two"]  # that with more tensors first
-    assert architecture_recognition._by_tensors({("a", (2, 2))}) == ["one"]
-    assert architecture_recognition._by_tensors(set()) == []
+    assert architecture_recognition._matching_timm_names(there) == ["one", "two"]  # that with more tensors first
+    assert architecture_recognition._matching_timm_names({("a", (2, 2))}) == ["one"]
+    assert architecture_recognition._matching_timm_names(set()) == []
 
 
 def test_of_networks_of_one_size_the_common_then_the_shorter_name_is_first(index):
     names = ["zz_net", "b_net_long", "a_net", "vgg16", "resnet50"]
     index(**dict.fromkeys(names, (10, ("a", (2, 2)))))
     wanted = ["resnet50", "vgg16", "a_net", "zz_net", "b_net_long"]
-    assert architecture_recognition._by_tensors({("a", (2, 2))}) == wanted
+    assert architecture_recognition._matching_timm_names({("a", (2, 2))}) == wanted
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_of_networks_of_one_size_the_common_then_the_shorter_name_is_first(index
 )
 def test_a_first_convolution_is_told_whatever_its_channels(shape, told, index):
     index(net=(10, ("conv1.weight", (64, 7, 7))) if len(shape) == 4 else (10, ("conv1.weight", (64, 7))))
-    assert architecture_recognition._by_tensors({("conv1.weight", shape)}) == (["net"] if told else [])
+    assert architecture_recognition._matching_timm_names({("conv1.weight", shape)}) == (["net"] if told else [])
 
 
 def test_names_are_told_under_any_prefix_and_through_the_renames():
@@ -90,10 +90,10 @@ def candidates(file, arch=None):
 
 
 def test_the_users_word_comes_before_the_files():
-    told = Description("test_vit", {"img_size": 32})
-    assert candidates(contents({}, told=told)) == [("test_vit", {"img_size": 32})]
-    assert candidates(contents({}, told=told), "test_vit") == [("test_vit", {"img_size": 32})]
-    assert candidates(contents({}, told=told), "resnet18") == [("resnet18", {})]
+    told = Metadata("test_vit", {"img_size": 32})
+    assert candidates(contents({}, metadata=told)) == [("test_vit", {"img_size": 32})]
+    assert candidates(contents({}, metadata=told), "test_vit") == [("test_vit", {"img_size": 32})]
+    assert candidates(contents({}, metadata=told), "resnet18") == [("resnet18", {})]
     assert candidates(contents({}), "resnet18") == [("resnet18", {})]
 
 
@@ -123,12 +123,12 @@ def test_common_networks_are_tried_where_nothing_tells_and_there_is_something(in
 def test_our_own_networks_are_told_by_their_second_and_last_weights(name):
     there = {(key, tuple(tensor.shape)) for key, tensor in shapes(name).items()}
     weights = [(key, tuple(tensor.shape)) for key, tensor in shapes(name).items() if tensor.ndim > 1]
-    assert architecture_recognition._may_be(there, name)
-    assert architecture_recognition._may_be(there - {weights[0]}, name)  # the first depends on the input
-    assert not architecture_recognition._may_be(there - {weights[1]}, name)
-    assert not architecture_recognition._may_be(there - {weights[-1]}, name)
+    assert architecture_recognition._looks_like(there, name)
+    assert architecture_recognition._looks_like(there - {weights[0]}, name)  # the first depends on the input
+    assert not architecture_recognition._looks_like(there - {weights[1]}, name)
+    assert not architecture_recognition._looks_like(there - {weights[-1]}, name)
     vectors = {(key, shape) for key, shape in there if len(shape) > 1}
-    assert architecture_recognition._may_be(vectors, name)
+    assert architecture_recognition._looks_like(vectors, name)
 
 
 def test_a_trunk_ends_where_the_convolutions_do(index):
@@ -166,7 +166,7 @@ def fits(monkeypatch):
             count, expected, *args = found[arch]
             return (args[0] if args else kwargs), matched(count=count, expected=expected)
 
-        monkeypatch.setattr(architecture_recognition, "_fitted", fitted)
+        monkeypatch.setattr(architecture_recognition, "_adjusted", fitted)
         monkeypatch.setattr(
             architecture_recognition,
             "_candidates",
@@ -204,7 +204,7 @@ def test_what_fits_nothing_is_refused(found, fits):
 
 
 def test_no_more_networks_are_compared_than_that(fits, monkeypatch):
-    monkeypatch.setattr(architecture_recognition, "MOST", 2)
+    monkeypatch.setattr(architecture_recognition, "MAX_COMPARED", 2)
     tried = fits(a=(1, 10), b=(2, 10), c=(10, 10))
     assert recognise(contents({}))[0] == "b"
     assert len(tried) == 2
@@ -219,7 +219,7 @@ def test_the_users_arguments_go_to_every_network_and_who_does_not_take_them_is_p
     with pytest.raises(OdcftError, match="no such thing"):
         recognise(contents({}), "resnet18", {"x": 1})
     with pytest.raises(OdcftError, match="no such thing"):
-        recognise(contents({}, told=Description("resnet18")))
+        recognise(contents({}, metadata=Metadata("resnet18")))
     fits(a=wrong)
     with pytest.raises(OdcftError, match="fits no backbone"):
         recognise(contents({}))
@@ -235,7 +235,9 @@ def test_an_architecture_that_nobody_has_is_refused_with_the_nearest():
 
 def test_the_users_number_of_heads_is_not_overruled(fits, monkeypatch):
     fits(vit_small_patch16_224=(10, 10))
-    monkeypatch.setattr(architecture_recognition, "_as_trained", lambda *about: {"num_heads": 12, "in_chans": 1})
+    monkeypatch.setattr(
+        architecture_recognition, "_with_hidden_arguments", lambda *about: {"num_heads": 12, "in_chans": 1}
+    )
     assert recognise(contents({}), arch_args={"num_heads": 3})[1] == {"num_heads": 3, "in_chans": 1}
 
 
@@ -243,7 +245,7 @@ def test_the_users_number_of_heads_is_not_overruled(fits, monkeypatch):
 
 
 def fitted(arch, state, kwargs=None, given=None):
-    kwargs, found = architecture_recognition._fitted(contents(state), arch, kwargs or {}, given or {})
+    kwargs, found = architecture_recognition._adjusted(contents(state), arch, kwargs or {}, given or {})
     return kwargs, len(found.tensors) - found.expected
 
 
@@ -359,4 +361,7 @@ def test_a_network_without_patches_has_no_size_to_find(monkeypatch):
     ],
 )
 def test_what_only_the_writer_tells(arch, kwargs, where, container, told):
-    assert architecture_recognition._as_trained(contents({}, container=container), arch, kwargs, matched(where)) == told
+    assert (
+        architecture_recognition._with_hidden_arguments(contents({}, container=container), arch, kwargs, matched(where))
+        == told
+    )

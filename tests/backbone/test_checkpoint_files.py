@@ -109,7 +109,7 @@ def test_a_backbone_that_is_not_finite_is_refused_by_name(tmp_path, odcft_comman
     name = name if name in state else next(key for key in state if key.endswith(name.split(".", 1)[1]))
     state[name].view(-1)[-1] = value
     torch.save({key: t.half() if half and t.is_floating_point() else t for key, t in state.items()}, tmp_path / "c.pth")
-    with pytest.raises(OdcftError, match=f"not finite .{name}.*Take an earlier checkpoint"):
+    with pytest.raises(OdcftError, match=f"not finite .{name}.*Use an earlier checkpoint"):
         load_backbone(tmp_path / "c.pth")
     code, _, told = odcft_command("inspect", tmp_path / "c.pth")
     assert code == 0
@@ -270,7 +270,7 @@ def test_other_channels_and_sizes_are_found(arch, kwargs, tmp_path):
         (b"<!DOCTYPE html><html>", "is an HTML page"),
         (b"just some text", "is not a checkpoint"),
         (b"PK\x03\x04 cut short", "is not a checkpoint"),
-        (b"\x80\x02}q\x00.", "holds no tensors"),
+        (b"\x80\x02}q\x00.", "holds no named tensors"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path, content, message):
@@ -298,7 +298,7 @@ def test_tensors_that_fit_nothing_are_refused(tmp_path):
     with pytest.raises(OdcftError, match="fits no backbone"):
         load_backbone(tmp_path / "c.pth")
     torch.save({"epoch": 3}, tmp_path / "d.pth")
-    with pytest.raises(OdcftError, match="holds no tensors"):
+    with pytest.raises(OdcftError, match="holds no named tensors"):
         load_backbone(tmp_path / "d.pth")
 
 

@@ -3,13 +3,13 @@
 import pytest
 from fakes import contents, matched
 
-from odcft.backbone.family_recognition import family
-from odcft.backbone.metadata import Description
+from odcft.backbone.family_recognition import recognise_family
+from odcft.backbone.metadata import Metadata
 
 VIT = "vit_small_patch16_224"
 FAMILIES = [
-    ("odcft", "resnet18", {}, {"told": Description(ours=True)}),
-    ("timm", "resnet18", {}, {"told": Description("resnet18")}),
+    ("odcft", "resnet18", {}, {"metadata": Metadata(from_odcft=True)}),
+    ("timm", "resnet18", {}, {"metadata": Metadata("resnet18")}),
     ("timm", "resnet18", {}, {"names": ["state_dict_ema"]}),
     ("fair_caffe2", "resnet50", {}, {"container": "pickle", "names": ["blobs"], "where": "blobs"}),
     ("state_dict", "resnet50", {}, {"container": "torch", "names": ["blobs"], "where": "blobs"}),
@@ -62,4 +62,4 @@ FAMILIES = [
 @pytest.mark.parametrize(("name", "arch", "keys", "about"), FAMILIES)
 def test_families(name, arch, keys, about):
     around = {key: value for key, value in about.items() if key != "where"}
-    assert family(contents({}, keys, **around), arch, matched(about.get("where", "the file itself"))) == name
+    assert recognise_family(contents({}, keys, **around), arch, matched(about.get("where", "the file itself"))) == name

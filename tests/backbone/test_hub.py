@@ -73,11 +73,11 @@ def test_who_wants_to_be_offline_is_not_asked_for(no_network, tmp_path, monkeypa
 
 
 def test_a_name_server_that_says_nothing_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(hub, "PATIENCE", 0.2)
+    monkeypatch.setattr(hub, "TIMEOUT_SECONDS", 0.2)
     forever = threading.Event()
     monkeypatch.setattr("socket.getaddrinfo", lambda *where, **how: forever.wait(20))
     began = time.monotonic()
-    with hub.no_longer_than_needed() as answers:
+    with hub.offline_if_unreachable() as answers:
         assert answers is False
         assert constants.HF_HUB_OFFLINE is True
     assert time.monotonic() - began < 5
@@ -85,10 +85,10 @@ def test_a_name_server_that_says_nothing_is_not_waited_for(monkeypatch):
 
 
 def test_a_hub_that_answers_is_asked(monkeypatch):
-    monkeypatch.setattr(hub, "_answers", lambda address: address == constants.ENDPOINT)
-    with hub.no_longer_than_needed() as answers:
+    monkeypatch.setattr(hub, "_is_reachable", lambda address: address == constants.ENDPOINT)
+    with hub.offline_if_unreachable() as answers:
         assert answers is True
         assert constants.HF_HUB_OFFLINE is False
-    with pytest.raises(KeyError), hub.no_longer_than_needed():
+    with pytest.raises(KeyError), hub.offline_if_unreachable():
         raise KeyError
     assert constants.HF_HUB_OFFLINE is False

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from fakes import contents, matched
 
-from odcft.backbone.input_recognition import input_of, overridden, timm_input
-from odcft.backbone.metadata import Description
-from odcft.backbone.network_input import IMAGENET, Input, default
+from odcft.backbone.input_recognition import input_from_cfg, recognise_input, with_color
+from odcft.backbone.metadata import Metadata
+from odcft.backbone.network_input import IMAGENET, Input, default_input
 from odcft.backbone.networks import NETWORKS
 from odcft.data.view import View
 from odcft.errors import OdcftError
@@ -16,7 +16,7 @@ CFG = {"input_size": (3, 128, 160), "mean": (0.5,) * 3, "std": (0.25,) * 3, "cla
 
 
 def shown(arch="resnet18", cfg=CFG, dropped=(), kwargs=None, **about):
-    return input_of(contents({}, **about), arch, kwargs or {}, matched(dropped=dropped), cfg)
+    return recognise_input(contents({}, **about), arch, kwargs or {}, matched(dropped=dropped), cfg)
 
 
 @pytest.mark.parametrize(
@@ -31,12 +31,12 @@ def shown(arch="resnet18", cfg=CFG, dropped=(), kwargs=None, **about):
     ],
 )
 def test_the_files_own_word_is_followed_where_its_channels_are_the_networks(arch, kwargs, color, channels):
-    own = replace(default(color, 48), channels=channels or default(color, 48).channels)
-    assert shown(arch, told=Description(input=own), kwargs=kwargs) == own
-    other = Description(input=replace(own, channels=own.channels + 1))
-    told = shown(arch, told=other, kwargs=kwargs)
+    own = replace(default_input(color, 48), channels=channels or default_input(color, 48).channels)
+    assert shown(arch, metadata=Metadata(input=own), kwargs=kwargs) == own
+    other = Metadata(input=replace(own, channels=own.channels + 1))
+    told = shown(arch, metadata=other, kwargs=kwargs)
     assert told != other.input
-    (said,) = other.left_out
+    (said,) = other.ignored
     assert f"{own.channels + 1} channels: the first convolution takes {own.channels}" in said
 
 
@@ -46,67 +46,67 @@ def test_our_own_networks_have_theirs():
     bgr = shown("alexnet_jigsaw", container="pickle")
     assert (bgr.color, bgr.size, bgr.mean, bgr.std) == ("bgr", 227, IMAGENET[0][::-1], IMAGENET[1][::-1])
     assert shown("alexnet_colorization", container="pickle").color == "lab_l"
-    assert shown("alexnet_deepcluster", kwargs={"in_chans": 3}) == default("rgb", 224)
-    assert shown("alexnet_deepcluster", kwargs={"in_chans": 1}) == default("gray", 224)
-    assert shown("alexnet", kwargs={"in_chans": 2}) == default("sobel", 224)
+    assert shown("alexnet_deepcluster", kwargs={"in_chans": 3}) == default_input("rgb", 224)
+    assert shown("alexnet_deepcluster", kwargs={"in_chans": 1}) == default_input("gray", 224)
+    assert shown("alexnet", kwargs={"in_chans": 2}) == default_input("sobel", 224)
 
 
 def test_channels_tell_the_colours():
-    assert shown(kwargs={"in_chans": 1}) == default("gray", 160)
-    assert shown(kwargs={"in_chans": 2}) == default("sobel", 160)
-    assert shown(kwargs={"in_chans": 1, "last_stride": 1}) == default("lab_l", 160)
-    assert shown(kwargs={"in_chans": 1, "last_stride": 1, "img_size": 96}) == default("lab_l", 96)
-    assert shown(kwargs={"in_chans": 2, "img_size": 64}) == default("sobel", 64)
-    assert shown(kwargs={"in_chans": 1, "small_stem": True}) == default("gray", 32)
+    assert shown(kwargs={"in_chans": 1}) == default_input("gray", 160)
+    assert shown(kwargs={"in_chans": 2}) == default_input("sobel", 160)
+    assert shown(kwargs={"in_chans": 1, "last_stride": 1}) == default_input("lab_l", 160)
+    assert shown(kwargs={"in_chans": 1, "last_stride": 1, "img_size": 96}) == default_input("lab_l", 96)
+    assert shown(kwargs={"in_chans": 2, "img_size": 64}) == default_input("sobel", 64)
+    assert shown(kwargs={"in_chans": 1, "small_stem": True}) == default_input("gray", 32)
     for channels in (0, 4, 7):
-        with pytest.raises(OdcftError, match=f"takes {channels} channels, and nothing tells which"):
+        with pytest.raises(OdcftError, match=f"takes {channels} channels, and nothing in the file says which"):
             shown(kwargs={"in_chans": channels})
 
 
 def test_caffe2_shows_bgr():
-    assert shown(container="pickle", names=["blobs"]) == default("bgr", 160)
+    assert shown(container="pickle", names=["blobs"]) == default_input("bgr", 160)
     assert shown(container="torch", names=["blobs"]).color == "rgb"
     assert shown(container="pickle").color == "rgb"
 
 
 def test_timms_words_are_followed_in_timms_files():
-    timms = timm_input(CFG, 160)
+    timms = input_from_cfg(CFG, 160)
     assert (timms.mean, timms.std, timms.size, timms.crop_fraction) == ((0.5,) * 3, (0.25,) * 3, 160, 0.95)
-    assert shown(told=Description("resnet18")) == timms
-    assert shown(told=Description(cfg={"mean": (0.1,) * 3})) == replace(timms, mean=(0.1,) * 3)
-    assert shown(told=Description("resnet18", cfg={"input_size": [3, 96, 96]})).size == 96
-    assert shown(told=Description("resnet18", cfg={"input_size": [3, 96, 96]}), kwargs={"img_size": 64}).size == 64
-    assert shown(told=Description("resnet18"), kwargs={"small_stem": True}).size == 32
-    one = Description("resnet18", cfg={"mean": [0.1], "std": [0.1], "crop_pct": 0.5})
-    assert shown(told=one) == replace(timms, crop_fraction=0.5)
-    assert one.left_out == ["mean and std should have 3 numbers"]
+    assert shown(metadata=Metadata("resnet18")) == timms
+    assert shown(metadata=Metadata(cfg={"mean": (0.1,) * 3})) == replace(timms, mean=(0.1,) * 3)
+    assert shown(metadata=Metadata("resnet18", cfg={"input_size": [3, 96, 96]})).size == 96
+    assert shown(metadata=Metadata("resnet18", cfg={"input_size": [3, 96, 96]}), kwargs={"img_size": 64}).size == 64
+    assert shown(metadata=Metadata("resnet18"), kwargs={"small_stem": True}).size == 32
+    one = Metadata("resnet18", cfg={"mean": [0.1], "std": [0.1], "crop_pct": 0.5})
+    assert shown(metadata=one) == replace(timms, crop_fraction=0.5)
+    assert one.ignored == ["mean and std should have 3 numbers"]
 
 
 def test_a_classifier_of_timms_tells_timms_normalisation_and_else_it_is_imagenets():
     assert shown() == Input("rgb", 160, *IMAGENET)
-    assert shown(dropped=["module.fc.weight"]) == timm_input(CFG, 160)
+    assert shown(dropped=["module.fc.weight"]) == input_from_cfg(CFG, 160)
     assert shown(dropped=["fc.bias", "head.weight"]) == Input("rgb", 160, *IMAGENET)
     several = {**CFG, "classifier": ("head", "head_dist")}
-    assert shown(cfg=several, dropped=["head_dist.weight"]) == timm_input(CFG, 160)
+    assert shown(cfg=several, dropped=["head_dist.weight"]) == input_from_cfg(CFG, 160)
     for nothing in ({**CFG, "classifier": None}, {key: value for key, value in CFG.items() if key != "classifier"}):
         assert shown(cfg=nothing, dropped=["fc.weight", ".weight"]) == Input("rgb", 160, *IMAGENET)
 
 
 def test_timms_words_where_it_says_little():
     least = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-    assert timm_input(least, 64).view == View(64, 0.875, "bilinear")
-    assert timm_input({**least, "interpolation": "bicubic", "crop_pct": 1.0}, 64).view == View(64, 1.0, "bicubic")
-    assert timm_input({**least, "interpolation": "random"}, 64).interpolation == "bilinear"
+    assert input_from_cfg(least, 64).view == View(64, 0.875, "bilinear")
+    assert input_from_cfg({**least, "interpolation": "bicubic", "crop_pct": 1.0}, 64).view == View(64, 1.0, "bicubic")
+    assert input_from_cfg({**least, "interpolation": "random"}, 64).interpolation == "bilinear"
 
 
 @pytest.mark.parametrize("color", ["rgb", "bgr", "gray", "lab_l", "sobel"])
 def test_the_users_word_for_the_colours(color):
     own = Input("rgb", 48, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), crop_fraction=0.9, interpolation="bicubic")
-    told = overridden(own, color)
+    told = with_color(own, color)
     assert (told.color, told.view) == (color, own.view)
-    usual = default(color, 48)
+    usual = default_input(color, 48)
     mean, std = {"rgb": (own.mean, own.std), "bgr": (own.mean[::-1], own.std[::-1])}.get(color, (usual.mean, usual.std))
     if color != "rgb":
         assert (told.mean, told.std) == (mean, std)
-    back = overridden(overridden(own, "bgr"), "rgb")
+    back = with_color(with_color(own, "bgr"), "rgb")
     assert back == own

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from odcft.backbone.inspection import describe
 from odcft.backbone.load import load_backbone
 from odcft.backbone.metadata import Arguments, check_arguments, parse_arguments
-from odcft.backbone.networks import NETWORKS, elements
+from odcft.backbone.networks import NETWORKS, count_elements
 from odcft.errors import OdcftError
 from odcft.recipe import load_recipe, make_recipe, parse_yaml
 
@@ -131,7 +131,7 @@ def test_an_argument_that_is_not_allowed_is_left_out_and_named(name, place, tmp_
         assert not loaded.notes
     else:
         (note,) = loaded.notes
-        assert "not followed" in note
+        assert "ignored in the file" in note
         assert (name if name.isprintable() else "x1b") in note
         assert note.isprintable()
 
@@ -202,7 +202,7 @@ WRONG_INPUTS = [
 def test_an_input_that_cannot_be_is_left_out_and_named(wrong, tmp_path):
     shown = {**WORDS["odcft"]["input"], **wrong}
     loaded = answer(folder_of(tmp_path / "c", {**WORDS, "odcft": {"input": shown}}))
-    assert "not followed" in loaded.notes[0]
+    assert "ignored in the file" in loaded.notes[0]
     assert next(iter(wrong)) in loaded.notes[0] or wrong == {"color": "gray"}  # one number each, there
     assert loaded.backbone.input.mean == (0.5, 0.5, 0.5)  # timm's words stand
 
@@ -254,7 +254,7 @@ def test_no_network_is_made_that_the_file_cannot_fill(tmp_path):
     assert "too few" in answer(tmp_path / "c", arch="vit_giant_patch14_224", allow_partial=True)
     config = {"architecture": "test_vit", "model_args": {"embed_dim": 16384, "depth": 128, "num_heads": 1}}
     assert "fits no backbone" in answer(folder_of(tmp_path / "folder", config))
-    assert elements("test_resnet") == sum(tensor.numel() for tensor in state().values())
+    assert count_elements("test_resnet") == sum(tensor.numel() for tensor in state().values())
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[]", "3", "null", "", "{", "\ud800"])
@@ -400,7 +400,7 @@ def test_arguments_are_read_and_used(tmp_path):
         ("patch_size=", "patch_size"),
         ("patch_size=large", "patch_size='large' should be a valid integer"),
         ("patch_size=0", "patch_size=0 should be greater than or equal to 1"),
-        ("img_size=[64,32]", "squares"),
+        ("img_size=[64,32]", "square images"),
         ("drop_rate=.nan", "drop_rate=nan"),
         ("patch_size=" + "[" * 5000, "not valid YAML"),
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from odcft.backbone.checkpoint_files import Contents
-from odcft.backbone.tensor_matching import Match, _preference, _prefixes, constant, fits, match, not_finite, views
+from odcft.backbone.tensor_matching import Match, constant, fits, match, not_finite, preference, prefixes, renamings
 
 NETWORK = {"a.weight": torch.zeros(2, 3), "b.weight": torch.zeros(4), "b.num_batches_tracked": torch.tensor(0)}
 
@@ -40,11 +40,11 @@ def test_a_share_is_of_the_networks_tensors():
 
 
 def test_views_are_what_each_rename_makes_of_the_keys_once():
-    assert list(views({"w": 1})) == [{"w": "w"}]
-    first, second = views({"module.w": 1, "v": 2})
+    assert list(renamings({"w": 1})) == [{"w": "w"}]
+    first, second = renamings({"module.w": 1, "v": 2})
     assert first == {"module.w": "module.w", "v": "v"}
     assert second == {"w": "module.w", "v": "v"}
-    (_, both) = views({"module.w": 1, "w": 2})
+    (_, both) = renamings({"module.w": 1, "w": 2})
     assert both == {"w": "module.w"}  # the first of two keys that come to the same name
 
 
@@ -131,8 +131,8 @@ def test_a_linear_layer_stands_for_a_convolution_of_its_size():
 
 
 def test_prefixes_end_at_dots():
-    assert list(_prefixes("a.bc.d")) == ["", "a.", "a.bc."]
-    assert list(_prefixes("a")) == [""]
+    assert list(prefixes("a.bc.d")) == ["", "a.", "a.bc."]
+    assert list(prefixes("a")) == [""]
 
 
 @pytest.mark.parametrize(
@@ -159,12 +159,12 @@ def test_prefixes_end_at_dots():
     ],
 )
 def test_the_better_copy_is_told_by_its_name(better, worse):
-    assert _preference(better) > _preference(worse)
+    assert preference(better) > preference(worse)
 
 
 def test_a_name_that_only_holds_the_letters_is_no_average():
-    assert _preference("schema/") == _preference("remastered.") == _preference("/") == 0
-    assert _preference("student/") == -1
+    assert preference("schema/") == preference("remastered.") == preference("/") == 0
+    assert preference("student/") == -1
 
 
 def test_more_tensors_win_over_a_better_name_and_that_over_a_plainer_reading():
