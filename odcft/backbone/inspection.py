@@ -36,8 +36,8 @@ def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
     for title, names in (
         ("missing", values["missing"]),
         ("left out", values["dropped"]),
-        ("no fit", values["unexpected"]),
-        ("beside it", [] if found is None else [other or "the file itself" for other in found.others]),
+        ("mismatched", values["unexpected"]),
+        ("also found", [] if found is None else [other or "the file itself" for other in found.others]),
     ):
         if names:
             lines.append(f"  {title:<10} {first_few(names)}")

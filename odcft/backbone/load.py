@@ -42,7 +42,7 @@ class Loaded:
     match: Match | None = None  # None for random weights and for weights from timm
     family: str = ""
     notes: list[str] = field(default_factory=list)  # what the user should know: odd tensors, missing parts
-    told: bool = False  # whether the source itself says at which size and crop it sees images
+    told: bool = False  # whether the source itself says which image size and crop its network expects
     not_finite: list[str] = field(default_factory=list)  # tensors that hold NaN or infinity
 
 
@@ -135,8 +135,8 @@ def _refuse_partial(path: Path, arch: str, found: Match) -> None:
         missing = ", ".join(found.missing[:3]) + (" …" if len(found.missing) > 3 else "")
         raise OdcftError(
             f"{path} has only {len(found.tensors)} of the {found.expected} tensors of {arch}, the closest backbone "
-            f"({found.share:.0%}; missing: {missing}), and at least {MIN_COVERAGE:.0%} are needed. "
-            "If it is another network, pass --arch NAME; to start the rest from random weights, pass --allow-partial."
+            f"({found.share:.0%}; missing: {missing}). At least {MIN_COVERAGE:.0%} are needed: if it is another "
+            "network, pass --arch NAME; to start the rest from random weights, pass --allow-partial."
         )
     first = _first_convolution(arch)
     if first in found.misfits:

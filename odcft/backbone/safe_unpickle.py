@@ -255,10 +255,10 @@ def _array(kind: type, shape: tuple[int, ...], typecode: Any) -> np.ndarray:
 
 
 def _dtype(kind: Any, *_: Any) -> np.dtype:
-    """A dtype of numbers, text or objects; never of a table, whose columns may be tables without end."""
+    """A dtype of numbers, text or objects; never a structured one, whose fields could nest endlessly."""
     text = kind.decode("latin1") if isinstance(kind, bytes) else kind
     if not (isinstance(text, str) and re.fullmatch(r"[<>=|]?[?A-Za-z]\d{0,4}", text)):
-        raise ValueError("a table")
+        raise ValueError("a structured dtype")
     return np.dtype(text, copy=True)
 
 

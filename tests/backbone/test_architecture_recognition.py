@@ -4,7 +4,7 @@ import zlib
 
 import pytest
 import torch
-from fakes import contents, matched
+from backbone_helpers import contents, matched
 
 from odcft.backbone import architecture_recognition
 from odcft.backbone.architecture_recognition import COMMON, any_channels, fingerprint, nearest_name, recognise
@@ -35,7 +35,7 @@ def test_the_index_is_timms():
 
 @pytest.fixture
 def index(monkeypatch):
-    """A function that puts another index in place: name, tensors in all, and which it is told by."""
+    """A function that replaces the index: name, number of tensors, and the tensors it has fingerprints of."""
 
     def put(**entries):
         made = {name: [count, *(fingerprint(*one) for one in ones)] for name, (count, *ones) in entries.items()}
@@ -44,7 +44,7 @@ def index(monkeypatch):
     return put
 
 
-def test_networks_are_told_when_all_their_telling_tensors_are_there(index):
+def test_networks_match_when_all_their_fingerprints_are_there(index):
     index(
         two=(10, ("a", (2, 2)), ("b", (3,))),
         one=(20, ("a", (2, 2))),
@@ -56,7 +56,7 @@ def test_networks_are_told_when_all_their_telling_tensors_are_there(index):
     assert architecture_recognition._matching_timm_names(set()) == []
 
 
-def test_of_networks_of_one_size_the_common_then_the_shorter_name_is_first(index):
+def test_among_networks_of_one_size_common_then_shorter_names_come_first(index):
     names = ["zz_net", "b_net_long", "a_net", "vgg16", "resnet50"]
     index(**dict.fromkeys(names, (10, ("a", (2, 2)))))
     wanted = ["resnet50", "vgg16", "a_net", "zz_net", "b_net_long"]
@@ -66,12 +66,12 @@ def test_of_networks_of_one_size_the_common_then_the_shorter_name_is_first(index
 @pytest.mark.parametrize(
     ("shape", "told"), [((64, 1, 7, 7), True), ((64, 7, 7, 7), True), ((64, 8, 7, 7), False), ((64, 7, 7), False)]
 )
-def test_a_first_convolution_is_told_whatever_its_channels(shape, told, index):
+def test_a_first_convolution_matches_whatever_its_channels(shape, told, index):
     index(net=(10, ("conv1.weight", (64, 7, 7))) if len(shape) == 4 else (10, ("conv1.weight", (64, 7))))
     assert architecture_recognition._matching_timm_names({("conv1.weight", shape)}) == (["net"] if told else [])
 
 
-def test_names_are_told_under_any_prefix_and_through_the_renames():
+def test_names_are_found_under_any_prefix_and_through_the_renames():
     there = architecture_recognition._named_shapes(
         contents(of_shapes(**{"x.module.conv1.weight": (2, 2), "y": (1,)}), {})
     )
@@ -89,7 +89,7 @@ def candidates(file, arch=None):
     return list(architecture_recognition._candidates(file, arch))
 
 
-def test_the_users_word_comes_before_the_files():
+def test_the_users_architecture_comes_before_the_files():
     told = Metadata("test_vit", {"img_size": 32})
     assert candidates(contents({}, metadata=told)) == [("test_vit", {"img_size": 32})]
     assert candidates(contents({}, metadata=told), "test_vit") == [("test_vit", {"img_size": 32})]
@@ -97,8 +97,8 @@ def test_the_users_word_comes_before_the_files():
     assert candidates(contents({}), "resnet18") == [("resnet18", {})]
 
 
-def test_a_hint_counts_where_its_tensors_do_not_speak_against_it(index):
-    """Its own tensors are there, or the index does not know it; and every name comes once."""
+def test_a_hint_counts_unless_the_tensors_contradict_it(index):
+    """It counts if its tensors are there or the index does not know it; and every name comes once."""
     index(one=(10, ("a", (2, 2))), resnet18=(10, ("a", (2, 2))), resnet34=(10, ("b", (2, 2))))
     hints = ["resnet34", "nosuch", "test_vit", "resnet18", "resnet18"]
     found = candidates(contents(of_shapes(a=(2, 2)), hints=hints))
@@ -109,7 +109,7 @@ def few(count):
     return of_shapes(**{f"a{number}": (2,) for number in range(count)})
 
 
-def test_common_networks_are_tried_where_nothing_tells_and_there_is_something(index):
+def test_common_networks_are_tried_where_nothing_matches_and_there_are_enough_tensors(index):
     index(resnet50=(10, ("a", (2, 2))))
     tried = [name for name, _ in candidates(contents(few(10), hints=["resnet50", "test_vit"]))]
     assert tried == ["test_vit", "resnet50", *(name for name in COMMON if name != "resnet50")]
@@ -120,7 +120,7 @@ def test_common_networks_are_tried_where_nothing_tells_and_there_is_something(in
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_our_own_networks_are_told_by_their_second_and_last_weights(name):
+def test_our_own_networks_are_recognised_by_their_second_and_last_weights(name):
     there = {(key, tuple(tensor.shape)) for key, tensor in shapes(name).items()}
     weights = [(key, tuple(tensor.shape)) for key, tensor in shapes(name).items() if tensor.ndim > 1]
     assert architecture_recognition._looks_like(there, name)
@@ -139,10 +139,10 @@ def test_a_trunk_ends_where_the_convolutions_do(index):
         assert [name for name, _ in candidates(contents(state, names=[mark]))] == ["alexnet_rotnet"]
 
 
-# ---------------------------------------------------------------- the best
+# ---------------------------------------------------------------- the best match
 
 
-def test_a_network_that_is_there_in_full_is_a_better_answer_then_the_larger_one():
+def test_a_complete_network_beats_a_partial_one_then_the_larger_one_wins():
     rank = architecture_recognition._rank
     assert rank(matched(count=10, expected=10)) == (True, 10, 1.0)
     assert rank(matched(count=95, expected=100)) == (False, 95, 0.95)
@@ -154,7 +154,7 @@ def test_a_network_that_is_there_in_full_is_a_better_answer_then_the_larger_one(
 
 @pytest.fixture
 def fits(monkeypatch):
-    """A function that says which networks there are to try, and how well each fits; gives those that were tried."""
+    """A function that sets the candidates and how well each fits, and returns the list of those that were tried."""
 
     def put(**found):
         tried = []
@@ -177,7 +177,7 @@ def fits(monkeypatch):
     return put
 
 
-def test_the_first_of_timms_networks_that_is_all_there_is_taken(fits):
+def test_the_first_complete_network_of_timms_is_taken(fits):
     tried = fits(part=(5, 10), resnet18=(8, 8), resnet50=(9, 9))
     name, kwargs, found = recognise(contents({}))
     assert (name, kwargs, found.expected) == ("resnet18", {}, 8)
@@ -187,7 +187,7 @@ def test_the_first_of_timms_networks_that_is_all_there_is_taken(fits):
     assert [name for name, _, _ in tried] == ["alexnet", "resnet50"]
 
 
-def test_the_best_part_is_taken_and_of_equals_that_with_fewer_arguments(fits):
+def test_the_best_partial_network_is_taken_and_among_equals_the_one_with_fewer_arguments(fits):
     fits(a=(1, 10), b=(3, 10), c=(2, 10))
     assert recognise(contents({}))[0] == "b"
     fits(a=(3, 10, {"x": 1}), b=(3, 10), c=(3, 10))
@@ -197,20 +197,20 @@ def test_the_best_part_is_taken_and_of_equals_that_with_fewer_arguments(fits):
 
 
 @pytest.mark.parametrize("found", [{}, {"a": (0, 10)}])
-def test_what_fits_nothing_is_refused(found, fits):
+def test_tensors_that_fit_no_network_are_refused(found, fits):
     fits(**found)
     with pytest.raises(OdcftError, match=r"somewhere.pth fits no backbone"):
         recognise(contents({}))
 
 
-def test_no_more_networks_are_compared_than_that(fits, monkeypatch):
+def test_no_more_networks_than_the_limit_are_compared(fits, monkeypatch):
     monkeypatch.setattr(architecture_recognition, "MAX_COMPARED", 2)
     tried = fits(a=(1, 10), b=(2, 10), c=(10, 10))
     assert recognise(contents({}))[0] == "b"
     assert len(tried) == 2
 
 
-def test_the_users_arguments_go_to_every_network_and_who_does_not_take_them_is_passed_by(fits):
+def test_the_users_arguments_go_to_every_candidate_and_those_that_refuse_them_are_skipped(fits):
     wrong = OdcftError("takes no such thing")
     tried = fits(a=wrong, b=(3, 10), c=wrong)
     assert recognise(contents({}), arch_args={"in_chans": 1})[:2] == ("b", {"in_chans": 1})
@@ -225,7 +225,7 @@ def test_the_users_arguments_go_to_every_network_and_who_does_not_take_them_is_p
         recognise(contents({}))
 
 
-def test_an_architecture_that_nobody_has_is_refused_with_the_nearest():
+def test_an_unknown_architecture_is_refused_with_the_nearest_name():
     with pytest.raises(OdcftError, match=r"--arch resnet_50: timm has no such network \(did you mean resnet50\?\)"):
         recognise(contents({}), "resnet_50")
     assert nearest_name("completely different words") == ""
@@ -241,7 +241,7 @@ def test_the_users_number_of_heads_is_not_overruled(fits, monkeypatch):
     assert recognise(contents({}), arch_args={"num_heads": 3})[1] == {"num_heads": 3, "in_chans": 1}
 
 
-# ---------------------------------------------------------------- what fits once it is built otherwise
+# ---------------------------------------------------------------- what fits with other arguments
 
 
 def fitted(arch, state, kwargs=None, given=None):
@@ -274,7 +274,7 @@ def test_other_channels_are_found(channels):
         ("layer1.0.conv1.weight", (64, 7, 3, 3)),
     ],
 )
-def test_another_shape_is_no_other_number_of_channels(name, shape):
+def test_other_shapes_are_not_taken_for_another_number_of_channels(name, shape):
     kwargs, lacks = fitted("resnet18", changed("resnet18", name, shape))
     assert (kwargs, lacks) == ({}, -1)
 
@@ -301,13 +301,13 @@ def test_another_size_is_found_by_the_position_embedding(side, size):
 
 
 @pytest.mark.parametrize("length", [0, 1, 18, 16])
-def test_an_embedding_of_no_square_tells_no_size(length):
+def test_an_embedding_that_is_not_square_gives_no_size(length):
     assert fitted("test_vit", changed("test_vit", "pos_embed", (1, length, 64))) == ({}, -1)
     assert fitted("test_vit", changed("test_vit", "pos_embed", (1, 17, 32))) == ({}, -1)
     assert fitted("test_vit", changed("test_vit", "pos_embed", (17, 64))) == ({}, -1)
 
 
-def test_sizes_of_less_than_a_few_pixels_are_none():
+def test_sizes_below_8_and_above_4096_pixels_are_not_accepted():
     kwargs = {"patch_size": 4, "img_size": 32}
     for side, size in ((2, 8), (1, None)):
         state = changed("test_vit", "pos_embed", (1, 1 + side * side, 64), **kwargs)
@@ -318,14 +318,14 @@ def test_sizes_of_less_than_a_few_pixels_are_none():
     assert fitted("test_vit", state, odd) == (odd, -1)
 
 
-def test_the_users_arguments_are_not_fitted_away():
+def test_the_users_arguments_are_never_adjusted():
     state = shapes("resnet18", in_chans=1)
     assert fitted("resnet18", state, {"in_chans": 3}, {"in_chans": 3}) == ({"in_chans": 3}, -1)
     state = shapes("test_vit", in_chans=1, img_size=32)
     assert fitted("test_vit", state, {"img_size": 64}, {"img_size": 64})[0] == {"img_size": 64, "in_chans": 1}
 
 
-def test_what_does_not_take_a_word_is_left_as_it_is(monkeypatch):
+def test_a_network_that_refuses_the_adjustment_stays_as_it_is(monkeypatch):
     real = architecture_recognition.shapes
 
     def refusing(arch, **kwargs):
@@ -343,7 +343,7 @@ def test_a_network_without_patches_has_no_size_to_find(monkeypatch):
     assert fitted("any", {**own, "pos_embed": torch.empty(1, 65, 8, device="meta")}) == ({}, -1)
 
 
-# ---------------------------------------------------------------- same shapes, another network
+# ---------------------------------------------------------------- arguments that change no shape
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_a_network_without_patches_has_no_size_to_find(monkeypatch):
         ("resnet18", {"in_chans": 1}, "blobs", "pickle", {"in_chans": 1}),
     ],
 )
-def test_what_only_the_writer_tells(arch, kwargs, where, container, told):
+def test_arguments_that_only_the_writing_code_reveals(arch, kwargs, where, container, told):
     assert (
         architecture_recognition._with_hidden_arguments(contents({}, container=container), arch, kwargs, matched(where))
         == told

@@ -1,7 +1,7 @@
 """Whose code wrote a checkpoint: each family by the marks it leaves around the backbone."""
 
 import pytest
-from fakes import contents, matched
+from backbone_helpers import contents, matched
 
 from odcft.backbone.family_recognition import recognise_family
 from odcft.backbone.metadata import Metadata

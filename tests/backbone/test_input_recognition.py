@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from fakes import contents, matched
+from backbone_helpers import contents, matched
 
 from odcft.backbone.input_recognition import input_from_cfg, recognise_input, with_color
 from odcft.backbone.metadata import Metadata
@@ -30,7 +30,7 @@ def shown(arch="resnet18", cfg=CFG, dropped=(), kwargs=None, **about):
         ("colorization_siggraph17", {}, "lab_l", 4),
     ],
 )
-def test_the_files_own_word_is_followed_where_its_channels_are_the_networks(arch, kwargs, color, channels):
+def test_the_files_own_input_is_used_if_its_channels_are_the_networks(arch, kwargs, color, channels):
     own = replace(default_input(color, 48), channels=channels or default_input(color, 48).channels)
     assert shown(arch, metadata=Metadata(input=own), kwargs=kwargs) == own
     other = Metadata(input=replace(own, channels=own.channels + 1))
@@ -40,7 +40,7 @@ def test_the_files_own_word_is_followed_where_its_channels_are_the_networks(arch
     assert f"{own.channels + 1} channels: the first convolution takes {own.channels}" in said
 
 
-def test_our_own_networks_have_theirs():
+def test_our_own_networks_have_their_own_input():
     for arch, (_, own, _) in NETWORKS.items():
         assert shown(arch) == own
     bgr = shown("alexnet_jigsaw", container="pickle")
@@ -51,7 +51,7 @@ def test_our_own_networks_have_theirs():
     assert shown("alexnet", kwargs={"in_chans": 2}) == default_input("sobel", 224)
 
 
-def test_channels_tell_the_colours():
+def test_the_number_of_channels_implies_the_colours():
     assert shown(kwargs={"in_chans": 1}) == default_input("gray", 160)
     assert shown(kwargs={"in_chans": 2}) == default_input("sobel", 160)
     assert shown(kwargs={"in_chans": 1, "last_stride": 1}) == default_input("lab_l", 160)
@@ -69,7 +69,7 @@ def test_caffe2_shows_bgr():
     assert shown(container="pickle").color == "rgb"
 
 
-def test_timms_words_are_followed_in_timms_files():
+def test_timms_cfg_is_used_for_timms_files():
     timms = input_from_cfg(CFG, 160)
     assert (timms.mean, timms.std, timms.size, timms.crop_fraction) == ((0.5,) * 3, (0.25,) * 3, 160, 0.95)
     assert shown(metadata=Metadata("resnet18")) == timms
@@ -82,7 +82,7 @@ def test_timms_words_are_followed_in_timms_files():
     assert one.ignored == ["mean and std should have 3 numbers"]
 
 
-def test_a_classifier_of_timms_tells_timms_normalisation_and_else_it_is_imagenets():
+def test_timms_classifier_implies_timms_normalisation_and_otherwise_it_is_imagenets():
     assert shown() == Input("rgb", 160, *IMAGENET)
     assert shown(dropped=["module.fc.weight"]) == input_from_cfg(CFG, 160)
     assert shown(dropped=["fc.bias", "head.weight"]) == Input("rgb", 160, *IMAGENET)
@@ -92,7 +92,7 @@ def test_a_classifier_of_timms_tells_timms_normalisation_and_else_it_is_imagenet
         assert shown(cfg=nothing, dropped=["fc.weight", ".weight"]) == Input("rgb", 160, *IMAGENET)
 
 
-def test_timms_words_where_it_says_little():
+def test_a_cfg_with_little_in_it_gets_the_usual_view():
     least = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     assert input_from_cfg(least, 64).view == View(64, 0.875, "bilinear")
     assert input_from_cfg({**least, "interpolation": "bicubic", "crop_pct": 1.0}, 64).view == View(64, 1.0, "bicubic")
@@ -100,7 +100,7 @@ def test_timms_words_where_it_says_little():
 
 
 @pytest.mark.parametrize("color", ["rgb", "bgr", "gray", "lab_l", "sobel"])
-def test_the_users_word_for_the_colours(color):
+def test_the_users_colours_override_the_networks(color):
     own = Input("rgb", 48, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), crop_fraction=0.9, interpolation="bicubic")
     told = with_color(own, color)
     assert (told.color, told.view) == (color, own.view)

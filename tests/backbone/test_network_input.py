@@ -26,7 +26,7 @@ def test_values_up_to_255():
 
 
 def test_sobel_is_deepclusters_two_layers():
-    """Greyscale by a third each, then the two filters with padding 1, as convolutions with their stored weights."""
+    """Grey as the mean of the channels, then the two filters with padding 1: convolutions with the stored weights."""
     grey = nn.Conv2d(3, 1, 1)
     sobel = nn.Conv2d(1, 2, 3, padding=1)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_an_input_survives_json(color):
     assert load(default_input(color, 96).dump()) == default_input(color, 96)
 
 
-def test_the_users_word_is_followed_and_a_first_convolution_adapted_only_then(tmp_path):
+def test_the_users_colours_are_used_and_a_first_convolution_is_only_adapted_for_them(tmp_path):
     torch.manual_seed(0)
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "rgb.pth")
     rgb = load_backbone(tmp_path / "rgb.pth")
@@ -70,8 +70,8 @@ def test_the_users_word_is_followed_and_a_first_convolution_adapted_only_then(tm
             load_backbone(ckpt, input="infrared")
 
 
-def test_other_colours_are_seen_as_before(tmp_path):
-    """A view is not of the colours: which part is seen, how it is resized and what is black and white stay."""
+def test_other_colours_keep_the_view(tmp_path):
+    """Crop, interpolation and intensity range do not depend on the colours."""
     shown = Input("rgb", 48, *IMAGENET, crop_fraction=0.9, interpolation="bicubic", intensity=(0.0, 4095.0))
     assert load(shown.dump()) == shown
     save(tmp_path / "c.safetensors", shown)
@@ -92,8 +92,8 @@ def save(path, shown, arch="test_resnet"):
 
 @pytest.mark.parametrize("color", CHANNELS)
 @pytest.mark.parametrize("arch", ["test_resnet", "test_vit", "alexnet"])
-def test_random_weights_are_made_for_the_colours_they_are_shown(arch, color):
-    """Fig. 1 of the paper and DC from scratch: a ResNet of two channels whose filters are drawn for two."""
+def test_random_weights_are_drawn_for_the_colours_the_network_takes(arch, color):
+    """As for Fig. 1 of the paper and DC from scratch: a ResNet for two channels whose filters are drawn for two."""
     loaded = load_backbone(f"scratch:{arch}", input=color)
     assert not loaded.notes
     backbone = loaded.backbone
@@ -107,14 +107,14 @@ def test_random_weights_are_made_for_the_colours_they_are_shown(arch, color):
     assert all(torch.equal(tensor, again[name]) for name, tensor in backbone.net.state_dict().items())
 
 
-def test_filters_for_two_channels_are_drawn_as_for_two():
+def test_filters_for_two_channels_have_the_variance_for_two():
     weight = load_backbone("scratch:resnet50", input="sobel").backbone.net.conv1.weight
     assert weight.shape == (64, 2, 7, 7)
     assert weight.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.05)  # Kaiming, by what comes out
 
 
-def test_trained_filters_for_colours_are_no_filters_for_gradients(tmp_path):
-    """The rule: refused; where the user allows a partial backbone, that layer starts random, and the rest is kept."""
+def test_filters_trained_on_colours_are_not_used_for_gradients(tmp_path):
+    """Refused; if the user allows a partial backbone, that layer starts random and the rest is kept."""
     torch.manual_seed(0)
     state = timm.create_model("test_resnet", num_classes=0).state_dict()
     torch.save(state, tmp_path / "rgb.pth")
@@ -134,8 +134,8 @@ def test_trained_filters_for_colours_are_no_filters_for_gradients(tmp_path):
 
 
 @pytest.mark.parametrize("color", CHANNELS)
-def test_the_users_mean_and_deviation_are_of_the_range(color):
-    """In 0..1 of the range, whatever that is: 1, 255, or 100 of lightness."""
+def test_the_users_mean_and_std_are_fractions_of_the_range(color):
+    """Whatever the range is: 1, 255, or 100 for lightness."""
     count = 3 if color == "sobel" else CHANNELS[color]
     mean, std = [0.1 * (c + 1) for c in range(count)], [0.2] * count
     loaded = load_backbone("scratch:test_resnet", input=color, mean=mean, std=std)
@@ -165,7 +165,7 @@ def test_the_users_mean_and_deviation_are_of_the_range(color):
         (None, [0.2, 0.2, float("inf")], "give finite numbers above 0"),
     ],
 )
-def test_a_mean_or_deviation_that_cannot_be_is_refused(mean, std, said):
+def test_an_impossible_mean_or_std_is_refused(mean, std, said):
     with pytest.raises(OdcftError) as refusal:
         load_backbone("scratch:test_resnet", mean=mean, std=std)
     assert said in str(refusal.value)
