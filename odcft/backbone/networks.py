@@ -275,15 +275,9 @@ def _build_timm(arch: str, kwargs: dict[str, Any]) -> nn.Module:
 
 # torch.nn.init's functions are listed too: __torch_function__ does not see what they call.
 _RANDOM_INIT = {
-    "normal_",
-    "uniform_",
-    "trunc_normal_",
-    "erfinv_",
-    "kaiming_uniform_",
-    "kaiming_normal_",
-    "xavier_uniform_",
+    *("normal_", "uniform_", "trunc_normal_", "erfinv_", "bernoulli_", "orthogonal_"),
+    *("kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_"),
 }
-_RANDOM_INIT |= {"xavier_normal_", "orthogonal_", "bernoulli_"}
 
 
 class SkipRandomInit(TorchFunctionMode):

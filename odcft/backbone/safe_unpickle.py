@@ -109,20 +109,11 @@ class _StackItem:
 
 # Modules from which names stand for the real thing, also as Python 2 called them.
 _REAL_MODULES = (
-    "builtins",
-    "__builtin__",
-    "exceptions",
-    "itertools",
-    "collections",
-    "User",
-    "numpy",
-    "torch",
-    "_codecs",
+    *("builtins", "__builtin__", "exceptions", "itertools", "collections", "User", "numpy", "torch", "_codecs"),
 )
-_CALLS, _CHANGES = (
-    {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"},
-    {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS"},
-)
+# Pickle instructions that call something, change a container, hash values, and write to or read from the memo.
+_CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
+_CHANGES = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS"}
 _HASHES = {"ADDITEMS", "FROZENSET", "PERSID", "BINPERSID", "INST"}
 _PUTS, _GETS = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}, {"GET", "BINGET", "LONG_BINGET"}
 

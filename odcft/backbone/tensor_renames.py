@@ -6,21 +6,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_ALEXNET_FEATURES = {
-    0: 1,
-    4: 2,
-    8: 3,
-    11: 4,
-    14: 5,
-}  # DeepCluster: index of the convolution among all layers, and its number
-_ALEXNET_BLOCKS = {0: 1, 2: 2, 4: 3, 5: 4, 6: 5}  # RotNet and VISSL
-_CAFFE2_SUFFIXES = {
-    "w": "weight",
-    "b": "bias",
-    "s": "weight",
-    "rm": "running_mean",
-    "riv": "running_var",
-}  # Caffe2; riv: variance
+# DeepCluster's AlexNet: index of the convolution among all layers, and its number.
+_ALEXNET_FEATURES = {0: 1, 4: 2, 8: 3, 11: 4, 14: 5}
+# RotNet's and VISSL's AlexNet: index of the block, and the number of its convolution.
+_ALEXNET_BLOCKS = {0: 1, 2: 2, 4: 3, 5: 4, 6: 5}
+# Caffe2; riv holds the variance.
+_CAFFE2_SUFFIXES = {"w": "weight", "b": "bias", "s": "weight", "rm": "running_mean", "riv": "running_var"}
 
 
 def _strip_wrappers(key: str) -> str:

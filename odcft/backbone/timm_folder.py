@@ -43,9 +43,8 @@ def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = 
         "odcft": {**_summary(about or {}), "input": input.dump()},
     }
     if input.channels != 3:
-        config["pretrained_cfg"]["first_conv"] = (
-            None  # otherwise timm would adapt a first convolution that fits already
-        )
+        # Otherwise timm would adapt a first convolution that already fits.
+        config["pretrained_cfg"]["first_conv"] = None
     if backbone.kwargs:
         config["model_args"] = backbone.kwargs
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.net.state_dict().items()}
