@@ -15,7 +15,7 @@ from odcft import files
 from odcft.backbone.load import load_backbone
 from odcft.backbone.model_card import name_of
 from odcft.backbone.network import Backbone
-from odcft.backbone.timm_folder import _features, write_timm
+from odcft.backbone.timm_folder import features_of, write_timm
 from odcft.errors import OdcftError
 from odcft.run import output_checks
 from odcft.run.folder import BACKBONE_FILES
@@ -179,7 +179,7 @@ def _write_onnx(backbone: Backbone, out: Path) -> None:
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     for some in (images, images[:1]):
         theirs = torch.from_numpy(session.run(None, {"images": some.numpy()})[0])
-        ours = _features(backbone, some)
+        ours = features_of(backbone, some)
         assert (theirs - ours).abs().max() <= 1e-4 * ours.abs().max().clamp(min=1), (
             f"{out} does not give the features of the network it came from"
         )

@@ -254,7 +254,7 @@ FIELDS = {
 }  # fmt: skip
 # Speed and speech only: they must not change the backbone.
 SPEECH = {
-    "backbone.arch_args",  # of a network that is built by name: tests/test_descriptions.py
+    "backbone.arch_args",  # of a network that is built by name: tests/backbone/test_metadata.py
     "data.workers",
     "backbone.allow_partial",
     "optim.channels_last",

@@ -1,1 +1,1 @@
-"""From a checkpoint or a name to a network that turns images into pooled features; `load.py` is the door."""
+"""Load a checkpoint as a backbone, a network that turns images into pooled features. Start reading at `load.py`."""

@@ -1,8 +1,7 @@
-"""Which network a checkpoint is of, who wrote it, and what it was shown.
+"""Recognise a checkpoint's architecture by the names and shapes of its tensors.
 
-Architectures are told by the names and shapes of tensors. For each of timm's networks `timm_index.json` keeps hashes of
-a few tensors that few other networks have (tools/index_timm.py makes it); a network whose are all in the file is
-compared in full.
+For each of timm's networks `timm_index.json` (written by tools/index_timm.py) keeps hashes of a few tensors that few
+other networks have. A network whose hashes are all found in the file is compared in full.
 """
 
 import json
@@ -14,12 +13,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from odcft.backbone.checkpoint_files import Contents
 from odcft.backbone.networks import NETWORKS, is_network, shapes
-from odcft.backbone.tensor_matching import Match, match, views
+from odcft.backbone.tensor_matching import Match, match, renamings
 from odcft.errors import OdcftError
 
-# Tried when nothing in the index fits: the file may lack a part, or hold a network of another width.
+# Tried when nothing in the index fits: the file may be incomplete, or hold a network of another width.
 COMMON = (
     *("resnet50", "resnet18", "resnet34", "resnet101", "resnet152", "wide_resnet50_2", "resnext50_32x4d"),
     *("vit_small_patch16_224", "vit_base_patch16_224", "vit_tiny_patch16_224", "vit_large_patch16_224"),
@@ -28,8 +29,8 @@ COMMON = (
     *("efficientnet_b0", "mobilenetv3_large_100", "regnety_016", "densenet121", "vgg16_bn", "vgg16"),
 )
 
-FEWEST = 10  # tensors of any backbone
-MOST = 100  # networks that are compared in full
+MIN_TENSORS = 10  # every backbone has at least as many
+MAX_COMPARED = 100  # networks compared in full
 
 Kwargs = dict[str, Any]
 NamedShapes = set[tuple[str, tuple[int, ...]]]
@@ -38,29 +39,29 @@ NamedShapes = set[tuple[str, tuple[int, ...]]]
 def recognise(
     contents: Contents, arch: str | None = None, arch_args: Mapping[str, Any] | None = None
 ) -> tuple[str, Kwargs, Match]:
-    """The network that a file's tensors cover best.
+    """Find the network that a file's tensors cover best.
 
     Args:
-        contents: of the file.
-        arch: the user's word for it, which is followed.
-        arch_args: the user's word for what it is built with, which is followed, over the file's own.
+        contents: what the file holds.
+        arch: the architecture the user named, if any; no other is tried.
+        arch_args: arguments the user gave for it; they win over the file's own.
 
     Returns:
-        Its name, what `networks.build` needs besides (in_chans, img_size, num_heads), and the match.
+        Its name, further arguments for `networks.build` (in_chans, img_size, num_heads), and the match.
 
     Raises:
-        OdcftError: `arch` is unknown, cannot be built with these arguments, or nothing fits.
+        OdcftError: `arch` is unknown or cannot be built with these arguments, or no network fits.
     """
-    given = dict(arch_args or {})
+    user_args = dict(arch_args or {})
     if arch is not None and not is_network(arch):
         raise OdcftError(f"--arch {arch}: timm has no such network{nearest_name(arch)}.")
     best: tuple[str, Kwargs, Match] | None = None
-    sure = arch or contents.told.architecture
-    for candidate, kwargs in islice(_candidates(contents, arch), MOST):
+    certain = arch or contents.metadata.architecture
+    for candidate, kwargs in islice(_candidates(contents, arch), MAX_COMPARED):
         try:
-            found = candidate, *_fitted(contents, candidate, {**kwargs, **given}, given)
-        except OdcftError:  # not every network takes the user's words
-            if sure:
+            found = candidate, *_adjusted(contents, candidate, {**kwargs, **user_args}, user_args)
+        except OdcftError:  # not every candidate takes the user's arguments
+            if certain:
                 raise
             continue
         rank = (*_rank(found[2]), -len(found[1]))
@@ -70,61 +71,65 @@ def recognise(
             break
     if best is None or not best[2].tensors:
         raise OdcftError(
-            f"{contents.path} fits no backbone odcft knows. If you know its timm architecture, say --arch NAME."
+            f"{contents.path} fits no backbone that odcft knows. If you know its timm architecture, pass --arch NAME."
         )
     name, kwargs, found_match = best
-    return name, {**_as_trained(contents, name, kwargs, found_match), **given}, found_match
+    return name, {**_with_hidden_arguments(contents, name, kwargs, found_match), **user_args}, found_match
 
 
 def _rank(found: Match) -> tuple[bool, int, float]:
-    """A network that is there in full is a better answer than one of which there is a part; then the larger one."""
+    """Sort key for matches: a complete network beats a partial one; then the larger one wins."""
     return found.share == 1, len(found.tensors) if found.share > 0.9 else 0, found.share
 
 
 def _candidates(contents: Contents, arch: str | None) -> Iterator[tuple[str, Kwargs]]:
-    """Names to try, the likeliest first: what the user says, the file, its tensors, and then what is common."""
+    """Names to try with their arguments, likeliest first.
+
+    The user's or the file's own architecture is the only candidate; otherwise hints in the file, then networks its
+    tensors point to, and where there are none, common architectures.
+    """
     seen: set[str] = set()
-    if name := arch or contents.told.architecture:
-        same = name == contents.told.architecture
-        yield name, dict(contents.told.arguments) if same else {}
+    if name := arch or contents.metadata.architecture:
+        same = name == contents.metadata.architecture
+        yield name, dict(contents.metadata.arguments) if same else {}
         return
-    told = [hint for hint in contents.hints if is_network(hint)]
-    there = _named_shapes(contents)
-    by_tensors = _by_tensors(there)
-    # A file's own word counts where its tensors do not speak against it: DeepCluster's "alexnet" is not torchvision's.
-    agreeing = [hint for hint in told if hint in by_tensors or hint not in _index()]
-    # VISSL's trunks end where the convolutions do, even where fully connected layers are left in the file.
-    trunk = bool({"model_state_dict", "classy_state_dict"} & set(contents.names))
-    plain = [name for name in NETWORKS if _may_be(there, name) and not (trunk and name.endswith("_fc"))]
-    for name in (*agreeing, *plain, *by_tensors):
+    hints = [hint for hint in contents.arch_hints if is_network(hint)]
+    named_shapes = _named_shapes(contents)
+    by_tensors = _matching_timm_names(named_shapes)
+    # A hint counts unless the tensors contradict it: DeepCluster's "alexnet" is not torchvision's.
+    agreeing = [hint for hint in hints if hint in by_tensors or hint not in _index()]
+    # VISSL's trunks end at the last convolution, even where the file still has fully connected layers.
+    trunk = bool({"model_state_dict", "classy_state_dict"} & set(contents.outer_keys))
+    own = [name for name in NETWORKS if _looks_like(named_shapes, name) and not (trunk and name.endswith("_fc"))]
+    for name in (*agreeing, *own, *by_tensors):
         if name not in seen:
             seen.add(name)
             yield name, {}
-    if not by_tensors and not plain and sum(map(len, contents.state_dicts.values())) >= FEWEST:
-        for name in (*told, *COMMON):
+    if not by_tensors and not own and sum(map(len, contents.state_dicts.values())) >= MIN_TENSORS:
+        for name in (*hints, *COMMON):
             if name not in seen:
                 seen.add(name)
                 yield name, {}
 
 
-def _may_be(there: NamedShapes, name: str) -> bool:
-    """Whether the second (the first depends on the input) and the last weights of one of our own networks are there."""
+def _looks_like(named_shapes: NamedShapes, name: str) -> bool:
+    """Whether a file has the second and the last weight of one of NETWORKS (the first depends on the input)."""
     weights = [(key, tuple(own.shape)) for key, own in shapes(name).items() if own.ndim > 1]
-    return weights[1] in there and weights[-1] in there
+    return weights[1] in named_shapes and weights[-1] in named_shapes
 
 
 def _named_shapes(contents: Contents) -> NamedShapes:
-    """All ends of all names in a file, with their tensors' shapes."""
+    """Every dotted suffix of every tensor name in a file, under every renaming, with the tensor's shape."""
     return {
-        (end, tuple(tensors[key].shape))
+        (suffix, tuple(tensors[key].shape))
         for tensors in contents.state_dicts.values()
-        for names in views(tensors)
+        for names in renamings(tensors)
         for name, key in names.items()
-        for end in _ends(name)
+        for suffix in _suffixes(name)
     }
 
 
-def _ends(name: str) -> Iterator[str]:
+def _suffixes(name: str) -> Iterator[str]:
     yield name
     while "." in name:
         name = name.split(".", 1)[1]
@@ -132,68 +137,81 @@ def _ends(name: str) -> Iterator[str]:
 
 
 def fingerprint(name: str, shape: Iterable[int]) -> int:
-    """Of a tensor in the index."""
+    """The index's hash of a tensor's name and shape."""
     return zlib.crc32(f"{name}:{'x'.join(map(str, shape))}".encode())
 
 
 def any_channels(shape: Iterable[int]) -> tuple[int, ...]:
     """The shape of a first convolution without its input channels."""
-    wide, _, *kernel = shape
-    return (wide, *kernel)
+    out_channels, _, *kernel = shape
+    return (out_channels, *kernel)
 
 
 @cache
 def _index() -> dict[str, list[int]]:
-    """timm name: how many tensors it has, and the fingerprints of its first convolution and of four more."""
+    """By timm name: its number of tensors, then the fingerprints of its first convolution and of four more tensors."""
     index: dict[str, list[int]] = json.loads((Path(__file__).parent / "timm_index.json").read_text())
     return index
 
 
-def _by_tensors(there: NamedShapes) -> list[str]:
-    """timm's networks whose telling tensors are there, those with most tensors first."""
-    found = {fingerprint(end, shape) for end, shape in there}
-    found |= {fingerprint(end, any_channels(shape)) for end, shape in there if len(shape) == 4 and shape[1] < 8}
-    known = [name for name, (_, *prints) in _index().items() if all(one in found for one in prints)]
+def _matching_timm_names(named_shapes: NamedShapes) -> list[str]:
+    """timm's networks whose fingerprints are all in a file, those with most tensors first."""
+    found = {fingerprint(name, shape) for name, shape in named_shapes}
+    found |= {fingerprint(name, any_channels(shape)) for name, shape in named_shapes if _may_be_first(shape)}
+    matching = [name for name, (_, *prints) in _index().items() if all(one in found for one in prints)]
     common = {name: place for place, name in enumerate(COMMON)}
-    return sorted(known, key=lambda name: (-_index()[name][0], common.get(name, 99), len(name), name))
+    return sorted(matching, key=lambda name: (-_index()[name][0], common.get(name, 99), len(name), name))
 
 
-def _fitted(contents: Contents, arch: str, kwargs: Kwargs, given: Kwargs) -> tuple[Kwargs, Match]:
-    """The network with the file's number of input channels and size of position embedding, and its match.
+def _may_be_first(shape: tuple[int, ...]) -> bool:
+    """Whether this is a convolution of few enough input channels to be the first."""
+    return len(shape) == 4 and shape[1] < 8
+
+
+def _adjusted(contents: Contents, arch: str, kwargs: Kwargs, user_args: Kwargs) -> tuple[Kwargs, Match]:
+    """Match a network, adjusted to the file's input channels, stem and position embedding where that fits better.
+
+    Returns:
+        The arguments to build it with, and its match.
 
     Raises:
         OdcftError: the network does not take these arguments.
     """
     network = shapes(arch, **kwargs)
-    found, fitted = match(contents, network), kwargs
+    found, adjusted = match(contents, network), kwargs
     for name, tensor in found.misfits.items():
-        own = network[name]
-        if tensor.ndim == own.ndim == 4 and tensor.shape[0] == own.shape[0] and tensor.shape[2:] == own.shape[2:]:
-            if 0 < tensor.shape[1] < 8 and own.shape[1] < 8:  # the first convolution
-                fitted = {**fitted, "in_chans": tensor.shape[1]}
-        elif arch.startswith("resnet") and name == "conv1.weight" and tensor.shape[2:] == (3, 3):
-            fitted = {**fitted, "small_stem": True}
-            if tensor.shape[1] != 3:
-                fitted["in_chans"] = tensor.shape[1]
-        elif name.endswith("pos_embed") and tensor.ndim == own.ndim == 3 and tensor.shape[2] == own.shape[2]:
-            patches = network.get(name.replace("pos_embed", "patch_embed.proj.weight"))
-            extra = own.shape[1] - math.isqrt(own.shape[1]) ** 2  # tokens that are no patches
-            side = math.isqrt(max(0, tensor.shape[1] - extra))
-            patch = 0 if patches is None else patches.shape[-1]
-            if side * side + extra == tensor.shape[1] and 8 <= side * patch <= 4096:
-                fitted = {**fitted, "img_size": side * patch}
-    fitted = {**fitted, **given}
-    if fitted == kwargs:
+        adjusted = {**adjusted, **_explaining(arch, network, name, tensor)}
+    adjusted = {**adjusted, **user_args}
+    if adjusted == kwargs:
         return kwargs, found
     try:
-        refound = match(contents, shapes(arch, **fitted))
-    except OdcftError:  # timm's networks do not all take these words
+        better = match(contents, shapes(arch, **adjusted))
+    except OdcftError:  # not all of timm's networks take these arguments
         return kwargs, found
-    return (fitted, refound) if len(refound.tensors) > len(found.tensors) else (kwargs, found)
+    return (adjusted, better) if len(better.tensors) > len(found.tensors) else (kwargs, found)
 
 
-def _as_trained(contents: Contents, arch: str, kwargs: Kwargs, found: Match) -> Kwargs:
-    """What networks need whose tensors have the shapes of another's: told by who wrote them, whoever named them."""
+def _explaining(arch: str, network: Mapping[str, Tensor], name: str, tensor: Tensor) -> Kwargs:
+    """Arguments that would give a network's tensor the shape it has in the file; none if nothing explains it."""
+    own = network[name]
+    if tensor.ndim == own.ndim == 4 and tensor.shape[0] == own.shape[0] and tensor.shape[2:] == own.shape[2:]:
+        first = tensor.shape[1] > 0 and _may_be_first(tensor.shape) and _may_be_first(own.shape)
+        return {"in_chans": tensor.shape[1]} if first else {}
+    if arch.startswith("resnet") and name == "conv1.weight" and tensor.shape[2:] == (3, 3):
+        channels = {"in_chans": tensor.shape[1]} if tensor.shape[1] != 3 else {}
+        return {"small_stem": True, **channels}
+    if name.endswith("pos_embed") and tensor.ndim == own.ndim == 3 and tensor.shape[2] == own.shape[2]:
+        patches = network.get(name.replace("pos_embed", "patch_embed.proj.weight"))
+        extra = own.shape[1] - math.isqrt(own.shape[1]) ** 2  # tokens that are not patches (class, registers)
+        side = math.isqrt(max(0, tensor.shape[1] - extra))
+        patch = 0 if patches is None else patches.shape[-1]
+        if side * side + extra == tensor.shape[1] and 8 <= side * patch <= 4096:
+            return {"img_size": side * patch}
+    return {}
+
+
+def _with_hidden_arguments(contents: Contents, arch: str, kwargs: Kwargs, found: Match) -> Kwargs:
+    """Add arguments that change no tensor's shape, so that only the code that wrote the file tells them."""
     if arch.startswith("vit_small") and "base_encoder." in found.where:
         return {**kwargs, "num_heads": 12}  # MoCo v3; timm's has 6
     goyal = contents.container == "pickle" or "_feature_blocks." in found.where
@@ -203,7 +221,7 @@ def _as_trained(contents: Contents, arch: str, kwargs: Kwargs, found: Match) -> 
 
 
 def nearest_name(arch: str) -> str:
-    """ " (did you mean …?)", for a name that no network has."""
+    """Text to append for an unknown architecture: " (did you mean …?)", or "" if no name is close."""
     import difflib
 
     import timm

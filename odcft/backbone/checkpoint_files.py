@@ -1,9 +1,8 @@
-"""Other people's checkpoints: read any file without running it, and find the state dicts in it.
+"""Read other people's checkpoint files without running any code in them, and find the state dicts they hold.
 
-Reading never executes code from a file. PyTorch's own restricted loader (`weights_only`) does the work for its own
-containers, `restricted.py` for those that it refuses or does not know: tar archives of torch before 0.1.10, and plain
-pickles (Caffe2). Classes that neither knows (an argparse.Namespace, a config object) are replaced by inert stand-ins,
-so that the tensors beside them load.
+PyTorch's own restricted loader (`weights_only`) reads PyTorch's files; `safe_unpickle.py` reads what PyTorch refuses or
+does not know: tar archives of torch before 0.1.10, and plain pickles (Caffe2). Classes that neither knows (an
+argparse.Namespace, a config object) are replaced by inert stand-ins, so that the tensors beside them still load.
 """
 
 import re
@@ -18,34 +17,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odcft.backbone.metadata import Description, of_export, of_pretext, of_timm, of_transformers
+from odcft.backbone.metadata import Metadata, of_export, of_pretext, of_timm, of_transformers
 from odcft.backbone.safe_unpickle import (
-    INSTRUCTIONS,
-    Endless,
-    Refused,
+    MAX_INSTRUCTIONS,
+    DangerousGlobal,
     StandIn,
+    TooMuchWork,
     load_pickle,
     load_tar,
     numpy_globals,
-    refuse_endless,
-    refuse_endless_file,
+    refuse_excessive_work,
+    refuse_excessive_work_in_file,
     stand_in,
 )
-from odcft.backbone.tensor_renames import combined
+from odcft.backbone.tensor_renames import merge_split_tensors
 from odcft.errors import OdcftError
 from odcft.files import read_json
 from odcft.text import brief
 
-DEPTH = 12  # of nested dicts and lists that are looked into
+MAX_DEPTH = 12  # of nested dicts and lists that are searched
 
-# More than any checkpoint has, and little enough to be looked through in seconds.
-TENSORS = 30_000  # with names
-NAME = 300  # letters of a tensor's name
-LEVELS = 40  # of a tensor's name, between dots
-MEMBERS = 200_000  # of a zip archive
-ENTRY = 46  # bytes of the shortest in its list
-HEADER = 32 << 20  # bytes of what stands before the tensors of a safetensors file
-HINTS = 20  # strings that may name an architecture
+# More than any checkpoint needs, and little enough to be checked in seconds.
+MAX_TENSORS = 30_000  # named tensors
+MAX_NAME_LENGTH = 300  # characters of a tensor's name
+MAX_NAME_LEVELS = 40  # dots in a tensor's name
+MAX_ZIP_MEMBERS = 200_000  # files in a zip archive
+ZIP_ENTRY_BYTES = 46  # of the shortest entry in a zip archive's directory
+MAX_HEADER_BYTES = 32 << 20  # before the tensors of a safetensors file
+MAX_HINTS = 20  # strings that may name an architecture
+MAX_STAND_INS = 200  # unknown classes in a file of PyTorch's
+LEGACY_PICKLES = 5  # in a file of torch before 1.6: magic number, protocol, system information, tree, storage keys
+
+ZIP_MAGIC = b"PK\x03\x04"
+ZIP_END = b"PK\x05\x06"
+ZIP64_LOCATOR = b"PK\x06\x07"
+
+# A dict in a file: its path, whether only dicts lead to it (no lists or objects), and the dict itself.
+FoundDict = tuple[str, bool, Mapping[Any, Any]]
 
 
 @dataclass
@@ -55,19 +63,21 @@ class Contents:
     path: Path
     container: str  # "torch", "torch tar", "pickle", "safetensors"
     state_dicts: dict[str, dict[str, Tensor]]  # by their path in the file, "" for the file itself
-    names: list[str] = field(default_factory=list)  # all keys on the way to them
-    hints: list[str] = field(default_factory=list)  # strings that may name an architecture
-    told: Description = field(default_factory=Description)  # what it says of itself
-    replaced: list[str] = field(default_factory=list)  # classes in it that were not loaded
-    strange: list[str] = field(default_factory=list)  # names of tensors that no network has: sparse, quantized
+    outer_keys: list[str] = field(default_factory=list)  # keys of the dicts around them
+    arch_hints: list[str] = field(default_factory=list)  # strings that may name an architecture
+    metadata: Metadata = field(default_factory=Metadata)  # what the file says about its network
+    replaced_classes: list[str] = field(default_factory=list)  # replaced by stand-ins
+    unusable: list[str] = field(default_factory=list)  # names of tensors no network holds: sparse, quantized, complex
 
 
 def read(path: Path) -> Contents:
-    """Read a checkpoint, whatever its name ends with: torch's files of any age, pickles of numpy arrays (Caffe2),
-    safetensors, or a timm folder (config.json + model.safetensors).
+    """Read a checkpoint, whatever its extension.
+
+    That is a file of any version of torch, a pickle of numpy arrays (Caffe2), a safetensors file, or a timm folder
+    (config.json and model.safetensors).
 
     Raises:
-        OdcftError: no such file, not a checkpoint (and what it is instead), or no tensors in it.
+        OdcftError: the path does not exist, is not a checkpoint (the message says what it is), or has no tensors.
     """
     try:
         if path.is_dir():
@@ -77,69 +87,86 @@ def read(path: Path) -> Contents:
                 f"{path}: no such checkpoint. Give a file, a timm folder, a RUN, or a name such as timm:resnet18."
             )
         if not path.is_file():
-            raise OdcftError(f"{path} is neither a file nor a folder, so it is no checkpoint.")
+            raise OdcftError(f"{path} is neither a file nor a folder, so it is not a checkpoint.")
         with path.open("rb") as file:
             start = file.read(512)
     except OSError as error:
         raise OdcftError(f"{path} cannot be read: {error.strerror}.") from None
+    _refuse_other_files(path, start)
+
+    container = _detect_container(path, start)
+    tree, dicts, metadata, replaced = _load(path, container)
+    unusable: list[str] = []
+    state_dicts: dict[str, dict[str, Tensor]] = {}
+    for where, _, inner in dicts:
+        if tensors := _usable_tensors(inner, path, unusable):
+            state_dicts[where] = tensors
+    if sum(map(len, state_dicts.values())) > MAX_TENSORS:
+        raise OdcftError(f"{path} holds more than {MAX_TENSORS:,} named tensors, far more than any network.")
+    if not state_dicts:
+        raise OdcftError(f"{path} holds no named tensors, so there is no backbone in it.")
+    if container != "safetensors":
+        metadata = _metadata_of_tree(tree)
+    return Contents(
+        path=path,
+        container=container,
+        state_dicts={where: merge_split_tensors(tensors) for where, tensors in state_dicts.items()},
+        outer_keys=_outer_keys(dicts),
+        arch_hints=_arch_hints(dicts),
+        metadata=metadata,
+        replaced_classes=sorted(set(replaced)),
+        unusable=unusable,
+    )
+
+
+def _refuse_other_files(path: Path, start: bytes) -> None:
+    """Refuse what is often saved in place of a checkpoint: an empty file, an HTML page, a pointer of Git LFS."""
     if not start:
         raise OdcftError(f"{path} is empty (0 bytes). Was the download interrupted?")
-    if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+    text = start.lstrip()
+    if text[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise OdcftError(
-            f"{path} is an HTML page, not a checkpoint "
-            f"(it starts with {brief(start.lstrip()[:15].decode(errors='replace'))}). Was the download refused?"
+            f"{path} is an HTML page, not a checkpoint (it starts with {brief(text[:15].decode(errors='replace'))}). "
+            "Was the download refused?"
         )
     if start.startswith(b"version https://git-lfs"):
-        raise OdcftError(f"{path} is a pointer of Git LFS, not the file itself. Fetch it with `git lfs pull`.")
+        raise OdcftError(f"{path} is a Git LFS pointer, not the file itself. Fetch the file with `git lfs pull`.")
 
-    container = _container(path, start)
+
+def _load(path: Path, container: str) -> tuple[Any, list[FoundDict], Metadata, list[str]]:
+    """Load a file: its tree, all dicts in it, a safetensors file's metadata, and the classes that were replaced."""
     replaced: list[str] = []
-    told = Description()
+    metadata = Metadata()
     try:
         if container == "safetensors":
-            tree, told = _load_safetensors(path)
+            tree, metadata = _load_safetensors(path)
         elif container == "torch tar":
             tree = load_tar(path, replaced)
         elif container == "pickle":
             tree = load_pickle(path, replaced)
         else:
             tree = _load_torch(path, replaced)
-        dicts = list(_dicts(tree))
-    except Refused as refused:
+        return tree, list(_find_dicts(tree)), metadata, replaced
+    except DangerousGlobal as name:
         raise OdcftError(
-            f"{path} asks to run code when it is opened ({refused}); odcft does not. "
+            f"{path} tries to run code when it is opened ({name}); odcft does not run it. "
             "Ask whoever made it for a plain state dict."
         ) from None
-    except (Endless, MemoryError):
+    except (TooMuchWork, MemoryError):
         raise OdcftError(
-            f"{path} asks for far more time or memory than a file of its size needs, so it is refused."
+            f"{path} would take far more time or memory to load than a file of its size should, so it is refused."
         ) from None
-    strange: list[str] = []
-    state_dicts: dict[str, dict[str, Tensor]] = {}
-    for where, _, inner in dicts:
-        if tensors := _tensors(inner, path, strange):
-            state_dicts[where] = tensors
-    if sum(map(len, state_dicts.values())) > TENSORS:
-        raise OdcftError(f"{path} holds more than {TENSORS:,} tensors with names, far more than any network.")
-    if not state_dicts:
-        raise OdcftError(f"{path} holds no tensors with names, so there is no backbone in it.")
+
+
+def _metadata_of_tree(tree: Any) -> Metadata:
+    """What `odcft export --format torchvision` or `odcft pretext` wrote beside the tensors."""
     metadata = getattr(tree, "_metadata", None)
-    words = metadata.get("odcft") if isinstance(metadata, dict) else None
-    if container != "safetensors":
-        told = of_export(words) if isinstance(words, dict) else of_pretext(tree)
-    return Contents(
-        path=path,
-        container=container,
-        state_dicts={where: combined(tensors) for where, tensors in state_dicts.items()},
-        names=_names(dicts),
-        hints=_hints(dicts),
-        told=told,
-        replaced=sorted(set(replaced)),
-        strange=strange,
-    )
+    exported = metadata.get("odcft") if isinstance(metadata, dict) else None
+    return of_export(exported) if isinstance(exported, dict) else of_pretext(tree)
 
 
 def _read_folder(folder: Path) -> Contents:
+    """Read a folder of timm's, of Hugging Face's transformers, or a backbone that odcft wrote."""
     config_file = folder / "config.json"
     names = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin", "model.bin")
     weights = next((folder / name for name in names if (folder / name).is_file()), None)
@@ -152,21 +179,22 @@ def _read_folder(folder: Path) -> Contents:
     contents = read(weights)
     contents.path = folder
     if "architecture" in config or isinstance(config.get("odcft"), dict):
-        contents.told = of_timm(config)
-    elif (folder / "preprocessor_config.json").exists():  # of Hugging Face's transformers
-        contents.told = of_transformers(read_json(folder / "preprocessor_config.json"))
+        contents.metadata = of_timm(config)
+    elif (folder / "preprocessor_config.json").exists():  # written by Hugging Face's transformers
+        contents.metadata = of_transformers(read_json(folder / "preprocessor_config.json"))
     return contents
 
 
-def _container(path: Path, start: bytes) -> str:
+def _detect_container(path: Path, start: bytes) -> str:
+    """Which of `Contents.container` a file is, by its first bytes."""
     if len(start) > 9 and int.from_bytes(start[:8], "little") < 1 << 32 and start[8:9] == b"{":
         return "safetensors"
-    if start.startswith(b"PK\x03\x04"):
-        _refuse_inflated(path)
+    if start.startswith(ZIP_MAGIC):
+        _refuse_zip_bomb(path)
         return "torch"
     if start[257:262] == b"ustar":
         return "torch tar"
-    # torch's files before 1.6 begin with a pickled magic number; any other pickle is somebody's own.
+    # torch's files before 1.6 start with a pickled magic number; any other pickle was written by other code.
     if (
         start[:1] == b"\x80"
         and start[1:2] in b"\x02\x03\x04\x05"
@@ -176,93 +204,85 @@ def _container(path: Path, start: bytes) -> str:
     return "torch"
 
 
-def _refuse_inflated(path: Path) -> None:
-    """torch stores tensors as they are; an archive that swells when opened is none of its own."""
-    size, place = _listed(path)
-    if size // ENTRY > MEMBERS:
-        raise OdcftError(f"{path} is a zip archive of {size // ENTRY:,} files, far more than PyTorch writes.")
+def _refuse_zip_bomb(path: Path) -> None:
+    """Refuse an archive that grows when it is opened: torch stores tensors uncompressed, so it wrote none like that."""
+    size, place = _zip_directory(path)
+    if size // ZIP_ENTRY_BYTES > MAX_ZIP_MEMBERS:
+        raise OdcftError(f"{path} is a zip archive of {size // ZIP_ENTRY_BYTES:,} files, far more than PyTorch writes.")
     try:
         with zipfile.ZipFile(path) as archive:
-            inflated = sum(member.file_size for member in archive.infolist())
+            unpacked = sum(member.file_size for member in archive.infolist())
             if archive.start_dir != place:
-                raise zipfile.BadZipFile  # PyTorch would read another list than the one that was looked at
+                raise zipfile.BadZipFile  # PyTorch would read another directory than the one checked here
     except (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, ValueError):
-        raise _no_checkpoint(path) from None  # PyTorch is less strict, so it would open what was not looked at
-    if inflated > 2 * path.stat().st_size + (1 << 20):
+        raise _not_a_checkpoint(path) from None  # PyTorch is less strict, and would open what was not checked
+    if unpacked > 2 * path.stat().st_size + (1 << 20):
         raise OdcftError(
-            f"{path} is a zip archive that swells to {inflated:,} bytes, which no checkpoint of PyTorch does. "
+            f"{path} is a zip archive that unpacks to {unpacked:,} bytes, which no checkpoint of PyTorch does. "
             "Is it the right file?"
         )
 
 
-def _listed(path: Path) -> tuple[int, int]:
-    """How many bytes the list of a zip archive's files takes, and where PyTorch will look for it: no entry is read."""
+def _zip_directory(path: Path) -> tuple[int, int]:
+    """The size of a zip archive's directory in bytes, and the offset PyTorch will look for it at.
+
+    Only the end of the archive is read, no entry of the directory.
+    """
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - (1 << 16) - 22))
         tail = file.read()
-        end = tail.rfind(b"PK\x05\x06")
+        end = tail.rfind(ZIP_END)
         if end < 0 or len(tail) < end + 22:
-            return 0, -1  # cut
+            return 0, -1  # the file is cut off
         size, place = (int.from_bytes(tail[end + at : end + at + 4], "little") for at in (12, 16))
-        if tail[end - 20 : end - 16] == b"PK\x06\x07":  # of the 64-bit kind
-            about = int.from_bytes(tail[end - 12 : end - 4], "little")
-            if about != path.stat().st_size - len(tail) + end - 76:  # right before that, where everybody has it
+        if tail[end - 20 : end - 16] == ZIP64_LOCATOR:
+            record = int.from_bytes(tail[end - 12 : end - 4], "little")
+            if record != path.stat().st_size - len(tail) + end - 76:  # every writer puts it right before the locator
                 return 0, -1
-            file.seek(about)
-            size, place = (int.from_bytes(words, "little") for words in _pair(file.read(56)[40:56]))
+            file.seek(record)
+            words = file.read(56)
+            size, place = (int.from_bytes(words[at : at + 8], "little") for at in (40, 48))
     return min(size, path.stat().st_size), place
 
 
-def _pair(words: bytes) -> tuple[bytes, bytes]:
-    return words[:8], words[8:]
-
-
-def _load_safetensors(path: Path) -> tuple[Any, Description]:
-    """The tensors, and what `odcft export` wrote beside them."""
+def _load_safetensors(path: Path) -> tuple[Any, Metadata]:
+    """The tensors of a file, and what `odcft export` wrote beside them."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
-    if header > HEADER:
+    if header > MAX_HEADER_BYTES:
         raise OdcftError(
             f"{path} is a damaged safetensors file (its header has {header:,} bytes). Copy or download it again."
         )
     try:
         with safe_open(path, "pt") as file:
-            words = file.metadata() or {}
-        return load_file(path), of_export(words)
+            fields = file.metadata() or {}
+        return load_file(path), of_export(fields)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        said = brief(str(error), 100, quotes=False)
-        raise OdcftError(f"{path} is a damaged safetensors file ({said}). Copy or download it again.") from None
+        reason = brief(str(error), 100, quotes=False)
+        raise OdcftError(f"{path} is a damaged safetensors file ({reason}). Copy or download it again.") from None
 
 
 def load_torch(path: Path) -> Any:
-    """What torch wrote into a file, of whatever origin, and nothing else.
+    """Load what torch wrote into a file, and refuse every other container.
 
     Raises:
-        OdcftError, Refused, Endless, MemoryError, OSError: it is another kind of file, or none to be opened.
+        OdcftError, DangerousGlobal, TooMuchWork, MemoryError, OSError: torch did not write the file, or it cannot or
+            must not be loaded.
     """
     with path.open("rb") as file:
-        container = _container(path, file.read(512))
+        container = _detect_container(path, file.read(512))
     if container != "torch":
-        raise _no_checkpoint(path)
+        raise _not_a_checkpoint(path)
     return _load_torch(path, [])
 
 
 def _load_torch(path: Path, replaced: list[str]) -> Any:
+    """Load a file of torch's, with stand-ins for classes that are not allowed; their names are added to `replaced`."""
+    instructions = _count_instructions(path)
     stand_ins: dict[str, type] = {}
-    try:
-        if _is_zip(path):
-            length = refuse_endless(BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")))
-        else:
-            length = refuse_endless_file(
-                path, pickles=5
-            )  # what torch wrote before 1.6: identity, versions, machine, tree, keys
-    except (Endless, MemoryError):
-        raise
-    except Exception:  # not what torch wrote
-        raise _no_checkpoint(path) from None
     while True:
         try:
             known = [*numpy_globals(), *((cls, name) for name, cls in stand_ins.items())]
@@ -270,28 +290,52 @@ def _load_torch(path: Path, replaced: list[str]) -> Any:
                 tree = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
             replaced += stand_ins
             return tree
-        except (Refused, MemoryError):
+        except (DangerousGlobal, MemoryError):
             raise
         except RecursionError:
-            raise Endless from None
-        except Exception as error:  # torch raises many kinds for a file that is no checkpoint
-            wanted = re.search(r"(?:GLOBAL|class|global) ([\w.]+) was not an allowed global", str(error))
-            blocked = re.search(r"([\w.]+) whose module [\w.]+ is blocked", str(error))
-            if blocked:
-                raise Refused(blocked.group(1)) from None
-            name = wanted.group(1) if wanted else ""
-            name = f"builtins.{name}" if name and "." not in name else name
-            if name and name not in stand_ins and len(stand_ins) < 200:
-                stand_ins[name] = stand_in(name)
-                if len(stand_ins) * length > 4 * INSTRUCTIONS:  # it is run once more for each of them
-                    raise Endless from None
-                continue
-            if name:
-                raise Refused(name) from None
-            raise _no_checkpoint(path) from None
+            raise TooMuchWork from None
+        except Exception as error:  # torch raises many kinds for a file that is not a checkpoint
+            name = _refused_global(error)
+            if not name:
+                raise _not_a_checkpoint(path) from None
+            if name in stand_ins or len(stand_ins) >= MAX_STAND_INS:
+                raise DangerousGlobal(name) from None
+            stand_ins[name] = stand_in(name)
+            if len(stand_ins) * instructions > 4 * MAX_INSTRUCTIONS:  # the pickle is run again for each of them
+                raise TooMuchWork from None
 
 
-def _no_checkpoint(path: Path) -> OdcftError:
+def _count_instructions(path: Path) -> int:
+    """How many instructions the pickles in a file of torch's have.
+
+    Raises:
+        TooMuchWork, MemoryError: loading them would take too much time or memory.
+        OdcftError: torch did not write the file.
+    """
+    try:
+        if _is_zip(path):
+            return refuse_excessive_work(BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")))
+        return refuse_excessive_work_in_file(path, pickles=LEGACY_PICKLES)
+    except (TooMuchWork, MemoryError):
+        raise
+    except Exception:  # torch's reader and the look at the pickle raise many kinds
+        raise _not_a_checkpoint(path) from None
+
+
+def _refused_global(error: Exception) -> str:
+    """The dotted name of the class that torch's loader refused, from its message; "" if it failed otherwise.
+
+    Raises:
+        DangerousGlobal: torch blocks the whole module.
+    """
+    if blocked := re.search(r"([\w.]+) whose module [\w.]+ is blocked", str(error)):
+        raise DangerousGlobal(blocked.group(1)) from None
+    refused = re.search(r"(?:GLOBAL|class|global) ([\w.]+) was not an allowed global", str(error))
+    name = refused.group(1) if refused else ""
+    return f"builtins.{name}" if name and "." not in name else name
+
+
+def _not_a_checkpoint(path: Path) -> OdcftError:
     return OdcftError(
         f"{path} is not a checkpoint that PyTorch or safetensors can read. Is it complete, and the right file?"
     )
@@ -299,11 +343,11 @@ def _no_checkpoint(path: Path) -> OdcftError:
 
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+        return file.read(4) == ZIP_MAGIC
 
 
-def _inner(tree: Any) -> Any:
-    """What an object holds: a pickled network's parameters under their names, the fields of a stand-in, or itself."""
+def _held_by(tree: Any) -> Any:
+    """What an object holds: a pickled network's state dict, the attributes of a stand-in, or anything else as it is."""
     if isinstance(tree, StandIn):
         tree = vars(tree)
         if "_parameters" in tree and "_modules" in tree:
@@ -312,37 +356,43 @@ def _inner(tree: Any) -> Any:
 
 
 def _module_tensors(module: Mapping[str, Any], made: dict[int, dict[str, Any]] | None = None) -> dict[str, Any]:
-    """The state dict of a network that was pickled whole; a layer in it may stand in several places."""
+    """The state dict of a network that was pickled whole.
+
+    Args:
+        module: its attributes.
+        made: tensors of the modules met so far, by id: a module may be used in several places.
+    """
     made = {} if made is None else made
     tensors: dict[str, Any] = {}
     for group in ("_parameters", "_buffers"):
-        tensors |= {name: tensor for name, tensor in _items(module, group) if isinstance(tensor, Tensor)}
-    for name, inner in _items(module, "_modules"):
-        if isinstance(inner, StandIn) and len(made) < TENSORS:
+        tensors |= {name: tensor for name, tensor in _named_items(module, group) if isinstance(tensor, Tensor)}
+    for name, inner in _named_items(module, "_modules"):
+        if isinstance(inner, StandIn) and len(made) < MAX_TENSORS:
             if id(inner) not in made:
-                made[id(inner)] = {}  # a network inside itself has no more
+                made[id(inner)] = {}  # ends the recursion where a module contains itself
                 made[id(inner)] = _module_tensors(vars(inner), made)
             tensors |= {f"{name}.{key}": value for key, value in made[id(inner)].items()}
-        if len(tensors) > TENSORS:
-            raise Endless
+        if len(tensors) > MAX_TENSORS:
+            raise TooMuchWork
     return tensors
 
 
-def _items(module: Mapping[str, Any], group: str) -> list[tuple[str, Any]]:
-    held = module.get(group)
-    return [(name, one) for name, one in held.items() if isinstance(name, str)] if isinstance(held, Mapping) else []
+def _named_items(module: Mapping[str, Any], group: str) -> list[tuple[str, Any]]:
+    """The items of a module's `_parameters`, `_buffers` or `_modules` whose names are text."""
+    items = module.get(group)
+    return [(name, one) for name, one in items.items() if isinstance(name, str)] if isinstance(items, Mapping) else []
 
 
-def _dicts(tree: Any) -> Iterator[tuple[str, bool, Mapping[Any, Any]]]:
-    """Every dict in a file, each once: its path, whether only dicts lead to it, and the dict."""
-    least: dict[int, int] = {}  # depth at which a part of the tree was met
-    kept: list[Any] = []  # parts made here, whose ids must not be given to others
+def _find_dicts(tree: Any) -> Iterator[FoundDict]:
+    """Every dict in a file, each once."""
+    least_depth: dict[int, int] = {}  # at which an object was met, by its id
+    kept: list[Any] = []  # objects made here: kept alive so that no other gets the same id
 
-    def walk(tree: Any, path: str, depth: int, plain: bool) -> Iterator[tuple[str, bool, Mapping[Any, Any]]]:
-        if depth > DEPTH or least.get(id(tree), DEPTH + 1) <= depth:
+    def walk(tree: Any, path: str, depth: int, plain: bool) -> Iterator[FoundDict]:
+        if depth > MAX_DEPTH or least_depth.get(id(tree), MAX_DEPTH + 1) <= depth:
             return
-        first, least[id(tree)] = id(tree) not in least, depth
-        inner = _inner(tree)
+        first, least_depth[id(tree)] = id(tree) not in least_depth, depth
+        inner = _held_by(tree)
         kept.append(inner)
         if isinstance(inner, list | tuple):
             inner, plain = ({str(place): value for place, value in enumerate(inner)} if len(inner) < 100 else {}), False
@@ -351,37 +401,39 @@ def _dicts(tree: Any) -> Iterator[tuple[str, bool, Mapping[Any, Any]]]:
         if isinstance(inner, Mapping):
             for key, value in inner.items():
                 if isinstance(key, str) and isinstance(value, Mapping | list | tuple | StandIn):
-                    yield from walk(value, f"{path}/{key[:NAME]}".lstrip("/"), depth + 1, plain)
+                    yield from walk(value, f"{path}/{key[:MAX_NAME_LENGTH]}".lstrip("/"), depth + 1, plain)
 
     return walk(tree, "", 0, True)
 
 
-def _tensors(tree: Mapping[Any, Any], path: Path, strange: list[str]) -> dict[str, Tensor]:
-    """The tensors in a dict that a network can have; the names of others are added to `strange`.
+def _usable_tensors(tree: Mapping[Any, Any], path: Path, unusable: list[str]) -> dict[str, Tensor]:
+    """The tensors in a dict that a network can hold; names of other tensors are added to `unusable`.
 
     Raises:
-        OdcftError: a name without end, or a tensor that the file is too small for.
+        OdcftError: a name is too long, or a tensor is larger than the file.
     """
     tensors = {}
     for name, tensor in tree.items():
         if not (isinstance(name, str) and isinstance(tensor, Tensor)):
             continue
-        if len(name) > NAME or name.count(".") > LEVELS:
-            raise OdcftError(f"{path}: a tensor's name has {len(name):,} letters, which no network has: {brief(name)}.")
-        if not _dense(tensor):
-            strange.append(name)
+        if len(name) > MAX_NAME_LENGTH or name.count(".") > MAX_NAME_LEVELS:
+            raise OdcftError(
+                f"{path}: a tensor's name has {len(name):,} characters, which no network has: {brief(name)}."
+            )
+        if not _is_plain(tensor):
+            unusable.append(name)
             continue
         if tensor.nbytes > 4 * path.stat().st_size + (1 << 20):
             raise OdcftError(
-                f"{path} has {path.stat().st_size:,} bytes, and says that {brief(name)} in it takes "
+                f"{path} has {path.stat().st_size:,} bytes, but says that {brief(name)} in it takes "
                 f"{tensor.nbytes:,}. Is it damaged?"
             )
         tensors[name] = tensor.detach()
     return tensors
 
 
-def _dense(tensor: Tensor) -> bool:
-    """Whether these are plain numbers in memory: not sparse, nested, quantized or complex, nor without contents."""
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is dense real numbers in memory: not sparse, nested, quantized, complex or without storage."""
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_complex():
         return False
     try:
@@ -390,8 +442,8 @@ def _dense(tensor: Tensor) -> bool:
         return False
 
 
-def _names(dicts: list[tuple[str, bool, Mapping[Any, Any]]]) -> list[str]:
-    """Keys of the dicts around the state dicts; of the outermost also those of tensors."""
+def _outer_keys(dicts: list[FoundDict]) -> list[str]:
+    """Keys of the dicts around the state dicts; of the outermost dict also those of tensors."""
     return [
         key
         for path, plain, tree in dicts
@@ -401,8 +453,8 @@ def _names(dicts: list[tuple[str, bool, Mapping[Any, Any]]]) -> list[str]:
     ]
 
 
-def _hints(dicts: list[tuple[str, bool, Mapping[Any, Any]]]) -> list[str]:
-    """Values of fields that name an architecture, wherever they are."""
+def _arch_hints(dicts: list[FoundDict]) -> list[str]:
+    """Values of fields that usually name an architecture."""
     fields = ("arch", "architecture", "model", "model_name", "backbone", "network")
     found = [
         tree[key]
@@ -411,4 +463,4 @@ def _hints(dicts: list[tuple[str, bool, Mapping[Any, Any]]]) -> list[str]:
         for key in fields
         if isinstance(tree.get(key), str) and len(tree[key]) < 100
     ]
-    return list(dict.fromkeys(found))[:HINTS]
+    return list(dict.fromkeys(found))[:MAX_HINTS]

@@ -1,24 +1,31 @@
-"""Who wrote a checkpoint."""
+"""Recognise whose code wrote a checkpoint."""
 
 from odcft.backbone.checkpoint_files import Contents
 from odcft.backbone.tensor_matching import Match
 
-# ---------------------------------------------------------------- who wrote it
 
+def recognise_family(contents: Contents, arch: str, found: Match) -> str:
+    """Tell whose code wrote a file by what it holds around the backbone.
 
-def family(contents: Contents, arch: str, found: Match) -> str:
-    """Whose code wrote a file, by what stands around the backbone; "state_dict" where nothing tells."""
-    where, names = found.where, set(contents.names)
+    Args:
+        contents: what the file holds.
+        arch: the backbone's architecture.
+        found: where in the file it was found.
+
+    Returns:
+        The first family whose marks are there; "state_dict" if there are none.
+    """
+    where, names = found.where, set(contents.outer_keys)
     keys = [key for tensors in contents.state_dicts.values() for key in tensors]
 
     def has(*starts: str) -> bool:
         return any(key.startswith(starts) for key in keys)
 
     vit = arch.startswith("vit_")
-    bare = vit and not has("head.", "fc.")
+    headless = vit and not has("head.", "fc.")
     marks = {
-        "odcft": contents.told.ours,
-        "timm": contents.told.architecture is not None or "state_dict_ema" in names,
+        "odcft": contents.metadata.from_odcft,
+        "timm": contents.metadata.architecture is not None or "state_dict_ema" in names,
         "fair_caffe2": contents.container == "pickle" and "blobs" in names,
         "colorization_zhang": arch in ("colorization_eccv16", "colorization_siggraph17"),
         "vissl": bool({"classy_state_dict", "model_state_dict"} & names) and has("_feature_blocks."),
@@ -34,10 +41,10 @@ def family(contents: Contents, arch: str, found: Match) -> str:
         "dinov2": vit and has("mask_token") and any(".ls1.gamma" in key for key in keys),
         "dino": "teacher" in names,
         "mae": has("decoder_"),
-        # Their released backbones are a plain vision transformer without head, as anybody's may be.
-        "dino or timm": bare and where == "the file itself",
-        "mae or timm": bare and where == "model",
+        # The backbones they released are plain vision transformers without a head, and so are other people's.
+        "dino or timm": headless and where == "the file itself",
+        "mae or timm": headless and where == "model",
         "training script": "arch" in names and "state_dict" in names and bool({"optimizer", "args", "epoch"} & names),
         "torchvision": where == "the file itself" and bool(arch.startswith(("resnet", "alexnet"))),
     }
-    return next((name for name, true in marks.items() if true), "state_dict")
+    return next((name for name, present in marks.items() if present), "state_dict")

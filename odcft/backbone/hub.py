@@ -1,46 +1,46 @@
-"""Weights from the Hugging Face hub, without waiting for a network that is not there.
+"""Avoid long waits for the Hugging Face hub on machines that cannot reach it.
 
-Without one, its client asks a dozen times, for a minute. So it is asked once whether it answers, for a few seconds, and
-told to use what it has on this machine where it does not.
+Its client retries a dozen times over about a minute when there is no network connection. So odcft tests for a few
+seconds whether the hub answers, and if it does not, has the client use its cache on this machine only.
 """
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PATIENCE = 5.0  # seconds
+TIMEOUT_SECONDS = 5.0
 
 
 @contextmanager
-def no_longer_than_needed() -> Iterator[bool]:
-    """While it lasts the hub's client is offline, unless the hub answers; which is what is given."""
+def offline_if_unreachable() -> Iterator[bool]:
+    """Put the hub's client into offline mode if the hub does not answer; yields whether it does."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    answers = not before and _answers(constants.ENDPOINT)
-    constants.HF_HUB_OFFLINE = not answers
+    reachable = not before and _is_reachable(constants.ENDPOINT)
+    constants.HF_HUB_OFFLINE = not reachable
     try:
-        yield answers
+        yield reachable
     finally:
         constants.HF_HUB_OFFLINE = before
 
 
-def _answers(address: str) -> bool:
-    """Whether a server says anything within PATIENCE; through a proxy, where there is one."""
+def _is_reachable(url: str) -> bool:
+    """Whether a server answers anything within TIMEOUT_SECONDS; through a proxy, if one is configured."""
     from huggingface_hub.utils import get_session
 
-    said = threading.Event()
+    answered = threading.Event()
 
     def ask() -> None:
         try:
-            get_session().head(address, timeout=PATIENCE)
-            said.set()
-        except Exception:  # the client has many ways to say no
+            get_session().head(url, timeout=TIMEOUT_SECONDS)
+            answered.set()
+        except Exception:  # the client raises many kinds
             pass
         finally:
             done.set()
 
     done = threading.Event()
-    threading.Thread(target=ask, daemon=True).start()  # looking up a name has no time limit of its own
-    done.wait(PATIENCE)
-    return said.is_set()
+    threading.Thread(target=ask, daemon=True).start()  # a name lookup has no time limit of its own
+    done.wait(TIMEOUT_SECONDS)
+    return answered.is_set()

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from odcft.backbone.load import Loaded, _some
+from odcft.backbone.load import Loaded, first_few
 from odcft.data.view import seen_as
 from odcft.text import brief
 
 
 def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
-    """What `odcft inspect` tells of a loaded checkpoint: INTERFACE's fields, and lines for people."""
+    """Describe a loaded checkpoint: the fields of `odcft inspect --json`, and the lines it prints."""
     backbone, found, input = loaded.backbone, loaded.match, loaded.backbone.input
     expected = len(backbone.net.state_dict()) if found is None else found.expected
     values: dict[str, Any] = {
@@ -33,18 +33,18 @@ def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
         ),
         f"  backbone   {values['matched']} of {expected} tensors under {brief(values['where'], 200, quotes=False)}",
     ]
-    for title, some in (
+    for title, names in (
         ("missing", values["missing"]),
         ("left out", values["dropped"]),
-        ("no fit", values["unexpected"]),
-        ("beside it", [] if found is None else [other or "the file itself" for other in found.others]),
+        ("mismatched", values["unexpected"]),
+        ("also found", [] if found is None else [other or "the file itself" for other in found.others]),
     ):
-        if some:
-            lines.append(f"  {title:<10} {_some(some)}")
+        if names:
+            lines.append(f"  {title:<10} {first_few(names)}")
     lines += [f"  note       {note}" for note in loaded.notes]
     if loaded.not_finite:
         lines.append(
-            "It cannot be fine-tuned: weights that are not finite give no features. Take an earlier checkpoint."
+            "It cannot be fine-tuned, because weights that are not finite give no features. Use an earlier checkpoint."
         )
     return values, lines
 

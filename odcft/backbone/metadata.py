@@ -1,8 +1,8 @@
-"""What a file says of itself is data: here it is checked and bounded before anything is made of it.
+"""Check what a checkpoint says about its own network, and bound it before anything is built from it.
 
-An architecture is a name that timm or odcft knows. It may be built with the `Arguments` below, each of its type and
-within its bounds; sizes, means and deviations are those of images. What else a file says is left out, and named. The
-user's own `--arch-args` are read by the same list, and refused where they are not on it.
+An architecture must be a name that timm or odcft knows. It may be built with the `Arguments` below, each of its type
+and within its bounds; sizes, means and standard deviations must be plausible for images. Anything else a file says is
+ignored, and named in a note. The user's own `--arch-args` are checked against the same list, and refused if they fail.
 """
 
 import json
@@ -22,36 +22,38 @@ from odcft.text import brief
 
 _Size = Annotated[int, Field(ge=8, le=4096)]  # pixels
 _Channels = Annotated[int, Field(ge=1, le=16)]
-_Wide = Annotated[int, Field(ge=1, le=16384)]
-_Deep = Annotated[int, Field(ge=1, le=128)]
+_Width = Annotated[int, Field(ge=1, le=16384)]
+_Depth = Annotated[int, Field(ge=1, le=128)]
 _Rate = Annotated[float, Field(ge=0, lt=1)]
-_PerChannel = Annotated[list[Annotated[float, Field(ge=-1e5, le=1e5)]], Field(min_length=1, max_length=16)]
-_Spread = Annotated[list[Annotated[float, Field(ge=1e-6, le=1e5)]], Field(min_length=1, max_length=16)]
-_Stages = Annotated[list[_Deep], Field(min_length=1, max_length=8)]
+_Means = Annotated[list[Annotated[float, Field(ge=-1e5, le=1e5)]], Field(min_length=1, max_length=16)]
+_Stds = Annotated[list[Annotated[float, Field(ge=1e-6, le=1e5)]], Field(min_length=1, max_length=16)]
+_Stages = Annotated[list[_Depth], Field(min_length=1, max_length=8)]
 _Crop = Annotated[float, Field(gt=0, le=1)]
-# Pools that leave one vector an image, as wide as the network says it is.
+# Pooling that gives one vector per image, as wide as the network says.
 _Pool = Literal["avg", "max", "avgmax", "token", "map"]
 _Activation = Literal[
     "relu", "relu6", "leaky_relu", "elu", "gelu", "gelu_tanh", "quick_gelu", "silu", "mish", "hard_swish"
 ]
 
 
-class _Told(BaseModel):
+class _Strict(BaseModel):
+    """No unknown fields, no conversions, no NaN."""
+
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class Arguments(_Told):
-    """What a network may be built with besides its name: words of timm's, and two of `networks.build`."""
+class Arguments(_Strict):
+    """Arguments a network may be built with: some of timm's, and two of `networks.build` (the last two)."""
 
     in_chans: _Channels = 3
     img_size: _Size | Annotated[list[_Size], Field(min_length=2, max_length=2)] = 224
     patch_size: Annotated[int, Field(ge=1, le=64)] = 16
     window_size: Annotated[int, Field(ge=1, le=64)] = 7
-    embed_dim: _Wide = 768
-    dims: Annotated[list[_Wide], Field(min_length=1, max_length=8)] = []
-    depth: _Deep = 12
+    embed_dim: _Width = 768
+    dims: Annotated[list[_Width], Field(min_length=1, max_length=8)] = []
+    depth: _Depth = 12
     depths: _Stages = []
-    num_heads: _Deep | _Stages = 12
+    num_heads: _Depth | _Stages = 12
     mlp_ratio: Annotated[float, Field(ge=0.25, le=16)] = 4
     init_values: Annotated[float, Field(ge=0, le=1)] = 1e-5
     qkv_bias: bool = True
@@ -82,30 +84,30 @@ class Arguments(_Told):
     small_stem: bool = False
 
 
-class Normalisation(_Told):
-    """timm's words on what its weights were shown, as far as odcft follows them."""
+class PretrainedCfg(_Strict):
+    """The fields of timm's pretrained_cfg that odcft uses."""
 
     input_size: Annotated[list[int], Field(min_length=3, max_length=3)] = [3, 224, 224]
-    mean: _PerChannel = []
-    std: _Spread = []
+    mean: _Means = []
+    std: _Stds = []
     crop_pct: _Crop = 0.875
     interpolation: Literal[INTERPOLATIONS] = "bilinear"  # type: ignore[valid-type]
 
     @model_validator(mode="after")
-    def _is_of_an_image(self) -> "Normalisation":
+    def _has_square_images(self) -> "PretrainedCfg":
         channels, height, width = self.input_size
         if not 1 <= channels <= 16 or height != width or not 8 <= width <= 4096:
             raise ValueError("input_size should be [channels, size, size], with a size of 8 to 4096")
         return self
 
 
-class _Shown(_Told):
-    """The words of `inputs.Input.dump`."""
+class _InputFields(_Strict):
+    """The fields that `network_input.Input.dump` writes."""
 
     color: Literal[tuple(CHANNELS)]  # type: ignore[valid-type]
     size: _Size
-    mean: _PerChannel
-    std: _Spread
+    mean: _Means
+    std: _Stds
     channels: _Channels = 1
     range: Annotated[list[Annotated[float, Field(ge=0, le=65535)]], Field(min_length=2, max_length=2)] = [0, 1]
     crop_fraction: _Crop = 0.875
@@ -113,7 +115,7 @@ class _Shown(_Told):
     intensity: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
 
     @model_validator(mode="after")
-    def _agrees(self) -> "_Shown":
+    def _is_consistent(self) -> "_InputFields":
         wanted = 3 if self.color == "sobel" else CHANNELS[self.color]
         if not len(self.mean) == len(self.std) == wanted:
             raise ValueError(f"mean and std should have {wanted} numbers for {self.color}")
@@ -127,131 +129,135 @@ class _Shown(_Told):
 
 
 @dataclass
-class Description:
-    """What a file says of itself, as far as it may be followed."""
+class Metadata:
+    """What a file says about its own network, as far as odcft follows it."""
 
     architecture: str | None = None  # a name that `networks.build` knows
-    arguments: dict[str, Any] = field(default_factory=dict)  # of Arguments
-    cfg: dict[str, Any] = field(default_factory=dict)  # of Normalisation
-    input: Input | None = None  # all of it, in odcft's own words
-    ours: bool = False  # odcft wrote it
-    left_out: list[str] = field(default_factory=list)  # what is not followed, and why
+    arguments: dict[str, Any] = field(default_factory=dict)  # checked against Arguments
+    cfg: dict[str, Any] = field(default_factory=dict)  # checked against PretrainedCfg
+    input: Input | None = None  # the complete input, from files that odcft wrote
+    from_odcft: bool = False  # whether odcft wrote the file
+    ignored: list[str] = field(default_factory=list)  # what is not followed, and why
 
 
-def of_timm(config: Mapping[str, Any]) -> Description:
-    """Of the config.json of a timm folder."""
-    told, odcfts = Description(), config.get("odcft")
-    _architecture(told, config.get("architecture"))
-    if told.architecture is not None:
-        _arguments(told, config.get("model_args"), "model_args")
+def of_timm(config: Mapping[str, Any]) -> Metadata:
+    """Read the config.json of a timm folder."""
+    metadata, extra = Metadata(), config.get("odcft")
+    _read_architecture(metadata, config.get("architecture"))
+    if metadata.architecture is not None:
+        _read_arguments(metadata, config.get("model_args"), "model_args")
         cfg = config.get("pretrained_cfg")
         if isinstance(cfg, dict):
-            _normalisation(told, {name: cfg[name] for name in Normalisation.model_fields if name in cfg})
+            _read_cfg(metadata, {name: cfg[name] for name in PretrainedCfg.model_fields if name in cfg})
         elif cfg is not None:
-            told.left_out.append(f"pretrained_cfg={brief(cfg)} should be an object")
-    if isinstance(odcfts, dict):
-        told.ours = True
-        _input(told, odcfts.get("input"))
-    return told
+            metadata.ignored.append(f"pretrained_cfg={brief(cfg)} should be an object")
+    if isinstance(extra, dict):
+        metadata.from_odcft = True
+        _read_input(metadata, extra.get("input"))
+    return metadata
 
 
-def of_transformers(about: Mapping[str, Any]) -> Description:
-    """Of the preprocessor_config.json of a folder of Hugging Face's transformers."""
-    told = Description()
-    if "image_mean" in about and "image_std" in about:
-        _normalisation(told, {"mean": about["image_mean"], "std": about["image_std"]})
-    return told
+def of_transformers(config: Mapping[str, Any]) -> Metadata:
+    """Read the preprocessor_config.json of a folder of Hugging Face's transformers."""
+    metadata = Metadata()
+    if "image_mean" in config and "image_std" in config:
+        _read_cfg(metadata, {"mean": config["image_mean"], "std": config["image_std"]})
+    return metadata
 
 
-def of_export(words: Mapping[str, Any]) -> Description:
-    """Of the words that `odcft export` writes beside the tensors of a file; of others' words nothing."""
-    told = Description()
-    if {"architecture", "arch_args", "input"} <= set(words):
-        told.ours = True
-        _architecture(told, words["architecture"])
-        _arguments(told, _json(told, words["arch_args"], "arch_args"), "arch_args")
-        _input(told, _json(told, words["input"], "input"))
-    return told
+def of_export(fields: Mapping[str, Any]) -> Metadata:
+    """Read the fields that `odcft export` writes beside the tensors of a file; other people's give empty metadata."""
+    metadata = Metadata()
+    if {"architecture", "arch_args", "input"} <= set(fields):
+        metadata.from_odcft = True
+        _read_architecture(metadata, fields["architecture"])
+        _read_arguments(metadata, _parsed_json(metadata, fields["arch_args"], "arch_args"), "arch_args")
+        _read_input(metadata, _parsed_json(metadata, fields["input"], "input"))
+    return metadata
 
 
-def of_pretext(tree: Any) -> Description:
-    """Of a checkpoint of `odcft pretext`; of any other nothing."""
-    told = Description()
+def of_pretext(tree: Any) -> Metadata:
+    """Read a checkpoint of `odcft pretext`; any other gives empty metadata."""
+    metadata = Metadata()
     if isinstance(tree, dict) and isinstance(tree.get("input"), str) and {"size", "mean", "std"} <= set(tree):
-        told.ours = True
-        _architecture(told, tree.get("arch"))
-        _arguments(told, tree.get("arch_args"), "arch_args")
-        words = ("size", "mean", "std", "crop_fraction", "intensity")
-        _input(told, {name: tree[name] for name in words if name in tree} | {"color": tree["input"]})
-    return told
+        metadata.from_odcft = True
+        _read_architecture(metadata, tree.get("arch"))
+        _read_arguments(metadata, tree.get("arch_args"), "arch_args")
+        names = ("size", "mean", "std", "crop_fraction", "intensity")
+        _read_input(metadata, {name: tree[name] for name in names if name in tree} | {"color": tree["input"]})
+    return metadata
 
 
-def _architecture(told: Description, name: Any) -> None:
+def _read_architecture(metadata: Metadata, name: Any) -> None:
     if isinstance(name, str) and is_network(name):
-        told.architecture = name
+        metadata.architecture = name
     elif isinstance(name, str) and re.fullmatch(r"\w+\.[\w-]+", name) and is_network(name.split(".")[0]):
-        told.architecture = name.split(".")[0]
-        told.left_out.append(f"architecture={brief(name)}: {told.architecture} is known, that tag of it is not")
+        metadata.architecture = name.split(".")[0]
+        metadata.ignored.append(
+            f"architecture={brief(name)}: unknown tag, the network is built as {metadata.architecture}"
+        )
     elif name is not None:
-        told.left_out.append(f"architecture={brief(name)}: no network that timm or odcft knows; told by its tensors")
+        metadata.ignored.append(
+            f"architecture={brief(name)}: neither timm nor odcft has such a network, so its tensors decide"
+        )
 
 
-def _arguments(told: Description, arguments: Any, where: str) -> None:
+def _read_arguments(metadata: Metadata, arguments: Any, where: str) -> None:
     if isinstance(arguments, dict):
         arguments = {name: value for name, value in arguments.items() if name != "num_classes"}  # of the head
-        sound, wrong = _sound(Arguments, arguments)
-        told.arguments = _square(sound)
-        if "img_size" in sound and "img_size" not in told.arguments:
-            wrong.append(f"img_size={sound['img_size']} should be a square")
-        told.left_out += [f"{where}.{one}" for one in wrong]
+        valid, errors = _valid_fields(Arguments, arguments)
+        metadata.arguments = _simplified(valid)
+        if "img_size" in valid and "img_size" not in metadata.arguments:
+            errors.append(f"img_size={valid['img_size']} should be a square")
+        metadata.ignored += [f"{where}.{error}" for error in errors]
     elif arguments is not None:
-        told.left_out.append(f"{where}={brief(arguments)} should be an object")
+        metadata.ignored.append(f"{where}={brief(arguments)} should be an object")
 
 
-def _normalisation(told: Description, words: dict[str, Any]) -> None:
-    cfg, wrong = _sound(Normalisation, words)
-    told.left_out += wrong
-    if {"mean", "std"} & set(words) - set(cfg) or len(cfg.get("mean", "")) != len(cfg.get("std", cfg.get("mean", ""))):
-        told.left_out += [] if wrong else ["mean and std should have as many numbers"]
+def _read_cfg(metadata: Metadata, fields: dict[str, Any]) -> None:
+    cfg, errors = _valid_fields(PretrainedCfg, fields)
+    metadata.ignored += errors
+    one_is_invalid = {"mean", "std"} & set(fields) - set(cfg)
+    if one_is_invalid or len(cfg.get("mean", "")) != len(cfg.get("std", cfg.get("mean", ""))):
+        metadata.ignored += [] if errors else ["mean and std should have the same length"]
         cfg = {name: value for name, value in cfg.items() if name not in ("mean", "std")}
-    told.cfg = cfg
+    metadata.cfg = cfg
 
 
-def _input(told: Description, words: Any) -> None:
-    if words is None:
+def _read_input(metadata: Metadata, fields: Any) -> None:
+    if fields is None:
         return
-    if not isinstance(words, dict):
-        told.left_out.append(f"input={brief(words)} should be an object")
+    if not isinstance(fields, dict):
+        metadata.ignored.append(f"input={brief(fields)} should be an object")
         return
-    known = {name: value for name, value in words.items() if name in _Shown.model_fields}
-    told.left_out += [f"input.{brief(name)}: no such word" for name in words if name not in known]
+    known = {name: value for name, value in fields.items() if name in _InputFields.model_fields}
+    metadata.ignored += [f"input.{brief(name)}: no such field" for name in fields if name not in known]
     try:
-        about = _Shown.model_validate(known)
+        valid = _InputFields.model_validate(known)
     except ValidationError as error:
-        told.left_out += [f"input.{one}" for _, one in _wrong(error, known)]
+        metadata.ignored += [f"input.{text}" for text in _errors_by_field(error, known).values()]
         return
-    told.input = load(about.model_dump(exclude_unset=True))
+    metadata.input = load(valid.model_dump(exclude_unset=True))
 
 
-M = TypeVar("M", bound=_Told)
+M = TypeVar("M", bound=_Strict)
 
 
-def _sound(model: type[M], words: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The words that are of the model, of its types and within its bounds; and what is wrong with the others."""
-    words = {(name if isinstance(name, str) else brief(name)): value for name, value in words.items()}
-    wrong: list[str] = []
+def _valid_fields(model: type[M], fields: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The fields that a model accepts, and what is wrong with the others."""
+    fields = {(name if isinstance(name, str) else brief(name)): value for name, value in fields.items()}
     try:
-        return model.model_validate(words).model_dump(exclude_unset=True), wrong
+        return model.model_validate(fields).model_dump(exclude_unset=True), []
     except ValidationError as error:
-        found = _wrong(error, words)
-    sound = {name: value for name, value in words.items() if name not in {name for name, _ in found}}
-    if len(sound) == len(words):  # what is wrong is no single word
-        sound = {}
-    return (_sound(model, sound)[0] if sound else {}), [text for _, text in found]
+        errors = _errors_by_field(error, fields)
+    rest = {name: value for name, value in fields.items() if name not in errors}
+    if len(rest) == len(fields):  # the fields are wrong together, none on its own
+        rest = {}
+    return (_valid_fields(model, rest)[0] if rest else {}), list(errors.values())
 
 
-def _wrong(error: ValidationError, words: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Of each word that will not do: its name, and what is wrong, once."""
+def _errors_by_field(error: ValidationError, fields: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with each invalid field, by name; under "" what is wrong with the fields together."""
     found: dict[str, str] = {}
     for one in error.errors(include_url=False, include_context=False):
         if not one["loc"]:
@@ -259,44 +265,42 @@ def _wrong(error: ValidationError, words: Mapping[str, Any]) -> list[tuple[str, 
             continue
         name = str(one["loc"][0])
         if one["type"] == "extra_forbidden":
-            found.setdefault(name, f"{brief(name, quotes=False)} is not among what a file may ask for")
+            found.setdefault(name, f"{brief(name, quotes=False)} is not something a file may set")
         elif one["type"] == "missing":
             found.setdefault(name, f"{name} is missing")
         else:
-            should = one["msg"].replace("Input should", "should").replace("List should", "should")
-            found.setdefault(name, f"{name}={brief(words.get(name))} {brief(should, quotes=False)}")
-    return list(found.items())
+            problem = one["msg"].replace("Input should", "should").replace("List should", "should")
+            found.setdefault(name, f"{name}={brief(fields.get(name))} {brief(problem, quotes=False)}")
+    return found
 
 
-def _square(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with one number for the size of a square, without that of another shape, and without our defaults."""
+def _simplified(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with one number as the size of a square and no other shape, and without defaults timm does not know."""
     size = arguments.get("img_size")
     if isinstance(size, list):
-        arguments = {**arguments, "img_size": size[0]} if size[0] == size[1] else _without(arguments, "img_size")
-    usual = {"last_stride": 2, "small_stem": False}  # words that timm does not know
-    return {name: value for name, value in arguments.items() if name not in usual or value != usual[name]}
+        arguments = {name: value for name, value in arguments.items() if name != "img_size" or size[0] == size[1]}
+        if "img_size" in arguments:
+            arguments["img_size"] = size[0]
+    defaults = {"last_stride": 2, "small_stem": False}
+    return {name: value for name, value in arguments.items() if name not in defaults or value != defaults[name]}
 
 
-def _without(words: dict[str, Any], name: str) -> dict[str, Any]:
-    return {one: value for one, value in words.items() if one != name}
-
-
-def _json(told: Description, text: Any, name: str) -> Any:
+def _parsed_json(metadata: Metadata, text: Any, name: str) -> Any:
     try:
         return json.loads(text[: LARGEST + 1])
     except (ValueError, TypeError, RecursionError):
-        told.left_out.append(f"{name}: no JSON")
+        metadata.ignored.append(f"{name}: not JSON")
         return None
 
 
-# ---------------------------------------------------------------- the user's word
+# ---------------------------------------------------------------- the user's --arch-args
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
-    """The network's arguments in "patch_size=8,img_size=64"; values as in YAML.
+    """Parse `--arch-args`, for example "patch_size=8,img_size=64"; values are YAML.
 
     Raises:
-        OdcftError: not of that form, or `check_arguments` refuses one.
+        OdcftError: the text has another form, or `check_arguments` refuses an argument.
     """
     from odcft.recipe import parse_yaml
 
@@ -310,29 +314,31 @@ def parse_arguments(text: str) -> dict[str, Any]:
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's arguments for a network.
+    """Check the user's arguments for a network.
 
     Raises:
-        OdcftError: one that is unknown, of another type, or out of bounds.
+        OdcftError: an argument is unknown, has another type or is out of bounds.
     """
-    sound, wrong = _sound(Arguments, arguments)
+    valid, errors = _valid_fields(Arguments, arguments)
     unknown = [name for name in arguments if name not in Arguments.model_fields]
     if unknown:
         _refuse_argument(unknown[0])
-    if wrong:
-        raise OdcftError(f"--arch-args {wrong[0]}.")
-    squared = _square(sound)
-    if "img_size" in sound and "img_size" not in squared:
-        raise OdcftError("--arch-args img_size: odcft shows networks squares; give one number.")
-    return squared
+    if errors:
+        raise OdcftError(f"--arch-args {errors[0]}.")
+    simplified = _simplified(valid)
+    if "img_size" in valid and "img_size" not in simplified:
+        raise OdcftError(
+            f"--arch-args img_size={valid['img_size']}: odcft gives networks square images; give one number."
+        )
+    return simplified
 
 
 def _refuse_argument(name: str) -> NoReturn:
     import difflib
 
-    near = difflib.get_close_matches(str(name)[:100], Arguments.model_fields, n=1)
-    meant = f" Did you mean {near[0]}?" if near else ""
+    close = difflib.get_close_matches(str(name)[:100], Arguments.model_fields, n=1)
+    suggestion = f" Did you mean {close[0]}?" if close else ""
     raise OdcftError(
-        f"--arch-args {brief(name, quotes=False)}: no such argument.{meant} Possible are "
+        f"--arch-args {brief(name, quotes=False)}: no such argument.{suggestion} Choose from "
         f"{', '.join(Arguments.model_fields)}."
     )

@@ -11,12 +11,12 @@ from odcft.text import code_block, code_span
 
 
 def loading_line(backbone: Backbone, path: str, folder: bool = True) -> str:
-    """The Python line that loads what was exported: timm's, or ours where timm lacks the network or its colours.
+    """The Python line that loads an exported backbone, with timm, or with odcft if timm lacks the network or colours.
 
     Args:
         backbone: what was exported.
-        path: where.
-        folder: whether that is a folder, or a file of tensors, whose network timm does not know.
+        path: where it was written.
+        folder: whether that is a folder; from a file of tensors timm cannot tell the network.
     """
     if folder and timm_builds(backbone.arch, backbone.kwargs) and backbone.input.color == "rgb":
         name = json.dumps(f"local-dir:{path}", ensure_ascii=False)
@@ -26,28 +26,31 @@ def loading_line(backbone: Backbone, path: str, folder: bool = True) -> str:
 
 
 def name_of(source: str) -> str:
-    """A checkpoint or a set of images without the folders it lies in; a name (timm:resnet18) as it is."""
+    """The name of a checkpoint or a set of images without its parent folders; timm:resnet18 stays as it is."""
     return Path(source).name or source
 
 
-# Figures of the last line of the log that say something of the result, and how a person calls them.
+# Figures from the last line of the log that describe the result, and their titles.
 _FIGURES = {
     "epoch": "epochs",
     "loss": "loss",
     "loss_over_ln_k": "loss / ln K (1 is guessing)",
-    "change_ratio": "share of the labels that still moved",
-    "nmi_previous": "NMI of the clusters with those of the epoch before",
+    "change_ratio": "share of labels that still changed",
+    "nmi_previous": "NMI with the clusters of the previous epoch",
     "smallest": "images in the smallest cluster",
     "largest": "images in the largest cluster",
 }
 
 
 def card(backbone: Backbone, about: dict[str, Any]) -> str:
-    """A README.md for the folder of an exported backbone.
+    """Write a README.md for the folder of an exported backbone.
 
     Args:
-        backbone: what was written.
-        about: of `about_run`, or at least `checkpoint`.
+        backbone: what was exported.
+        about: what `run.identity.about_run` returns, or only its `checkpoint`.
+
+    Returns:
+        Markdown, in which names from files can break nothing.
     """
     input, source = backbone.input, code_span(str(about.get("checkpoint") or "a checkpoint"))
     trained = "method" in about
@@ -55,22 +58,22 @@ def card(backbone: Backbone, about: dict[str, Any]) -> str:
     lines = [f"# {backbone.arch}, {what}", ""]
     if trained:
         lines.append(
-            f"A backbone without head, {backbone.width} features an image: {source}, fine-tuned by odcft on "
+            f"A backbone without head, {backbone.width} features per image: {source}, fine-tuned by odcft on "
             f"{about.get('images', 0):,} unlabelled images ({code_span(str(about.get('data', '')))})."
         )
     else:
-        lines.append(f"A backbone without head, {backbone.width} features an image, taken from {source} by odcft.")
+        lines.append(f"A backbone without head, {backbone.width} features per image, taken from {source} by odcft.")
     lines += ["", "## Load it", "", "```python", loading_line(backbone, "THIS_FOLDER"), "```"]
-    lines += ["", "## What it is shown", ""]
+    lines += ["", "## Input", ""]
     lines.append(
-        f"{_SHOWN[input.color]}, {seen_as(input.view)}; values 0..{input.range:g}, "
-        f"mean {_numbers(input.mean)}, deviation {_numbers(input.std)}."
+        f"{_COLORS[input.color]}, {seen_as(input.view)}; values 0..{input.range:g}, "
+        f"mean {_numbers(input.mean)}, std {_numbers(input.std)}."
     )
     if input.intensity is not None:
         low, high = input.intensity
-        lines.append(f"Images of more than 8 bits: {low:g} is black and {high:g} is white.")
+        lines.append(f"In images with more than 8 bits a channel, {low:g} is black and {high:g} is white.")
     if input.color != "rgb":
-        lines.append("`odcft.load_backbone` does this itself; with timm alone you do it.")
+        lines.append("`odcft.load_backbone` converts images automatically; with timm alone, convert them yourself.")
     if figures := about.get("figures"):
         lines += ["", "## How the training ended", "", "| | |", "|---|---|"]
         for key, title in _FIGURES.items():
@@ -81,7 +84,7 @@ def card(backbone: Backbone, about: dict[str, Any]) -> str:
     if about.get("recipe"):
         lines += ["", "## Recipe", "", code_block(str(about["recipe"]).strip(), "yaml")]
     lines += ["", "## Licence", ""]
-    lines.append("The weights are yours, as far as the checkpoint and the images they came from allow.")
+    lines.append("You may use these weights as far as the licences of the checkpoint and the images allow.")
     return "\n".join(lines) + "\n"
 
 
@@ -89,7 +92,7 @@ def _numbers(values: tuple[float, ...]) -> str:
     return ", ".join(f"{value:.4g}" for value in values)
 
 
-_SHOWN = {
+_COLORS = {
     "rgb": "RGB",
     "bgr": "BGR",
     "gray": "Gray (0.299 R + 0.587 G + 0.114 B)",

@@ -1,4 +1,4 @@
-"""What a network is shown: from RGB images in 0..1 to the colours, range and normalisation it was trained with."""
+"""A network's input, and the adapter from RGB images in 0..1 to the colours, range and normalisation it expects."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,24 +13,24 @@ from odcft.errors import OdcftError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-# Colours, and how many channels they are for the first convolution. Values before normalisation are in RANGES.
+# By colour: channels of the first convolution, and the largest value before normalisation.
 CHANNELS = {"rgb": 3, "bgr": 3, "gray": 1, "lab_l": 1, "sobel": 2}
 RANGES = {"rgb": 1.0, "bgr": 1.0, "gray": 1.0, "lab_l": 100.0, "sobel": 1.0}
 
 
 @dataclass(frozen=True)
 class Input:
-    """What a network takes.
+    """The input a network expects.
 
     Attributes:
         color: one of CHANNELS. "sobel" is the two gradients of the mean of the normalised channels (DeepCluster);
             "lab_l" is the lightness of Lab (colorization); "gray" is luma.
-        size: pixels it was made for, or trained with.
-        mean, std: taken off and divided by, for values in 0..`range`, one number for each channel (of RGB for "sobel").
-        channels: of the first convolution; 0 stands for as many as the colour has. More are filled with zeros: the
-            hints and the mask of Zhang et al., SIGGRAPH 2017.
-        range: of the values before mean and std; 0 stands for the colour's own (1, or 100 for lightness).
-            Some read 0..255.
+        size: side in pixels of the images it was made for, or trained with.
+        mean, std: for values in 0..`range`, one number for each channel (of RGB for "sobel").
+        channels: of the first convolution; 0 means as many as the colour has. Further channels are filled with zeros:
+            the hints and the mask of Zhang et al., SIGGRAPH 2017.
+        range: the largest value before normalisation; 0 means the colour's own (1, or 100 for lightness). Some
+            networks take 0..255.
         crop_fraction, interpolation, intensity: as in `View`.
     """
 
@@ -55,15 +55,15 @@ class Input:
 
     @property
     def view(self) -> View:
-        """How an image file becomes what is normalised and shown."""
+        """How an image file becomes the square of pixels that is normalised."""
         return View(self.size, self.crop_fraction, self.interpolation, self.intensity)
 
     def seen(self, view: View) -> "Input":
-        """The same colours and normalisation for another view."""
+        """The same colours and normalisation with another view."""
         return replace(self, **vars(view))
 
     def dump(self) -> dict[str, Any]:
-        """For JSON: INTERFACE's words, from which `load` makes it again."""
+        """As JSON; `load` reads it back."""
         return {
             "channels": self.channels,
             "color": self.color,
@@ -78,17 +78,17 @@ class Input:
 
 
 def load(about: dict[str, Any]) -> Input:
-    """The Input that `dump` wrote; files of odcft 0.1 do not tell the view, and `odcft pretext` not the channels."""
-    told: dict[str, Any] = {
+    """Read what `dump` wrote. Files of odcft 0.1 have no view fields, and those of `odcft pretext` no channels."""
+    optional: dict[str, Any] = {
         name: about[name] for name in ("channels", "crop_fraction", "interpolation", "intensity") if name in about
     }
     if "range" in about:
-        told["range"] = about["range"][1]
-    return Input(about["color"], about["size"], about["mean"], about["std"], **told)
+        optional["range"] = about["range"][1]
+    return Input(about["color"], about["size"], about["mean"], about["std"], **optional)
 
 
-def default(color: str, size: int) -> Input:
-    """The usual normalisation of a colour: ImageNet's, or that of Goyal et al. (2019) for lightness."""
+def default_input(color: str, size: int) -> Input:
+    """The usual normalisation for a colour: ImageNet's, or that of Goyal et al. (2019) for lightness."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     mean, std = IMAGENET
@@ -102,7 +102,7 @@ def default(color: str, size: int) -> Input:
 
 
 class Adapter(nn.Module):
-    """RGB images in 0..1 to what the network takes. It has no parameters and is no part of the state dict."""
+    """Convert RGB images in 0..1 to a network's input. It has no parameters and adds nothing to the state dict."""
 
     def __init__(self, input: Input) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Adapter(nn.Module):
         self.register_buffer("kernel_2133", torch.stack([across, across.T]).unsqueeze(1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) RGB in 0..1 to (B, channels, H, W)."""
+        """Convert RGB images (B, 3, H, W) in 0..1 to (B, channels, H, W)."""
         color = self.input.color
         if color == "bgr":
             images = images.flip(1)

@@ -1,9 +1,9 @@
-"""Networks that people's checkpoints need and timm does not have, each as the list of its layers.
+"""Build networks: timm's, and those that published checkpoints need and timm lacks, each as a list of its layers.
 
-Sources: the papers' own code, whose tensors keep their names here. `alexnet` is torchvision's; the other AlexNets
-differ from it and from each other in widths, groups, normalisation and first stride, which is why weights that fit one
-fit no other. A network ends where its owners took features: fully connected layers are in it where theirs has them,
-the classifier of the pretext task is not.
+Sources: the papers' own code, whose tensor names are kept here. `alexnet` is torchvision's; the other AlexNets differ
+from it and from each other in widths, groups, normalisation and first stride, so weights for one fit no other. A
+network ends where its authors took features: it has their fully connected layers, if any, but not the classifier of
+the pretext task.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from odcft.text import brief
 Layers = list[tuple[str, nn.Module]]
 
 
-class Plain(nn.Module):
+class NamedLayers(nn.Module):
     """Layers one after another, under the names that checkpoints give them."""
 
     def __init__(self, layers: Layers) -> None:
@@ -38,28 +38,28 @@ class Plain(nn.Module):
             owner.add_module(last, layer)
 
     def layers(self, images: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The name and the output of each layer in turn, for images as the network takes them."""
+        """Yield the name and the output of each layer in turn, for images in the network's own input."""
         for name in self.order:
             images = self.get_submodule(name)(images)
             yield name, images
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images as the network takes them to features (B, F), maps averaged."""
+        """Map images in the network's own input to features (B, F); feature maps are averaged."""
         *_, (_, features) = self.layers(images)
         return features.mean((2, 3)) if features.ndim == 4 else features
 
     @property
     def num_features(self) -> int:
-        """F: as many as the last layer with weights gives."""
+        """F, the number of outputs of the last layer with weights."""
         *_, last = self.parameters()
         return len(last)
 
 
-class EverySecond(nn.Module):
-    """Every second row and column of a map."""
+class Subsample(nn.Module):
+    """Keep every second row and column of a feature map."""
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, H/2, W/2)."""
+        """Map (B, C, H, W) to (B, C, H/2, W/2)."""
         return maps[:, :, ::2, ::2]
 
 
@@ -73,7 +73,7 @@ def _alexnet(
     lrn: bool = False,
     fc: str = "",
 ) -> Layers:
-    """conv1 … conv5 with the pools after 1, 2 and 5; `fc` adds fc6 and fc7: "bias" or "norm"."""
+    """conv1 … conv5 with pools after 1, 2 and 5; `fc` adds fc6 and fc7, with a bias ("bias") or batch norm ("norm")."""
     layers: Layers = []
     kernels, paddings = (11, 5, 3, 3, 3), (padding, 2, 1, 1, 1)
     inputs = (channels, *widths)
@@ -114,7 +114,7 @@ def _torchvision_alexnet(channels: int) -> Layers:
 
 
 def _network_in_network(channels: int, blocks: int) -> Layers:
-    """Gidaris et al., ICLR 2018: three convolutions a block, those of 1 x 1 after the first."""
+    """Gidaris et al., ICLR 2018: three convolutions per block, the second and third of them 1 x 1."""
     layers: Layers = []
     wide = channels
     for block in range(1, blocks + 1):
@@ -137,7 +137,7 @@ def _network_in_network(channels: int, blocks: int) -> Layers:
 
 
 def _colorization(channels: int, slicing: bool) -> Layers:
-    """The encoders of Zhang et al.: ECCV 2016 with strides, SIGGRAPH 2017 with slices between blocks."""
+    """The encoders of Zhang et al.: ECCV 2016 with strides, SIGGRAPH 2017 with slicing between blocks."""
     layers: Layers = []
     wide = channels
     for block, (width, convs) in enumerate(
@@ -151,20 +151,20 @@ def _colorization(channels: int, slicing: bool) -> Layers:
             wide = width
         layers.append((f"model{block}.{2 * convs}", nn.BatchNorm2d(width)))
         if slicing and block < 4:
-            layers.append((f"sub{block}", EverySecond()))
+            layers.append((f"sub{block}", Subsample()))
     return layers
 
 
 _DEEPCLUSTER = (96, 256, 384, 384, 256)
 _ROTNET = (64, 192, 384, 256, 256)
-# In 255ths, as RotNet has them.
+# RotNet gives them for values in 0..255.
 _CIFAR10 = tuple(v / 255 for v in (125.3, 123.0, 113.9)), tuple(v / 255 for v in (63.0, 62.1, 66.7))
 RGB = Input("rgb", 224, *IMAGENET)
 SOBEL = Input("sobel", 224, *IMAGENET)
 GOYAL = Input("lab_l", 227, (50.0,), (1.0,))  # L in -50..50
 ZHANG = Input("lab_l", 256, (50.0,), (100.0,))  # L in -0.5..0.5
 
-# Name: its layers, given the channels of the first convolution; its input; whether it takes images of that size only.
+# By name: its layers for a number of input channels, its input, and whether it takes no other image size.
 NETWORKS: dict[str, tuple[Callable[[int], Layers], Input, bool]] = {
     "alexnet": (_torchvision_alexnet, RGB, False),
     "alexnet_deepcluster_fc": (lambda c: _alexnet(c, _DEEPCLUSTER, 4, 2, fc="bias"), SOBEL, True),
@@ -186,73 +186,53 @@ NETWORKS: dict[str, tuple[Callable[[int], Layers], Input, bool]] = {
 
 
 def is_network(arch: str) -> bool:
-    """Whether odcft can build a network of this name: one of ours, or timm's, also with the tag of its weights."""
+    """Whether odcft can build this architecture: one of NETWORKS, or timm's, with or without a tag of its weights."""
     import timm
 
     name, dot, _ = arch.partition(".")
     if arch in NETWORKS or not dot:
         return arch in NETWORKS or timm.is_model(arch)
-    return timm.is_model(name) and arch in _tagged()
+    return timm.is_model(name) and arch in _names_with_tags()
 
 
 @cache
-def _tagged() -> frozenset[str]:
+def _names_with_tags() -> frozenset[str]:
     import timm
 
     return frozenset(timm.list_pretrained())
 
 
 def timm_builds(arch: str, kwargs: dict[str, Any]) -> bool:
-    """Whether timm's create_model makes the same network from these words."""
+    """Whether timm's create_model builds the same network from these arguments."""
     return arch not in NETWORKS and not {"last_stride", "small_stem"} & set(kwargs)
 
 
 def build(arch: str, last_stride: int = 2, small_stem: bool = False, **kwargs: Any) -> nn.Module:
-    """A network without classifier, with random weights.
+    """Build a network without a classifier, with random weights.
 
     Args:
         arch: a key of NETWORKS, or a name of timm's.
-        last_stride: of a ResNet's last stage; 1 without dilation is what colorization uses (Goyal et al., 2019), and
-            timm's `output_stride=16` is not.
-        small_stem: a ResNet for small images: a first convolution of 3 x 3 and stride 1, and no pooling after it, as
-            everybody has it who trains on CIFAR (SimCLR, appendix B.9).
-        kwargs: `in_chans`, and what else timm's network takes (`num_heads`, `img_size` …).
+        last_stride: of a ResNet's last stage; colorization uses 1 without dilation (Goyal et al., 2019), which differs
+            from timm's `output_stride=16`.
+        small_stem: build a ResNet for small images: a first convolution of 3 x 3 with stride 1 and no pooling after it,
+            as is usual for CIFAR (SimCLR, appendix B.9).
+        kwargs: `in_chans`, and other arguments of timm's network (`num_heads`, `img_size` …).
 
     Returns:
-        A network from images as it takes them to features (B, F).
+        A network from images in its own input to features (B, F).
 
     Raises:
-        OdcftError: it does not take these words.
+        OdcftError: it does not take these arguments.
     """
     if arch in NETWORKS:
-        foreign = [name for name in kwargs if name != "in_chans"]
-        foreign += ["last_stride"] * (last_stride != 2) + ["small_stem"] * small_stem
-        if foreign:
-            raise OdcftError(f"{arch} takes no {foreign[0]}, only in_chans.")
-        make, input, _ = NETWORKS[arch]
-        plain = Plain(make(kwargs.get("in_chans", input.channels)))
-        for module in plain.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        return plain
-    import timm
-
-    if timm.models.is_model_in_modules(arch.split(".")[0], {"resnet"}):
-        # timm would start the last norm of each block at zero, which the networks of the papers do not.
-        kwargs = {"zero_init_last": False, **kwargs}
-    try:
-        net: nn.Module = timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
-    except Exception as error:  # timm's networks say in many ways that they do not take a word
-        if not kwargs or ran_out_of_memory(error):
-            raise
-        said = ", ".join(f"{name}={value}" for name, value in kwargs.items() if name != "zero_init_last")
-        raise OdcftError(f"{arch} cannot be built with {said} ({brief(str(error), 90, quotes=False)}).") from None
+        return _build_own(arch, last_stride, small_stem, kwargs)
+    net = _build_timm(arch, kwargs)
     if last_stride == 1 and not hasattr(net, "layer4"):
-        raise OdcftError(f"{arch} takes no last_stride: that is for ResNets.")
+        raise OdcftError(f"{arch} takes no last_stride: only ResNets do.")
     if small_stem:
         first = getattr(net, "conv1", None)
         if not (isinstance(first, nn.Conv2d) and hasattr(net, "maxpool")):
-            raise OdcftError(f"{arch} takes no small_stem: that is for ResNets whose first layer is one convolution.")
+            raise OdcftError(f"{arch} takes no small_stem: only ResNets whose first layer is one convolution do.")
         net.add_module("conv1", nn.Conv2d(first.in_channels, first.out_channels, 3, 1, 1, bias=False))
         net.add_module("maxpool", nn.Identity())
     if last_stride == 1:
@@ -262,29 +242,62 @@ def build(arch: str, last_stride: int = 2, small_stem: bool = False, **kwargs: A
     return net
 
 
-# torch.nn.init's own as well: what they call inside is not seen from here.
-_RANDOM = {"normal_", "uniform_", "trunc_normal_", "erfinv_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_"}
-_RANDOM |= {"xavier_normal_", "orthogonal_", "bernoulli_"}
+def _build_own(arch: str, last_stride: int, small_stem: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """Build one of NETWORKS."""
+    foreign = [name for name in kwargs if name != "in_chans"]
+    foreign += ["last_stride"] * (last_stride != 2) + ["small_stem"] * small_stem
+    if foreign:
+        raise OdcftError(f"{arch} takes no {foreign[0]}, only in_chans.")
+    make, input, _ = NETWORKS[arch]
+    net = NamedLayers(make(kwargs.get("in_chans", input.channels)))
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    return net
 
 
-class WithoutRandom(TorchFunctionMode):
-    """Networks are built without drawing random weights, where every one of them is about to be replaced."""
+def _build_timm(arch: str, kwargs: dict[str, Any]) -> nn.Module:
+    """Build one of timm's networks."""
+    import timm
+
+    if timm.models.is_model_in_modules(arch.split(".")[0], {"resnet"}):
+        # By default timm starts the last norm of each block at zero; the networks of the papers do not.
+        kwargs = {"zero_init_last": False, **kwargs}
+    try:
+        net: nn.Module = timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
+    except Exception as error:  # timm's networks refuse arguments with many kinds of errors
+        if not kwargs or ran_out_of_memory(error):
+            raise
+        given = ", ".join(f"{name}={value}" for name, value in kwargs.items() if name != "zero_init_last")
+        raise OdcftError(f"{arch} cannot be built with {given} ({brief(str(error), 90, quotes=False)}).") from None
+    return net
+
+
+# torch.nn.init's functions are listed too: __torch_function__ does not see what they call.
+_RANDOM_INIT = {
+    *("normal_", "uniform_", "trunc_normal_", "erfinv_", "bernoulli_", "orthogonal_"),
+    *("kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_"),
+}
+
+
+class SkipRandomInit(TorchFunctionMode):
+    """Build networks without drawing random weights, for networks whose weights are all about to be replaced."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Leave tensors as they are where they would be filled at random."""
-        if getattr(func, "__name__", "") in _RANDOM:
+        """Return tensors as they are instead of filling them at random."""
+        if getattr(func, "__name__", "") in _RANDOM_INIT:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 
 
 def shapes(arch: str, **kwargs: Any) -> dict[str, Tensor]:
-    """Names and shapes of a network, on the meta device: nothing is allocated."""
+    """A network's state dict on the meta device: names and shapes, without allocating memory."""
     with torch.device("meta"):
         return build(arch, **kwargs).state_dict()
 
 
-def elements(arch: str, **kwargs: Any) -> int:
-    """Numbers that a network holds, told without allocating them."""
+def count_elements(arch: str, **kwargs: Any) -> int:
+    """How many numbers a network holds, counted without allocating memory."""
     with torch.device("meta"):
         net = build(arch, **kwargs)
     return sum(tensor.numel() for tensors in (net.parameters(), net.buffers()) for tensor in tensors)

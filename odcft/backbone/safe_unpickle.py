@@ -1,15 +1,15 @@
-"""Unpickling that runs nothing: an unpickler which knows the pieces of arrays and tensors, and no other code.
+"""Unpickle arrays and tensors without running any other code.
 
-A pickle is a program. It can name any function there is and have it called. Here, names of what arrays and tensors are
-made of stand for the real thing; every other name stands for an empty class of ours, so that calling it makes an empty
-object. A name whose only purpose can be harm (os.system) is refused outright.
+A pickle is a program: it can name any function and have it called. Here only the names that arrays and tensors are made
+of stand for the real thing. Every other name stands for an empty class of ours, so that calling it makes an empty
+object; names that serve no purpose but harm (os.system) are refused.
 
-A few bytes can also ask for work without end: a key that is a tuple of the same tuple twice, forty levels deep, is
-hashed 2^40 times. So the program is looked through before it is run.
+A few bytes can also ask for endless work: hashing a tuple that holds the same tuple twice, nested forty levels deep,
+takes 2^40 steps. So every program is checked before it runs.
 """
 
 import mmap
-import pickle  # noqa: TID251 - the one place: a restricted unpickler is made of it
+import pickle  # noqa: TID251 - the only use: the base class of a restricted unpickler
 import pickletools
 import re
 import struct
@@ -26,7 +26,7 @@ from torch import Tensor
 from odcft.errors import OdcftError
 from odcft.text import brief
 
-# No checkpoint needs these, and code that wants to run does. What is not listed becomes a stand-in, and does not run.
+# Checkpoints never need these, attacks do. A name that is not listed becomes a stand-in, which does not run either.
 _DANGEROUS_MODULES = {
     *("os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "runpy", "importlib", "imp", "pty", "commands"),
     *("popen2", "ctypes", "webbrowser", "code", "codeop", "pdb", "bdb", "timeit", "platform", "pip", "marshal"),
@@ -38,12 +38,12 @@ _DANGEROUS_BUILTINS = {
 }
 
 
-class Refused(Exception):
-    """The file names code that only harm has a use for."""
+class DangerousGlobal(Exception):
+    """The file names a function or class that no checkpoint needs and an attack does."""
 
 
 class StandIn:
-    """Takes the place of a class that the file asks for and we will not import. It holds what it is given."""
+    """Takes the place of a class that odcft will not import, and keeps the attributes that the file gives it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -55,10 +55,10 @@ class StandIn:
                 self.__dict__.update({key: value for key, value in part.items() if isinstance(key, str)})
 
     def append(self, item: Any) -> None:
-        """A list's place can be taken too."""
+        """Do nothing: the class in the file may be a list."""
 
     def extend(self, items: Any) -> None:
-        """A list's place can be taken too."""
+        """Do nothing: the class in the file may be a list."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if isinstance(key, str):
@@ -69,58 +69,65 @@ class StandIn:
 
 
 def stand_in(name: str) -> type:
-    """An inert class for a dotted name.
+    """Make an inert class that stands in for a dotted name.
 
     Raises:
-        Refused: where the name has no use but harm.
+        DangerousGlobal: the name serves no purpose but harm.
     """
     refuse_dangerous(name)
     return type(name.rsplit(".", 1)[-1], (StandIn,), {"__module__": "stand_in", "__doc__": f"Instead of {name}."})
 
 
 def refuse_dangerous(name: str) -> None:
-    """Raise Refused for names such as os.system and builtins.eval."""
+    """Raise DangerousGlobal for names such as os.system and builtins.eval."""
     module, _, rest = name.partition(".")
     if module in _DANGEROUS_MODULES or (module in ("builtins", "__builtin__") and rest in _DANGEROUS_BUILTINS):
-        raise Refused(brief(name, quotes=False))
+        raise DangerousGlobal(brief(name, quotes=False))
 
 
-INSTRUCTIONS = 5_000_000  # of a pickle; a checkpoint of 1,000 tensors has 50,000
+MAX_INSTRUCTIONS = 5_000_000  # in a pickle; a checkpoint of 1,000 tensors has 50,000
+MAX_SIZE = 1 << 40  # sizes are not counted beyond this
 
 
-class Endless(Exception):
-    """The file is small, and the work it asks for is not."""
+class TooMuchWork(Exception):
+    """Loading the file would take far more time or memory than its length justifies."""
 
 
-class _Value:
-    """What looking a pickle through knows of a value: how many it is made of, shared ones counted each time."""
+class _StackItem:
+    """A value on the stack of the simulated unpickler.
 
-    __slots__ = ("name", "weight")
+    Attributes:
+        size: how many values it is made of; shared ones count each time.
+        name: its text, which may be the name of a class.
+    """
 
-    def __init__(self, weight: int, name: str = "") -> None:
-        self.weight, self.name = min(weight, 1 << 40), name
+    __slots__ = ("name", "size")
+
+    def __init__(self, size: int, name: str = "") -> None:
+        self.size, self.name = min(size, MAX_SIZE), name
 
 
-# Modules whose names do something, also under the names they had in Python 2.
-_REAL = ("builtins", "__builtin__", "exceptions", "itertools", "collections", "User", "numpy", "torch", "_codecs")
-_CALLS, _CHANGES = (
-    {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"},
-    {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS"},
+# Modules from which names stand for the real thing, also as Python 2 called them.
+_REAL_MODULES = (
+    *("builtins", "__builtin__", "exceptions", "itertools", "collections", "User", "numpy", "torch", "_codecs"),
 )
+# Pickle instructions that call something, change a container, hash values, and write to or read from the memo.
+_CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
+_CHANGES = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS"}
 _HASHES = {"ADDITEMS", "FROZENSET", "PERSID", "BINPERSID", "INST"}
 _PUTS, _GETS = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}, {"GET", "BINGET", "LONG_BINGET"}
 
 
-def _is_real(items: list[_Value]) -> bool:
-    """Whether what is called does something: stand-ins do nothing, whatever they are called with."""
-    return not items or not items[0].name or items[0].name.startswith(_REAL)
+def _runs_real_code(items: list[_StackItem]) -> bool:
+    """Whether a call may reach real code; stand-ins do nothing, whatever they are called with."""
+    return not items or not items[0].name or items[0].name.startswith(_REAL_MODULES)
 
 
-def refuse_endless(program: Any) -> int:
-    """Look through one pickle, and leave the file where it ends.
+def refuse_excessive_work(program: Any) -> int:
+    """Check one pickle without running it, and leave the file at its end.
 
-    Keys, members of sets, and what real functions are called with are walked through when the program runs, shared
-    parts again and again; together that may be no more than a hundred times the length of the file.
+    Keys, members of sets and arguments of real functions are traversed when the program runs, shared parts again each
+    time. In total that may come to no more than a hundred times the length of the file.
 
     Args:
         program: a file, or an mmap.
@@ -129,65 +136,78 @@ def refuse_endless(program: Any) -> int:
         How many instructions it has.
 
     Raises:
-        Endless: running it would take time or memory far beyond the file's length.
-        ValueError: it is no pickle.
+        TooMuchWork: running it would take time or memory far beyond the file's length.
+        ValueError: it is not a pickle.
     """
-    start, work, ops = program.tell(), 0, 0
-    stack: list[_Value | None] = []  # None is a mark
-    memo: dict[int, _Value] = {}
+    start, work, instructions = program.tell(), 0, 0
+    stack: list[_StackItem | None] = []  # None is a mark
+    memo: dict[int, _StackItem] = {}
     for op, argument, _ in pickletools.genops(program):
-        ops += 1
+        instructions += 1
         if op.name in _PUTS:
             place = len(memo) if op.name == "MEMOIZE" else int(argument or 0)
-            if place > 10 * ops + 1000:  # the unpickler makes room up to there
-                raise Endless
+            if place > 10 * instructions + 1000:  # the unpickler allocates a memo up to this place
+                raise TooMuchWork
             memo[place] = _top(stack)
-            continue
-        if op.name in _GETS:
+        elif op.name in _GETS:
             stack.append(memo[int(argument or 0)])
-            continue
-        if op.name == "MARK":
-            stack.append(None)
-            continue
-        if not op.stack_before:  # a number, a text, the name of a class
-            if op.stack_after:
-                stack.append(_Value(1, argument if isinstance(argument, str) and len(argument) < 200 else ""))
-            continue
-        if op.name == "DUP":
-            stack.append(_top(stack))
-            continue
-        if op.name == "POP" and stack and stack[-1] is None:
-            stack.pop()
-            continue
-        items = _popped(stack, op)
-        if op.name in ("SETITEM", "SETITEMS"):
-            work += sum(item.weight for item in items[1::2])
-        elif op.name == "DICT":
-            work += sum(item.weight for item in items[::2])
-        elif op.name in _HASHES or (op.name in _CALLS and _is_real(items)):
-            work += sum(item.weight for item in items)
-        if ops > INSTRUCTIONS or (work > 10_000_000 and work > 100 * (program.tell() - start)):
-            raise Endless
-        if op.name in _CHANGES:
-            items[0].weight = min(sum(item.weight for item in items), 1 << 40)
-            stack.append(items[0])
-        elif op.name == "BUILD":
-            stack.append(items[0])
-        elif op.stack_after:
-            named = op.name == "STACK_GLOBAL" and all(item.name for item in items)
-            name = ".".join(item.name for item in items) if named else ""
-            stack.append(_Value(1 + sum(item.weight for item in items), name))
-    return ops
+        elif not _only_moves_values(op, argument, stack):
+            items = _pop_arguments(stack, op)
+            work += _traversed(op, items)
+            if instructions > MAX_INSTRUCTIONS or (work > 10_000_000 and work > 100 * (program.tell() - start)):
+                raise TooMuchWork
+            _push_result(op, items, stack)
+    return instructions
 
 
-def _top(stack: list[_Value | None]) -> _Value:
+def _only_moves_values(op: pickletools.OpcodeInfo, argument: Any, stack: list[_StackItem | None]) -> bool:
+    """Simulate an instruction that pushes a constant or a mark, duplicates the top or pops a mark; False for others."""
+    if op.name == "MARK":
+        stack.append(None)
+    elif not op.stack_before:  # a number, a text, the name of a class
+        if op.stack_after:
+            stack.append(_StackItem(1, argument if isinstance(argument, str) and len(argument) < 200 else ""))
+    elif op.name == "DUP":
+        stack.append(_top(stack))
+    elif op.name == "POP" and stack and stack[-1] is None:
+        stack.pop()
+    else:
+        return False
+    return True
+
+
+def _traversed(op: pickletools.OpcodeInfo, items: list[_StackItem]) -> int:
+    """How many values an instruction visits when it runs: what it hashes, or what it calls real code with."""
+    if op.name in ("SETITEM", "SETITEMS"):
+        return sum(item.size for item in items[1::2])
+    if op.name == "DICT":
+        return sum(item.size for item in items[::2])
+    if op.name in _HASHES or (op.name in _CALLS and _runs_real_code(items)):
+        return sum(item.size for item in items)
+    return 0
+
+
+def _push_result(op: pickletools.OpcodeInfo, items: list[_StackItem], stack: list[_StackItem | None]) -> None:
+    """Simulate what an instruction leaves on the stack."""
+    if op.name in _CHANGES:
+        items[0].size = min(sum(item.size for item in items), MAX_SIZE)
+        stack.append(items[0])
+    elif op.name == "BUILD":
+        stack.append(items[0])
+    elif op.stack_after:
+        named = op.name == "STACK_GLOBAL" and all(item.name for item in items)
+        name = ".".join(item.name for item in items) if named else ""
+        stack.append(_StackItem(1 + sum(item.size for item in items), name))
+
+
+def _top(stack: list[_StackItem | None]) -> _StackItem:
     if not stack or stack[-1] is None:
         raise ValueError("a value is missing")
     return stack[-1]
 
 
-def _popped(stack: list[_Value | None], op: pickletools.OpcodeInfo) -> list[_Value]:
-    """Take from the stack what an instruction takes."""
+def _pop_arguments(stack: list[_StackItem | None], op: pickletools.OpcodeInfo) -> list[_StackItem]:
+    """Take an instruction's arguments off the stack."""
     fixed, items = len(op.stack_before), []
     if pickletools.markobject in op.stack_before:
         fixed = op.stack_before.index(pickletools.markobject)
@@ -200,14 +220,14 @@ def _popped(stack: list[_Value | None], op: pickletools.OpcodeInfo) -> list[_Val
     return [item for item in reversed(items) if item is not None]
 
 
-def refuse_endless_file(path: Path, pickles: int = 1) -> int:
-    """`refuse_endless` of the pickles at the start of a file, together."""
+def refuse_excessive_work_in_file(path: Path, pickles: int = 1) -> int:
+    """Apply `refuse_excessive_work` to the first pickles of a file; returns their number of instructions in total."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as program:
-        return sum(refuse_endless(program) for _ in range(pickles))
+        return sum(refuse_excessive_work(program) for _ in range(pickles))
 
 
 def numpy_globals() -> list[tuple[Any, str]]:
-    """What numpy's arrays and numbers are unpickled with, as torch's safe_globals takes it, in numpy 1 and 2."""
+    """What unpickles numpy's arrays and numbers (numpy 1 and 2), as torch's safe_globals takes it: object, name."""
     kinds = [type(np.dtype(kind)) for kind in "?bhilqBHILQefdFDSUOMm"]
     return [
         (_array, "numpy.core.multiarray._reconstruct"),
@@ -226,26 +246,26 @@ def _array(kind: type, shape: tuple[int, ...], typecode: Any) -> np.ndarray:
 
 
 def _dtype(kind: Any, *_: Any) -> np.dtype:
-    """Of a number, text or objects; never of a table, whose columns may be tables without end."""
+    """A dtype of numbers, text or objects; never a structured one, whose fields could nest endlessly."""
     text = kind.decode("latin1") if isinstance(kind, bytes) else kind
     if not (isinstance(text, str) and re.fullmatch(r"[<>=|]?[?A-Za-z]\d{0,4}", text)):
-        raise ValueError("a table")
+        raise ValueError("a structured dtype")
     return np.dtype(text, copy=True)
 
 
 def _scalar(kind: np.dtype, data: Any = None) -> Any:
-    """A numpy number; objects, which would hold anything, come out as nothing."""
+    """A numpy number; None for an object, which could hold anything."""
     if kind.hasobject or data is None:
         return None
     return np.frombuffer(data if isinstance(data, bytes) else str(data).encode("latin1"), dtype=kind)[0].item()
 
 
 def _latin1(text: str, encoding: str = "latin1") -> bytes:
-    """How Python 3 writes bytes into old pickles."""
+    """Recover bytes, which Python 3 writes as encoded text into pickles of old protocols."""
     return text.encode("latin1" if encoding in ("latin1", "latin-1", "iso-8859-1") else "utf-8", "replace")
 
 
-_KNOWN: dict[str, Any] = {
+_ALLOWED_GLOBALS: dict[str, Any] = {
     "collections.OrderedDict": OrderedDict,
     "collections.defaultdict": lambda *args: defaultdict(None),
     "torch.Size": torch.Size,
@@ -280,47 +300,50 @@ _KNOWN: dict[str, Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
+    """Unpickles allowed names for real and every other name as a stand-in."""
+
     def __init__(self, file: BinaryIO, replaced: list[str], tensors: dict[str, Tensor] | None = None) -> None:
         super().__init__(file, encoding="latin1")
         self.replaced, self.tensors = replaced, tensors
 
     def find_class(self, module: str, name: str) -> Any:
         dotted = f"{module}.{name}"
-        if dotted in _KNOWN:
-            return _KNOWN[dotted]
+        if dotted in _ALLOWED_GLOBALS:
+            return _ALLOWED_GLOBALS[dotted]
         made = stand_in(dotted)
         self.replaced.append(dotted)
         return made
 
     def persistent_load(self, key: Any) -> Any:
         if self.tensors is None or key not in self.tensors:
-            raise pickle.UnpicklingError("refers to something that is not in the file")
+            raise pickle.UnpicklingError("the pickle refers to a tensor that is not in the file")
         return self.tensors[key]
 
 
 def load_pickle(path: Path, replaced: list[str]) -> Any:
-    """A plain pickle of dicts and numpy arrays, as Caffe2 and detectron2 write them; arrays come out as tensors.
+    """Load a plain pickle of dicts and numpy arrays, as Caffe2 and detectron2 write them, with tensors for the arrays.
 
     Args:
         path: of the file.
-        replaced: the names of classes that stand-ins were put for are added here.
+        replaced: names of classes that stand-ins replace are added here.
 
     Raises:
-        OdcftError: not a pickle, or a damaged one.
-        Refused: it names code that only harm has a use for.
+        OdcftError: it is not a pickle, or a damaged one.
+        DangerousGlobal: it names code that serves no purpose but harm.
+        TooMuchWork: loading it would take time or memory far beyond the file's length.
     """
     try:
-        refuse_endless_file(path)
+        refuse_excessive_work_in_file(path)
         with path.open("rb") as file:
-            return _tensors(_Unpickler(file, replaced).load(), {})
-    except (Refused, Endless, MemoryError):
+            return _arrays_to_tensors(_Unpickler(file, replaced).load(), {})
+    except (DangerousGlobal, TooMuchWork, MemoryError):
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise OdcftError(f"{path} is a damaged pickle ({type(error).__name__}). Copy or download it again.") from None
 
 
-def _tensors(tree: Any, seen: dict[int, Any], depth: int = 0) -> Any:
-    """The tree with tensors for its arrays; what is shared stays shared."""
+def _arrays_to_tensors(tree: Any, seen: dict[int, Any], depth: int = 0) -> Any:
+    """The tree with tensors in place of its arrays; objects that are shared stay shared."""
     if id(tree) in seen:
         return seen[id(tree)]
     made: Any = tree
@@ -328,15 +351,15 @@ def _tensors(tree: Any, seen: dict[int, Any], depth: int = 0) -> Any:
         made = torch.from_numpy(np.array(tree)) if tree.dtype.kind in "fiub" and tree.dtype.isnative else None
     elif isinstance(tree, dict) and depth < 12:
         made = seen[id(tree)] = {}
-        made |= {key: _tensors(value, seen, depth + 1) for key, value in tree.items()}
+        made |= {key: _arrays_to_tensors(value, seen, depth + 1) for key, value in tree.items()}
     elif isinstance(tree, list | tuple) and depth < 12:
         made = seen[id(tree)] = []
-        made += [_tensors(value, seen, depth + 1) for value in tree]
+        made += [_arrays_to_tensors(value, seen, depth + 1) for value in tree]
     seen[id(tree)] = made
     return made
 
 
-_ELEMENTS = {
+_STORAGE_DTYPES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
     "HalfStorage": torch.float16,
@@ -350,48 +373,62 @@ _ELEMENTS = {
 
 
 def load_tar(path: Path, replaced: list[str]) -> Any:
-    """A file of torch before 0.1.10: a tar archive of storages, tensors that view them, and the pickle.
+    """Load a file of torch before 0.1.10: a tar archive of storages, tensors that view them, and the pickle.
 
-    Args and errors as `load_pickle`.
+    Args and errors as for `load_pickle`.
     """
     try:
         with tarfile.open(path, "r:") as archive:
-            parts = {}
-            for name in ("storages", "tensors", "pickle"):
-                member = archive.extractfile(name)
-                assert member is not None
-                assert not archive.getmember(name).issparse()  # it could swell
-                parts[name] = BytesIO(member.read())
-        storages: dict[Any, Tensor] = {}
-        file = parts["storages"]
-        for _ in range(_load_next(file, replaced)):
-            key, _, kind = _load_next(file, replaced)
-            (count,) = struct.unpack("<q", file.read(8))
-            dtype = _ELEMENTS[kind]
-            data = file.read(count * dtype.itemsize)
-            storages[key] = torch.frombuffer(bytearray(data), dtype=dtype) if count else torch.empty(0, dtype=dtype)
-        for key, root, offset, size in _load_next(file, replaced):  # views of storages
-            storages[key] = storages[root][offset : offset + size]
-        tensors: dict[str, Tensor] = {}
-        file = parts["tensors"]
-        for _ in range(_load_next(file, replaced)):
-            key, storage, _ = _load_next(file, replaced)
-            (dims,) = struct.unpack("<i4x", file.read(8))
-            shape, stride = (struct.unpack(f"<{dims}q", file.read(8 * dims)) for _ in range(2))
-            (start,) = struct.unpack("<q", file.read(8))
-            tensors[str(key)] = storages[storage].as_strided(shape, stride, start)
-        return _load_next(parts["pickle"], replaced, tensors)
-    except (Refused, Endless, MemoryError):
+            storages_file, tensors_file, pickle_file = (
+                _tar_member(archive, name) for name in ("storages", "tensors", "pickle")
+            )
+        storages = _read_storages(storages_file, replaced)
+        tensors = _read_tensors(tensors_file, storages, replaced)
+        return _load_next(pickle_file, replaced, tensors)
+    except (DangerousGlobal, TooMuchWork, MemoryError):
         raise
     except Exception as error:  # a damaged archive can raise anything
         raise OdcftError(
-            f"{path} is a tar archive, but none that PyTorch wrote, or a damaged one ({type(error).__name__})."
+            f"{path} is a tar archive that PyTorch did not write, or a damaged one ({type(error).__name__})."
         ) from None
 
 
+def _tar_member(archive: tarfile.TarFile, name: str) -> BytesIO:
+    member = archive.extractfile(name)
+    assert member is not None
+    assert not archive.getmember(name).issparse()  # a sparse member could be far larger than the file
+    return BytesIO(member.read())
+
+
+def _read_storages(file: BytesIO, replaced: list[str]) -> dict[Any, Tensor]:
+    """Storages by their keys, and views of them by theirs."""
+    storages: dict[Any, Tensor] = {}
+    for _ in range(_load_next(file, replaced)):
+        key, _, kind = _load_next(file, replaced)
+        (count,) = struct.unpack("<q", file.read(8))
+        dtype = _STORAGE_DTYPES[kind]
+        data = file.read(count * dtype.itemsize)
+        storages[key] = torch.frombuffer(bytearray(data), dtype=dtype) if count else torch.empty(0, dtype=dtype)
+    for key, root, offset, size in _load_next(file, replaced):
+        storages[key] = storages[root][offset : offset + size]
+    return storages
+
+
+def _read_tensors(file: BytesIO, storages: dict[Any, Tensor], replaced: list[str]) -> dict[str, Tensor]:
+    """Tensors by the keys under which the pickle refers to them."""
+    tensors: dict[str, Tensor] = {}
+    for _ in range(_load_next(file, replaced)):
+        key, storage, _ = _load_next(file, replaced)
+        (dims,) = struct.unpack("<i4x", file.read(8))
+        shape, stride = (struct.unpack(f"<{dims}q", file.read(8 * dims)) for _ in range(2))
+        (start,) = struct.unpack("<q", file.read(8))
+        tensors[str(key)] = storages[storage].as_strided(shape, stride, start)
+    return tensors
+
+
 def _load_next(file: BinaryIO, replaced: list[str], tensors: dict[str, Tensor] | None = None) -> Any:
-    """The next of several pickles, one after another in a file."""
+    """Load the next of several pickles that follow one another in a file."""
     start = file.tell()
-    refuse_endless(file)
+    refuse_excessive_work(file)
     file.seek(start)
     return _Unpickler(file, replaced, tensors).load()

@@ -1,4 +1,4 @@
-"""The part of a checkpoint that fits a network: by names and shapes, under any prefix, through a few renames."""
+"""Find the part of a checkpoint that fits a network by names and shapes, under any prefix and through a few renames."""
 
 import math
 import re
@@ -12,8 +12,8 @@ from torch import Tensor
 from odcft.backbone.checkpoint_files import Contents
 from odcft.backbone.tensor_renames import RENAMES
 
-# Where several state dicts hold the same backbone, the one whose path names the better copy wins: the exponential
-# average over the live weights, the teacher over the student, the query over the key encoder.
+# Where several state dicts hold the same backbone, the path says which is the better copy: the moving average beats the
+# live weights, the teacher the student, and the query encoder the key encoder.
 _PREFERRED = (
     *("teacher", "target_encoder", "encoder_q", "online", "base_encoder", "backbone", "encoder", "trunk"),
     *("model", "state_dict"),
@@ -27,21 +27,21 @@ class Match:
 
     tensors: dict[str, Tensor]  # by the network's names
     where: str  # path of the state dict in the file, and the prefix of its keys
-    expected: int  # tensors the network has
-    missing: list[str]  # names of the network the file does not have
-    dropped: list[str]  # keys of the same state dict that are no part of the network: heads, copies
-    unexpected: list[str]  # keys under the prefix that look like the network's, but have another shape
-    misfits: dict[str, Tensor]  # the same by the network's names
+    expected: int  # number of tensors in the network
+    missing: list[str]  # names in the network that the file lacks
+    dropped: list[str]  # keys of the same state dict that do not belong to the network: heads, copies
+    unexpected: list[str]  # keys under the prefix whose names fit the network and whose shapes do not
+    misfits: dict[str, Tensor]  # the tensors of `unexpected`, by the network's names
     others: list[str]  # state dicts of the same file that were left out
 
     @property
     def share(self) -> float:
-        """Of the network's tensors, how many were found: 0..1."""
+        """Share of the network's tensors that were found, 0..1."""
         return len(self.tensors) / max(1, self.expected)
 
 
-def views(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
-    """The ways to read a state dict's keys: name to key, each way that changes something."""
+def renamings(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
+    """Yield each way to rename a state dict's keys that gives new names: new name to key."""
     seen: list[set[str]] = []
     for rename in RENAMES:
         names: dict[str, str] = {}
@@ -53,26 +53,26 @@ def views(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
 
 
 def match(contents: Contents, network: Mapping[str, Tensor]) -> Match:
-    """The part of a checkpoint that fits a network best.
+    """Find the part of a checkpoint that fits a network best.
 
     Args:
-        contents: of the file.
-        network: the network's state dict; only names and shapes are looked at.
+        contents: what the file holds.
+        network: the network's state dict; only names and shapes count.
 
     Returns:
-        The match, possibly of nothing.
+        The match, which may be empty.
     """
     best: tuple[tuple[int, int, int], str, str, dict[str, str]] | None = None
     for path, tensors in contents.state_dicts.items():
-        for number, names in enumerate(views(tensors)):
-            prefixes = Counter(
+        for number, names in enumerate(renamings(tensors)):
+            fitting = Counter(
                 prefix
                 for name, key in names.items()
-                for prefix in _prefixes(name)
+                for prefix in prefixes(name)
                 if name[len(prefix) :] in network and fits(tensors[key], network[name[len(prefix) :]])
             )
-            for prefix, count in prefixes.items():
-                rank = (count, _preference(f"{path}/{prefix}"), -number)
+            for prefix, count in fitting.items():
+                rank = (count, preference(f"{path}/{prefix}"), -number)
                 if best is None or rank > best[0]:
                     best = rank, path, prefix, names
     if best is None:
@@ -83,15 +83,16 @@ def match(contents: Contents, network: Mapping[str, Tensor]) -> Match:
 def _match_under(
     contents: Contents, path: str, prefix: str, names: dict[str, str], network: Mapping[str, Tensor]
 ) -> Match:
+    """The match of one state dict, under one prefix and renaming."""
     tensors = contents.state_dicts[path]
     under = {name[len(prefix) :]: key for name, key in names.items() if name.startswith(prefix)}
     used = {name: under[name] for name, own in network.items() if name in under and fits(tensors[under[name]], own)}
-    # Checkpoints older than torch 0.4.1 have no batch counters, and nothing needs them.
+    # Checkpoints of torch before 0.4.1 have no batch counters, and nothing needs them.
     counters = any(name.endswith("num_batches_tracked") for name in under)
     expected = [name for name in network if counters or not name.endswith("num_batches_tracked")]
     wrong = {name: key for name, key in under.items() if name in network and name not in used}
     keys = set(used.values())
-    # The prefix as it stands in the file, not as a rename has left it.
+    # Report the prefix as the file has it, not as a rename left it.
     example = next(iter(used))
     if used[example].endswith(example):
         prefix = used[example][: -len(example)]
@@ -108,21 +109,23 @@ def _match_under(
 
 
 def fits(tensor: Tensor, own: Tensor) -> bool:
-    """Whether a tensor has the shape of the network's own; a linear layer may stand for a convolution of its size."""
+    """Whether a tensor fits the network's own in shape; a linear layer's also fits a convolution of as many numbers."""
     if tensor.shape == own.shape:
         return True
     linear = tensor.ndim == 2 and own.ndim == 4 and tensor.shape[0] == own.shape[0]
     return linear and tensor.numel() == own.numel()
 
 
-def _prefixes(key: str) -> Iterator[str]:
+def prefixes(key: str) -> Iterator[str]:
+    """Yield every prefix of a key that ends at a dot, the empty one first."""
     yield ""
     for place, letter in enumerate(key):
         if letter == ".":
             yield key[: place + 1]
 
 
-def _preference(where: str) -> int:
+def preference(where: str) -> int:
+    """How much a copy of a backbone at this path is preferred to others; -1 for the second-best copies."""
     if any(bad in where for bad in _SECOND_BEST):
         return -1
     if re.search(r"(^|[/._])ema($|[/._])", where):
@@ -132,21 +135,21 @@ def _preference(where: str) -> int:
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of tensors that hold NaN or infinity."""
-    return [name for name, tensor in tensors.items() if not all(map(math.isfinite, _ends(tensor)))]
+    return [name for name, tensor in tensors.items() if not all(map(math.isfinite, _extremes(tensor)))]
 
 
 def constant(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Which weights are all the same number, and which."""
+    """Describe weights that are all the same number, and say which number."""
     found = []
     for name, tensor in tensors.items():
         several = tensor.ndim > 1 and len(tensor) * tensor.shape[-1] > 1
-        if several and not name.endswith("token") and len(ends := set(_ends(tensor))) == 1:
-            found.append(f"{name} is all {ends.pop():g}")
+        if several and not name.endswith("token") and len(values := set(_extremes(tensor))) == 1:
+            found.append(f"{name} is all {values.pop():g}")
     return found
 
 
-def _ends(tensor: Tensor) -> tuple[float, ...]:
-    """The least and the largest number of a tensor of fractions that has any."""
+def _extremes(tensor: Tensor) -> tuple[float, ...]:
+    """The smallest and the largest number of a floating-point tensor; nothing for other or empty tensors."""
     if not tensor.is_floating_point() or not tensor.numel():
         return ()
     low, high = torch.aminmax(tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float())

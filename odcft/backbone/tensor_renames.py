@@ -1,4 +1,4 @@
-"""How other people name the tensors of networks we know: a small table of renames, and two sums."""
+"""Map the tensor names of other people's code to ours: a table of renames, and tensors to concatenate or add."""
 
 import re
 from collections.abc import Callable
@@ -6,25 +6,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_ALEXNET_FEATURES = {0: 1, 4: 2, 8: 3, 11: 4, 14: 5}  # DeepCluster: place of the convolution, its number
-_ALEXNET_BLOCKS = {0: 1, 2: 2, 4: 3, 5: 4, 6: 5}  # RotNet and VISSL
-_BLOBS = {
-    "w": "weight",
-    "b": "bias",
-    "s": "weight",
-    "rm": "running_mean",
-    "riv": "running_var",
-}  # Caffe2; riv: variance
+# DeepCluster's AlexNet: index of the convolution among all layers, and its number.
+_ALEXNET_FEATURES = {0: 1, 4: 2, 8: 3, 11: 4, 14: 5}
+# RotNet's and VISSL's AlexNet: index of the block, and the number of its convolution.
+_ALEXNET_BLOCKS = {0: 1, 2: 2, 4: 3, 5: 4, 6: 5}
+# Caffe2; riv holds the variance.
+_CAFFE2_SUFFIXES = {"w": "weight", "b": "bias", "s": "weight", "rm": "running_mean", "riv": "running_var"}
 
 
-def _without_wrappers(key: str) -> str:
-    """`module.` of DataParallel and the like, wherever it stands."""
+def _strip_wrappers(key: str) -> str:
+    """Drop `module.` of DataParallel and the like, wherever it stands in the key."""
     return re.sub(r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module)\.", "", key)
 
 
 def _deepcluster(key: str) -> str:
-    """AlexNet of DeepCluster, whose layers are numbered."""
-    key = _without_wrappers(key)
+    """DeepCluster's AlexNet, whose layers are numbered."""
+    key = _strip_wrappers(key)
     if found := re.fullmatch(r"(.*?)features\.(\d+)\.(\w+)", key):
         prefix, place, leaf = found[1], int(found[2]), found[3]
         if place in _ALEXNET_FEATURES:
@@ -34,9 +31,9 @@ def _deepcluster(key: str) -> str:
     return re.sub(r"classifier\.(1|4)\.", lambda m: {"1": "fc6.", "4": "fc7."}[m[1]], key)
 
 
-def _blocks(key: str) -> str:
-    """AlexNet of RotNet and of VISSL, whose blocks are numbered: convolution 0, norm 1."""
-    if found := re.fullmatch(r"(.*?)_feature_blocks\.(\d+)\.(\d+)\.(\w+)", _without_wrappers(key)):
+def _rotnet_or_vissl(key: str) -> str:
+    """The AlexNets of RotNet and VISSL, whose blocks are numbered: layer 0 is the convolution, 1 the norm."""
+    if found := re.fullmatch(r"(.*?)_feature_blocks\.(\d+)\.(\d+)\.(\w+)", _strip_wrappers(key)):
         prefix, block, place, leaf = found[1], int(found[2]), int(found[3]), found[4]
         if block in _ALEXNET_BLOCKS and place < 2:
             return f"{prefix}{('conv', 'bn')[place]}{_ALEXNET_BLOCKS[block]}.{leaf}"
@@ -46,7 +43,7 @@ def _blocks(key: str) -> str:
 
 
 def _caffe2(key: str) -> str:
-    """Blobs of Caffe2's ResNets and AlexNets; of nine siamese towers the first, whose weights all share."""
+    """Blobs of Caffe2's ResNets and AlexNets; of jigsaw's nine siamese towers, which share weights, only the first."""
     key = re.sub(r"_s0(?=_|$)", "", key)
     leaf = r"(w|b|s|rm|riv)"
     if found := re.fullmatch(rf"res(\d)_(\d+)_branch(1|2[abc])(_bn)?_{leaf}", key):
@@ -55,17 +52,17 @@ def _caffe2(key: str) -> str:
             layer = "downsample.1" if norm else "downsample.0"
         else:
             layer = f"{'bn' if norm else 'conv'}{'abc'.index(branch[1]) + 1}"
-        return f"layer{int(stage) - 1}.{block}.{layer}.{_BLOBS[kind]}"
+        return f"layer{int(stage) - 1}.{block}.{layer}.{_CAFFE2_SUFFIXES[kind]}"
     if found := re.fullmatch(rf"(?:res_)?conv(\d)(_bn|norm)_{leaf}", key):
-        return f"bn{found[1]}.{_BLOBS[found[3]]}"
+        return f"bn{found[1]}.{_CAFFE2_SUFFIXES[found[3]]}"
     if found := re.fullmatch(r"(conv\d|fc\d)_(w|b)", key):
-        return f"{found[1]}.{_BLOBS[found[2]]}"
+        return f"{found[1]}.{_CAFFE2_SUFFIXES[found[2]]}"
     return key
 
 
 def _vgg(key: str) -> str:
-    """Linear layers of VGG, which are convolutions in timm."""
-    key = _without_wrappers(key)
+    """VGG's linear layers, which are convolutions in timm."""
+    key = _strip_wrappers(key)
     return re.sub(r"classifier\.(0|3)\.", lambda m: {"0": "pre_logits.fc1.", "3": "pre_logits.fc2."}[m[1]], key)
 
 
@@ -90,12 +87,12 @@ def _mmpretrain(key: str) -> str:
     return re.sub(r"(^|\.)ln1\.", r"\1norm.", key)
 
 
-# The ways to read a key. The first that fits most tensors is taken.
+# Of these, the first that fits most tensors is used.
 RENAMES: tuple[Callable[[str], str], ...] = (
     lambda key: key,
-    _without_wrappers,
+    _strip_wrappers,
     _deepcluster,
-    _blocks,
+    _rotnet_or_vissl,
     _caffe2,
     _vgg,
     _huggingface_resnet,
@@ -103,10 +100,8 @@ RENAMES: tuple[Callable[[str], str], ...] = (
 )
 
 
-# ---------------------------------------------------------------- more than a rename
-
-# Hugging Face's names in a layer of a transformer, and timm's.
-_LAYER = (
+# Hugging Face's and timm's names in a layer of a transformer, and outside of layers.
+_HUGGINGFACE_LAYER = (
     ("attention.output.dense", "attn.proj"),
     ("intermediate.dense", "mlp.fc1"),
     ("output.dense", "mlp.fc2"),
@@ -115,7 +110,7 @@ _LAYER = (
     ("layer_scale1.lambda1", "ls1.gamma"),
     ("layer_scale2.lambda1", "ls2.gamma"),
 )
-_AROUND = (
+_HUGGINGFACE_OTHERS = (
     ("embeddings.cls_token", "cls_token"),
     ("embeddings.position_embeddings", "pos_embed"),
     ("embeddings.register_tokens", "register_tokens"),
@@ -124,11 +119,11 @@ _AROUND = (
 )
 
 
-def combined(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict whose tensors a network has in other pieces, as the network has them.
+def merge_split_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put together tensors that timm's networks hold as one.
 
-    Hugging Face's vision transformers keep query, key and value apart; DINOv2 with registers adds an embedding to the
-    class token that timm has added already.
+    Hugging Face's vision transformers keep query, key and value apart; DINOv2 with registers keeps the class token's
+    position embedding apart, which timm adds to the token.
     """
     if any(".attention.attention.query." in key for key in tensors):
         tensors = _huggingface_transformer(tensors)
@@ -145,6 +140,7 @@ def combined(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _huggingface_transformer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's names for a vision transformer of Hugging Face's, with query, key and value concatenated."""
     named: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if found := re.fullmatch(r"(.*?)encoder\.layer\.(\d+)\.(.+)", key):
@@ -155,13 +151,13 @@ def _huggingface_transformer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                     if all(one is not None and one.shape == tensor.shape and one.ndim for one in parts):
                         named[f"{prefix}blocks.{number}.attn.qkv.{part[2]}"] = torch.cat(parts)  # type: ignore[arg-type]
                 continue
-            for theirs, timms in _LAYER:
+            for theirs, timms in _HUGGINGFACE_LAYER:
                 if rest.startswith(theirs):
                     rest = timms + rest.removeprefix(theirs)
                     break
             named[f"{prefix}blocks.{number}.{rest}"] = tensor
         else:
-            for theirs, timms in _AROUND:
+            for theirs, timms in _HUGGINGFACE_OTHERS:
                 key = re.sub(rf"(^|\.){re.escape(theirs)}", rf"\1{timms}", key)
             named[key] = tensor
     return named

@@ -1,4 +1,4 @@
-"""A backbone as a folder that timm loads. Every folder is read back and compared before it is called done."""
+"""Write a backbone as a folder that timm loads. Every folder is read back and compared before it counts as done."""
 
 import json
 from pathlib import Path
@@ -15,15 +15,14 @@ from odcft.backbone.networks import timm_builds
 
 
 def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = None) -> None:
-    """A folder that `timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)` loads, with a model card.
+    """Write a folder with a model card that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads.
 
-    A network that timm does not have is written the same way, for `odcft.load_backbone` to load; timm says that it
-    does not know it.
+    A network that timm lacks is written the same way, for `odcft.load_backbone`; timm refuses it as unknown.
 
     Args:
-        backbone: any; its weights are copied to the CPU.
-        folder: made, or its files replaced.
-        about: said of it in config.json, under "odcft", and in the card.
+        backbone: on any device; its weights are copied to the CPU.
+        folder: created if needed; its files are replaced.
+        about: where it came from, for the model card and for config.json under "odcft".
     """
     input, cfg = backbone.input, getattr(backbone.net, "pretrained_cfg", {})
     kept = ("pool_size", "classifier", "fixed_input_size", "first_conv")
@@ -44,47 +43,50 @@ def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = 
         "odcft": {**_summary(about or {}), "input": input.dump()},
     }
     if input.channels != 3:
-        config["pretrained_cfg"]["first_conv"] = None  # or timm would adapt a first convolution that fits already
+        # Otherwise timm would adapt a first convolution that already fits.
+        config["pretrained_cfg"]["first_conv"] = None
     if backbone.kwargs:
         config["model_args"] = backbone.kwargs
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.net.state_dict().items()}
     with files.filling(folder) as unfinished:
         files.save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
         (unfinished / "config.json").write_text(json.dumps(config, indent=2))
-        _compare(backbone, unfinished)
+        _verify(backbone, unfinished)
         (unfinished / "README.md").write_text(card(backbone, about or {}), encoding="utf-8")
 
 
 def _summary(about: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says of where a backbone came from; the card has the recipe and the figures, too."""
+    """What config.json says about the backbone's origin; recipe and figures are only in the model card."""
     return {key: value for key, value in about.items() if key not in ("recipe", "figures")}
 
 
-def _compare(backbone: Backbone, folder: Path) -> None:
-    """Load the folder as its users will, with timm and with odcft, and compare features."""
-    images = _images(backbone)
-    ours = _features(backbone, images)
-    again = load_backbone(folder).backbone
-    theirs = [again(images)]
+def _verify(backbone: Backbone, folder: Path) -> None:
+    """Load the folder as its users will, with timm and with odcft, and compare features with the backbone's."""
+    images = _images_to_compare(backbone)
+    ours = features_of(backbone, images)
+    reloaded = load_backbone(folder).backbone
+    theirs = [reloaded(images)]
     if timm_builds(backbone.arch, backbone.kwargs):
         import timm
 
         net = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
-        theirs.append(net(again.adapter(images)))
+        theirs.append(net(reloaded.adapter(images)))
     for features in theirs:
-        # Relative to the features' own size, which without normalisation at the end may be anything.
+        # Relative to the largest feature: without a norm at the end features can be of any size.
         assert (features - ours).abs().max() <= 1e-5 * ours.abs().max().clamp(min=1), (
             f"{folder} does not give the features of the network it came from"
         )
 
 
-def _images(backbone: Backbone) -> Tensor:
+def _images_to_compare(backbone: Backbone) -> Tensor:
+    """Two random images, small ones if the network takes them."""
     side = backbone.size if backbone.fixed_size else min(max(64, backbone.size // 2), backbone.size)
     return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
-def _features(backbone: Backbone, images: Tensor) -> Tensor:
+def features_of(backbone: Backbone, images: Tensor) -> Tensor:
+    """The backbone's features (B, F) for images, on the CPU and in evaluation mode; its own mode stays as it was."""
     device, was_training = next(backbone.parameters()).device, backbone.training
     features = backbone.eval()(images.to(device)).float().cpu()
     backbone.train(was_training)

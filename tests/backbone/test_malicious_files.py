@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 import torch
 
-from odcft.backbone.checkpoint_files import LEVELS, MEMBERS, NAME, TENSORS
+from odcft.backbone.checkpoint_files import MAX_NAME_LENGTH, MAX_NAME_LEVELS, MAX_TENSORS, MAX_ZIP_MEMBERS
 from odcft.backbone.load import load_backbone
-from odcft.backbone.safe_unpickle import Endless, refuse_endless
+from odcft.backbone.safe_unpickle import TooMuchWork, refuse_excessive_work
 from odcft.errors import OdcftError
 from odcft.recipe import load_recipe
 
@@ -32,7 +32,7 @@ MKDIR = "__import__('os').mkdir('HACKED')"
 
 
 class Calls:
-    """Unpickles as the result of a call."""
+    """Unpickles to the result of a call."""
 
     def __init__(self, function, *args):
         self.function, self.args = function, args
@@ -41,7 +41,7 @@ class Calls:
         return self.function, self.args
 
     def __call__(self):
-        """Only what can be called is pickled as a function."""
+        """Makes this callable: pickle only accepts a callable as the function."""
 
 
 def payloads():
@@ -116,8 +116,8 @@ def test_code_in_a_file_leaves_no_trace(payload, container, place, tmp_path, mon
     assert "\n" not in str(refusal.value)
 
 
-def test_a_file_with_a_harmless_stranger_still_loads(tmp_path, make_checkpoint):
-    """Classes that we do not have are not loaded; the tensors beside them are."""
+def test_a_file_with_harmless_unknown_classes_still_loads(tmp_path, make_checkpoint):
+    """The classes are not loaded; the tensors beside them are."""
     path = make_checkpoint(tmp_path / "c.pth")
     tree = torch.load(path, weights_only=True)
     tree = tree if "state_dict" in tree else {"state_dict": tree}
@@ -156,15 +156,15 @@ def test_a_damaged_file_gets_one_sentence(damage, legacy, tmp_path, make_checkpo
     assert len(str(refusal.value)) < 300
 
 
-def test_an_archive_that_swells_is_refused(tmp_path):
+def test_a_zip_bomb_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(50_000_000))
-    with pytest.raises(OdcftError, match="swells"):
+    with pytest.raises(OdcftError, match="unpacks to 50,000,000 bytes"):
         load_backbone(tmp_path / "bomb.pth")
 
 
-def swelling(path, how):
-    """A torch archive of a few kilobytes whose program has 50 million, listed so that not every reader sees it."""
+def write_zip_bomb(path, how):
+    """Write a torch archive of a few kilobytes whose pickle unpacks to 50 MB, which not every reader notices."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02" + b"N0" * 25_000_000 + b"}.")
         archive.writestr("archive/version", "3\n")
@@ -187,34 +187,34 @@ def swelling(path, how):
 
 
 @pytest.mark.parametrize("how", ["of a later version", "with a torn extra field", "listed twice"])
-def test_an_archive_that_swells_for_pytorch_alone_is_refused_unread(how, tmp_path, monkeypatch):
-    swelling(tmp_path / "bomb.pth", how)
+def test_a_zip_bomb_that_only_pytorch_would_unpack_is_refused_unread(how, tmp_path, monkeypatch):
+    write_zip_bomb(tmp_path / "bomb.pth", how)
     monkeypatch.setattr(
-        "odcft.backbone.checkpoint_files.refuse_endless", lambda program: pytest.fail("it was inflated")
+        "odcft.backbone.checkpoint_files.refuse_excessive_work", lambda program: pytest.fail("it was inflated")
     )
     with pytest.raises(OdcftError, match="not a checkpoint that PyTorch"):
         load_backbone(tmp_path / "bomb.pth")
 
 
-# ---------------------------------------------------------------- small files that ask for work without end
+# ---------------------------------------------------------------- small files that ask for endless work
 
 
 def doubled(start, join, times=40):
-    """The same value twice, in the same value twice …: 2^40 of them in a few hundred bytes."""
+    """Nest a value twice into itself, forty times over: 2^40 values in a few hundred bytes."""
     for _ in range(times):
         start = join(start)
     return start
 
 
 class Named:
-    """Pickled as a call of a function, by its name alone."""
+    """Is pickled as a call of a function, given by name alone."""
 
     def __init__(self, name, *args):
         self.name, self.args = name, args
 
 
 class Writer(pickle._Pickler):
-    """Writes a tuple of one and the same tuple as pickle programs can, and `pickle` does not: without hashing it."""
+    """Writes pickles that `pickle` itself would not, because it would have to hash or import something first."""
 
     def save(self, value, *args, **kwargs):
         if isinstance(value, Named):
@@ -230,7 +230,7 @@ class Writer(pickle._Pickler):
 
 
 class Keyed:
-    """A dict with one key, which Python would hash here already."""
+    """Is pickled as a dict with one key, which a real dict would hash while the test is written."""
 
     def __init__(self, key):
         self.key = key
@@ -264,7 +264,7 @@ ENDLESS = {
 
 @pytest.mark.parametrize("container", ["zip", "legacy", "tar", "pickle 2"])
 @pytest.mark.parametrize("name", ENDLESS)
-def test_a_small_file_that_asks_for_work_without_end_gets_one_sentence(name, container, tmp_path):
+def test_a_small_file_that_asks_for_endless_work_gets_one_sentence(name, container, tmp_path):
     file = BytesIO()
     Writer(file, 2).dump(ENDLESS[name])
     path, program = tmp_path / "c.pth", file.getvalue()
@@ -301,13 +301,13 @@ def test_a_small_file_that_asks_for_work_without_end_gets_one_sentence(name, con
     ],
     ids=["memo", "instructions"],
 )
-def test_a_program_that_asks_for_room_or_time_is_refused(program, monkeypatch):
-    monkeypatch.setattr("odcft.backbone.safe_unpickle.INSTRUCTIONS", 1000)
-    with pytest.raises(Endless):
-        refuse_endless(BytesIO(b"\x80\x02" + program))
+def test_a_pickle_that_asks_for_too_much_memory_or_time_is_refused(program, monkeypatch):
+    monkeypatch.setattr("odcft.backbone.safe_unpickle.MAX_INSTRUCTIONS", 1000)
+    with pytest.raises(TooMuchWork):
+        refuse_excessive_work(BytesIO(b"\x80\x02" + program))
 
 
-def test_a_long_program_is_not_run_once_more_for_each_of_very_many_classes(tmp_path):
+def test_a_long_pickle_is_not_run_again_for_each_of_many_classes(tmp_path):
     program = b"\x80\x02}(U\x01a(" + 500_000 * b"N" + b"t"
     program += b"".join(b"U\x03%03dcfoo\nC%d\n)\x81" % (number, number) for number in range(190)) + b"u."
     with zipfile.ZipFile(tmp_path / "c.pth", "w") as archive:
@@ -319,7 +319,7 @@ def test_a_long_program_is_not_run_once_more_for_each_of_very_many_classes(tmp_p
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_a_program_of_ordinary_things_is_looked_through_to_its_end(protocol):
+def test_a_pickle_of_ordinary_objects_is_checked_to_its_end(protocol):
     shared = ["x"] * 100
     cycle = {"shared": shared}
     cycle["self"] = cycle
@@ -327,12 +327,12 @@ def test_a_program_of_ordinary_things_is_looked_through_to_its_end(protocol):
     things += [np.zeros((2, 3)), np.float64(2), os.stat_result(range(10)), Calls(dict), itertools.count(3), -(2**70)]
     things += [(cycle, cycle), "x" * 70_000, bytearray(5), {"k": {"k": {}}}]
     file = BytesIO(pickle.dumps(things, protocol) + pickle.dumps("next", protocol))
-    refuse_endless(file)
+    refuse_excessive_work(file)
     assert pickle.load(file) == "next"
 
 
 def test_shared_lists_of_arrays_load_once(tmp_path, make_checkpoint):
-    """What stands in several places is one thing, and is looked at once."""
+    """An object that stands in several places is visited once."""
     state = torch.load(make_checkpoint(tmp_path / "c.pth"), weights_only=True)["state_dict"]
     arrays = {name: tensor.numpy() for name, tensor in state.items()}
     tree = doubled([arrays], lambda inner: [inner, inner], 30)
@@ -343,7 +343,7 @@ def test_shared_lists_of_arrays_load_once(tmp_path, make_checkpoint):
 
 
 def write_view(path, container, shape, stride):
-    """A tensor of a file of a few hundred bytes that shows its four numbers again and again."""
+    """Write a file of a few hundred bytes with a tensor that repeats its four numbers."""
     if container == "zip":
         torch.save({"conv1.weight": torch.zeros(4).as_strided((1, 1), (0, 0))}, path)
         with zipfile.ZipFile(path) as archive:
@@ -384,22 +384,24 @@ def test_a_tensor_larger_than_its_file_gets_one_sentence(shape, stride, containe
     assert "\n" not in str(refusal.value)
 
 
-def test_what_the_last_test_wrote_would_load_if_it_were_not_so_large(tmp_path):
+def test_the_same_file_with_a_small_tensor_loads(tmp_path):
     for container in ("zip", "tar"):
         write_view(tmp_path / "c.pth", container, (2, 2), (0, 1))
         with pytest.raises(OdcftError, match="fits no backbone"):
             load_backbone(tmp_path / "c.pth")
 
 
-def test_an_archive_of_very_many_files_is_not_listed(tmp_path):
-    """The list at an archive's end says how long it is; nothing else of it is read."""
+def test_the_directory_of_an_archive_of_very_many_files_is_not_read(tmp_path):
+    """The end of an archive says how long its directory is; nothing else of it is read."""
     entry = struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 20, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-    many = entry * (MEMBERS + 1)
+    many = entry * (MAX_ZIP_MEMBERS + 1)
     end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, len(many), 4, 0)
     (tmp_path / "c.pth").write_bytes(b"PK\x03\x04" + many + end)
     with pytest.raises(OdcftError, match="far more than PyTorch writes"):
         load_backbone(tmp_path / "c.pth")
-    long = struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, MEMBERS + 1, MEMBERS + 1, len(many), 4)
+    long = struct.pack(
+        "<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, MAX_ZIP_MEMBERS + 1, MAX_ZIP_MEMBERS + 1, len(many), 4
+    )
     where = struct.pack("<4sIQI", b"PK\x06\x07", 0, 4 + len(many), 1)
     end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
     (tmp_path / "c.pth").write_bytes(b"PK\x03\x04" + many + long + where + end)
@@ -410,19 +412,19 @@ def test_an_archive_of_very_many_files_is_not_listed(tmp_path):
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        ([f"x{number}" for number in range(TENSORS + 1)], "far more than any network"),
-        (["x" * (NAME + 1)], "which no network has"),
-        (["x." * (LEVELS + 1)], "which no network has"),
+        ([f"x{number}" for number in range(MAX_TENSORS + 1)], "far more than any network"),
+        (["x" * (MAX_NAME_LENGTH + 1)], "which no network has"),
+        (["x." * (MAX_NAME_LEVELS + 1)], "which no network has"),
     ],
     ids=["many", "long", "deep"],
 )
-def test_names_without_end_are_refused(names, said, tmp_path):
+def test_too_many_and_too_long_names_are_refused(names, said, tmp_path):
     torch.save(dict.fromkeys(names, torch.zeros(1)), tmp_path / "c.pth")
     with pytest.raises(OdcftError, match=said):
         load_backbone(tmp_path / "c.pth")
 
 
-def test_a_safetensors_file_with_a_huge_head_is_not_read(tmp_path):
+def test_a_safetensors_file_with_a_huge_header_is_not_read(tmp_path):
     with (tmp_path / "c.safetensors").open("wb") as file:
         file.write((400_000_000).to_bytes(8, "little") + b"{")
         file.truncate(400_000_008)
@@ -435,8 +437,8 @@ def test_a_safetensors_file_with_a_huge_head_is_not_read(tmp_path):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_sparse_tar_archive_is_not_filled_up(tmp_path):
-    """GNU's tar writes holes as their length alone."""
+def test_a_sparse_tar_archive_is_not_expanded(tmp_path):
+    """GNU tar stores only the length of a hole."""
     info = tarfile.TarInfo("storages")
     info.type = tarfile.GNUTYPE_SPARSE
     head = bytearray(info.tobuf(tarfile.GNU_FORMAT))
@@ -444,12 +446,12 @@ def test_a_sparse_tar_archive_is_not_filled_up(tmp_path):
     head[148:156] = b"        "
     head[148:156] = f"{sum(head):06o}\0 ".encode()
     (tmp_path / "c.pth").write_bytes(bytes(head) + bytes(10_240))
-    with pytest.raises(OdcftError, match="is a tar archive, but none that PyTorch wrote"):
+    with pytest.raises(OdcftError, match="is a tar archive that PyTorch did not write"):
         load_backbone(tmp_path / "c.pth")
 
 
 @pytest.mark.parametrize("what", ["pipe", "socket", "device", "pipe in a folder", "pipe as config", "a long name"])
-def test_what_is_no_file_is_not_waited_for(what, tmp_path):
+def test_pipes_sockets_and_devices_are_not_waited_for(what, tmp_path):
     path = tmp_path / "c"
     if what == "pipe":
         os.mkfifo(path)
@@ -475,11 +477,11 @@ def test_what_is_no_file_is_not_waited_for(what, tmp_path):
             load_recipe(path)
 
 
-def test_names_of_classes_and_tensors_forge_no_lines(tmp_path):
-    """A class of any name can be asked for, and a key be any text."""
+def test_names_of_classes_and_tensors_cannot_forge_lines(tmp_path):
+    """A pickle can ask for a class of any name, and a key can be any text."""
     program = b"\x80\x04\x8c\x0eos.x\nodcft: ok\x8c\x06system\x93."
     (tmp_path / "c.pkl").write_bytes(program)
-    with pytest.raises(OdcftError, match="asks to run code") as refusal:
+    with pytest.raises(OdcftError, match="tries to run code") as refusal:
         load_backbone(tmp_path / "c.pkl")
     assert "\n" not in str(refusal.value)
     (tmp_path / "d.pkl").write_bytes(pickle.dumps({"x\n\x1b[2J" * 50: np.ones(3)}))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from odcft.backbone.load import load_backbone
-from odcft.backbone.network_input import CHANNELS, IMAGENET, Adapter, Input, default, load
+from odcft.backbone.network_input import CHANNELS, IMAGENET, Adapter, Input, default_input, load
 from odcft.data.view import View
 from odcft.errors import OdcftError
 
@@ -15,8 +15,8 @@ MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in IMAGENET)
 
 
 def test_rgb_and_bgr_are_the_same_numbers_in_another_order():
-    assert torch.allclose(Adapter(default("rgb", 8))(IMAGES), (IMAGES - MEAN) / STD)
-    assert torch.allclose(Adapter(default("bgr", 8))(IMAGES), ((IMAGES - MEAN) / STD).flip(1))
+    assert torch.allclose(Adapter(default_input("rgb", 8))(IMAGES), (IMAGES - MEAN) / STD)
+    assert torch.allclose(Adapter(default_input("bgr", 8))(IMAGES), ((IMAGES - MEAN) / STD).flip(1))
 
 
 def test_values_up_to_255():
@@ -26,7 +26,7 @@ def test_values_up_to_255():
 
 
 def test_sobel_is_deepclusters_two_layers():
-    """Greyscale by a third each, then the two filters with padding 1, as convolutions with their stored weights."""
+    """Grey as the mean of the channels, then the two filters with padding 1: convolutions with the stored weights."""
     grey = nn.Conv2d(3, 1, 1)
     sobel = nn.Conv2d(1, 2, 3, padding=1)
     with torch.no_grad():
@@ -34,12 +34,12 @@ def test_sobel_is_deepclusters_two_layers():
         sobel.weight[0, 0] = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]])
         sobel.weight[1, 0] = torch.tensor([[1.0, 2, 1], [0, 0, 0], [-1, -2, -1]])
         expected = sobel(grey((IMAGES - MEAN) / STD))
-    assert torch.allclose(Adapter(default("sobel", 8))(IMAGES), expected, atol=1e-5)
+    assert torch.allclose(Adapter(default_input("sobel", 8))(IMAGES), expected, atol=1e-5)
 
 
 def test_lightness_of_black_white_and_grey():
     greys = torch.tensor([0.0, 1.0, 0.5]).view(3, 1, 1, 1).expand(3, 3, 2, 2)
-    levels = Adapter(default("lab_l", 8))(greys)[:, 0, 0, 0]
+    levels = Adapter(default_input("lab_l", 8))(greys)[:, 0, 0, 0]
     assert levels.tolist() == pytest.approx([-50.0, 50.0, 53.39 - 50], abs=0.02)  # CIE L* of sRGB 0.5 is 53.39
     zhang = Adapter(Input("lab_l", 8, (50.0,), (100.0,), channels=4))(greys)
     assert zhang[:, 0, 0, 0].tolist() == pytest.approx([-0.5, 0.5, 0.0339], abs=2e-4)
@@ -48,10 +48,10 @@ def test_lightness_of_black_white_and_grey():
 
 @pytest.mark.parametrize("color", ["rgb", "bgr", "gray", "lab_l", "sobel"])
 def test_an_input_survives_json(color):
-    assert load(default(color, 96).dump()) == default(color, 96)
+    assert load(default_input(color, 96).dump()) == default_input(color, 96)
 
 
-def test_the_users_word_is_followed_and_a_first_convolution_adapted_only_then(tmp_path):
+def test_the_users_colours_are_used_and_a_first_convolution_is_only_adapted_for_them(tmp_path):
     torch.manual_seed(0)
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "rgb.pth")
     rgb = load_backbone(tmp_path / "rgb.pth")
@@ -70,8 +70,8 @@ def test_the_users_word_is_followed_and_a_first_convolution_adapted_only_then(tm
             load_backbone(ckpt, input="infrared")
 
 
-def test_other_colours_are_seen_as_before(tmp_path):
-    """A view is not of the colours: which part is seen, how it is resized and what is black and white stay."""
+def test_other_colours_keep_the_view(tmp_path):
+    """Crop, interpolation and intensity range do not depend on the colours."""
     shown = Input("rgb", 48, *IMAGENET, crop_fraction=0.9, interpolation="bicubic", intensity=(0.0, 4095.0))
     assert load(shown.dump()) == shown
     save(tmp_path / "c.safetensors", shown)
@@ -92,8 +92,8 @@ def save(path, shown, arch="test_resnet"):
 
 @pytest.mark.parametrize("color", CHANNELS)
 @pytest.mark.parametrize("arch", ["test_resnet", "test_vit", "alexnet"])
-def test_random_weights_are_made_for_the_colours_they_are_shown(arch, color):
-    """Fig. 1 of the paper and DC from scratch: a ResNet of two channels whose filters are drawn for two."""
+def test_random_weights_are_drawn_for_the_colours_the_network_takes(arch, color):
+    """As for Fig. 1 of the paper and DC from scratch: a ResNet for two channels whose filters are drawn for two."""
     loaded = load_backbone(f"scratch:{arch}", input=color)
     assert not loaded.notes
     backbone = loaded.backbone
@@ -107,14 +107,14 @@ def test_random_weights_are_made_for_the_colours_they_are_shown(arch, color):
     assert all(torch.equal(tensor, again[name]) for name, tensor in backbone.net.state_dict().items())
 
 
-def test_filters_for_two_channels_are_drawn_as_for_two():
+def test_filters_for_two_channels_have_the_variance_for_two():
     weight = load_backbone("scratch:resnet50", input="sobel").backbone.net.conv1.weight
     assert weight.shape == (64, 2, 7, 7)
     assert weight.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.05)  # Kaiming, by what comes out
 
 
-def test_trained_filters_for_colours_are_no_filters_for_gradients(tmp_path):
-    """The rule: refused; where the user allows a partial backbone, that layer starts random, and the rest is kept."""
+def test_filters_trained_on_colours_are_not_used_for_gradients(tmp_path):
+    """Refused; if the user allows a partial backbone, that layer starts random and the rest is kept."""
     torch.manual_seed(0)
     state = timm.create_model("test_resnet", num_classes=0).state_dict()
     torch.save(state, tmp_path / "rgb.pth")
@@ -122,7 +122,7 @@ def test_trained_filters_for_colours_are_no_filters_for_gradients(tmp_path):
         load_backbone(tmp_path / "rgb.pth", input="sobel")
     loaded = load_backbone(tmp_path / "rgb.pth", input="sobel", allow_partial=True)
     (note,) = loaded.notes
-    assert "(conv1.0.weight) takes 2 channels now and starts random, as --input sobel asks" in note
+    assert "(conv1.0.weight) now takes 2 channels and starts random, as --input sobel asks" in note
     told = loaded.backbone.net.state_dict()
     assert told["conv1.0.weight"].shape[1] == 2
     assert all(torch.equal(told[name], tensor) for name, tensor in state.items() if name != "conv1.0.weight")
@@ -134,12 +134,12 @@ def test_trained_filters_for_colours_are_no_filters_for_gradients(tmp_path):
 
 
 @pytest.mark.parametrize("color", CHANNELS)
-def test_the_users_mean_and_deviation_are_of_the_range(color):
-    """In 0..1 of the range, whatever that is: 1, 255, or 100 of lightness."""
+def test_the_users_mean_and_std_are_fractions_of_the_range(color):
+    """Whatever the range is: 1, 255, or 100 for lightness."""
     count = 3 if color == "sobel" else CHANNELS[color]
     mean, std = [0.1 * (c + 1) for c in range(count)], [0.2] * count
     loaded = load_backbone("scratch:test_resnet", input=color, mean=mean, std=std)
-    shown, usual = loaded.backbone.input, default(color, 64)
+    shown, usual = loaded.backbone.input, default_input(color, 64)
     assert shown.mean == pytest.approx([m * usual.range for m in mean])
     assert shown.std == pytest.approx([s * usual.range for s in std])
     own = load_backbone("scratch:test_resnet", input=color).backbone.input
@@ -156,7 +156,7 @@ def test_the_users_mean_and_deviation_are_of_the_range(color):
 @pytest.mark.parametrize(
     ("mean", "std", "said"),
     [
-        ([0.5], None, "data.mean=[0.5]: test_resnet is shown rgb; give 3 numbers, one a channel"),
+        ([0.5], None, "data.mean=[0.5]: test_resnet takes rgb; give 3 numbers, one a channel"),
         (None, [0.2] * 4, "give 3 numbers"),
         ([], None, "give 3 numbers"),
         ([0.5, 0.5, float("nan")], None, "give finite numbers"),
@@ -165,7 +165,7 @@ def test_the_users_mean_and_deviation_are_of_the_range(color):
         (None, [0.2, 0.2, float("inf")], "give finite numbers above 0"),
     ],
 )
-def test_a_mean_or_deviation_that_cannot_be_is_refused(mean, std, said):
+def test_an_impossible_mean_or_std_is_refused(mean, std, said):
     with pytest.raises(OdcftError) as refusal:
         load_backbone("scratch:test_resnet", mean=mean, std=std)
     assert said in str(refusal.value)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-LAYOUTS = json.loads(lzma.decompress((Path(__file__).parent / "data" / "layouts.json.xz").read_bytes()))
+LAYOUTS = json.loads(lzma.decompress((Path(__file__).parent.parent / "data" / "layouts.json.xz").read_bytes()))
 
 
 def tensor(key, entry):

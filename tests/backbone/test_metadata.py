@@ -1,4 +1,4 @@
-"""What a file says of itself is data: whatever it says, the answer is a backbone, or one sentence; nothing runs."""
+"""Whatever a file says about itself, it loads as a backbone or is refused in one sentence; nothing in it runs."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from odcft.backbone.inspection import describe
 from odcft.backbone.load import load_backbone
 from odcft.backbone.metadata import Arguments, check_arguments, parse_arguments
-from odcft.backbone.networks import NETWORKS, elements
+from odcft.backbone.networks import NETWORKS, count_elements
 from odcft.errors import OdcftError
 from odcft.recipe import load_recipe, make_recipe, parse_yaml
 
@@ -45,7 +45,7 @@ def folder_of(folder, config):
 
 
 def answer(ckpt, **asked):
-    """What came of a checkpoint: a backbone that works and can be described, or one line."""
+    """Load a checkpoint: a backbone that works and can be described, or a refusal of one line."""
     loaded = refusal = None
     try:
         loaded = load_backbone(ckpt, **asked)
@@ -69,7 +69,7 @@ def answer(ckpt, **asked):
     return loaded
 
 
-# ---------------------------------------------------------------- hostile descriptions that were seen
+# ---------------------------------------------------------------- hostile metadata
 
 HOSTILE_ARGS = {
     "checkpoint_path": "evil.pth",
@@ -104,7 +104,7 @@ class Touches:
 
 @pytest.mark.parametrize("place", ["folder", "safetensors", "pretext", "torchvision"])
 @pytest.mark.parametrize("name", HOSTILE_ARGS)
-def test_an_argument_that_is_not_allowed_is_left_out_and_named(name, place, tmp_path, monkeypatch):
+def test_an_argument_that_is_not_allowed_is_ignored_and_named(name, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Touches()))
     args, shown = {name: HOSTILE_ARGS[name]}, {**WORDS["odcft"]["input"]}
@@ -131,7 +131,7 @@ def test_an_argument_that_is_not_allowed_is_left_out_and_named(name, place, tmp_
         assert not loaded.notes
     else:
         (note,) = loaded.notes
-        assert "not followed" in note
+        assert "ignored in the file" in note
         assert (name if name.isprintable() else "x1b") in note
         assert note.isprintable()
 
@@ -155,7 +155,7 @@ def test_an_argument_that_is_not_allowed_is_left_out_and_named(name, place, tmp_
         {"a": 1},
     ],
 )
-def test_an_architecture_that_nobody_knows_is_not_looked_for(name, tmp_path, monkeypatch):
+def test_an_unknown_architecture_is_not_searched_for(name, tmp_path, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("the network was asked"))
     result = answer(folder_of(tmp_path / "c", {**WORDS, "architecture": name}))
     if name == "resnet18.no_such_tag":
@@ -199,10 +199,10 @@ WRONG_INPUTS = [
 
 
 @pytest.mark.parametrize("wrong", WRONG_INPUTS, ids=str)
-def test_an_input_that_cannot_be_is_left_out_and_named(wrong, tmp_path):
+def test_an_impossible_input_is_ignored_and_named(wrong, tmp_path):
     shown = {**WORDS["odcft"]["input"], **wrong}
     loaded = answer(folder_of(tmp_path / "c", {**WORDS, "odcft": {"input": shown}}))
-    assert "not followed" in loaded.notes[0]
+    assert "ignored in the file" in loaded.notes[0]
     assert next(iter(wrong)) in loaded.notes[0] or wrong == {"color": "gray"}  # one number each, there
     assert loaded.backbone.input.mean == (0.5, 0.5, 0.5)  # timm's words stand
 
@@ -223,13 +223,13 @@ def test_an_input_that_cannot_be_is_left_out_and_named(wrong, tmp_path):
     ],
     ids=str,
 )
-def test_timms_words_that_cannot_be_are_left_out_and_named(wrong, named, tmp_path):
+def test_impossible_fields_of_timms_cfg_are_ignored_and_named(wrong, named, tmp_path):
     config = {"architecture": "test_resnet", "pretrained_cfg": {**WORDS["pretrained_cfg"], **wrong}}
     loaded = answer(folder_of(tmp_path / "c", config))
     assert named in loaded.notes[0]
 
 
-def test_what_is_said_in_good_order_is_followed(tmp_path):
+def test_valid_metadata_is_followed(tmp_path):
     loaded = answer(folder_of(tmp_path / "c", WORDS))
     assert not loaded.notes
     assert (loaded.backbone.input.mean, loaded.backbone.size) == ((0.5, 0.5, 0.5), 64)
@@ -237,7 +237,7 @@ def test_what_is_said_in_good_order_is_followed(tmp_path):
     assert (own.backbone.input.mean, own.backbone.size, own.backbone.input.crop_fraction) == ((0.5,) * 3, 64, 0.9)
 
 
-def test_a_size_that_the_network_cannot_look_at_is_left_out(tmp_path):
+def test_a_size_that_the_network_does_not_take_is_ignored(tmp_path):
     folder = tmp_path / "c"
     folder.mkdir()
     net = timm.create_model("test_vit", num_classes=0)
@@ -249,30 +249,30 @@ def test_a_size_that_the_network_cannot_look_at_is_left_out(tmp_path):
     assert "input.size=96" in loaded.notes[0]
 
 
-def test_no_network_is_made_that_the_file_cannot_fill(tmp_path):
+def test_no_network_is_built_that_the_file_cannot_fill(tmp_path):
     torch.save({"arch": "vit_giant_patch14_224", "state_dict": {"cls_token": torch.zeros(1, 1, 1408)}}, tmp_path / "c")
     assert "too few" in answer(tmp_path / "c", arch="vit_giant_patch14_224", allow_partial=True)
     config = {"architecture": "test_vit", "model_args": {"embed_dim": 16384, "depth": 128, "num_heads": 1}}
     assert "fits no backbone" in answer(folder_of(tmp_path / "folder", config))
-    assert elements("test_resnet") == sum(tensor.numel() for tensor in state().values())
+    assert count_elements("test_resnet") == sum(tensor.numel() for tensor in state().values())
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[]", "3", "null", "", "{", "\ud800"])
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
-def test_a_description_that_is_no_json_object_gets_one_sentence(file, text, tmp_path):
+def test_a_config_that_is_not_a_json_object_gets_one_sentence(file, text, tmp_path):
     folder = folder_of(tmp_path / "c", {})
     (folder / file).write_bytes(text.encode("utf-8", "surrogatepass"))
     assert "is damaged: it is not a JSON object" in answer(folder)
 
 
-def test_a_description_of_many_megabytes_is_not_read(tmp_path):
+def test_a_config_of_many_megabytes_is_not_read(tmp_path):
     folder = folder_of(tmp_path / "c", {})
     with (folder / "config.json").open("wb") as file:
         file.truncate(1 << 30)
     assert "too large for a description" in answer(folder)
 
 
-# ---------------------------------------------------------------- any description at all
+# ---------------------------------------------------------------- random metadata
 
 NUMBERS = st.one_of(
     st.integers(-(10**12), 10**12),
@@ -346,7 +346,7 @@ def test_any_preprocessor_is_answered(tmp_path_factory, mean, std):
     st.one_of(FIELDS, JSON).map(json.dumps) | st.text(),
     st.one_of(INPUTS, JSON).map(json.dumps) | st.text(),
 )
-def test_any_words_in_a_safetensors_file_are_answered(tmp_path_factory, arch, args, shown):
+def test_any_metadata_of_a_safetensors_file_is_answered(tmp_path_factory, arch, args, shown):
     path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
     save_file(state(), path, metadata={"architecture": arch, "arch_args": args, "input": shown})
     answer(path)
@@ -354,7 +354,7 @@ def test_any_words_in_a_safetensors_file_are_answered(tmp_path_factory, arch, ar
 
 @FUZZ
 @given(ARCHS, JSON, st.one_of(st.sampled_from(["rgb", "gray", "lab_l"]), TEXTS), JSON, JSON, JSON)
-def test_any_words_of_a_pretext_checkpoint_are_answered(tmp_path_factory, arch, args, color, size, mean, std):
+def test_any_metadata_of_a_pretext_checkpoint_is_answered(tmp_path_factory, arch, args, color, size, mean, std):
     path = tmp_path_factory.getbasetemp() / "fuzz.pth"
     told = {"arch": arch, "arch_args": args, "input": color, "size": size, "mean": mean, "std": std}
     torch.save({**told, "state_dict": state()}, path)
@@ -369,7 +369,7 @@ def test_any_hints_are_answered(tmp_path_factory, hints):
     answer(path)
 
 
-# ---------------------------------------------------------------- the user's word
+# ---------------------------------------------------------------- the user's --arch-args
 
 
 def test_arguments_are_read_and_used(tmp_path):
@@ -400,12 +400,12 @@ def test_arguments_are_read_and_used(tmp_path):
         ("patch_size=", "patch_size"),
         ("patch_size=large", "patch_size='large' should be a valid integer"),
         ("patch_size=0", "patch_size=0 should be greater than or equal to 1"),
-        ("img_size=[64,32]", "squares"),
+        ("img_size=[64,32]", "square images"),
         ("drop_rate=.nan", "drop_rate=nan"),
         ("patch_size=" + "[" * 5000, "not valid YAML"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused_by_name(text, said):
+def test_impossible_arguments_are_refused_by_name(text, said):
     with pytest.raises(OdcftError) as refusal:
         parse_arguments(text)
     assert said in str(refusal.value)
@@ -465,7 +465,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_a_recipe_that_asks_for_work_without_end_gets_one_sentence(bomb, tmp_path):
+def test_a_recipe_that_asks_for_endless_work_gets_one_sentence(bomb, tmp_path):
     for call in (
         lambda: parse_yaml(BOMBS[bomb], "here"),
         lambda: load_recipe("small", [f"optim.lr={BOMBS[bomb]}"]),
@@ -499,7 +499,7 @@ def test_a_setting_that_is_not_finite_is_refused(field, value):
 
 
 @pytest.mark.parametrize("text", ["optim: 3", "optim:", "optim: [1]"])
-def test_a_group_that_is_none_is_refused_also_under_a_setting(text, tmp_path):
+def test_a_group_that_is_not_a_mapping_is_refused_even_with_a_setting_in_it(text, tmp_path):
     (tmp_path / "r.yaml").write_text(text)
     for settings_given in ([], ["optim.lr=0.1"]):
         with pytest.raises(OdcftError, match="optim"):

@@ -1,15 +1,15 @@
-"""Every known layout of public self-supervised code: loads by its name alone, to the bit, into the network it is of."""
+"""Every known layout of public self-supervised code loads from its path alone, to the bit, into its own network."""
 
 import pytest
 import timm
 import torch
 import torchvision
 from torch import nn
+from write_layout import LAYOUTS, write
 
 from odcft.backbone.inspection import describe
 from odcft.backbone.load import load_backbone
 from odcft.backbone.networks import NETWORKS
-from tests.write_layout import LAYOUTS, write
 
 HEADS = {"fc.weight", "fc.bias", "head.weight", "head.bias", "classifier.6.weight", "classifier.6.bias"}
 COLORS = {"Lab L": "lab_l", "Lab L only": "lab_l", "Lab L + ab hints + mask": "lab_l", "RGB": "rgb", "BGR": "bgr"}
@@ -41,7 +41,7 @@ QUICK = {
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
 )
-def test_layout_loads_and_computes_what_its_owners_did(name, tmp_path):
+def test_layout_loads_and_computes_what_its_authors_code_does(name, tmp_path):
     layout, wanted = write(name, tmp_path / "model")  # no ending: the bytes tell
     loaded = load_backbone(tmp_path / "model")
     backbone = loaded.backbone
@@ -63,7 +63,7 @@ def test_layout_loads_and_computes_what_its_owners_did(name, tmp_path):
 
 @torch.no_grad()
 def compare(backbone, target, wanted):
-    """Features against a network that is built from nothing but the layout's description."""
+    """Compare features with a network built only from the layout's description."""
     side = backbone.size if backbone.fixed_size or "layers" in target else 64
     images = torch.randn(2, backbone.input.channels, side, side, generator=torch.Generator().manual_seed(1))
     if "layers" in target:

@@ -1,4 +1,4 @@
-"""Weights of the hub: what was fetched before is used; without a network there is one sentence, and soon."""
+"""Weights from the hub: cached ones are used; without a connection there is one sentence of error, within seconds."""
 
 import json
 import threading
@@ -17,7 +17,7 @@ from odcft.errors import OdcftError
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Names are not found, and every attempt is counted."""
+    """No host name resolves, and every attempt is counted."""
     asked = []
 
     def nobody(*where, **how):
@@ -30,7 +30,7 @@ def no_network(monkeypatch):
 
 
 def cached(folder, monkeypatch, name="resnet18.a1_in1k"):
-    """What the hub's client leaves of a network that was fetched."""
+    """Write the cache that the hub's client leaves for a network it fetched."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     torch.manual_seed(3)
     state = timm.create_model(name.split(".")[0]).state_dict()
@@ -45,7 +45,7 @@ def cached(folder, monkeypatch, name="resnet18.a1_in1k"):
 
 
 @pytest.mark.parametrize("ckpt", ["timm:resnet18.a1_in1k", "timm:vit_tiny_patch16_224", "torchvision:resnet18"])
-def test_without_a_network_there_is_one_sentence_within_seconds(ckpt, no_network, tmp_path, monkeypatch):
+def test_without_a_connection_there_is_one_sentence_within_seconds(ckpt, no_network, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     began = time.monotonic()
     with pytest.raises(OdcftError, match=r"could not be fetched .the hub does not answer") as refusal:
@@ -56,13 +56,13 @@ def test_without_a_network_there_is_one_sentence_within_seconds(ckpt, no_network
     assert constants.HF_HUB_OFFLINE is False
 
 
-def test_what_was_fetched_before_loads_without_a_network(no_network, tmp_path, monkeypatch):
+def test_cached_weights_load_without_a_connection(no_network, tmp_path, monkeypatch):
     state = cached(tmp_path, monkeypatch)
     told = load_backbone("timm:resnet18.a1_in1k").backbone.net.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in told.items())
 
 
-def test_who_wants_to_be_offline_is_not_asked_for(no_network, tmp_path, monkeypatch):
+def test_in_offline_mode_the_hub_is_not_asked(no_network, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     cached(tmp_path, monkeypatch)
     assert load_backbone("timm:resnet18.a1_in1k").backbone.arch == "resnet18.a1_in1k"
@@ -72,12 +72,12 @@ def test_who_wants_to_be_offline_is_not_asked_for(no_network, tmp_path, monkeypa
     assert constants.HF_HUB_OFFLINE is True
 
 
-def test_a_name_server_that_says_nothing_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(hub, "PATIENCE", 0.2)
+def test_a_silent_name_server_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(hub, "TIMEOUT_SECONDS", 0.2)
     forever = threading.Event()
     monkeypatch.setattr("socket.getaddrinfo", lambda *where, **how: forever.wait(20))
     began = time.monotonic()
-    with hub.no_longer_than_needed() as answers:
+    with hub.offline_if_unreachable() as answers:
         assert answers is False
         assert constants.HF_HUB_OFFLINE is True
     assert time.monotonic() - began < 5
@@ -85,10 +85,10 @@ def test_a_name_server_that_says_nothing_is_not_waited_for(monkeypatch):
 
 
 def test_a_hub_that_answers_is_asked(monkeypatch):
-    monkeypatch.setattr(hub, "_answers", lambda address: address == constants.ENDPOINT)
-    with hub.no_longer_than_needed() as answers:
+    monkeypatch.setattr(hub, "_is_reachable", lambda address: address == constants.ENDPOINT)
+    with hub.offline_if_unreachable() as answers:
         assert answers is True
         assert constants.HF_HUB_OFFLINE is False
-    with pytest.raises(KeyError), hub.no_longer_than_needed():
+    with pytest.raises(KeyError), hub.offline_if_unreachable():
         raise KeyError
     assert constants.HF_HUB_OFFLINE is False

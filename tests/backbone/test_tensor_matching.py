@@ -1,4 +1,4 @@
-"""Which part of a checkpoint fits a network: each rule by itself, on tensors of a few numbers."""
+"""Which part of a checkpoint fits a network: each rule on its own, on tensors of a few numbers."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from odcft.backbone.checkpoint_files import Contents
-from odcft.backbone.tensor_matching import Match, _preference, _prefixes, constant, fits, match, not_finite, views
+from odcft.backbone.tensor_matching import Match, constant, fits, match, not_finite, preference, prefixes, renamings
 
 NETWORK = {"a.weight": torch.zeros(2, 3), "b.weight": torch.zeros(4), "b.num_batches_tracked": torch.tensor(0)}
 
@@ -18,7 +18,7 @@ def contents(**state_dicts):
 
 
 def network(fill, **more):
-    """A state dict of the network, each tensor of one number."""
+    """A state dict of the network whose tensors are filled with one number."""
     return {name: torch.full_like(tensor, fill) for name, tensor in NETWORK.items()} | more
 
 
@@ -30,7 +30,7 @@ def values(found):
     return {int(tensor.flatten()[0]) for tensor in found.tensors.values()}
 
 
-def test_a_share_is_of_the_networks_tensors():
+def test_share_is_the_share_of_the_networks_tensors():
     def made(count, expected):
         return Match(dict.fromkeys(map(str, range(count)), torch.zeros(1)), "", expected, [], [], [], {}, [])
 
@@ -39,12 +39,12 @@ def test_a_share_is_of_the_networks_tensors():
     assert made(1, 1).share == 1
 
 
-def test_views_are_what_each_rename_makes_of_the_keys_once():
-    assert list(views({"w": 1})) == [{"w": "w"}]
-    first, second = views({"module.w": 1, "v": 2})
+def test_renamings_that_give_the_same_names_come_once():
+    assert list(renamings({"w": 1})) == [{"w": "w"}]
+    first, second = renamings({"module.w": 1, "v": 2})
     assert first == {"module.w": "module.w", "v": "v"}
     assert second == {"w": "module.w", "v": "v"}
-    (_, both) = views({"module.w": 1, "w": 2})
+    (_, both) = renamings({"module.w": 1, "w": 2})
     assert both == {"w": "module.w"}  # the first of two keys that come to the same name
 
 
@@ -56,7 +56,7 @@ def test_a_plain_state_dict_is_the_file_itself():
     assert values(found) == {1}
 
 
-def test_the_place_is_the_path_and_the_prefix_as_the_file_has_it():
+def test_where_is_the_path_and_the_prefix_as_the_file_has_it():
     assert match(contents(state_dict=network(1)), NETWORK).where == "state_dict"
     found = match(contents(_=prefixed("x.y.", network(1))), NETWORK)
     assert (found.where, found.share) == ("x.y.", 1)
@@ -66,8 +66,8 @@ def test_the_place_is_the_path_and_the_prefix_as_the_file_has_it():
     assert match(contents(_=wrapped), NETWORK).where == "net.module."
 
 
-def test_a_renamed_place_is_named_as_the_rename_leaves_it():
-    """Where a rename changes the names themselves there is no prefix in the file to show."""
+def test_where_is_renamed_if_the_names_themselves_are():
+    """If a rename changes the names themselves, the file has no prefix to show."""
     own = {"conv1.weight": torch.zeros(2, 2), "conv1.bias": torch.zeros(2)}
     found = match(contents(blobs={"conv1_w": torch.ones(2, 2), "conv1_b": torch.ones(2)}), own)
     assert (found.where, found.share) == ("blobs", 1)
@@ -77,7 +77,7 @@ def test_a_renamed_place_is_named_as_the_rename_leaves_it():
     assert (found.where, found.share) == ("net.", 1)
 
 
-def test_nothing_fits_nothing():
+def test_without_a_fitting_tensor_the_match_is_empty():
     found = match(contents(_={"x": torch.zeros(7)}), NETWORK)
     assert (found.tensors, found.where, found.expected) == ({}, "", 3)
     assert found.missing == list(NETWORK)
@@ -85,7 +85,7 @@ def test_nothing_fits_nothing():
     assert match(contents(), NETWORK).share == 0
 
 
-def test_what_else_there_is_has_its_list():
+def test_missing_misshaped_dropped_and_other_tensors_are_listed():
     own = network(1, **{"head.weight": torch.zeros(9), "c.weight": torch.zeros(1)})
     own["a.weight"] = torch.ones(5, 5)
     found = match(contents(_=own, other={"x": torch.zeros(1)}), NETWORK)
@@ -97,14 +97,14 @@ def test_what_else_there_is_has_its_list():
     assert (len(found.tensors), found.expected) == (2, 3)
 
 
-def test_what_is_outside_the_prefix_is_dropped():
+def test_tensors_outside_the_prefix_are_dropped():
     both = prefixed("encoder_q.", network(1)) | prefixed("encoder_k.", network(2)) | {"queue": torch.zeros(5)}
     found = match(contents(_=both), NETWORK)
     assert values(found) == {1}
     assert found.dropped == [*prefixed("encoder_k.", NETWORK), "queue"]
 
 
-def test_batch_counters_are_missed_only_where_the_file_has_any():
+def test_batch_counters_are_only_missing_if_the_file_has_any():
     without = {name: tensor for name, tensor in network(1).items() if "tracked" not in name}
     found = match(contents(_=without), NETWORK)
     assert (found.expected, found.missing, found.share) == (2, [], 1)
@@ -115,7 +115,7 @@ def test_batch_counters_are_missed_only_where_the_file_has_any():
     assert (found.expected, found.missing) == (2, [])
 
 
-def test_a_linear_layer_stands_for_a_convolution_of_its_size():
+def test_a_linear_layer_fits_a_convolution_of_its_size():
     conv = torch.zeros(4, 3, 2, 2)
     assert fits(torch.zeros(4, 3, 2, 2), conv)
     assert fits(torch.zeros(4, 12), conv)
@@ -131,8 +131,8 @@ def test_a_linear_layer_stands_for_a_convolution_of_its_size():
 
 
 def test_prefixes_end_at_dots():
-    assert list(_prefixes("a.bc.d")) == ["", "a.", "a.bc."]
-    assert list(_prefixes("a")) == [""]
+    assert list(prefixes("a.bc.d")) == ["", "a.", "a.bc."]
+    assert list(prefixes("a")) == [""]
 
 
 @pytest.mark.parametrize(
@@ -158,16 +158,16 @@ def test_prefixes_end_at_dots():
         ("x/ema_model.", "x/model."),
     ],
 )
-def test_the_better_copy_is_told_by_its_name(better, worse):
-    assert _preference(better) > _preference(worse)
+def test_the_better_copy_is_preferred_by_its_name(better, worse):
+    assert preference(better) > preference(worse)
 
 
-def test_a_name_that_only_holds_the_letters_is_no_average():
-    assert _preference("schema/") == _preference("remastered.") == _preference("/") == 0
-    assert _preference("student/") == -1
+def test_ema_inside_a_word_is_not_an_average():
+    assert preference("schema/") == preference("remastered.") == preference("/") == 0
+    assert preference("student/") == -1
 
 
-def test_more_tensors_win_over_a_better_name_and_that_over_a_plainer_reading():
+def test_more_tensors_beat_a_better_name_which_beats_a_plainer_renaming():
     half = {"a.weight": torch.full((2, 3), 1.0)}
     assert values(match(contents(teacher=half, student=network(2)), NETWORK)) == {2}
     assert values(match(contents(student=network(1), teacher=network(2)), NETWORK)) == {2}
@@ -193,7 +193,7 @@ def test_numbers_that_are_not_finite_are_found(value, dtype):
     assert not_finite({"large": torch.tensor([1e300], dtype=torch.float64)}) == []
 
 
-def test_weights_that_are_all_one_number_are_found():
+def test_constant_weights_are_found():
     odd = {"zero": torch.zeros(2, 2), "half": torch.full((3, 1), 0.5), "row": torch.ones(1, 2)}
     plain = {
         "bias": torch.zeros(4),
