@@ -471,7 +471,7 @@ def test_what_is_no_file_is_not_waited_for(what, tmp_path):
         load_backbone(path)
     assert "\n" not in str(refusal.value)
     if what == "pipe":
-        with pytest.raises(OdcftError, match="is no recipe"):
+        with pytest.raises(OdcftError, match="cannot be a recipe"):
             load_recipe(path)
 
 

@@ -9,7 +9,7 @@ from sklearn.svm import LinearSVC
 
 from odcft.errors import OdcftError
 from odcft.evaluation import svm
-from odcft.evaluation.svm import average_precision, ranked_precision, unmeasurable, voc07_svm
+from odcft.evaluation.svm import average_precision, average_precision_of_ranking, unmeasurable_classes, voc07_svm
 
 
 def features(targets_NC, noise=0.0, seed=0):
@@ -74,8 +74,8 @@ def test_average_precision_is_the_area_under_the_envelope():
     # the envelope lifts the second hit's precision of 1/2 to the 2/3 that follows it
     present = np.array([True, False, False, True, True])
     assert average_precision(present, -np.arange(5.0)) == pytest.approx((1 + 0.6 + 0.6) / 3)
-    assert ranked_precision(np.array([False, True])) == 0.5
-    assert ranked_precision(np.array([False, False])) == 0
+    assert average_precision_of_ranking(np.array([False, True])) == 0.5
+    assert average_precision_of_ranking(np.array([False, False])) == 0
     assert average_precision(np.array([False, True]), np.zeros(2)) == 0.5  # equal scores stay in order
 
 
@@ -86,14 +86,14 @@ def test_a_class_absent_from_the_test_is_left_out_of_the_mean():
     assert results["per_class"] == [100, 100, None]
     assert results["costs"][:2] == [1.0, 1.0]
     assert results["costs"][2] is None
-    assert results["left_out"] == {2: "no image to test on"}
+    assert results["left_out"] == {2: "no test image"}
     assert not results["scores"][:, 2].any()
 
 
 def test_a_class_with_one_image_to_learn_from_is_left_out_and_one_with_two_is_not():
     train, test = one_hot([0] * 5 + [1] * 5 + [2]), one_hot([0, 1, 2] * 3)
     results = voc07_svm(features(train), train, features(test), test)
-    assert results["left_out"] == {2: "1 image to learn from, where 2 are needed"}
+    assert results["left_out"] == {2: "1 training image, but 2 are needed"}
     assert results["mAP"] == 100
     train = one_hot([0] * 5 + [1] * 5 + [2] * 2)
     results = voc07_svm(features(train), train, features(test), test)
@@ -112,13 +112,13 @@ def test_two_images_with_or_without_a_class_are_cross_validated_in_two_folds(rar
 def test_what_cannot_be_measured_is_said():
     train = np.array([[1, 1, 0, 1, 1], [1, 1, 0, 1, 1], [1, 0, 0, 0, 1], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0]])
     test = np.array([[1, 1, 1, 1, 1], [0, 0, 0, 1, -1], [0, 0, 0, -1, 0]])
-    assert unmeasurable(train, test) == {
-        0: "no image without it to learn from, where 2 are needed",
-        1: "1 image without it to learn from, where 2 are needed",
-        2: "no image to learn from, where 2 are needed",
-        3: "no image without it to test on",  # but for one that may have it
+    assert unmeasurable_classes(train, test) == {
+        0: "no training image without it, but 2 are needed",
+        1: "1 training image without it, but 2 are needed",
+        2: "no training image, but 2 are needed",
+        3: "no test image without it",  # except one marked difficult
     }
-    with pytest.raises(OdcftError, match=r"no class can be measured; the first has no image to test on"):
+    with pytest.raises(OdcftError, match=r"no class can be measured; the first has no test image"):
         voc07_svm(features(train[:, 4:]), train[:, 4:], np.ones((2, 2)), np.array([[0], [-1]]))
 
 
@@ -161,8 +161,8 @@ def test_small_sets_are_fitted_in_this_process_and_large_ones_in_several(monkeyp
     monkeypatch.setattr("joblib.Parallel", parallel)
     monkeypatch.setattr("joblib.cpu_count", lambda: 2)
     monkeypatch.setattr("odcft.distributed.stop_signals.ignore_in_worker", lambda: workers.append(1))
-    for worth in (svm.WORTH, X.size * 3, X.size * 3 - 1):
-        monkeypatch.setattr(svm, "WORTH", worth)
+    for worth in (svm.PARALLEL_ABOVE, X.size * 3, X.size * 3 - 1):
+        monkeypatch.setattr(svm, "PARALLEL_ABOVE", worth)
         voc07_svm(X, targets, X, targets, (1.0,))
     assert asked == [1, 1, 2]
     assert len(workers) == 3
@@ -175,7 +175,7 @@ def test_several_processes_come_to_the_same_bits(monkeypatch):
     targets = one_hot([0, 1, 2] * 20)
     X, Y = features(targets, 0.9), features(targets, 0.9, seed=1)
     alone = voc07_svm(X, targets, Y, targets)
-    monkeypatch.setattr(svm, "WORTH", 0)
+    monkeypatch.setattr(svm, "PARALLEL_ABOVE", 0)
     monkeypatch.setattr("joblib.cpu_count", lambda: 2)
     together = voc07_svm(X, targets, Y, targets)
     assert together["scores"].tolist() == alone["scores"].tolist()
