@@ -20,7 +20,12 @@ from odcft.text import brief
 
 MAX_BYTES, MAX_VALUE_LENGTH, MAX_DEPTH = 1 << 20, 10_000, 30  # of a recipe; characters of a value; nesting levels
 
-MOST_EPOCHS, MAX_IMAGE_SIZE, MAX_WIDTH, MAX_WORKERS = 1_000_000, 4096, 65_536, 1024  # more than anyone needs
+MOST_EPOCHS, MAX_IMAGE_SIZE, MAX_WIDTH, MAX_WORKERS = (
+    1_000_000,
+    4096,
+    65_536,
+    1024,
+)  # more than anyone needs, yet within memory
 
 Auto = Literal["auto"]
 
@@ -36,7 +41,7 @@ def _black_to_white(pair: tuple[float, float]) -> tuple[float, float]:
 
 
 class DataRecipe(_Group):
-    """How images are turned into pixels for the network, before any augmentation."""
+    """The pixels that the network sees: size, crop, value range and normalisation."""
 
     # pixels; auto: the network's own size, or the images' if they are smaller
     size: Auto | Annotated[int, Field(ge=8, le=MAX_IMAGE_SIZE)] = 224
