@@ -55,13 +55,20 @@ def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="CKPT… DATA", help="checkpoints, then unlabelled images")
     parser.add_argument("--test", required=True, help="labelled images, one folder per class")
-    parser.add_argument("--out", type=Path, default=Path("fine_tuning"), help="folder for all output; ./fine_tuning")
-    parser.add_argument("--methods", default="odc,dc", help="odc, dc or both; odc,dc")
-    parser.add_argument("--seeds", default="0,1", help="seeds of the runs; 0,1")
-    parser.add_argument("--recipe", default="small", help="recipe for ODC and CODC; small")
-    parser.add_argument("--dc-recipe", help="recipe for DC, with as many epochs unless you give --epochs; dc_small")
+    parser.add_argument(
+        "--out", type=Path, default=Path("fine_tuning"), help="folder for all output (default: fine_tuning)"
+    )
+    parser.add_argument("--methods", default="odc,dc", help="odc, dc or both (default: odc,dc)")
+    parser.add_argument("--seeds", default="0,1", help="seeds of the runs (default: 0,1)")
+    parser.add_argument("--recipe", default="small", help="recipe for ODC and CODC (default: small)")
+    parser.add_argument(
+        "--dc-recipe",
+        help="recipe for DC, with the same number of epochs unless --epochs is given (default beside small: dc_small)",
+    )
     parser.add_argument("--epochs", type=int, help="epochs of every run, instead of the recipe's")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE", help="change a recipe field"
+    )
     parser.add_argument(
         "--codc", action="append", default=[], metavar="CKPT,CKPT", help="also fine-tune these checkpoints together"
     )

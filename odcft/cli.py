@@ -29,10 +29,16 @@ app = typer.Typer(
 )
 
 Ckpt = Annotated[
-    str, typer.Argument(metavar="CKPT", help="Checkpoint file, timm folder or RUN; or timm:NAME, scratch:NAME.")
+    str,
+    typer.Argument(
+        metavar="CKPT",
+        help="Checkpoint file, timm folder, RUN (the folder `finetune` writes), timm:NAME or scratch:NAME.",
+    ),
 ]
 Data = Annotated[str, typer.Argument(metavar="DATA", help="Folder of images, or a list file (.txt, .csv, .tsv).")]
-Arch = Annotated[str | None, typer.Option(help="Architecture, if the checkpoint does not reveal it.")]
+Arch = Annotated[
+    str | None, typer.Option(help="Architecture (timm name), if it cannot be detected from the checkpoint.")
+]
 ArchArgs = Annotated[
     str | None,
     typer.Option(metavar="NAME=VALUE,…", help="Extra arguments to build the network with, for example patch_size=8."),
@@ -188,7 +194,7 @@ def init_memory(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Extract features of all images, cluster them by K-Means, and save both memories to start `finetune` from."""
+    """Extract features of all images, cluster them by K-Means, and save the memories that `finetune` starts from."""
     resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args)
     _start_processes(devices)
     from odcft.first_memory import init_memory as run
@@ -210,7 +216,9 @@ def init_memory(
 def finetune(
     ckpts: Annotated[
         list[str],
-        typer.Argument(metavar="CKPT… DATA", help="The checkpoint (for codc, one per member), then the images."),
+        typer.Argument(
+            metavar="CKPT… DATA", help="The checkpoint (for codc, one per member), then the folder or list of images."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="RUN folder to write.")],
     method: Annotated[
