@@ -153,13 +153,13 @@ def fine_tuned(
     """Do one run; return its evaluation and the wall-clock and CPU seconds it took."""
     run = args.out / name
     recipe = args.dc_recipe if method == "dc" else args.recipe
-    words = ["--recipe", recipe, "--method", method, "--seed", seed]
-    words += ["--epochs", args.epochs] if args.epochs else []
-    words += [word for override in args.overrides for word in ("--set", override)]
-    words += ["--resume"] if (run / "run.json").exists() else []
+    options = ["--recipe", recipe, "--method", method, "--seed", seed]
+    options += ["--epochs", args.epochs] if args.epochs else []
+    options += [part for override in args.overrides for part in ("--set", override)]
+    options += ["--resume"] if (run / "run.json").exists() else []
     began, used = time.monotonic(), _cpu_seconds()
-    command = [sys.executable, "-m", "odcft", "finetune", *ckpts, data, "--out", run, *words, "--json"]
-    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "odcft", "finetune", *ckpts, data, "--out", run, *options, "--json"]
+    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)
     times = {"seconds": time.monotonic() - began, "cpu_seconds": _cpu_seconds() - used}
@@ -167,7 +167,7 @@ def fine_tuned(
     return {
         **evaluated(backbones if len(backbones) > 1 else backbones[0], args.test),
         **times,
-        "resumed": "--resume" in words,
+        "resumed": "--resume" in options,
         "method": method,
         "seed": int(seed),
         "recipe": recipe,

@@ -72,15 +72,8 @@ def load_labelled_images(data: str, test: str | None) -> LabelledImages:
         raise OdcftError(
             f"{test}: no labels. Put each class into its own folder, or give a .csv with the columns path,label."
         )
-    number = {name: c for c, name in enumerate(classes)}
-    targets = np.zeros((len(per_image), len(classes)), dtype=np.int64)
-    for i, names in enumerate(per_image):
-        targets[i, [number[name] for name in names]] = 1
-    images = found[0]
-    if test is not None:
-        paths = [one.path(i) for one in found for i in range(len(one))]
-        skipped = Counter(found[0].skipped) + Counter(found[1].skipped)
-        images = Images(images.source, images.root.__class__(""), paths, None, dict(skipped))
+    targets = _targets(per_image, classes)
+    images = found[0] if test is None else _joined(*found)
     no_rows = np.zeros(0, dtype=np.int64)
     labels = LabelledImages(images, classes, targets, no_rows, no_rows, sets, {}, duplicates=same_content(images))
     if test is None:
@@ -89,7 +82,7 @@ def load_labelled_images(data: str, test: str | None) -> LabelledImages:
     if labels.left_out["overlap"] and not len(labels.train_rows):
         raise OdcftError(
             f"Every image of {data} is in {test} as well: nothing is left to train on. "
-            f"Give other images to --test, or drop it to hold out half of {data}."
+            f"Give other images to --test, or drop --test to hold out half of {data}."
         )
     return labels
 
@@ -115,6 +108,7 @@ def without_unreadable(labels: LabelledImages, unreadable: Mapping[int, str]) ->
 
 
 def _divide(labels: LabelledImages, unreadable: Mapping[int, str]) -> LabelledImages:
+    """Decide which images are left out and why, and which of the others are for training and for testing."""
     images, targets, count = labels.images, labels.targets, labels.sets[0][1]
     has_label: np.ndarray = (targets == 1).any(1)
     left_out: dict[str, list[int]] = {
@@ -203,6 +197,22 @@ def _labels_per_image(images: Images) -> list[list[str]]:
     if images.labels is None:
         return [[label] if label else [] for label in images.classes()]
     return [[part.strip() for part in label.split(";") if part.strip()] for label in images.labels]
+
+
+def _targets(per_image: list[list[str]], classes: list[str]) -> np.ndarray:
+    """Targets (N, C): 1 for the classes of each image, 0 for the others."""
+    number = {name: c for c, name in enumerate(classes)}
+    targets = np.zeros((len(per_image), len(classes)), dtype=np.int64)
+    for i, names in enumerate(per_image):
+        targets[i, [number[name] for name in names]] = 1
+    return targets
+
+
+def _joined(train: Images, test: Images) -> Images:
+    """The images of two sets as one, under their full paths."""
+    paths = [one.path(i) for one in (train, test) for i in range(len(one))]
+    skipped = Counter(train.skipped) + Counter(test.skipped)
+    return Images(train.source, train.root.__class__(""), paths, None, dict(skipped))
 
 
 def _held_out(targets: np.ndarray) -> np.ndarray:

@@ -63,7 +63,7 @@ def view_of_run(run: str) -> View | None:
     """How a RUN resized and cropped its images, from its recipe; None without a recipe, or if this is not a RUN.
 
     Raises:
-        OdcftError: the recipe cannot be read. Guessing is no option: another size or crop would give other results.
+        OdcftError: the recipe cannot be read. A guess would not do: another size or crop gives other results.
     """
     from odcft.recipe import load_recipe
 

@@ -22,7 +22,7 @@ def test_evaluation_of_images(tmp_path, make_images, make_checkpoint):
     assert results["classes"] == ["a", "b"]
 
 
-def test_what_is_left_out_is_counted_and_said(tmp_path, make_images, make_checkpoint, odcft_command):
+def test_what_is_left_out_is_counted_and_reported(tmp_path, make_images, make_checkpoint, odcft_command):
     images = make_images(tmp_path / "images", 24)
     for name in ("a/x.png", "b/y.png", "b/z.png"):
         (images / name).write_bytes(b"no image")
@@ -47,8 +47,8 @@ def test_what_is_left_out_is_counted_and_said(tmp_path, make_images, make_checkp
     assert any(line.startswith("SVM: 2/2 classes") for line in said)
 
 
-def test_copies_lift_nothing(tmp_path, make_images, make_checkpoint):
-    """The same images three times give the figures of the images once."""
+def test_duplicates_do_not_change_the_results(tmp_path, make_images, make_checkpoint):
+    """Three copies of every image give the same results as one."""
     images, checkpoint = make_images(tmp_path / "images", 24), str(make_checkpoint(tmp_path / "c.pth"))
     once = evaluate(checkpoint, str(images), progress=RecordedProgress())
     for path in list(images.rglob("*.png")):
@@ -59,7 +59,7 @@ def test_copies_lift_nothing(tmp_path, make_images, make_checkpoint):
     assert json_values({p: thrice[p] for p in ("svm", "knn")}) == json_values({p: once[p] for p in ("svm", "knn")})
 
 
-def test_no_readable_image_is_refused_in_a_sentence(tmp_path, make_images, make_checkpoint, odcft_command):
+def test_no_readable_image_is_refused_in_one_sentence(tmp_path, make_images, make_checkpoint, odcft_command):
     images = make_images(tmp_path / "images", 12)
     for path in images.rglob("*.png"):
         path.write_bytes(b"no image")
@@ -95,7 +95,7 @@ def test_a_backbone_of_nan_is_refused(tmp_path, make_images, make_checkpoint, mo
         evaluate(checkpoint, str(images), progress=RecordedProgress())
 
 
-def test_several_labels_an_image_are_for_svm_only(tmp_path, make_images):
+def test_several_labels_per_image_work_only_with_svm(tmp_path, make_images):
     make_images(tmp_path / "images", 16)
     rows = [f"images/{'ab'[i % 2]}/{i:03d}.png,{'cat;dog' if i % 4 else 'cat'}" for i in range(16)]
     (tmp_path / "l.csv").write_text("path,label\n" + "\n".join(rows))

@@ -7,8 +7,8 @@ from odcft.evaluation.confidence_intervals import changes_with_intervals
 from odcft.evaluation.svm import average_precision
 
 
-def test_a_class_that_a_draw_lost_counts_in_neither_mean():
-    """One image has the third class: about a third of the draws are without it, and it changes nothing there."""
+def test_a_class_missing_from_a_resample_counts_in_neither_mean():
+    """Only one image has the third class: about a third of the resamples lack it, and there it changes nothing."""
     targets = np.eye(3, dtype=np.int64)[[0, 0, 0, 1, 1, 1, 2]]
     perfect = targets.astype(float)
 
@@ -17,20 +17,20 @@ def test_a_class_that_a_draw_lost_counts_in_neither_mean():
 
     same = changes_with_intervals(result(perfect), result(perfect), targets)["svm"]
     assert (same["change"], same["low"], same["high"]) == (0, 0, 0)
-    # Before, the third class came last of seven: a draw with it gains at most (100 - 100/7) / 3, one without, nothing.
+    # Before, the third class ranks last of seven: a resample with it gains at most (100 - 100/7) / 3, one without nothing.
     late = perfect.copy()
     late[:, 2] = -late[:, 2]
     gained = changes_with_intervals(result(late), result(perfect), targets)["svm"]
     assert gained["low"] == 0
     assert 20 < gained["high"] < 50
-    # A class that does not count in the figures does not count in the interval.
+    # A class left out of the mean is left out of the interval.
     alike = {"svm": {**result(late)["svm"], "per_class": [100.0, 100.0, None]}}
     assert (
         changes_with_intervals(alike, alike | {"svm": {**alike["svm"], "scores": perfect}}, targets)["svm"]["high"] == 0
     )
 
 
-def test_intervals_are_those_of_drawing_images_again():
+def test_intervals_are_the_same_as_from_resampling_the_images():
     draw = np.random.default_rng(1)
     class_N = draw.integers(0, 2, 40)
     targets = np.stack([class_N, 1 - class_N], 1)

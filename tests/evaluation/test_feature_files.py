@@ -20,7 +20,7 @@ def arrays(**changed):
 
 
 @pytest.mark.parametrize("form", ["numbers", "names", "floats", "rows", "difficult"])
-def test_features_made_elsewhere(tmp_path, form):
+def test_features_computed_elsewhere(tmp_path, form):
     given = arrays()
     for name in ("train_targets", "test_targets"):
         labels = given[name]

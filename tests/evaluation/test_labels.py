@@ -32,7 +32,7 @@ def test_halves_are_stratified(images):
     assert sorted([*split.train_rows, *split.test_rows]) == list(range(24))
     assert split.sets == [(str(images), 24)]
     assert not any(split.left_out.values())
-    # Drawn once for all: other halves would make figures that cannot be compared.
+    # The split is fixed: with other halves, results could not be compared.
     assert split.test_rows.tolist() == load_labelled_images(str(images), None).test_rows.tolist() == HELD_OUT
 
 
@@ -59,7 +59,7 @@ def test_a_folder_with_a_semicolon_is_one_class(tmp_path, make_images):
     assert load_labelled_images(str(tmp_path), None).classes == ["a;b", "b"]
 
 
-def test_images_without_a_label_are_left_out_and_named(images):
+def test_images_without_a_label_are_left_out_and_reported(images):
     shutil.copy(images / "a" / "000.png", images / "top.png")
     (images / "top.png").write_bytes((images / "top.png").read_bytes() + b"0")
     split = load_labelled_images(str(images), None)
@@ -69,7 +69,7 @@ def test_images_without_a_label_are_left_out_and_named(images):
     assert describe_left_out(split.left_out, split, {}) == ["1 of 25 images has no label: top.png"]
 
 
-def test_unreadable_images_are_left_out_before_halves_are_made(images):
+def test_unreadable_images_are_left_out_before_the_set_is_divided(images):
     split = without_unreadable(
         load_labelled_images(str(images), None), {0: "broken", 3: "empty", 1: "broken", 14: "broken"}
     )
@@ -105,7 +105,7 @@ def test_copies_in_a_set_count_once_and_give_the_split_of_the_list_without_them(
     ]
 
 
-def test_files_that_cannot_be_read_are_no_copies_of_each_other(images):
+def test_unreadable_files_are_not_called_copies_of_each_other(images):
     for name in ("x", "y", "z"):
         (images / "a" / f"{name}.png").write_bytes(b"no image")
     split = load_labelled_images(str(images), None)
@@ -125,7 +125,7 @@ def test_the_same_file_under_two_labels_is_left_out_altogether(images):
     ]
 
 
-def test_what_is_in_both_sets_is_only_tested_on(images, tmp_path):
+def test_images_in_both_sets_are_used_for_testing_only(images, tmp_path):
     test = tmp_path / "test"
     for name in ("a/000.png", "a/002.png", "b/001.png", "b/003.png"):
         (test / name).parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def test_two_sets_of_the_same_images_are_refused(images, tmp_path):
             load_labelled_images(str(images), str(other))
 
 
-def test_copies_among_images_to_learn_from_count_once(images, make_images, tmp_path):
+def test_copies_among_training_images_count_once(images, make_images, tmp_path):
     shutil.copy(images / "a" / "000.png", images / "a" / "again.png")
     test = make_images(tmp_path / "test", 8, side=40)
     split = load_labelled_images(str(images), str(test))
@@ -199,7 +199,7 @@ def test_a_class_that_loses_its_images_is_refused_with_the_reason(images, make_i
         without_unreadable(split, dict.fromkeys(range(24, 32), "broken"))
 
 
-def test_sets_that_lose_all_for_several_reasons_are_refused_with_them(images):
+def test_a_set_that_loses_all_images_is_refused_with_every_reason(images):
     shutil.copy(images / "a" / "000.png", images / "b" / "again.png")
     split = load_labelled_images(str(images), None)
     rest = {i: "broken" for i, name in enumerate(split.images.names) if name not in ("a/000.png", "b/again.png")}
@@ -215,7 +215,7 @@ def test_targets_are_the_labels(images):
     assert np.array_equal(split.targets, [[1 - i % 2, 1] for i in range(24)])
 
 
-def test_what_is_not_read_is_counted_in_both_sets(images, make_images, tmp_path):
+def test_files_that_are_not_read_are_counted_in_both_sets(images, make_images, tmp_path):
     test = make_images(tmp_path / "test", 8, side=40)
     for path in (images / "one.heic", test / "two.heic", test / "three.xml"):
         path.write_bytes(b"")
@@ -236,7 +236,7 @@ def test_files_of_two_labels_that_cannot_be_read_are_not_called_contradictory(im
         without_unreadable(load_labelled_images(str(images), None), dict(enumerate(["broken", *["later"] * 23])))
 
 
-def test_a_few_images_are_all_named_and_of_many_the_first(images):
+def test_a_few_images_are_all_named_but_only_the_first_of_many(images):
     split = load_labelled_images(str(images), None)
     bad = {0: "x", 1: "x", 2: "x"}
     assert describe_left_out({"unreadable": [0, 1, 2]}, split, bad)[0].endswith(

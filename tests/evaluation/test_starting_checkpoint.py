@@ -12,7 +12,7 @@ from odcft.evaluation.table import json_values, table_lines
 
 @pytest.fixture
 def run(tmp_path, make_images, make_checkpoint, monkeypatch):
-    """A RUN of a checkpoint that was named relative to the folder it was started in, and its images."""
+    """A RUN whose checkpoint was given as a relative path, and its images."""
     from odcft.recipe import load_recipe
     from odcft.train import fine_tune
 
@@ -24,7 +24,7 @@ def run(tmp_path, make_images, make_checkpoint, monkeypatch):
     return tmp_path / "runs" / "run", images
 
 
-def test_run_is_set_beside_its_checkpoint(run, tmp_path):
+def test_a_run_is_compared_with_its_checkpoint(run, tmp_path):
     results = evaluate(str(run[0]), run[1], None, ["knn"], progress=RecordedProgress())
     alone = evaluate("c.pth", run[1], None, ["knn"], progress=RecordedProgress())
     assert results["before"]["knn"]["top1"] == alone["knn"]["top1"]
@@ -45,7 +45,7 @@ def test_its_checkpoint_is_found_from_another_folder_and_after_a_move(run, tmp_p
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert "before" in evaluate(str(folder), images, None, ["knn"], progress=RecordedProgress())
-    edit(folder / "run.json", checkpoint_path=None)  # as runs of before this was written have it
+    edit(folder / "run.json", checkpoint_path=None)  # as in runs from before this field existed
     assert "before" in evaluate(str(folder), images, None, ["knn"], progress=RecordedProgress())
     moved = tmp_path / "moved"
     shutil.move(folder, moved / "deep" / "run")
@@ -91,7 +91,7 @@ def test_a_run_without_its_checkpoint_says_so(run, tmp_path, what, reason):
     assert reason in line
 
 
-def test_what_is_no_run_needs_no_before(tmp_path, make_images, make_checkpoint):
+def test_a_checkpoint_that_is_not_a_run_has_no_before(tmp_path, make_images, make_checkpoint):
     said = RecordedProgress()
     images = str(make_images(tmp_path / "images", 12))
     results = evaluate(str(make_checkpoint(tmp_path / "c.pth")), images, None, ["knn"], progress=said)
@@ -99,7 +99,7 @@ def test_what_is_no_run_needs_no_before(tmp_path, make_images, make_checkpoint):
     assert not any(line.startswith("Before") for line in said.lines)
 
 
-def test_a_run_from_random_weights_has_its_before(tmp_path, make_images):
+def test_a_run_from_random_weights_has_a_before(tmp_path, make_images):
     from odcft.recipe import load_recipe
     from odcft.train import fine_tune
 
