@@ -26,6 +26,14 @@ DEMO_FILES: Layout = {
     **{"rotation.pth": None, "memory": MEMORY_FILES, "run": RUN_FILES, "run_dc": RUN_FILES},
 }
 
+CONTENTS = (
+    "  digits/         the images, one folder per class (training ignores the folders)",
+    "  rotation.pth    the starting checkpoint",
+    "  memory/         samples memory and centroids memory, from `odcft init-memory`",
+    "  run/            fine-tuning by ODC: metrics.jsonl, tensorboard/, clusters.parquet, backbone/",
+    "  run_dc/         fine-tuning by DeepCluster, for comparison",
+)
+
 
 def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[str]]:
     """Write images, train a starting checkpoint, build the memories, fine-tune by ODC and by DC, evaluate all three.
@@ -81,11 +89,7 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
         *table_lines(after_dc),
         "",
         f"Everything is in {out} ({duration(seconds)}):",
-        "  digits/         the images, one folder per class (training ignores the folders)",
-        "  rotation.pth    the starting checkpoint",
-        "  memory/         samples memory and centroids memory, from `odcft init-memory`",
-        "  run/            fine-tuning by ODC: metrics.jsonl, tensorboard/, clusters.parquet, backbone/",
-        "  run_dc/         fine-tuning by DeepCluster, for comparison",
+        *CONTENTS,
         "Your turn:    odcft finetune CKPT IMAGES/ --recipe small --out RUN",
     ]
     return values, lines

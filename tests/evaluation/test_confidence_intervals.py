@@ -17,7 +17,7 @@ def test_a_class_missing_from_a_resample_counts_in_neither_mean():
 
     same = changes_with_intervals(result(perfect), result(perfect), targets)["svm"]
     assert (same["change"], same["low"], same["high"]) == (0, 0, 0)
-    # Before, the third class ranks last of seven: a resample with it gains at most (100 - 100/7) / 3, one without nothing.
+    # Before, the third class ranks last of seven: a resample with it gains at most (100 - 100/7) / 3, others nothing.
     late = perfect.copy()
     late[:, 2] = -late[:, 2]
     gained = changes_with_intervals(result(late), result(perfect), targets)["svm"]

@@ -16,7 +16,7 @@ def features(targets_NC, noise=0.0, seed=0):
     """Noisy features with one column per class and a constant one, not of unit length."""
     draw = np.random.default_rng(seed)
     clean = np.c_[(targets_NC == 1).astype(np.float32), np.ones(len(targets_NC))]
-    return (clean + noise * draw.normal(size=clean.shape)) * draw.uniform(0.5, 4, (len(told), 1))
+    return (clean + noise * draw.normal(size=clean.shape)) * draw.uniform(0.5, 4, (len(clean), 1))
 
 
 def one_hot(labels, C=3):
