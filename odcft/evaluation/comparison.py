@@ -155,7 +155,7 @@ def _extract_features(
     if backbone.fixed_size and view.size != backbone.size:
         raise OdcftError(f"{backbone.arch} takes images of {backbone.size} pixels only, not {view.size}.")
     if not backbone.takes(view.size):
-        raise OdcftError(f"{backbone.arch} cannot take images of {view.size} pixels. Try --size {backbone.size}.")
+        raise OdcftError(f"{backbone.arch} cannot process images of {view.size} pixels. Try --size {backbone.size}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     crops = Crops(labels.images, view)
     features, unreadable = extract(backbone.to(device).eval(), crops, 128, 0, device, progress)
