@@ -391,11 +391,10 @@ def evaluate(
         args = _parse_arch_args(arch_args)
         results = run(ckpt, data, test, protocols, arch, size, input, allow_partial, arch_args=args)
     members = results.get("members", [])
-    report = [
-        summary(results),
-        *([f"All {len(members)} members side by side:"] if members else []),
-        *table_lines(results),
-    ]
+    report = [summary(results)]
+    if members:
+        report.append(f"All {len(members)} members side by side:")
+    report += table_lines(results)
     for member in members:
         report += [f"{member['source']} alone:", *table_lines(member)]
     _report(json_values(results), as_json, report)
