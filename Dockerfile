@@ -2,10 +2,10 @@
 #   docker build -t odcft .
 #   docker run --gpus all --shm-size 8g --user $(id -u):$(id -g) --read-only --tmpfs /tmp \
 #       -v /data:/data -v /runs:/runs odcft finetune /data/ckpt.pth /data/images --out /runs/mine
-# --shm-size: loader processes hand images over through shared memory, and Docker's default of 64 MB is too little.
-# --read-only --tmpfs /tmp may be left out: nothing is written but to /tmp and the folders on the command line.
+# --shm-size: data loader workers pass images through shared memory, and Docker's default of 64 MB is too little.
+# --read-only --tmpfs /tmp is optional: odcft writes only to /tmp and the folders on the command line.
 #
-# No CUDA in the base: torch's wheel brings the one it was built with (the driver must be new enough for that one).
+# No CUDA in the base image: torch's wheel brings the version it was built with (your driver must be new enough for it).
 FROM python:3.12-slim-bookworm
 
 ENV PATH=/opt/odcft/bin:$PATH \
@@ -14,7 +14,7 @@ ENV PATH=/opt/odcft/bin:$PATH \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/odcft
 
-# Gigabytes, and seldom new: before the source, so that a change of ours does not fetch them again.
+# Dependencies are gigabytes and seldom change: install them before the source, so that a new source keeps this layer.
 WORKDIR /src
 COPY pyproject.toml constraints.txt tools/requirements.py ./
 RUN python requirements.py pyproject.toml gpu onnx > requirements.txt \
@@ -26,7 +26,7 @@ COPY recipes ./recipes
 RUN pip install --no-deps --no-build-isolation . \
     && useradd --uid 1000 --create-home odcft
 
-# Any user will do (`docker run --user`).
+# Any other user works as well (`docker run --user`).
 USER 1000
 WORKDIR /home/odcft
 ENV HOME=/tmp

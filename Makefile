@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up all they need: a .venv in the checkout, reused the next time.
+# `make demo` and `make test` set up everything they need: a .venv in the checkout, which later calls reuse.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -7,7 +7,7 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/odcft demo --out demo --overwrite
 
-# Two test processes of one thread each: small networks gain nothing from threads inside.
+# Two test processes with one thread each: small networks gain nothing from more threads.
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow"
 
@@ -17,7 +17,7 @@ FAST := $(if $(ROOM),$(wildcard tests/$(ROOM)/ tests/$(ROOM)_tests/),tests/test_
 test-fast: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow" $(or $(filter %_tests/,$(FAST)),$(FAST))
 
-# Those and the slow ones: many networks, many ranks, whole demos.
+# The tests above and the slow ones: many networks, many ranks, whole demos.
 test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m slow
 

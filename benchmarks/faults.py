@@ -1,15 +1,15 @@
-"""Does a run survive? Small trainings are killed, stopped and starved at random moments, resumed until they are done,
-and compared with one that nothing happened to: backbone, state, clusters and metrics (but for times) must be the same
-bits.
+"""Does a run survive faults? Kill, stop, damage or starve small trainings at random moments, resume them until they
+finish, and compare them with an undisturbed one: backbone, state, clusters and metrics (except times) must be equal to
+the bit.
 
     python benchmarks/faults.py [--sigkill 100] [--two-ranks 20] [--sigterm 50] [--damage 8] [--disk 1] [--cost]
 
-Every count may be 0. --disk mounts a tmpfs in a namespace of its own; that needs Linux, and may need root.
-docs/reliability.md has the figures.
+Every count may be 0. --disk mounts a tmpfs in its own namespace, which needs Linux and may need root.
+docs/reliability.md has the results.
 
-A training takes a few seconds and saves its state as often as it can (log.snapshot_share=1), so that a good part of the
-moments falls into saving. Processes are forks of this one, to spare the imports; every fifth run of two ranks is
-started by `--devices 2` instead.
+A training takes a few seconds and saves its state as often as it can (log.snapshot_share=1), so that many of the random
+moments fall into saving. Processes are forks of this one, to save the imports; every fifth run of two ranks is started
+by `--devices 2` instead.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 from odcft import cli
 from odcft.run import snapshot_files
 
-LIMIT = 120.0  # seconds that a process may take to end; longer is a hang
+LIMIT = 120.0  # seconds until a process that has not ended counts as hanging
 TIMES = ("images_per_second", "data_wait", "time")
 TRAINING = [
     *("--recipe", "small", "--clusters", "6", "--epochs", "4"),
@@ -50,18 +50,24 @@ TRAINING = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sigkill", type=int, default=100, help="runs of one process, killed")
+    parser.add_argument("--sigkill", type=int, default=100, help="runs of one process to kill")
     parser.add_argument(
-        "--two-ranks", type=int, default=20, help="runs of two processes; one, both or the launcher killed"
+        "--two-ranks", type=int, default=20, help="runs of two processes to kill: one, both or the launcher"
     )
-    parser.add_argument("--sigterm", type=int, default=50, help="runs asked to stop, half of them with data workers")
-    parser.add_argument("--damage", type=int, default=8, help="states cut, flipped or gone")
-    parser.add_argument("--disk", type=int, default=1, help="runs whose disk fills up and is read-only for a time")
-    parser.add_argument("--cost", action="store_true", help="what a state costs, by size (writes 1.5 GB)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--mounted", action="store_true", help=argparse.SUPPRESS)  # we are in a namespace of our own
+    parser.add_argument(
+        "--sigterm", type=int, default=50, help="runs to stop by a signal, half of them with data workers"
+    )
+    parser.add_argument("--damage", type=int, default=8, help="runs whose newest state to damage")
+    parser.add_argument("--disk", type=int, default=1, help="runs whose disk to fill up and then make read-only")
+    parser.add_argument(
+        "--cost", action="store_true", help="measure what saving a state costs, by size (writes 1.5 GB)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument("--folder", type=Path, help="folder to work in; by default a temporary one")
+    parser.add_argument("--json", action="store_true", help="print the results on one line")
+    parser.add_argument(
+        "--mounted", action="store_true", help=argparse.SUPPRESS
+    )  # set when this script runs itself in a namespace
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -70,36 +76,36 @@ def main() -> None:
     draw = random.Random(args.seed)
     results: dict[str, Any] = {}
 
-    def told(name: str, values: dict[str, Any]) -> None:
+    def record(name: str, values: dict[str, Any]) -> None:
         results[name] = values
         print(f"{name}: {json.dumps(values)}", file=sys.stderr, flush=True)
 
-    whole, _ = reference(folder, "whole")
-    seconds = comparison_can_fail(folder, whole)
-    told("reference", {"seconds": round(seconds, 2), "states_in_a_run": count_states(folder)})
+    expected, _ = reference(folder, "whole")
+    seconds = comparison_can_fail(folder, expected)
+    record("reference", {"seconds": round(seconds, 2), "states_in_a_run": count_states(folder)})
     if args.sigkill:
-        told("sigkill", many(args.sigkill, lambda i: killed(folder, whole, seconds, draw, i)))
+        record("sigkill", repeat(args.sigkill, lambda i: killed(folder, expected, seconds, draw, i)))
     if args.sigterm:
-        told("sigterm", many(args.sigterm, lambda i: stopped(folder, whole, seconds, draw, i)))
+        record("sigterm", repeat(args.sigterm, lambda i: stopped(folder, expected, seconds, draw, i)))
     if args.damage:
-        told("damage", many(args.damage, lambda i: damaged(folder, whole, draw, i)))
+        record("damage", repeat(args.damage, lambda i: damaged(folder, expected, draw, i)))
     if args.disk and args.mounted:
-        told("disk", many(args.disk, lambda i: starved(folder, whole, i)))
+        record("disk", repeat(args.disk, lambda i: starved(folder, expected, i)))
     elif args.disk:
-        told("disk", in_a_namespace(args.disk, args.seed))
+        record("disk", in_a_namespace(args.disk, args.seed))
     if args.two_ranks:
         two, seconds = reference(folder, "two", ranks=2)
-        told("two_ranks", many(args.two_ranks, lambda i: one_of_two_killed(folder, two, seconds, draw, i)))
+        record("two_ranks", repeat(args.two_ranks, lambda i: one_of_two_killed(folder, two, seconds, draw, i)))
     if args.cost:
-        told("cost", {"states": cost(folder)})
+        record("cost", {"states": cost(folder)})
     if args.folder is None:
         shutil.rmtree(folder)
     print(json.dumps(results) if args.json else json.dumps(results, indent=2))
     sys.exit(0 if all(values.get("wrong", 0) == 0 for values in results.values()) else 1)
 
 
-def many(count: int, one: Any) -> dict[str, Any]:
-    """Do it so many times; sums of the counts, largest of what ends in "_s"."""
+def repeat(count: int, one: Any) -> dict[str, Any]:
+    """Do `one` that many times; return the sums of its counts, and the largest value of names that end in "_s"."""
     total: dict[str, Any] = {"runs": 0, "identical": 0, "wrong": 0}
     for i in range(count):
         figures = one(i)
@@ -115,11 +121,11 @@ def many(count: int, one: Any) -> dict[str, Any]:
     return total
 
 
-# ---------------------------------------------------------------- the training, and what comes of it
+# ---------------------------------------------------------------- the training and its outcome
 
 
 def make_inputs(folder: Path) -> None:
-    """40 small images of two kinds and the checkpoint of a tiny network."""
+    """Write 40 small images of two kinds and the checkpoint of a tiny network."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(0)
     for i in range(40):
@@ -136,14 +142,14 @@ def command(folder: Path, run: Path, *extra: str) -> list[str]:
 
 
 def start(arguments: list[str], log: Path, **environment: str) -> int:
-    """`odcft` with these arguments, as a fork of this process; its number."""
-    number = os.fork()
-    if number:
-        return number
+    """Run `odcft` with these arguments in a fork of this process; return the process id."""
+    pid = os.fork()
+    if pid:
+        return pid
     code = 1
     try:
         os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it otherwise
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
@@ -160,7 +166,7 @@ def start(arguments: list[str], log: Path, **environment: str) -> int:
 
 
 def start_two(arguments: list[str], log: Path) -> list[int]:
-    """The same as two ranks, as a scheduler would start them."""
+    """Run it as two ranks, as a scheduler would start them; return their process ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -168,59 +174,59 @@ def start_two(arguments: list[str], log: Path) -> list[int]:
     return [start(arguments, log, RANK=rank, LOCAL_RANK=rank, **common) for rank in "01"]
 
 
-def end_of(number: int, within: float) -> int | None:
-    """The exit code of a process (negative: the signal), or None if it is still there after so many seconds."""
+def end_of(pid: int, within: float) -> int | None:
+    """The exit code of a process (negative for a signal), or None if it still runs after `within` seconds."""
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
-        done, status = os.waitpid(number, os.WNOHANG)
+        done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
     return None
 
 
-def end_while_saving(number: int, run: Path, draw: random.Random) -> int | None:
-    """Wait until some state is being written; the exit code, if the process ended before."""
-    states, seen, now = draw.randint(1, 6), 0, False
+def end_while_saving(pid: int, run: Path, draw: random.Random) -> int | None:
+    """Wait until one of the next states is being written; return the exit code if the process ends before."""
+    states, seen, saving = draw.randint(1, 6), 0, False
     while seen < states:
-        done, status = os.waitpid(number, os.WNOHANG)
+        done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        before, now = now, any((run / "checkpoints").glob(".*.unfinished"))
-        seen += now and not before
-    return end_of(number, draw.uniform(0, 0.02))
+        before, saving = saving, any((run / "checkpoints").glob(".*.unfinished"))
+        seen += saving and not before
+    return end_of(pid, draw.uniform(0, 0.02))
 
 
-def finish(number: int, log: Path) -> int:
-    """The exit code of a process that should end by itself."""
-    code = end_of(number, LIMIT)
+def finish(pid: int, log: Path) -> int:
+    """The exit code of a process that should end on its own."""
+    code = end_of(pid, LIMIT)
     if code is None:
-        os.kill(number, signal.SIGKILL)
-        os.waitpid(number, 0)
-        raise RuntimeError(f"a process hangs; {log} has what it said")
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise RuntimeError(f"a process hangs; its output is in {log}")
     return code
 
 
 def reference(folder: Path, name: str, ranks: int = 1) -> tuple[dict[str, Any], float]:
-    """What comes of a run that nothing happens to, and how long it takes."""
+    """The outcome of an undisturbed run, and how long it takes."""
     began, log, arguments = time.monotonic(), folder / f"{name}.log", command(folder, folder / name, *TRAINING)
-    numbers = start_two(arguments, log) if ranks == 2 else [start(arguments, log)]
-    assert all(finish(number, log) == 0 for number in numbers), log.read_text()
+    pids = start_two(arguments, log) if ranks == 2 else [start(arguments, log)]
+    assert all(finish(pid, log) == 0 for pid in pids), log.read_text()
     return outcome(folder / name), time.monotonic() - began
 
 
 def count_states(folder: Path) -> int:
-    """How often the training saves, by counting in a run of its own."""
+    """How often a training saves its state, counted in a separate run."""
     log = folder / "count.log"
-    number = start(command(folder, folder / "count", *TRAINING), log)
+    pid = start(command(folder, folder / "count", *TRAINING), log)
     seen: set[str] = set()
-    while end_of(number, 0.002) is None:
+    while end_of(pid, 0.002) is None:
         seen |= {path.name for path in (folder / "count" / "checkpoints").glob("step-*")}
     return len(seen)
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """All that a run leaves and that must not depend on what happened to it on the way."""
+    """Everything a run leaves behind that must not depend on the faults on the way."""
     last = sorted((run / "checkpoints").glob("step-*"))[-1]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
@@ -235,7 +241,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Which parts of two outcomes are not the same to the last bit."""
+    """The parts of two outcomes that are not equal to the bit."""
     different = []
     for part, value in one.items():
         if isinstance(value, dict) and all(isinstance(v, torch.Tensor) for v in value.values()):
@@ -251,84 +257,84 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return different
 
 
-def comparison_can_fail(folder: Path, whole: dict[str, Any]) -> float:
-    """Another seed must be noticed in every part; so must one bit, and one line. Returns how long a run takes."""
+def comparison_can_fail(folder: Path, expected: dict[str, Any]) -> float:
+    """Check that `differences` notices another seed, one bit and one line; return how long a run takes."""
     log = folder / "other.log"
     finish(start(command(folder, folder / "other", *TRAINING, "--seed", "1"), log), log)
-    noticed = differences(whole, outcome(folder / "other"))
+    noticed = differences(expected, outcome(folder / "other"))
     assert {"backbone", "state", "memory", "metrics", "clusters"} <= set(noticed), noticed
     again, seconds = reference(folder, "again")
-    assert not differences(whole, again), "two runs that nothing happens to differ: nothing can be compared"
+    assert not differences(expected, again), "two undisturbed runs differ, so nothing can be compared"
     for part in ("backbone", "memory"):
         tensor = next(t for t in again[part].values() if t.numel() > 1)
         tensor.flatten()[1:2].view(torch.uint8)[0] ^= 1
-        assert differences(whole, again) == [part]
+        assert differences(expected, again) == [part]
         tensor.flatten()[1:2].view(torch.uint8)[0] ^= 1
     line = again["metrics"].pop(3)
-    assert differences(whole, again) == ["metrics"]
+    assert differences(expected, again) == ["metrics"]
     again["metrics"][3:3] = [line, line]
-    assert differences(whole, again) == ["metrics"]
+    assert differences(expected, again) == ["metrics"]
     return seconds
 
 
-# ---------------------------------------------------------------- what happens to it
+# ---------------------------------------------------------------- the faults
 
 
-def killed(folder: Path, whole: dict[str, Any], seconds: float, draw: random.Random, i: int) -> dict[str, Any]:
-    """SIGKILL at a random moment, and at others while it goes on, with a chance of 1/3 each; then it may finish.
+def killed(folder: Path, expected: dict[str, Any], seconds: float, draw: random.Random, i: int) -> dict[str, Any]:
+    """Kill a run at a random moment and, with a chance of 1/3 each time, again after resuming; then let it finish.
 
-    In every second run the first moment is one of saving: soon after some state was begun.
+    In every second run the first kill comes while a state is being written.
     """
     run, log = folder / f"killed-{i}", folder / f"killed-{i}.log"
     figures = {"kills": 0, "while_saving": 0, "before_first_state": 0, "after_last_step": 0}
     arguments = command(folder, run, *TRAINING)
     while True:
-        number = start(arguments, log)
+        pid = start(arguments, log)
         leave_alone = figures["kills"] and draw.random() > 1 / 3
         if leave_alone:
-            code: int | None = finish(number, log)
+            code: int | None = finish(pid, log)
         elif i % 2 and not figures["kills"]:
-            code = end_while_saving(number, run, draw)
+            code = end_while_saving(pid, run, draw)
         else:
-            code = end_of(number, draw.uniform(0, seconds))
+            code = end_of(pid, draw.uniform(0, seconds))
         if code is None:
-            os.kill(number, signal.SIGKILL)
-            os.waitpid(number, 0)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
             figures["kills"] += 1
             figures["while_saving"] += any((run / "checkpoints").glob(".*.unfinished"))
             figures["before_first_state"] += not snapshot_files.exists(run)
-            figures["after_last_step"] += (run / "checkpoints" / whole["step"]).exists()
+            figures["after_last_step"] += (run / "checkpoints" / expected["step"]).exists()
             arguments = command(folder, run, "--resume", *(TRAINING if draw.random() < 0.5 else []))
-            if not (run / "recipe.yaml").exists():  # nothing of it is known yet but the command itself
+            if not (run / "recipe.yaml").exists():  # nothing is known of it yet except the command
                 arguments = command(folder, run, "--resume", *TRAINING)
         elif code == 0 and figures["kills"]:
             break
-        elif code == 0:  # too late: again
+        elif code == 0:  # it finished before the kill: try again
             shutil.rmtree(run)
         else:
             return {**figures, "differences": [f"exit code {code}: {log.read_text()[-2000:]}"]}
-    result = {**figures, "differences": differences(whole, outcome(run))}
+    result = {**figures, "differences": differences(expected, outcome(run))}
     shutil.rmtree(run)
     return result
 
 
-def stopped(folder: Path, whole: dict[str, Any], seconds: float, draw: random.Random, i: int) -> dict[str, Any]:
-    """SIGTERM (or SIGUSR1, or SIGINT) at a random moment; it must exit with 75, and go on."""
+def stopped(folder: Path, expected: dict[str, Any], seconds: float, draw: random.Random, i: int) -> dict[str, Any]:
+    """Send SIGTERM, SIGUSR1 or SIGINT at a random moment; the run must exit with 75 and resume."""
     run, log = folder / f"stopped-{i}", folder / f"stopped-{i}.log"
     workers = ["--set", f"data.workers={i % 2 * 2}"]
-    arguments, ask = command(folder, run, *TRAINING, *workers), ("SIGTERM", "SIGTERM", "SIGUSR1", "SIGINT")[i % 4]
+    arguments, name = command(folder, run, *TRAINING, *workers), ("SIGTERM", "SIGTERM", "SIGUSR1", "SIGINT")[i % 4]
     figures: dict[str, Any] = {"asked": 0, "exit_75": 0, "with_workers": 0, "slowest_s": 0.0}
     while True:
-        number = start(arguments, log)
+        pid = start(arguments, log)
         leave_alone = figures["asked"] and draw.random() > 1 / 3
-        code = end_of(number, LIMIT if leave_alone else draw.uniform(0.05, seconds))
+        code = end_of(pid, LIMIT if leave_alone else draw.uniform(0.05, seconds))
         if code is None:
             began = time.monotonic()
             if draw.random() < 0.5:
-                os.kill(number, getattr(signal, ask))
+                os.kill(pid, getattr(signal, name))
             else:
-                os.killpg(number, getattr(signal, ask))  # as schedulers do: data workers get it too
-            code = finish(number, log)
+                os.killpg(pid, getattr(signal, name))  # as schedulers do, so data workers get it too
+            code = finish(pid, log)
             if code != 0:
                 figures["asked"] += 1
                 figures["exit_75"] += code == 75
@@ -339,25 +345,25 @@ def stopped(folder: Path, whole: dict[str, Any], seconds: float, draw: random.Ra
         if code == 0 and figures["asked"]:
             break
         if code == 0:
-            shutil.rmtree(run)  # too late: again
+            shutil.rmtree(run)  # it finished too early: try again
         else:
             arguments = command(folder, run, *TRAINING, *workers, "--resume")
-    result = {**figures, "differences": differences(whole, outcome(run))}
+    result = {**figures, "differences": differences(expected, outcome(run))}
     shutil.rmtree(run)
     return result
 
 
-def damaged(folder: Path, whole: dict[str, Any], draw: random.Random, i: int) -> dict[str, Any]:
-    """The newest state is cut, flipped in one bit, or loses a file: the one before it must do."""
+def damaged(folder: Path, expected: dict[str, Any], draw: random.Random, i: int) -> dict[str, Any]:
+    """Truncate or empty a file of the newest state, flip one bit, or delete it: the run must use the state before."""
     run, log = folder / f"damaged-{i}", folder / f"damaged-{i}.log"
     while True:
-        number, states = start(command(folder, run, *TRAINING), log), draw.randint(2, 7)
+        pid, states = start(command(folder, run, *TRAINING), log), draw.randint(2, 7)
         seen: set[Path] = set()
-        while len(seen) < states and end_of(number, 0.002) is None:
+        while len(seen) < states and end_of(pid, 0.002) is None:
             seen |= set((run / "checkpoints").glob("step-*"))
         if len(seen) == states:
-            os.kill(number, signal.SIGTERM)
-            if finish(number, log) == 75 and len(list((run / "checkpoints").glob("step-*"))) == 2:
+            os.kill(pid, signal.SIGTERM)
+            if finish(pid, log) == 75 and len(list((run / "checkpoints").glob("step-*"))) == 2:
                 break
         shutil.rmtree(run, ignore_errors=True)
     newest = max((run / "checkpoints").glob("step-*"))
@@ -378,34 +384,34 @@ def damaged(folder: Path, whole: dict[str, Any], draw: random.Random, i: int) ->
     wrong = (
         [] if code == 0 and said else [f"{path.name} {how}: exit code {code}, said: {said}: {log.read_text()[-2000:]}"]
     )
-    result = {how: 1, "differences": wrong or differences(whole, {**outcome(run)})}
+    result = {how: 1, "differences": wrong or differences(expected, {**outcome(run)})}
     shutil.rmtree(run)
     return result
 
 
 def in_a_namespace(count: int, seed: int) -> dict[str, Any]:
-    """This script again, where it may mount what others do not see."""
+    """Run this script again in a namespace, where it may mount file systems that no one else sees."""
     nothing = [a for name in ("sigkill", "two-ranks", "sigterm", "damage") for a in (f"--{name}", "0")]
     again = [sys.executable, __file__, *nothing, "--disk", str(count), "--seed", str(seed), "--mounted", "--json"]
     alone = ["unshare", "--user", "--map-root-user", "--mount"]
     if subprocess.run([*alone, "true"], capture_output=True).returncode:
-        return {"skipped": "this machine allows no namespaces"}
+        return {"skipped": "this machine does not allow namespaces"}
     done = subprocess.run([*alone, *again], capture_output=True, text=True)
     if not done.stdout:
         return {"wrong": 1, "differences": done.stderr[-2000:]}
     return json.loads(done.stdout)["disk"]
 
 
-def starved(folder: Path, whole: dict[str, Any], i: int) -> dict[str, Any]:
-    """The disk is full for a time, then read-only for a time: the run goes on, and nothing is missing in the end."""
+def starved(folder: Path, expected: dict[str, Any], i: int) -> dict[str, Any]:
+    """Fill the disk for a while, then make it read-only: the run must continue, and nothing be missing in the end."""
     disk, log = folder / f"disk-{i}", folder / f"disk-{i}.log"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(disk)], check=True)
     run, ballast = disk / "run", disk / "ballast"
-    number = start(command(folder, run, *TRAINING), log)
+    pid = start(command(folder, run, *TRAINING), log)
     figures = {"full_was_said": 0, "read_only_refused": 0}
     while not snapshot_files.exists(run):
-        assert end_of(number, 0.01) is None, log.read_text()
+        assert end_of(pid, 0.01) is None, log.read_text()
     with ballast.open("wb", buffering=0) as file:
         try:
             while True:
@@ -413,16 +419,16 @@ def starved(folder: Path, whole: dict[str, Any], i: int) -> dict[str, Any]:
         except OSError:
             pass
     code, began = None, time.monotonic()
-    while code is None and "tried again later" not in log.read_text() and time.monotonic() - began < LIMIT:
-        code = end_of(number, 0.01)
+    while code is None and "No space left" not in log.read_text() and time.monotonic() - began < LIMIT:
+        code = end_of(pid, 0.01)
     kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     ballast.unlink()
-    code = finish(number, log) if code is None else code
-    figures["full_was_said"] = "No space left" in log.read_text() and "tried again later" in log.read_text()
+    code = finish(pid, log) if code is None else code
+    figures["full_was_said"] = "No space left" in log.read_text()
     wrong = (
         [] if code == 0 and figures["full_was_said"] and len(kept) >= 1 else [f"exit {code}, {kept}: {log.read_text()}"]
     )
-    found = wrong or differences(whole, outcome(run))
+    found = wrong or differences(expected, outcome(run))
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     code = finish(start(command(folder, run, *TRAINING, "--resume", "--epochs", "7"), log), log)
     figures["read_only_refused"] = code == 2 and "Traceback" not in log.read_text()
@@ -433,9 +439,9 @@ def starved(folder: Path, whole: dict[str, Any], i: int) -> dict[str, Any]:
 
 
 def one_of_two_killed(
-    folder: Path, whole: dict[str, Any], seconds: float, draw: random.Random, i: int
+    folder: Path, expected: dict[str, Any], seconds: float, draw: random.Random, i: int
 ) -> dict[str, Any]:
-    """Rank 0, rank 1 or both are killed, or the process that started them: all must end, and the run go on."""
+    """Kill rank 0, rank 1, both, or their launcher: all processes must end, and the run must resume."""
     run, log = folder / f"two-{i}", folder / f"two-{i}.log"
     who = ("rank 0", "rank 1", "both", "rank 1", "launcher")[i % 5]
     figures: dict[str, Any] = {"kills": 0, who: 0, "while_saving": 0, "slowest_end_s": 0.0}
@@ -445,16 +451,13 @@ def one_of_two_killed(
             figures["slowest_end_s"] = launcher_killed(arguments, run, log, draw.uniform(0, 0.3 * seconds))
             codes = [-9]
         else:
-            numbers = start_two(arguments, log)
-            if i % 2:
-                code = end_while_saving(numbers[0], run, draw)
-            else:
-                code = end_of(numbers[0], draw.uniform(0.2, 1) * seconds)
+            pids = start_two(arguments, log)
+            code = end_while_saving(pids[0], run, draw) if i % 2 else end_of(pids[0], draw.uniform(0.2, 1) * seconds)
             began = time.monotonic()
-            hit = {"rank 0": numbers[:1], "rank 1": numbers[1:], "both": numbers}[who] if code is None else []
-            for number in hit:
-                os.kill(number, signal.SIGKILL)
-            codes = [code if code is not None else finish(numbers[0], log), finish(numbers[1], log)]
+            hit = {"rank 0": pids[:1], "rank 1": pids[1:], "both": pids}[who] if code is None else []
+            for pid in hit:
+                os.kill(pid, signal.SIGKILL)
+            codes = [code if code is not None else finish(pids[0], log), finish(pids[1], log)]
             if hit:
                 figures["slowest_end_s"] = max(figures["slowest_end_s"], time.monotonic() - began)
         if any(codes):
@@ -462,19 +465,22 @@ def one_of_two_killed(
             figures[who] += 1
             figures["while_saving"] += any((run / "checkpoints").glob(".*.unfinished"))
             break
-        shutil.rmtree(run)  # too late: again
+        shutil.rmtree(run)  # it finished too early: try again
     wrong = [f"{who} was killed, and a rank ended with 0"] if 0 in codes else []
-    codes = [finish(number, log) for number in start_two(command(folder, run, *TRAINING, "--resume"), log)]
+    codes = [finish(pid, log) for pid in start_two(command(folder, run, *TRAINING, "--resume"), log)]
     if any(codes):
         return {**figures, "differences": [*wrong, f"exit codes {codes}: {log.read_text()[-2000:]}"]}
-    result = {**figures, "differences": wrong or differences(whole, outcome(run))}
+    result = {**figures, "differences": wrong or differences(expected, outcome(run))}
     shutil.rmtree(run)
     return result
 
 
 def launcher_killed(arguments: list[str], run: Path, log: Path, after: float) -> float:
-    """Start two ranks by `--devices 2`, kill the process that started them some time after the first state; seconds
-    until both have ended."""
+    """Start two ranks by `--devices 2` and kill their launcher `after` seconds after the first state.
+
+    Returns:
+        Seconds until both ranks have ended.
+    """
     with log.open("a") as file:
         line = [sys.executable, "-m", "odcft", *arguments, "--devices", "2"]
         process = subprocess.Popen(line, stdout=file, stderr=file, start_new_session=True)
@@ -485,31 +491,31 @@ def launcher_killed(arguments: list[str], run: Path, log: Path, after: float) ->
     ranks, began = children(process.pid), time.monotonic()
     process.kill()
     process.wait()
-    while any(alive(number) for number in ranks):
-        assert time.monotonic() - began < LIMIT, "a rank is left behind"
+    while any(alive(pid) for pid in ranks):
+        assert time.monotonic() - began < LIMIT, "a rank is still running"
         time.sleep(0.01)
     return time.monotonic() - began
 
 
-def children(number: int) -> list[int]:
+def children(pid: int) -> list[int]:
     try:
-        return [int(child) for child in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
 
 
-def alive(number: int) -> bool:
+def alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
 
 
-# ---------------------------------------------------------------- what it costs
+# ---------------------------------------------------------------- the cost of saving
 
 
 def cost(folder: Path) -> list[dict[str, Any]]:
-    """Seconds to write a state of one rank, reading it back twice included, and its share of ten minutes."""
+    """Seconds to write a state of one rank, including reading it back twice, and its share of ten minutes."""
     rows = []
     for name, images, weights in (
         ("ResNet-18, 20,000 images", 20_000, 11_200_000),

@@ -1,10 +1,10 @@
-"""Our K-Means against faiss.Kmeans: same data, iterations and seed, in one process, in turn.
+"""Compare our K-Means with faiss.Kmeans: same data, iterations and seed, alternating in one process.
 
     python benchmarks/kmeans.py --images 50000 --clusters 1000 --dim 256 [--noise 1.0] [--json]
 
-The data are what K-Means sees in odcft: non-negative features of unit length, as they leave the neck, drawn around as
-many centres as there are clusters. `--noise` says how far the bunches spread: at 1 each image deviates from its centre
-as much as centres differ from one another. `--features FILE.npz` (array `features`) takes real ones.
+The data resemble what K-Means sees in odcft: non-negative features of unit length, like the output of the neck, drawn
+around as many centres as there are clusters. `--noise` sets how far they scatter: at 1, an image is as far from its
+centre as the centres are from one another. `--features FILE.npz` (array `features`) uses real features instead.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from odcft.clustering.kmeans import assign, kmeans
 
 
-def bunches(images: int, clusters: int, dim: int, noise: float) -> torch.Tensor:
-    """(images, dim) float32 of unit length."""
+def clustered_features(images: int, clusters: int, dim: int, noise: float) -> torch.Tensor:
+    """Random features (images, dim) around as many centres as clusters, float32 of unit length."""
     draw = torch.Generator().manual_seed(0)
     centres = torch.randn(clusters, dim, generator=draw)
     features = centres[torch.randint(clusters, (images,), generator=draw)]
@@ -37,21 +37,21 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=1.0)
     parser.add_argument("--features", type=Path)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="(the output is JSON either way)")
+    parser.add_argument("--json", action="store_true", help="no effect: the output is always JSON")
     args = parser.parse_args()
-    import faiss  # noqa: TID251 - what ours is held against
+    import faiss  # noqa: TID251 - this script compares with it
 
     if args.features:
         features = torch.from_numpy(np.load(args.features)["features"]).float()
     else:
-        features = bunches(args.images, args.clusters, args.dim, args.noise)
+        features = clustered_features(args.images, args.clusters, args.dim, args.noise)
     ours_s, faiss_s = [], []
     for seed in range(args.runs):
         began = time.perf_counter()
         ours = kmeans(features, args.clusters, seed, args.iterations)
         ours_s.append(time.perf_counter() - began)
         began = time.perf_counter()
-        # All rows, as ours: by default faiss would take 256 a cluster.
+        # All rows, like ours: by default faiss samples 256 per cluster.
         theirs = faiss.Kmeans(
             features.shape[1], args.clusters, niter=args.iterations, seed=seed, max_points_per_centroid=2**31 - 1
         )

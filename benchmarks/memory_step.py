@@ -1,11 +1,11 @@
-"""Time one ODC memory step against the bare product it cannot do without.
+"""Compare the time of one ODC memory step with that of the one matrix product it needs.
 
     python benchmarks/memory_step.py --images 1281167 --clusters 10000 --dim 256 --batch 512 [--ranks W] [--json]
 
 A step is `odc.update`: blend the batch into the samples memory, move it to its nearest centroids, keep sums and
-counts, refresh the centroids every tenth step (spread over its interval), look for small clusters. The product is
-B x D times D x K and its argmax. Both are timed in turn in one process, and medians are given. `--small S` starts with
-that share of the clusters small: `first_step_ms` is then the step that handles them all.
+counts, refresh the centroids every tenth step (its time is spread over the interval), look for small clusters. The
+product is B x D times D x K and its argmax. Both are timed alternately in one process; the results are medians.
+`--small S` starts with that share of the clusters small: `first_step_ms` is then the step that handles them all.
 """
 
 import argparse
@@ -30,7 +30,7 @@ INTERVAL = 10  # steps between two refreshes of the centroids, as in the paper
 
 
 def start(args: argparse.Namespace) -> Clusters:
-    """A memory of random features, in place: nothing N-sized is made but the memory itself."""
+    """Fill a memory with random features in place, so that nothing of size N is allocated but the memory itself."""
     owned = len(ownership.owned(args.images))
     draw = torch.Generator().manual_seed(dist.rank())
     dtype = {"float16": torch.float16, "float32": torch.float32}[args.dtype]
@@ -55,7 +55,7 @@ def start(args: argparse.Namespace) -> Clusters:
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
-    """The figures of this rank."""
+    """Time the steps of this rank; return milliseconds and bytes."""
     before = _resident()
     state = start(args)
     memory = state.memory
@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         if step >= INTERVAL:
             steps.append(took)
             products.append(time.perf_counter() - began)
-    # The refresh falls on one step of an interval: the median of the others plus a tenth of what it adds.
+    # One step of an interval has the refresh: the median of the other steps, plus a tenth of what the refresh adds.
     refreshing = [t for i, t in enumerate(steps) if (i + 1) % INTERVAL == 0]
     plain = [t for i, t in enumerate(steps) if (i + 1) % INTERVAL]
     plain_s = statistics.median(plain)
@@ -99,7 +99,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 
 def _resident() -> int:
-    """Bytes of this process in memory now."""
+    """Resident memory of this process in bytes."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 
@@ -115,8 +115,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float32")
     parser.add_argument("--variant", choices=["paper", "official"], default="paper")
     parser.add_argument("--small", type=float, default=0.0, help="share of the clusters that start small")
-    parser.add_argument("--min-cluster", type=int, help="default: 20, or a quarter of the images a cluster has if less")
-    parser.add_argument("--json", action="store_true", help="(the output is JSON either way)")
+    parser.add_argument(
+        "--min-cluster", type=int, help="default: 20, or a quarter of the images per cluster if that is less"
+    )
+    parser.add_argument("--json", action="store_true", help="no effect: the output is always JSON")
     args = parser.parse_args()
     if args.min_cluster is None:
         args.min_cluster = min(20, args.images // args.clusters // 4)

@@ -1,10 +1,10 @@
-"""Replay a recorded trace of an ODC memory, and count where ours differs.
+"""Replay a recorded trace of an ODC memory, and count where our memory differs.
 
     python benchmarks/replay_trace.py TRACE.npz --variant paper|official [--ranks N] [--json]
 
-The trace holds init_features (N, D), init_labels (N), indices (T, B), features (T, B, D) and what came of them:
+The trace holds the inputs init_features (N, D), init_labels (N), indices (T, B), features (T, B, D) and the results:
 labels_after (T, B), centroids (one before the first step and one after each refresh), class_weights, change_ratio,
-final_labels, final_features. A trace without inputs takes them from the official trace beside it.
+final_labels, final_features. A trace without inputs uses those of the official trace next to it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from odcft.recipe import MemoryRecipe, Recipe
 
 
 def read_trace(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a trace, with the inputs it may share with the official trace beside it."""
+    """The arrays of a trace, with the inputs from the official trace next to it if it has none."""
     trace = dict(np.load(path))
     if "indices" not in trace:
         trace = {**np.load(path.with_name(path.name.replace("paper", "official"))), **trace}
@@ -34,7 +34,7 @@ def read_trace(path: Path) -> dict[str, np.ndarray]:
 
 
 def replay(path: Path, variant: str) -> dict[str, float]:
-    """Run the trace through this rank's share of the memory; the figures are those of all ranks."""
+    """Run the trace through this rank's share of the memory; return the differences over all ranks."""
     trace = read_trace(path)
     N, interval, steps = len(trace["init_labels"]), int(trace["centroid_interval"]), len(trace["indices"])
     mine = list(ownership.owned(N))
@@ -64,7 +64,7 @@ def replay(path: Path, variant: str) -> dict[str, float]:
         if (step + 1) % interval == 0 and (step + 1) // interval < len(trace["centroids"]):
             error = np.abs(state.memory.centroids_KD.numpy() - trace["centroids"][(step + 1) // interval]).max()
             centroid_error = max(centroid_error, error)
-        # A trace without weights is held against the definition: 1 / sqrt(N_c) of labels counted anew.
+        # A trace without weights is compared with their definition: 1 / sqrt(N_c), from the labels counted again.
         counts_K = torch.bincount(state.memory.labels_S, minlength=K)
         dist.all_sum_(counts_K)
         defined = 1 / np.sqrt(np.maximum(counts_K.numpy(), 1))
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("trace", type=Path)
     parser.add_argument("--variant", choices=["paper", "official"], required=True)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--json", action="store_true", help="(the output is JSON either way)")
+    parser.add_argument("--json", action="store_true", help="no effect: the output is always JSON")
     args = parser.parse_args()
     if args.ranks > 1 and "RANK" not in os.environ:
         sys.exit(relaunch(args.ranks))

@@ -1,9 +1,9 @@
-"""What ODC adds to a training step: against supervised training of the same network with fixed labels.
+"""Measure what ODC adds to a training step, compared with supervised training of the same network.
 
     python benchmarks/step_overhead.py --arch resnet18 --size 64 --clusters 1000 [--batch 128] [--json]
 
-Backbone, neck, head, augmentation, loader and optimizer are the same; supervised reads fixed labels and unit weights,
-ODC reads labels and weights from its memory and updates it. Both take their steps in turn; medians are given.
+Backbone, neck, head, augmentation, loader and optimizer are the same. Supervised training reads fixed labels and unit
+weights; ODC reads labels and weights from its memory and updates it. Steps alternate; the results are medians.
 """
 
 import argparse
@@ -37,9 +37,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--clusters", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--images", type=int, default=100_000, help="rows of the memory")
-    parser.add_argument("--steps", type=int, default=30, help="of each kind")
-    parser.add_argument("--json", action="store_true", help="(the output is JSON either way)")
+    parser.add_argument("--images", type=int, default=100_000, help="number of rows in the memory")
+    parser.add_argument("--steps", type=int, default=30, help="number of steps of each kind")
+    parser.add_argument("--json", action="store_true", help="no effect: the output is always JSON")
     args = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,7 +84,7 @@ def main() -> None:
                 if number >= 3:
                     times[with_memory].append(time.perf_counter() - began)
     odc_s, supervised_s = statistics.median(times[True]), statistics.median(times[False])
-    # Pair by pair, so that a machine that slows down slows both.
+    # Compare pair by pair, so that a machine that slows down slows both.
     ratio = statistics.median(a / b for a, b in zip(times[True], times[False], strict=True))
     print(json.dumps({"odc_ms": 1e3 * odc_s, "supervised_ms": 1e3 * supervised_s, "ratio": ratio}))
 

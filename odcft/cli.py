@@ -1,6 +1,6 @@
-"""The command line: parse, call, print.
+"""The command line: parse the arguments, call the library, print the result.
 
-Everything heavy is imported inside the commands, so that --help answers at once.
+Everything slow to import is imported inside the commands, so that --help answers at once.
 """
 
 import json
@@ -25,46 +25,68 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Fine-tune a self-supervised vision checkpoint on unlabelled images, by Online Deep Clustering.",
+    help="Fine-tune a self-supervised vision checkpoint on unlabelled images with Online Deep Clustering (ODC).",
 )
 
 Ckpt = Annotated[
-    str, typer.Argument(metavar="CKPT", help="Checkpoint file, timm folder, RUN, or timm:NAME, scratch:NAME.")
+    str,
+    typer.Argument(
+        metavar="CKPT",
+        help="Checkpoint file, timm folder, RUN (the folder `finetune` writes), timm:NAME or scratch:NAME.",
+    ),
 ]
 Data = Annotated[str, typer.Argument(metavar="DATA", help="Folder of images, or a list file (.txt, .csv, .tsv).")]
-Arch = Annotated[str | None, typer.Option(help="The architecture, where the checkpoint does not tell.")]
+Arch = Annotated[
+    str | None, typer.Option(help="Architecture (timm name), if it cannot be detected from the checkpoint.")
+]
 ArchArgs = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME=VALUE,…", help="What the network is built with besides its name, for example patch_size=8."
-    ),
+    typer.Option(metavar="NAME=VALUE,…", help="Extra arguments to build the network with, for example patch_size=8."),
 ]
 Input = Annotated[
     str | None,
     typer.Option(
-        "--input", metavar="COLOR", help="What the network is shown: rgb, bgr, gray, lab_l or sobel; found by itself."
+        "--input",
+        metavar="COLOR",
+        help="Colours the network expects: rgb, bgr, gray, lab_l or sobel; detected by default.",
     ),
 ]
 Partial = Annotated[
-    bool, typer.Option("--allow-partial", help="Accept less than 90 % of the backbone; the rest starts random.")
+    bool,
+    typer.Option(
+        "--allow-partial",
+        help="Accept a checkpoint with less than 90 % of the backbone; the rest starts from random weights.",
+    ),
 ]
-RecipeName = Annotated[str, typer.Option("--recipe", help="A shipped recipe (`odcft recipes`) or a YAML file.")]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", help="Name of a shipped recipe (see `odcft recipes`) or a YAML file.")
+]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="One field of the recipe, for example memory.momentum=0.3."),
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Change a field of the recipe, for example memory.momentum=0.3; repeatable.",
+    ),
 ]
-Clusters = Annotated[str | None, typer.Option(metavar="K|auto", help="Clusters; auto is images / 128, at most 10,000.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same machine: same backbone.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what odcft wrote there before.")]
-Devices = Annotated[int, typer.Option(min=1, help="Processes on this machine: GPUs, or shares of the CPU.")]
+Clusters = Annotated[
+    str | None, typer.Option(metavar="K|auto", help="Number of clusters; auto means images / 128, at most 10,000.")
+]
+Seed = Annotated[
+    int | None, typer.Option(min=0, help="Random seed. The same seed on the same machine gives the same backbone.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what odcft wrote there earlier.")]
+Devices = Annotated[
+    int, typer.Option(min=1, help="Number of processes on this machine, one per GPU; without GPUs they share the CPU.")
+]
 
-LOST = 5.0  # seconds: who launched the processes ends this one before it has said what another says better
-MOST_EPOCHS, LARGEST_SIDE = 1_000_000, 4096  # as in recipe.py, which is slow to import
+LOST_PEER_DELAY = 5.0  # seconds: the launcher usually ends this process before it repeats what another says better
+MOST_EPOCHS, MAX_IMAGE_SIZE = 1_000_000, 4096  # same as in recipe.py, which is slow to import
 DEFAULT_RECIPE, DC_RECIPE = "odc_r50_finetune", "dc_r50_finetune"
 
 
-def _recipe(
+def _load_recipe(
     name: str,
     overrides: list[str] | None,
     clusters: str | None,
@@ -77,18 +99,18 @@ def _recipe(
 
     given = {"memory.clusters": clusters, "seed": seed, "backbone.input": input}
     given["backbone.allow_partial"] = "true" if allow_partial else None
-    given["backbone.arch_args"] = None if arch_args is None else json.dumps(_arguments(arch_args))
+    given["backbone.arch_args"] = None if arch_args is None else json.dumps(_parse_arch_args(arch_args))
     return load_recipe(name, [*(overrides or []), *(f"{k}={v}" for k, v in given.items() if v is not None)])
 
 
-def _arguments(arch_args: str | None) -> dict[str, Any]:
+def _parse_arch_args(arch_args: str | None) -> dict[str, Any]:
     from odcft.backbone.metadata import parse_arguments
 
     return parse_arguments(arch_args) if arch_args else {}
 
 
-def _join(devices: int) -> None:
-    """Start the other processes, or join those that torchrun has started."""
+def _start_processes(devices: int) -> None:
+    """Launch one process per device, or join the others if a launcher started this one."""
     from odcft.distributed.launch import relaunch
 
     if devices > 1 and "RANK" not in os.environ:
@@ -100,12 +122,14 @@ def _join(devices: int) -> None:
 
         gpu = torch.cuda.is_available()
         if gpu and dist.local_rank() >= torch.cuda.device_count():
-            raise OdcftError(f"{devices} processes need as many GPUs; this machine has {torch.cuda.device_count()}.")
+            raise OdcftError(
+                f"{devices} processes need as many GPUs, but this machine has {torch.cuda.device_count()}."
+            )
         dist.start(torch.device("cuda", dist.local_rank()) if gpu else torch.device("cpu"))
 
 
-def _tell(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
-    """The end of a command: for people on stderr, or one JSON object on stdout; from rank 0 only."""
+def _report(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    """Print the result of a command on rank 0: lines for people on stderr, and with --json one object on stdout."""
     from odcft.distributed import dist
     from odcft.progress import Progress, print_json
 
@@ -120,15 +144,15 @@ def _tell(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("odcft-demo"),
+    out: Annotated[Path, typer.Option(help="Folder to write everything to.")] = Path("odcft-demo"),
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """The whole story on 1,797 real images that need no download: checkpoint, memory, ODC and DC, before and after."""
+    """Try odcft without a download: fine-tune a small network on 1,797 digits by ODC and by DeepCluster."""
     from odcft.demo import run_demo
 
     values, lines = run_demo(out, overwrite)
-    _tell(values, as_json, lines)
+    _report(values, as_json, lines)
 
 
 @app.command()
@@ -140,24 +164,24 @@ def inspect(
     allow_partial: Partial = False,
     as_json: Json = False,
 ) -> None:
-    """What a checkpoint is: family, architecture, input, and how much of the backbone is matched."""
+    """Show what a checkpoint is: its origin, architecture, input, and how much of the backbone it contains."""
     from odcft.backbone.inspection import describe
     from odcft.backbone.load import load_backbone
 
-    loaded = load_backbone(ckpt, arch, input, allow_partial, arch_args=_arguments(arch_args), finite=False)
+    loaded = load_backbone(ckpt, arch, input, allow_partial, arch_args=_parse_arch_args(arch_args), finite=False)
     values, lines = describe(loaded)
     recipe = "odc_vit" if loaded.backbone.is_transformer else None
     given = {"arch": arch, "arch_args": arch_args, "input": input, "allow_partial": allow_partial, "recipe": recipe}
     if not loaded.not_finite:
         lines.append(f"Fine-tune it:   {command('finetune', ckpt, 'IMAGES/', out='RUN', **given)}")
-    _tell(values, as_json, lines)
+    _report(values, as_json, lines)
 
 
 @app.command("init-memory")
 def init_memory(
     ckpt: Ckpt,
     data: Data,
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the memories to.")],
     recipe: RecipeName = DEFAULT_RECIPE,
     clusters: Clusters = None,
     overrides: Set = None,
@@ -170,9 +194,9 @@ def init_memory(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Features of all images, K-Means, and both memories on disk."""
-    resolved = _recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args)
-    _join(devices)
+    """Extract features of all images, cluster them by K-Means, and save the memories that `finetune` starts from."""
+    resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args)
+    _start_processes(devices)
     from odcft.first_memory import init_memory as run
 
     values = run(ckpt, data, out, resolved, arch=arch, overwrite=overwrite)
@@ -184,33 +208,44 @@ def init_memory(
     ]
     given = {"recipe": recipe if recipe != DEFAULT_RECIPE else None, "set": overrides, "seed": seed, "arch": arch}
     given |= {"arch_args": arch_args, "input": input, "allow_partial": allow_partial}
-    lines.append(f"Go on:      {command('finetune', ckpt, data, memory=out, out='RUN', **given)}")
-    _tell(values, as_json, lines)
+    lines.append(f"Next:       {command('finetune', ckpt, data, memory=out, out='RUN', **given)}")
+    _report(values, as_json, lines)
 
 
 @app.command()
 def finetune(
     ckpts: Annotated[
-        list[str], typer.Argument(metavar="CKPT… DATA", help="The checkpoint (codc: one a member), then the images.")
+        list[str],
+        typer.Argument(
+            metavar="CKPT… DATA", help="The checkpoint (for codc, one per member), then the folder or list of images."
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="The RUN folder to write.")],
-    method: Annotated[str | None, typer.Option(help="odc, dc or codc; odc unless the recipe says.")] = None,
+    out: Annotated[Path, typer.Option(help="RUN folder to write.")],
+    method: Annotated[
+        str | None, typer.Option(help="odc, dc (DeepCluster) or codc (collaborative ODC); by default the recipe's.")
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="A shipped recipe or a YAML file.",
-            show_default=f"{DEFAULT_RECIPE}, with --method dc {DC_RECIPE}; resumed: the RUN's own",
+            help="Name of a shipped recipe (see `odcft recipes`) or a YAML file.",
+            show_default=f"{DEFAULT_RECIPE}; {DC_RECIPE} with --method dc; the RUN's own with --resume",
         ),
     ] = None,
     overrides: Set = None,
     epochs: Annotated[
         int | None,
-        typer.Option(min=1, max=MOST_EPOCHS, help="Instead of the recipe's; may also prolong a resumed run."),
+        typer.Option(
+            min=1,
+            max=MOST_EPOCHS,
+            help="Number of epochs, instead of the recipe's; can also prolong a run with --resume.",
+        ),
     ] = None,
     clusters: Clusters = None,
-    memory: Annotated[Path | None, typer.Option(help="A folder of `odcft init-memory` to start from.")] = None,
+    memory: Annotated[Path | None, typer.Option(help="Folder written by `odcft init-memory` to start from.")] = None,
     devices: Devices = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the RUN in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the RUN in --out from its last saved state.")
+    ] = False,
     overwrite: Overwrite = False,
     seed: Seed = None,
     arch: Arch = None,
@@ -219,7 +254,7 @@ def finetune(
     allow_partial: Partial = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a checkpoint on unlabelled images: the main job."""
+    """Fine-tune a checkpoint on unlabelled images. This is the main command."""
     if len(ckpts) < 2:
         raise OdcftError("finetune takes a checkpoint and then the images: odcft finetune CKPT DATA --out RUN.")
     *ckpts, data = ckpts
@@ -228,8 +263,8 @@ def finetune(
         usual = DC_RECIPE if "method=dc" in overrides else DEFAULT_RECIPE
         own = out / "recipe.yaml"
         recipe = str(own) if resume and os.path.isfile(own) and not os.path.islink(own) else usual
-    resolved = _recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args)
-    _join(devices)
+    resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args)
+    _start_processes(devices)
     from odcft.text import duration
     from odcft.train import fine_tune
 
@@ -238,29 +273,29 @@ def finetune(
             *(ckpts, data, out, resolved), arch=arch, memory=memory, resume=resume, overwrite=overwrite, epochs=epochs
         )
     except stop_signals.Stopped as stopped:
-        stopped.args = (f"{stopped} Go on with: {_resuming(sys.argv)}",)
+        stopped.args = (f"{stopped} Continue with: {_resume_command(sys.argv)}",)
         raise
     lines = [
         f"Done in {duration(values['seconds'])}. Backbone: {', '.join(values.get('backbones', [values['backbone']]))}",
         f"  {values['load']}",
         f"Did it get better?    {command('evaluate', out, 'LABELLED_IMAGES/', protocol='svm,knn')}",
     ]
-    _tell(values, as_json, lines)
+    _report(values, as_json, lines)
 
 
-def _resuming(argv: list[str]) -> str:
-    """The command that goes on where this one was stopped."""
+def _resume_command(argv: list[str]) -> str:
+    """The command that continues where this one was stopped."""
     words = shlex.join(["odcft", *(a for a in argv[1:] if a not in ("--overwrite", "--resume")), "--resume"])
     return f"the same torchrun …, now with --resume ({words})" if "TORCHELASTIC_RUN_ID" in os.environ else words
 
 
 def command(verb: str, *words: object, **options: Any) -> str:
-    """A command that can be pasted into a shell, whatever its paths are.
+    """An odcft command that can be pasted into a shell, whatever characters its paths contain.
 
     Args:
-        verb: of odcft.
+        verb: the subcommand.
         words: its arguments.
-        options: by their names; None, False and empty lists are left out, True is a flag, a list comes several times.
+        options: by name; None, False and empty lists are left out, True gives a flag, a list repeats the option.
     """
     parts = ["odcft", verb, *map(str, words)]
     for name, value in options.items():
@@ -273,54 +308,65 @@ def command(verb: str, *words: object, **options: Any) -> str:
 
 @app.command()
 def export(
-    source: Annotated[str, typer.Argument(metavar="RUN|CKPT")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder (timm) or file (other formats).")],
+    source: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="RUN to export, or any checkpoint.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder (timm) or file (other formats) to write.")],
     format: Annotated[str, typer.Option(help="timm, torchvision, safetensors or onnx.")] = "timm",
     arch: Arch = None,
     arch_args: ArchArgs = None,
     input: Input = None,
     allow_partial: Partial = False,
     size: Annotated[
-        int | None, typer.Option(min=8, max=LARGEST_SIDE, help="Pixels it is shown, where its source does not tell.")
+        int | None,
+        typer.Option(min=8, max=MAX_IMAGE_SIZE, help="Image size in pixels, if not the one the source states."),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """The backbone without neck and head, also straight from somebody else's checkpoint."""
+    """Export the backbone, without neck and head, of a RUN or of anybody's checkpoint."""
     from odcft.backbone.model_card import loading_line
     from odcft.data.view import seen_as
     from odcft.exports import export as run
 
-    backbone = run(source, out, format, arch, overwrite, input, allow_partial, size, _arguments(arch_args))
+    backbone = run(source, out, format, arch, overwrite, input, allow_partial, size, _parse_arch_args(arch_args))
     seen = backbone.input
     lines = [f"Wrote {out} ({format}), read back and compared.", f"Images      {seen_as(seen.view)}"]
     if format != "onnx":
         lines.append(f"  {loading_line(backbone, str(out), folder=format == 'timm')}")
     if seen.color != "rgb" and format != "onnx":
-        lines.append(f"Note        It is shown {seen.color}, not RGB: odcft does that by itself, others do not.")
+        lines.append(
+            f"Note        Its input is {seen.color}, not RGB: odcft converts images itself, other software does not."
+        )
     lines += [
-        f"It is the first of several members; another is {other}." for other in sorted(Path(source).glob("backbone_*"))
+        f"This is the first of several members; another is {other}."
+        for other in sorted(Path(source).glob("backbone_*"))
     ]
-    _tell({"out": str(out), "format": format}, as_json, lines)
+    _report({"out": str(out), "format": format}, as_json, lines)
 
 
 @app.command()
 def evaluate(
     ckpt: Annotated[
-        str | None, typer.Argument(metavar="CKPT", help="Checkpoint or RUN; a RUN is set beside what it started from.")
+        str | None,
+        typer.Argument(
+            metavar="CKPT", help="Checkpoint or RUN; a RUN is compared with the checkpoint it was started from."
+        ),
     ] = None,
     data: Annotated[
-        str | None, typer.Argument(metavar="DATA", help="Labelled images: a folder a class, or a list with labels.")
+        str | None, typer.Argument(metavar="DATA", help="Labelled images: one folder per class, or a list with labels.")
     ] = None,
-    protocol: Annotated[str, typer.Option(metavar="P[,P…]", help="svm, knn")] = "svm,knn",
+    protocol: Annotated[str, typer.Option(metavar="P[,P…]", help="svm, knn or both.")] = "svm,knn",
     test: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Images to test on; by default a half is held out.")
+        str | None,
+        typer.Option(metavar="DATA", help="Labelled images to test on; by default half of DATA is held out."),
     ] = None,
     features: Annotated[
-        Path | None, typer.Option(metavar="FILE.npz", help="Features made elsewhere, instead of CKPT and DATA.")
+        Path | None, typer.Option(metavar="FILE.npz", help="Features computed elsewhere, instead of CKPT and DATA.")
     ] = None,
     size: Annotated[
-        int | None, typer.Option(min=8, max=LARGEST_SIDE, help="Pixels; by default the RUN's or the network's own.")
+        int | None,
+        typer.Option(
+            min=8, max=MAX_IMAGE_SIZE, help="Image size in pixels; by default that of the RUN or the network."
+        ),
     ] = None,
     arch: Arch = None,
     arch_args: ArchArgs = None,
@@ -328,10 +374,10 @@ def evaluate(
     allow_partial: Partial = False,
     as_json: Json = False,
 ) -> None:
-    """How good a backbone's features are: VOC07 SVM mAP, nearest neighbours."""
+    """Measure how good a backbone's features are: VOC07 SVM mAP and nearest-neighbour accuracy."""
     from odcft.evaluation.feature_files import evaluate_file
     from odcft.evaluation.protocols import check_protocols
-    from odcft.evaluation.table import lines, public, summary
+    from odcft.evaluation.table import json_values, summary, table_lines
     from odcft.progress import Progress
 
     protocols = check_protocols(protocol)
@@ -344,71 +390,83 @@ def evaluate(
     else:
         from odcft.evaluation.comparison import evaluate as run
 
-        args = _arguments(arch_args)
+        args = _parse_arch_args(arch_args)
         results = run(ckpt, data, test, protocols, arch, size, input, allow_partial, arch_args=args)
     members = results.get("members", [])
-    said = [summary(results), *([f"All {len(members)} members side by side:"] if members else []), *lines(results)]
+    report = [summary(results)]
+    if members:
+        report.append(f"All {len(members)} members side by side:")
+    report += table_lines(results)
     for member in members:
-        said += [f"{member['source']} alone:", *lines(member)]
-    _tell(public(results), as_json, said)
+        report += [f"{member['source']} alone:", *table_lines(member)]
+    _report(json_values(results), as_json, report)
 
 
 @app.command()
 def pretext(
-    task: Annotated[str, typer.Argument(metavar="TASK", help="rotation, jigsaw or colorization")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="rotation, jigsaw or colorization.")],
     data: Data,
-    arch: Annotated[str, typer.Option(help="A timm architecture, for example resnet18.")],
-    out: Annotated[Path, typer.Option(metavar="FILE.pth", help="The checkpoint to write.")],
+    arch: Annotated[str, typer.Option(help="Architecture by its timm name, for example resnet18.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.pth", help="Checkpoint to write.")],
     recipe: RecipeName = "pretext",
     overrides: Set = None,
-    epochs: Annotated[int | None, typer.Option(min=1, max=MOST_EPOCHS, help="Instead of the recipe's.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, max=MOST_EPOCHS, help="Number of epochs, instead of the recipe's.")
+    ] = None,
     devices: Devices = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with --out, from its last epoch.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the training in --out after its last finished epoch.")
+    ] = False,
     overwrite: Overwrite = False,
     seed: Seed = None,
     as_json: Json = False,
 ) -> None:
-    """Train a pretext task: a checkpoint to start from where there is none."""
-    resolved = _recipe(recipe, overrides, None, seed)
+    """Train a network on a pretext task, to have a checkpoint to fine-tune if you have none."""
+    resolved = _load_recipe(recipe, overrides, None, seed)
     if epochs is not None:
         resolved.optim.epochs = epochs
-    _join(devices)
+    _start_processes(devices)
     from odcft.pretexts.training import train_pretext
     from odcft.text import duration
 
     values = train_pretext(task, data, arch, out, resolved, overwrite=overwrite, resume=resume)
     lines = [
-        f"Done in {duration(values['seconds'])}: {values['accuracy']:.0%} right in the last epoch, "
-        f"by chance {values['chance']:.1%}. Checkpoint: {out}",
-        f"Go on:      {command('finetune', out, data, out='RUN', recipe=values['recipe'])}",
+        f"Done in {duration(values['seconds'])}: {values['accuracy']:.0%} correct in the last epoch "
+        f"(chance: {values['chance']:.1%}). Checkpoint: {out}",
+        f"Next:       {command('finetune', out, data, out='RUN', recipe=values['recipe'])}",
     ]
-    _tell(values, as_json, lines)
+    _report(values, as_json, lines)
 
 
 @app.command()
-def recipes(name: Annotated[str | None, typer.Argument(metavar="NAME")] = None, as_json: Json = False) -> None:
-    """List the shipped recipes, or print one."""
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Recipe to print: a shipped one or a YAML file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the shipped recipes, or print one with all its fields."""
     from odcft.recipe import dump, load_recipe, shipped
 
     known = shipped()
     if name is None:
         firsts = {recipe: text.splitlines()[0].lstrip("# ") for recipe, text in known.items()}
         if as_json:
-            _tell(firsts, True, [])
+            _report(firsts, True, [])
         else:
             for recipe, line in firsts.items():
                 typer.echo(f"{recipe:<18} {line}")
         return
     loaded = load_recipe(name)
     if as_json:
-        _tell(loaded.model_dump(mode="json"), True, [])
+        _report(loaded.model_dump(mode="json"), True, [])
     else:
         text = known[name] if name in known else Path(name).read_text(encoding="utf-8")
         typer.echo("\n".join(shown(line.expandtabs()) for line in text.rstrip().splitlines()))
-        typer.echo(f"\n# With every default written out:\n{_commented(dump(loaded))}")
+        typer.echo(f"\n# The same with every default filled in:\n{_as_comment(dump(loaded))}")
 
 
-def _commented(text: str) -> str:
+def _as_comment(text: str) -> str:
     return "\n".join(f"# {line}" for line in text.rstrip().splitlines())
 
 
@@ -427,31 +485,31 @@ def _options(
     pass
 
 
-def _in_a_line(message: Warning | str, category: type[Warning], *place: object, **more: object) -> str:
-    """A warning of a library, as it is printed."""
+def _format_warning(message: Warning | str, category: type[Warning], *place: object, **more: object) -> str:
+    """One printed line for a warning that a library gives."""
     kind = "Warning" if category is UserWarning else category.__name__
     return f"{kind:<11} {shown(message)}\n"
 
 
-def _lost_another(error: Exception) -> str:
-    """What there is to say where another process is gone or cannot be reached, or ""."""
+def _lost_peer_message(error: Exception) -> str:
+    """The message for an error caused by losing another process; "" for any other error."""
     if "RANK" not in os.environ:
         return ""
     from odcft.distributed import dist
 
     if not dist.lost_another(error):
         return ""
-    return f"process {dist.rank()} has lost another ({shown(str(error).splitlines()[0])}). --resume goes on."
+    return f"process {dist.rank()} lost another process ({shown(str(error).splitlines()[0])}). Continue with --resume."
 
 
 def main() -> NoReturn:
-    """Run the command line and leave with its exit code: 0 done, 2 the user can fix it, 75 stopped, 1 anything else."""
+    """Run the command line and exit: 0 done, 2 a mistake the user can fix, 75 stopped by a signal, 1 anything else."""
     code, lost = 0, ""
-    warnings.formatwarning = _in_a_line  # type: ignore[assignment]
+    warnings.formatwarning = _format_warning  # type: ignore[assignment]
     with stop_signals.listening():
         try:
             app()
-        except SystemExit as end:  # how typer returns
+        except SystemExit as end:  # the way typer returns
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         except OdcftError as error:
             print(f"odcft: {shown(error)}", file=sys.stderr)
@@ -461,13 +519,13 @@ def main() -> NoReturn:
                 if os.environ.get("RANK", "0") == "0":
                     how = str(stopped) or "Nothing was saved. Start it again with the same command."
                     print(f"odcft: {stop_signals.asked()}: stopped. {shown(how)}", file=sys.stderr, flush=True)
-            os._exit(stop_signals.EXIT)  # without waiting for data workers that are in the middle of reading
-        except Exception as error:  # a fault of ours, or of another process
-            code, lost = 1, _lost_another(error)
+            os._exit(stop_signals.EXIT)  # without waiting for data workers that are still reading
+        except Exception as error:  # a bug of ours, or the loss of another process
+            code, lost = 1, _lost_peer_message(error)
             for line in traceback.format_exc().splitlines() if not lost else ():
                 print(shown(line), file=sys.stderr)
     if lost:
-        time.sleep(LOST)
+        time.sleep(LOST_PEER_DELAY)
         print(f"odcft: {lost}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         from odcft.distributed import dist

@@ -1,4 +1,4 @@
-"""`odcft demo`: the whole story on real images that need no download, the 1,797 handwritten digits of scikit-learn."""
+"""`odcft demo`: every step on real images that need no download, scikit-learn's 1,797 handwritten digits."""
 
 import time
 from pathlib import Path
@@ -14,40 +14,47 @@ from odcft.run.output_checks import clear, refuse_full, refuse_unwritable
 from odcft.text import duration
 
 ARCH = "test_resnet"  # 0.4 million parameters
-SIZE = 32  # pixels, from 8
+SIZE = 32  # pixels; the originals have 8
 PRETEXT = [
     *("data.size=32", "optim.epochs=6", "optim.batch_size=64", "optim.lr=0.05", "optim.weight_decay=1e-4"),
-    # Digits have no colour to jitter and do not survive being flipped.
+    # Digits have no colour to jitter, and a flipped digit is no longer the same one.
     *("augment.crop_scale=[0.5, 1.0]", "augment.flip=0", "augment.rotation=10", "augment.brightness=0.2"),
     *("augment.contrast=0.2", "augment.saturation=0", "augment.hue=0", "augment.gray=0"),
 ]
-OURS: Layout = {
+DEMO_FILES: Layout = {
     "digits": {"[0-9]": {"[0-9][0-9][0-9][0-9].png": None}},
     **{"rotation.pth": None, "memory": MEMORY_FILES, "run": RUN_FILES, "run_dc": RUN_FILES},
 }
+
+CONTENTS = (
+    "  digits/         the images, one folder per class (training ignores the folders)",
+    "  rotation.pth    the starting checkpoint",
+    "  memory/         samples memory and centroids memory, from `odcft init-memory`",
+    "  run/            fine-tuning by ODC: metrics.jsonl, tensorboard/, clusters.parquet, backbone/",
+    "  run_dc/         fine-tuning by DeepCluster, for comparison",
+)
 
 
 def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[str]]:
     """Write images, train a starting checkpoint, build the memories, fine-tune by ODC and by DC, evaluate all three.
 
     Args:
-        out: everything is written here; must be empty or new, unless `overwrite`.
+        out: folder to write everything to; must be empty or new, unless `overwrite`.
         overwrite: replace an earlier demo.
 
     Returns:
-        Figures (ODC's, and DC's under `dc`), and lines for people.
+        The results (ODC's, and DC's under `dc`), and lines to print.
     """
     from odcft.evaluation.comparison import evaluate
-    from odcft.evaluation.table import lines as table
-    from odcft.evaluation.table import public
+    from odcft.evaluation.table import json_values, table_lines
     from odcft.first_memory import init_memory
     from odcft.train import fine_tune
 
     progress = Progress()
     started = time.monotonic()
-    refuse_full(out, OURS, overwrite)
+    refuse_full(out, DEMO_FILES, overwrite)
     refuse_unwritable(out / "digits")
-    clear(out, OURS)
+    clear(out, DEMO_FILES)
     digits = write_digits(out / "digits")
     images = find_images(digits)
     progress.say(f"Images      {len(images):,} handwritten digits (scikit-learn), {SIZE} px, in {digits}")
@@ -56,12 +63,14 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
     rotation = train_pretext(
         "rotation", str(digits), ARCH, checkpoint, load_recipe("pretext", PRETEXT), progress=progress
     )
-    progress.say(f"Checkpoint  {checkpoint}: {ARCH}, rotation told right {rotation['accuracy']:.0%} of the time")
+    progress.say(
+        f"Checkpoint  {checkpoint}: {ARCH}, predicts the rotation correctly {rotation['accuracy']:.0%} of the time"
+    )
 
     recipe = load_recipe("demo")
     init_memory(str(checkpoint), str(digits), out / "memory", recipe, progress=progress)
     run = fine_tune(str(checkpoint), str(digits), out / "run", recipe, memory=out / "memory", progress=progress)
-    dc = load_recipe("demo", ["method=dc", "optim.schedule=step"])  # why: recipes/dc_small.yaml
+    dc = load_recipe("demo", ["method=dc", "optim.schedule=step"])  # the reason is in recipes/dc_small.yaml
     run_dc = fine_tune(str(checkpoint), str(digits), out / "run_dc", dc, progress=progress)
     after_odc, after_dc = (
         evaluate(str(out / name), str(digits), None, ["svm", "knn"], progress=progress) for name in ("run", "run_dc")
@@ -69,29 +78,25 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
 
     seconds = time.monotonic() - started
     values = {
-        **{**public(after_odc), "run": run, "dc": {**public(after_dc), "run": run_dc}},
+        **{**json_values(after_odc), "run": run, "dc": {**json_values(after_dc), "run": run_dc}},
         **{"out": str(out), "seconds": round(seconds, 1)},
     }
     lines = [
         "",
         f"Before and after ODC ({duration(run['seconds'])}), on {len(images) // 2:,} held-out digits:",
-        *table(after_odc),
+        *table_lines(after_odc),
         f"Before and after DeepCluster ({duration(run_dc['seconds'])}):",
-        *table(after_dc),
+        *table_lines(after_dc),
         "",
         f"Everything is in {out} ({duration(seconds)}):",
-        "  digits/         the images, a folder a class (training never looks at the folders)",
-        "  rotation.pth    the checkpoint it started from",
-        "  memory/         samples and centroids memory, from `odcft init-memory`",
-        "  run/            fine-tuning by ODC: metrics.jsonl, tensorboard/, clusters.parquet, backbone/",
-        "  run_dc/         the same by DeepCluster, to compare",
-        "Now yours:    odcft finetune CKPT IMAGES/ --recipe small --out RUN",
+        *CONTENTS,
+        "Your turn:    odcft finetune CKPT IMAGES/ --recipe small --out RUN",
     ]
     return values, lines
 
 
 def write_digits(folder: Path) -> Path:
-    """scikit-learn's 1,797 digits as PNG files, enlarged from 8 to 32 pixels, a folder a class.
+    """Write scikit-learn's 1,797 digits as PNG files, enlarged from 8 to 32 pixels, one folder per class.
 
     Raises:
         OdcftError: the folder cannot be written.

@@ -1,6 +1,6 @@
-"""The backbone without neck and head, as others load it.
+"""Export the backbone, without neck and head, in formats that other software loads.
 
-Every export is read back and compared before it is called done.
+Every export is read back and compared before it is reported as done.
 """
 
 import json
@@ -35,28 +35,28 @@ def export(
     size: int | None = None,
     arch_args: dict[str, Any] | None = None,
 ) -> Backbone:
-    """Write the backbone of a RUN or of anybody's checkpoint.
+    """Export the backbone of a RUN or of anybody's checkpoint.
 
     Args:
-        source: what `load_backbone` takes.
-        out: `timm`: a folder; `torchvision`, `safetensors`, `onnx`: a file.
+        source: anything `load_backbone` takes.
+        out: a folder for `timm`; a file for `torchvision`, `safetensors` and `onnx`.
         format: one of FORMATS.
-        arch: a name, where the checkpoint's own is not to be followed.
-        overwrite: replace what is there.
-        input: the colours it is shown, where the checkpoint's own are not to be followed.
+        arch: a timm name, to override the checkpoint's own.
+        overwrite: replace an earlier export.
+        input: the colours the network expects, to override the checkpoint's own.
         allow_partial: accept a checkpoint that covers less than 90 % of the backbone.
-        size: pixels it is to be shown, where that is another size than its source says.
-        arch_args: what the network is built with besides its name.
+        size: image size in pixels, if different from what the source says.
+        arch_args: arguments to build the network with, besides its name.
 
     Returns:
         The backbone that was written.
 
     Raises:
-        OdcftError: an unreadable source, an output that exists, or a format this backbone cannot have.
+        OdcftError: an unreadable source, an output that exists, or a format that this backbone cannot be written in.
     """
     if format not in FORMATS:
         raise OdcftError(f"--format {format}: no such format. Choose from {', '.join(FORMATS)}.")
-    _refuse_others(out, format, overwrite)
+    _refuse_existing(out, format, overwrite)
     output_checks.refuse_unwritable(out / "model.safetensors" if format == "timm" else out)
     backbone = load_backbone(source, arch, input, allow_partial, arch_args=arch_args).backbone
     if size is not None:
@@ -68,17 +68,17 @@ def export(
     return backbone
 
 
-def _refuse_others(out: Path, format: str, overwrite: bool) -> None:
-    """Refuse an output that is there, but for one that odcft wrote and that is to be replaced."""
+def _refuse_existing(out: Path, format: str, overwrite: bool) -> None:
+    """Refuse an output that exists, unless odcft wrote it and --overwrite allows replacing it."""
     output_checks.refuse_unreachable(out)
     if out.is_dir():
-        there = output_checks.contents(out, BACKBONE_FILES)
-        if there and not overwrite:
+        found = output_checks.contents(out, BACKBONE_FILES)
+        if found and not overwrite:
             raise OdcftError(f"{out} exists. Choose another place, or pass --overwrite.")
         if format != "timm":
             raise OdcftError(f"{out} is a folder; --format {format} writes a file.")
         output_checks.refuse_strange(out, BACKBONE_FILES)
-        if there and not _is_export(out):
+        if found and not _is_export(out):
             raise OdcftError(f"{out} was not written by odcft, so --overwrite will not touch it. Choose another place.")
         return
     if out.exists() and not overwrite:
@@ -89,7 +89,7 @@ def _refuse_others(out: Path, format: str, overwrite: bool) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether a folder is of `write_timm`, as its config.json says."""
+    """Whether `write_timm` wrote a folder, according to its config.json."""
     try:
         return "odcft" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -113,42 +113,42 @@ def _write_tensors(backbone: Backbone, out: Path, format: str) -> None:
     tensors = backbone.net.state_dict()
     for name, tensor in tensors.items():
         tensors[name] = tensor.contiguous()
-    words = {"arch_args": json.dumps(backbone.kwargs), "input": json.dumps(backbone.input.dump())}
-    words["architecture"] = backbone.arch
+    metadata = {"arch_args": json.dumps(backbone.kwargs), "input": json.dumps(backbone.input.dump())}
+    metadata["architecture"] = backbone.arch
     if format == "safetensors":
-        files.save_file(tensors, out, metadata={"format": "pt", **words})
+        files.save_file(tensors, out, metadata={"format": "pt", **metadata})
         written = load_file(out)
     else:
-        tensors._metadata["odcft"] = words  # type: ignore[attr-defined]  # torch's place for what is no tensor
+        tensors._metadata["odcft"] = metadata  # type: ignore[attr-defined]  # where torch keeps what is not a tensor
         files.save_checkpoint(tensors, out)
         written = torch.load(out, weights_only=True)
     for name, tensor in tensors.items():
-        assert torch.equal(written[name], tensor), f"{out}: {name} did not survive being written"
+        assert torch.equal(written[name], tensor), f"{out}: {name} was not written correctly"
 
 
 def _require_torchvision_names(backbone: Backbone) -> None:
     import torchvision.models
 
     if backbone.arch not in torchvision.models.list_models():
-        raise OdcftError(f"torchvision has no {backbone.arch}. Export it with --format timm or safetensors.")
-    theirs = torchvision.models.get_model(backbone.arch, weights=None).state_dict()
-    foreign = [
+        raise OdcftError(f"torchvision has no {backbone.arch}. Use --format timm or safetensors.")
+    expected = torchvision.models.get_model(backbone.arch, weights=None).state_dict()
+    unknown = [
         name
         for name, tensor in backbone.net.state_dict().items()
-        if name not in theirs or theirs[name].shape != tensor.shape
+        if name not in expected or expected[name].shape != tensor.shape
     ]
-    if foreign:
+    if unknown:
         raise OdcftError(
-            f"torchvision's {backbone.arch} names its tensors differently (it has no {foreign[0]}). "
-            "Export it with --format timm or safetensors."
+            f"torchvision's {backbone.arch} names its tensors differently (it has no {unknown[0]}). "
+            "Use --format timm or safetensors."
         )
 
 
 def _write_onnx(backbone: Backbone, out: Path) -> None:
-    """The network with its adapter: images (B, 3, size, size), RGB in 0..1, to features (B, F), for any B."""
+    """Write the network with its input adapter: RGB images (B, 3, size, size) in 0..1 to features (B, F), for any B."""
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401 - torch's exporter needs it, and says so less plainly
+        import onnxscript  # noqa: F401 - torch's exporter needs it, but its own error is less clear
     except ImportError as error:
         raise OdcftError(f'--format onnx needs {error.name}: pip install "odcft[onnx]".') from None
     import logging
@@ -169,9 +169,9 @@ def _write_onnx(backbone: Backbone, out: Path) -> None:
                 output_names=["features"],
                 dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             )
-    except Exception as error:  # the exporter's own kinds, for whatever operator it does not know
+    except Exception as error:  # the exporter has its own exceptions for operators it does not support
         raise OdcftError(
-            f"{backbone.arch} cannot be written as ONNX ({type(error).__name__}). Export it with --format timm."
+            f"{backbone.arch} cannot be written as ONNX ({type(error).__name__}). Use --format timm."
         ) from None
     assert program is not None
     program.model.metadata_props.update({"architecture": backbone.arch, "input": json.dumps(backbone.input.dump())})
@@ -181,5 +181,5 @@ def _write_onnx(backbone: Backbone, out: Path) -> None:
         theirs = torch.from_numpy(session.run(None, {"images": some.numpy()})[0])
         ours = features_of(backbone, some)
         assert (theirs - ours).abs().max() <= 1e-4 * ours.abs().max().clamp(min=1), (
-            f"{out} does not give the features of the network it came from"
+            f"{out} does not give the same features as the network it was exported from"
         )

@@ -1,4 +1,4 @@
-"""The optimizer and its schedule, a pure function of the step."""
+"""The optimizer, its learning-rate schedule (a pure function of the step), and its state for snapshots."""
 
 import math
 from collections.abc import Iterable
@@ -12,13 +12,14 @@ from odcft.recipe import OptimRecipe
 def make_optimizer(
     body: Iterable[nn.Parameter], head: Iterable[nn.Parameter], recipe: OptimRecipe
 ) -> torch.optim.Optimizer:
-    """SGD, or AdamW for transformers; the head has a momentum and a learning rate of its own.
+    """Make an SGD or AdamW optimizer in which the head has its own momentum and learning rate.
 
     Args:
-        body: backbone and neck.
-        head: what stands on them.
-        recipe: its momenta are AdamW's first betas (the second is 0.999). AdamW decays matrices and filters only, SGD
-            everything (as the official code does, which also gives the head momentum 0 and the same rate).
+        body: parameters of the backbone and neck.
+        head: parameters of the head.
+        recipe: AdamW takes the momenta as its first betas (the second is 0.999). Weight decay applies to matrices and
+            filters only with AdamW, to everything with SGD (as in the official code, in which the head also has
+            momentum 0 and the same learning rate).
     """
     parts = [
         ([p for p in body if p.requires_grad], recipe.momentum, 1.0),
@@ -41,16 +42,16 @@ def make_optimizer(
 
 
 def lr_at(step: int, steps_per_epoch: int, recipe: OptimRecipe) -> float:
-    """The learning rate of a step.
+    """The learning rate of a training step.
 
     Args:
         step: counted from 0, over the whole run.
-        steps_per_epoch: of this run.
-        recipe: `cosine` falls from lr to 0 over the run; `step` is constant, and times final_factor for the last
-            final_epochs (sec. 3.4: 0.1 for 40). Both rise linearly over warmup_epochs.
+        steps_per_epoch: number of steps in an epoch of this run.
+        recipe: `cosine` falls from lr to 0 over the run; `step` is constant, multiplied by final_factor for the last
+            final_epochs (sec. 3.4: by 0.1 for 40). Both rise linearly over warmup_epochs first.
 
     Returns:
-        The learning rate of the body; the head's is that times head_lr.
+        The learning rate of the body; the head's is head_lr times as high.
     """
     epoch = step / steps_per_epoch
     if epoch < recipe.warmup_epochs:
@@ -63,13 +64,13 @@ def lr_at(step: int, steps_per_epoch: int, recipe: OptimRecipe) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group its share of the learning rate."""
+    """Set the learning rate of every parameter group, each times its own factor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]
 
 
 def stored(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What the optimizer remembers, for a snapshot: "parameter's number.name" to tensor."""
+    """The state of the optimizer for a snapshot: "number of the parameter.name" to tensor."""
     state = optimizer.state_dict()["state"]
     return {
         f"{number}.{name}": value
@@ -80,10 +81,10 @@ def stored(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what was `stored`: what has a parameter's shape, laid out in memory as the parameter is."""
+    """Restore what `stored` returned. A tensor of a parameter's shape also gets its memory layout."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
         number, _, slot = name.partition(".")
         parameter = parameters[int(number)]
-        like = value.shape == parameter.shape
-        optimizer.state[parameter][slot] = torch.empty_like(parameter).copy_(value) if like else value.clone()
+        same_shape = value.shape == parameter.shape
+        optimizer.state[parameter][slot] = torch.empty_like(parameter).copy_(value) if same_shape else value.clone()

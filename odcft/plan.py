@@ -298,7 +298,7 @@ def _refuse_size(backbone: Backbone, size: int) -> None:
         )
     if not backbone.takes(size):
         raise OdcftError(
-            f"{backbone.arch} cannot take images of {size} pixels. "
+            f"{backbone.arch} cannot process images of {size} pixels. "
             f"It was made for {backbone.size}: try --set data.size={backbone.size}."
         )
 

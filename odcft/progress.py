@@ -1,4 +1,4 @@
-"""What a run says: progress on the terminal, metrics.jsonl, TensorBoard. Only rank 0 speaks."""
+"""What is printed during a run: lines, progress bars and the JSON result. Only rank 0 prints."""
 
 import json
 import sys
@@ -11,11 +11,11 @@ from typing import Any
 from odcft.distributed import dist
 from odcft.text import duration, shown
 
-LONG = 5.0  # seconds of silence before something without a bar is named
+SILENCE = 5.0  # seconds before a task without a progress bar is announced
 
 
 class Progress:
-    """Phases with a rate and the time left: bars on a terminal, otherwise a plain line now and then. All on stderr."""
+    """Shows phases with rate and time left on stderr: as a bar on a terminal, otherwise a plain line now and then."""
 
     def __init__(self, every: float = 30.0, quiet: bool = False) -> None:
         from rich.console import Console
@@ -25,13 +25,13 @@ class Progress:
         self.quiet = quiet or dist.rank() > 0
 
     def say(self, line: str) -> None:
-        """One line for the person, whatever names are in it."""
+        """Print one line, with anything in it that could harm the terminal escaped."""
         if not self.quiet:
             self.console.print(shown(line), markup=False)
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Show that something goes on that has no bar: a spinner on a terminal, else a line where it takes long."""
+        """Announce a task without a progress bar: a spinner on a terminal, otherwise a line if it takes long."""
         from rich.text import Text
 
         if self.quiet:
@@ -40,7 +40,7 @@ class Progress:
             with self.console.status(Text(shown(what))):
                 yield
         else:
-            line = threading.Timer(LONG, self.say, [what])
+            line = threading.Timer(SILENCE, self.say, [what])
             line.start()
             try:
                 yield
@@ -49,10 +49,10 @@ class Progress:
 
     @contextmanager
     def phase(self, title: str, total: int, unit: str = "img") -> Iterator[Callable[..., None]]:
-        """Show `total` things being done.
+        """Show the progress through `total` items.
 
         Yields:
-            advance(count, note=""): count more are done; the note is shown behind the rate.
+            advance(count, note=""): report that `count` more are done; the note is shown with the rate.
         """
         if self.quiet:
             yield lambda count, note="": None
@@ -60,7 +60,7 @@ class Progress:
             with self._bar(title, total, unit) as advance:
                 yield advance
         else:
-            yield self._lines(title, total, unit)
+            yield self._plain_lines(title, total, unit)
 
     @contextmanager
     def _bar(self, title: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
@@ -68,7 +68,7 @@ class Progress:
         from rich.text import Text
 
         class Bar(progress.Progress):
-            """With the note below, where it has the whole width: beside the bar it would push out rate and time."""
+            """A bar with the note on a line below: beside the bar it would push the rate and time off the screen."""
 
             def get_renderables(self) -> Iterator[Any]:
                 yield from super().get_renderables()
@@ -97,18 +97,18 @@ class Progress:
 
             yield advance
 
-    def _lines(self, title: str, total: int, unit: str) -> Callable[..., None]:
-        started = spoke = time.monotonic()
+    def _plain_lines(self, title: str, total: int, unit: str) -> Callable[..., None]:
+        started = last_line = time.monotonic()
         done = 0
         last_note = ""
 
         def advance(count: int, note: str = "") -> None:
-            nonlocal done, spoke, last_note
+            nonlocal done, last_line, last_note
             done += count
             last_note = note or last_note
             now = time.monotonic()
-            if now - spoke >= self.every or done >= total:
-                spoke = now
+            if now - last_line >= self.every or done >= total:
+                last_line = now
                 rate = done / max(1e-9, now - started)
                 left = duration((total - done) / max(1e-9, rate))
                 text = f"{title}: {done:,}/{total:,} {unit}, {rate:,.0f} {unit}/s, {left} left"
@@ -118,6 +118,6 @@ class Progress:
 
 
 def print_json(values: dict[str, Any]) -> None:
-    """The one JSON object that `--json` promises on stdout."""
+    """Print the one JSON object of `--json` on stdout."""
     json.dump(values, sys.stdout)
     sys.stdout.write("\n")

@@ -1,8 +1,8 @@
-"""The recipe: one YAML file and one validated object that say the same thing.
+"""The recipe: all settings of a run, as a YAML file and as a validated object.
 
-Three layers, each over the one before: the defaults below, the recipe's file, `--set a.b=c`. What can be derived (the
-number of images, the width of the features) is not a setting. Fields that are `auto` are resolved when checkpoint and
-images are known, and the recipe saved in the RUN has no `auto` left.
+Three layers, each overriding the one before: the defaults below, the recipe's file, `--set a.b=c`. What can be derived
+(the number of images, the width of the features) is not a setting. Fields that are `auto` are resolved once checkpoint
+and images are known; the recipe saved in the RUN has no `auto` left.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from odcft.errors import OdcftError
 from odcft.text import brief
 
-LARGEST, LONGEST, DEEPEST = 1 << 20, 10_000, 30  # bytes of a recipe, letters of a value, levels
+MAX_BYTES, MAX_VALUE_LENGTH, MAX_DEPTH = 1 << 20, 10_000, 30  # of a recipe; characters of a value; nesting levels
 
-MOST_EPOCHS, LARGEST_SIDE, WIDEST, MOST_WORKERS = 1_000_000, 4096, 65_536, 1024  # beyond use, within memory
-MOST_MEMBERS = 9  # of codc
+# More than anyone needs, yet within memory; MOST_MEMBERS is of codc.
+MOST_EPOCHS, MAX_IMAGE_SIZE, MAX_WIDTH, MAX_WORKERS, MOST_MEMBERS = 1_000_000, 4096, 65_536, 1024, 9
 
 Auto = Literal["auto"]
 
@@ -37,141 +37,143 @@ def _black_to_white(pair: tuple[float, float]) -> tuple[float, float]:
 
 
 class DataRecipe(_Group):
-    """Which pixels the network sees."""
+    """The pixels that the network sees: size, crop, value range and normalisation."""
 
-    size: Auto | Annotated[int, Field(ge=8, le=LARGEST_SIDE)] = (
-        224  # pixels; auto: the network's own, or the images' where they are smaller
-    )
-    crop_fraction: float = Field(
-        0.875, gt=0, le=1
-    )  # without augmentation: centre crop of the image resized to size / this
-    range: Literal["auto", "full"] | Annotated[tuple[float, float], AfterValidator(_black_to_white)] = (
-        "auto"  # [black, white] of images with more than 8 bits a channel; full: their type's; auto: the set's own
-    )
-    workers: Auto | Annotated[int, Field(ge=0, le=MOST_WORKERS)] = (
-        "auto"  # loader processes a rank; auto: by cores and device
-    )
+    # pixels; auto: the network's own size, or the images' if they are smaller
+    size: Auto | Annotated[int, Field(ge=8, le=MAX_IMAGE_SIZE)] = 224
+    # without augmentation: the image is resized to size / crop_fraction and its centre cropped
+    crop_fraction: float = Field(0.875, gt=0, le=1)
+    # [black, white] of images with more than 8 bits a channel; full: that of their type; auto: that of the data set
+    range: Literal["auto", "full"] | Annotated[tuple[float, float], AfterValidator(_black_to_white)] = "auto"
+    # data loader processes per rank; auto: by cores and device
+    workers: Auto | Annotated[int, Field(ge=0, le=MAX_WORKERS)] = "auto"
     mean: list[float] | None = None  # of each channel, in 0..1 of its range; null: the checkpoint's own
-    std: list[Annotated[float, Field(gt=0)]] | None = None  # the deviation, likewise
+    std: list[Annotated[float, Field(gt=0)]] | None = None  # the standard deviation, likewise
 
 
-def _range(pair: tuple[float, float]) -> tuple[float, float]:
+def _low_to_high(pair: tuple[float, float]) -> tuple[float, float]:
     if not 0 < pair[0] <= pair[1]:
         raise ValueError("a range is [low, high] with 0 < low <= high")
     return pair
 
 
 class AugmentRecipe(_Group):
-    """What training changes about an image (paper, sec. 3.4). Strengths are those of torchvision's ColorJitter."""
+    """Augmentation of training images (paper, sec. 3.4). Jitter strengths are those of torchvision's ColorJitter."""
 
-    crop_scale: Annotated[tuple[float, float], AfterValidator(_range)] = (0.08, 1.0)  # share of the area
-    crop_ratio: Annotated[tuple[float, float], AfterValidator(_range)] = (0.75, 4 / 3)  # width to height
+    crop_scale: Annotated[tuple[float, float], AfterValidator(_low_to_high)] = (0.08, 1.0)  # share of the area
+    crop_ratio: Annotated[tuple[float, float], AfterValidator(_low_to_high)] = (0.75, 4 / 3)  # width to height
     flip: float = Field(0.5, ge=0, le=1)  # probability, left to right
-    rotation: float = Field(2.0, ge=0, le=180)  # degrees, either way
+    rotation: float = Field(2.0, ge=0, le=180)  # degrees, in either direction
     brightness: float = Field(0.4, ge=0)  # factor in (1 - b, 1 + b)
     contrast: float = Field(0.4, ge=0)
     saturation: float = Field(1.0, ge=0)
-    hue: float = Field(0.5, ge=0, le=0.5)  # of the colour circle, either way
+    hue: float = Field(0.5, ge=0, le=0.5)  # fraction of the colour circle, in either direction
     gray: float = Field(0.2, ge=0, le=1)  # probability
 
 
 class BackboneRecipe(_Group):
-    """How the checkpoint is taken, where its own word is not to be followed."""
+    """How to load the checkpoint, if not as it says itself."""
 
-    input: Literal["rgb", "bgr", "gray", "lab_l", "sobel"] | None = None  # the colours it is shown
-    allow_partial: bool = False  # accept less than 90 % of the backbone; the rest starts random
-    arch_args: dict[str, Any] | None = None  # what the network is built with besides its name: {patch_size: 8}
+    input: Literal["rgb", "bgr", "gray", "lab_l", "sobel"] | None = None  # the colours it expects
+    allow_partial: bool = False  # accept less than 90 % of the backbone; the rest starts from random weights
+    arch_args: dict[str, Any] | None = None  # arguments to build the network with: {patch_size: 8}
 
 
 class NeckRecipe(_Group):
     """{fc-bn-relu-dropout-fc-relu} (paper, sec. 3.2)."""
 
-    hidden: int = Field(512, ge=1, le=WIDEST)
-    dim: int = Field(256, ge=2, le=WIDEST)  # D, what is clustered
+    hidden: int = Field(512, ge=1, le=MAX_WIDTH)
+    dim: int = Field(256, ge=2, le=MAX_WIDTH)  # D, width of the features that are clustered
     dropout: float = Field(0.5, ge=0, lt=1)
     bn_momentum: float = Field(0.001, gt=0, le=1)  # of the running statistics (official code)
 
 
 class MemoryRecipe(_Group):
-    """The samples and the centroids memory (paper, sec. 3.1 and 3.2)."""
+    """The samples memory and the centroids memory (paper, sec. 3.1 and 3.2)."""
 
     clusters: Auto | Annotated[int, Field(ge=2)] = "auto"  # K; auto: images / 128, at most 10,000
     momentum: float = Field(0.5, gt=0, le=1)  # m of eq. 2
     centroid_interval: int = Field(10, ge=1)  # steps between two refreshes of the centroids
-    min_cluster: int = Field(20, ge=-1)  # clusters of no more images than this are dispersed and refilled
+    min_cluster: int = Field(20, ge=-1)  # clusters with this many images or fewer are dispersed and refilled
     variant: Literal["paper", "official"] = "paper"
     reweight: bool = True  # loss weights 1 / sqrt(N_c)
     dtype: Literal["auto", "float16", "float32"] = "auto"  # of the stored features; auto: float16 on a GPU
 
 
 class DCRecipe(_Group):
-    """DeepCluster's own; `memory.clusters` and `kmeans` are for all methods."""
+    """Settings of DeepCluster alone; it also uses `memory.clusters` and `kmeans`."""
 
     interval: int = Field(1, ge=1)  # epochs between two clusterings
-    pca: int = Field(256, ge=1)  # components that are kept, whitened, for K-Means
-    balance: Literal["sampling", "reweighting"] = "sampling"  # uniform over clusters, or loss weights 1 / sqrt(N_c)
+    pca: int = Field(256, ge=1)  # whitened principal components kept for K-Means
+    balance: Literal["sampling", "reweighting"] = (
+        "sampling"  # draw images uniformly over clusters, or weight losses by 1 / sqrt(N_c)
+    )
 
 
 class MemberRecipe(_Group):
-    """A member of collaborative ODC: the weights of its losses."""
+    """The weights of the losses of one member of collaborative ODC."""
 
-    cluster: float = Field(1.0, ge=0)  # tells the joint cluster of an image
-    rotation: float = Field(0.0, ge=0)  # ROT: tells by how many quarters a copy was turned
-    mixup: float = Field(0.0, ge=0)  # CLS: tells the clusters of two images that were mixed
+    cluster: float = Field(1.0, ge=0)  # predict the joint cluster of an image
+    rotation: float = Field(0.0, ge=0)  # ROT: predict by how many quarter turns a copy was rotated
+    mixup: float = Field(0.0, ge=0)  # CLS: predict the clusters of two images that were mixed
 
     @model_validator(mode="after")
-    def _learns_from_the_clusters(self) -> "MemberRecipe":
+    def _check_it_learns_from_clusters(self) -> "MemberRecipe":
         if self.cluster == self.mixup == 0:
-            raise ValueError("a member needs a weight for cluster or mixup, or the clusters teach it nothing")
+            raise ValueError("a member needs a weight for cluster or mixup, or it learns nothing from the clusters")
         return self
 
 
 class CODCRecipe(_Group):
-    """Collaborative ODC; memory, neck and kmeans are ODC's."""
+    """Settings of collaborative ODC alone; it also uses memory, neck and kmeans as ODC does."""
 
-    members: Auto | Annotated[list[MemberRecipe], Field(min_length=1)] = "auto"  # auto: a plain one a checkpoint
-    alpha: float = Field(1.0, gt=0)  # mixup: the share of an image is drawn from Beta(alpha, alpha)
+    members: Auto | Annotated[list[MemberRecipe], Field(min_length=1)] = "auto"  # auto: a plain one per checkpoint
+    alpha: float = Field(1.0, gt=0)  # mixup: the mixing ratio is drawn from Beta(alpha, alpha)
 
 
 class KMeansRecipe(_Group):
-    """K-Means: once, for the memories to be born from (odc), or again and again (dc)."""
+    """K-Means: run once to initialise the memories (odc), or every few epochs (dc)."""
 
     iterations: int = Field(20, ge=1)
     engine: Literal["auto", "torch", "faiss"] = "auto"
 
 
 class OptimRecipe(_Group):
-    """The optimizer and its schedule; nothing here is in the paper for fine-tuning unless the recipe says so."""
+    """The optimizer and its schedule. The recipes say which of the values are the paper's."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     epochs: int = Field(120, ge=1, le=MOST_EPOCHS)
     batch_size: int = Field(512, ge=2)  # over all ranks
     lr: float = Field(0.06, gt=0)  # for this batch size
     schedule: Literal["cosine", "step"] = "cosine"
-    final_epochs: Auto | Annotated[float, Field(ge=0)] = "auto"  # step: how many run at lr * final_factor
+    final_epochs: Auto | Annotated[float, Field(ge=0)] = (
+        "auto"  # of schedule step: the last epochs, at lr * final_factor
+    )
     final_factor: float = Field(0.1, ge=0, le=1)
     warmup_epochs: float = Field(0.0, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1)  # of adamw, the first beta
+    momentum: float = Field(0.9, ge=0, lt=1)  # for adamw, the first beta
     head_momentum: float = Field(0.0, ge=0, lt=1)  # the head's own (official code, after DeepCluster)
     head_lr: float = Field(1.0, gt=0)  # the head's learning rate, as a multiple of lr
     weight_decay: float = Field(1e-5, ge=0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast on a GPU that has it
     channels_last: bool = True
     tf32: bool = True
-    skip_non_finite: int = Field(0, ge=0)  # steps in a row that may be skipped because a gradient is not finite
+    skip_non_finite: int = Field(0, ge=0)  # consecutive steps that may be skipped because a gradient is not finite
 
 
 class LogRecipe(_Group):
-    """How often a run speaks, and saves its state."""
+    """How often a run logs, and saves its state."""
 
     interval: int = Field(50, ge=1)  # steps between two lines of metrics.jsonl
     tensorboard: bool = True
-    snapshot_minutes: float = Field(10.0, gt=0)  # between two states; one is due at the end of every epoch, too
-    snapshot_share: float = Field(0.02, gt=0, le=1)  # of the time that saving may take, else states wait
+    snapshot_minutes: float = Field(10.0, gt=0)  # between two states; one is also due at the end of every epoch
+    snapshot_share: float = Field(
+        0.02, gt=0, le=1
+    )  # largest share of the time to spend on saving; states wait if it would be more
 
 
 class Recipe(_Group):
-    """Everything a run needs besides a checkpoint and images."""
+    """Every setting of a run besides the checkpoint and the images."""
 
     method: Literal["odc", "dc", "codc"] = "odc"
     seed: int = Field(0, ge=0)
@@ -202,7 +204,7 @@ def shipped() -> dict[str, str]:
 def _folder() -> Any:
     try:
         return resources.files("odcft.recipes")
-    except ModuleNotFoundError:  # an editable install runs from the checkout, where recipes/ stands beside odcft/
+    except ModuleNotFoundError:  # run from a checkout, where recipes/ lies next to odcft/
         return Path(__file__).parent.parent / "recipes"
 
 
@@ -211,13 +213,13 @@ def load_recipe(name: str | Path = DEFAULT, overrides: list[str] | None = None) 
 
     Args:
         name: a shipped recipe's name, or a YAML file.
-        overrides: "group.field=value" each, values as in YAML.
+        overrides: each "group.field=value", with the value in YAML.
 
     Returns:
         The recipe, validated; fields may still be `auto`.
 
     Raises:
-        OdcftError: no such recipe, not YAML, an unknown field (with the nearest name), or a value out of range.
+        OdcftError: no such recipe, not YAML, an unknown field (with the nearest known name), or an invalid value.
     """
     recipes = shipped()
     if str(name) in recipes:
@@ -236,10 +238,12 @@ def _read_text(path: Path, recipes: Any) -> str:
     try:
         if path.exists() and not path.is_file():
             raise OdcftError(
-                f"{path} is no file, so it is no recipe. Give a YAML file, or one of: {', '.join(recipes)}."
+                f"{path} is not a file, so it cannot be a recipe. Give a YAML file, or one of: {', '.join(recipes)}."
             )
-        if path.is_file() and path.stat().st_size > LARGEST:
-            raise OdcftError(f"{path} has {path.stat().st_size:,} bytes: too many for a recipe.")
+        if path.is_file() and path.stat().st_size > MAX_BYTES:
+            raise OdcftError(
+                f"{path} has {path.stat().st_size:,} bytes, too many for a recipe (at most {MAX_BYTES:,})."
+            )
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError):
         raise OdcftError(
@@ -248,10 +252,10 @@ def _read_text(path: Path, recipes: Any) -> str:
         ) from None
 
 
-class _Plain(yaml.SafeLoader):
-    """YAML without aliases, which a few lines can make a billion values of, and without what is nested out of sight.
+class _RestrictedLoader(yaml.SafeLoader):
+    """Loads YAML without aliases, with which a few lines can grow to a billion values, and without deep nesting.
 
-    A field that is there twice is refused: of the two, PyYAML would keep one without a word.
+    A field that appears twice is an error, because PyYAML would silently keep only one of them.
     """
 
     depth = 0
@@ -261,52 +265,50 @@ class _Plain(yaml.SafeLoader):
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed", mark)
         self.depth += 1
-        if self.depth > DEEPEST:
-            raise yaml.composer.ComposerError(None, None, "it is nested too deep", self.peek_event().start_mark)
+        if self.depth > MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, "it is nested too deeply", self.peek_event().start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
-        if isinstance(node, yaml.ScalarNode) and len(node.value) > LONGEST:
+        if isinstance(node, yaml.ScalarNode) and len(node.value) > MAX_VALUE_LENGTH:
             raise yaml.composer.ComposerError(None, None, "a value is too long", node.start_mark)
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        met: set[str] = set()
+        found: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in met:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
-            met.add(key.value)
+            if key.value in found:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} appears twice", key.start_mark)
+            found.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """What YAML says, of values that anybody may have written.
+    """Parse YAML that need not be trusted.
 
     Raises:
-        OdcftError: it is no YAML, has aliases or a field twice, is nested too deep, or has a value too long.
+        OdcftError: it is not YAML, has aliases or a field twice, is nested too deeply, or has a value that is too long.
     """
-    if len(text) > LARGEST:
-        raise OdcftError(f"{origin} has {len(text):,} letters: too many for a recipe.")
+    if len(text) > MAX_BYTES:
+        raise OdcftError(f"{origin} has {len(text):,} characters, too many for a recipe (at most {MAX_BYTES:,}).")
     try:
-        return yaml.load(text, _Plain)
+        return yaml.load(text, _RestrictedLoader)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where and "\n" in text.strip() else ""
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
         raise OdcftError(f"{origin} is not valid YAML{line}: {brief(problem, 100, quotes=False)}.") from None
-    except Exception as error:  # a date of the 40th, a number of 5,000 digits
+    except Exception as error:  # such as the 40th of a month, or a number of 5,000 digits
         raise OdcftError(f"{origin} is not valid YAML: {brief(str(error), 100, quotes=False)}.") from None
 
 
 def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
-    """Validate nested fields, as read from YAML.
+    """Make a recipe from nested fields, as read from YAML.
 
     Raises:
-        OdcftError: names the first unknown field and the nearest known one, or the first value that will not do.
+        OdcftError: an unknown field (with the nearest known name) or an invalid value.
     """
     if not isinstance(fields, dict):
         raise OdcftError(f"{origin} is not a recipe: it holds no fields. `odcft recipes {DEFAULT}` shows one.")
-    if not isinstance(fields, dict):
-        raise OdcftError(f"{origin} is no recipe, but {brief(fields)}.")
     _refuse_unknown(fields, Recipe, "")
     try:
         return Recipe.model_validate(fields)
@@ -321,18 +323,18 @@ def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
             )
         )
         raise OdcftError(
-            f"{place}={brief(first['input'])} will not do: {brief(problems, 300, quotes=False)} "
+            f"{place}={brief(first['input'])} is not valid: {brief(problems, 300, quotes=False)} "
             f"({origin}; `odcft recipes {DEFAULT}` shows the fields)."
         ) from None
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as YAML, every field written out."""
+    """The recipe as YAML, with every field written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
 def flat(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a dumped recipe as "group.field": value."""
+    """The nested fields of a dumped recipe as a flat dict: "group.field" to value."""
     return {
         f"{group}.{name}" if name else group: value
         for group, inner in fields.items()
@@ -341,7 +343,7 @@ def flat(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def taken_as(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe tells `load_backbone` of how a checkpoint is taken."""
+    """The options for `load_backbone` that a recipe sets."""
     return {**recipe.backbone.model_dump(), "mean": recipe.data.mean, "std": recipe.data.std}
 
 
@@ -356,7 +358,7 @@ def _apply(fields: dict[str, Any], override: str) -> None:
             raise OdcftError(f"{group}={brief(fields[group])}: this is a group of fields, for example {path.strip()}.")
         fields = fields[group]
     fields[field] = parse_yaml(value, f"--set {brief(override, quotes=False)}")
-    if isinstance(fields[field], str):  # YAML 1.1 takes 1e-5 for text; people mean the number
+    if isinstance(fields[field], str):  # YAML 1.1 reads 1e-5 as text, but people mean the number
         with contextlib.suppress(ValueError):
             fields[field] = float(fields[field])
 
@@ -366,7 +368,7 @@ def _refuse_unknown_path(path: str) -> None:
     seen: list[str] = []
     for part in path.split("."):
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            raise OdcftError(f"{path}: no such field; {'.'.join(seen)} has no parts.")
+            raise OdcftError(f"{path}: no such field; {'.'.join(seen)} has no fields of its own.")
         _refuse_unknown({part: None}, model, ".".join(seen))
         model = model.model_fields[part].annotation
         seen.append(part)
@@ -399,7 +401,7 @@ def _refuse_unknown(fields: dict[str, Any], model: Any, prefix: str) -> None:
 
 
 def _model_within(annotation: Any) -> Any:
-    """The group of fields that a list is made of, where an annotation allows such a list."""
+    """The group of fields that the entries of a list are, if the annotation allows such a list."""
     for part in get_args(annotation):
         if isinstance(part, type) and issubclass(part, BaseModel):
             return part

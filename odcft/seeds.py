@@ -1,9 +1,9 @@
-"""Every stream of random numbers of a run, by name.
+"""Every stream of random numbers in a run, by name.
 
-A number that is drawn anywhere depends on the run's seed, on what it is drawn for, and on where in the run that is;
-never on what was drawn before it. So a run can go on anywhere, and no two streams are the same. What several ranks
-need alike (weights, K-Means, halves of split clusters) does not depend on the rank; what each draws for its own images
-(an epoch's order, a step's augmentation) does.
+Every random number depends on the run's seed, on its purpose and on its place in the run, never on the numbers drawn
+before it. So a run can be resumed anywhere, and no two streams are the same. Numbers that all ranks must share
+(weights, K-Means, halves of split clusters) do not depend on the rank; those for a rank's own images (the order of an
+epoch, the augmentation of a step) do.
 """
 
 import hashlib
@@ -12,20 +12,20 @@ from contextlib import contextmanager
 
 import torch
 
-# Stream: what tells one draw of it from another, in this order.
+# Name of the stream: the numbers that identify one of its draws, in this order.
 STREAMS = {
-    "backbone": "member",  # random weights: scratch:NAME, what a partial checkpoint lacks
+    "backbone": "member",  # random weights: scratch:NAME, and whatever a partial checkpoint lacks
     "neck": "member",
     "head": "member",
-    "new head": "member, step",  # dc: the classifier that starts anew
-    "kmeans": "epoch",  # the images that the first centroids are
-    "empty clusters": "epoch",  # dc: the halves that fill them
-    "small clusters": "step",  # odc: the halves that refill them
-    "order": "epoch, rank",  # of the images of an epoch
+    "new head": "member, step",  # dc: the classifier, reinitialised after every clustering
+    "kmeans": "epoch",  # which images become the first centroids
+    "empty clusters": "epoch",  # dc: splitting clusters to fill them
+    "small clusters": "step",  # odc: splitting clusters to refill them
+    "order": "epoch, rank",  # of the images in an epoch
     "crop": "epoch, image",
-    "augmentation": "rank, step",  # of a batch, where the network is
+    "augmentation": "rank, step",  # of a batch, on the network's device
     "dropout": "rank, step",
-    "copies": "rank, step",  # codc: turned and mixed copies
+    "copies": "rank, step",  # codc: rotated and mixed copies
     "pretext network": "",
     "pretext puzzles": "rank, step",
 }
@@ -37,10 +37,10 @@ def seed(run: int, stream: str, *where: int) -> int:
     Args:
         run: the recipe's seed.
         stream: one of STREAMS.
-        where: as many whole numbers as the stream names.
+        where: one integer for each number that the stream names.
 
     Returns:
-        63 bits.
+        A seed of 63 bits.
     """
     assert len(where) == len(STREAMS[stream].split(", ") if STREAMS[stream] else []), f"{stream}: {STREAMS[stream]}"
     words = f"{run}/{stream}/{'/'.join(map(str, where))}"
@@ -48,15 +48,15 @@ def seed(run: int, stream: str, *where: int) -> int:
 
 
 def generator(run: int, stream: str, *where: int) -> torch.Generator:
-    """A generator on the CPU for one draw; arguments as `seed`."""
+    """A CPU generator for one draw; arguments as for `seed`."""
     return torch.Generator().manual_seed(seed(run, stream, *where))
 
 
 @contextmanager
 def weights(run: int, stream: str, *where: int) -> Iterator[None]:
-    """Within, torch's own random numbers on the CPU, which new layers are filled with, are those of one draw.
+    """Within this context, torch's global CPU generator, which initialises new layers, is seeded for one draw.
 
-    Arguments as `seed`.
+    Arguments as for `seed`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed(run, stream, *where))

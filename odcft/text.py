@@ -1,13 +1,14 @@
-"""Names and other people's words made safe to show: on a terminal, where they could forge lines, and in Markdown.
+"""Text for people: untrusted names made safe for a terminal or for Markdown, counts and durations.
 
-Nothing is left out: what cannot be shown as it is, is written as Python writes it in a string.
+Names of files, or text from them, could forge lines on a terminal. Nothing is dropped: characters that cannot be shown
+as they are become Python escapes.
 """
 
 import re
 import reprlib
 from datetime import datetime, timezone
 
-# Controls (C0, DEL, C1), separators of lines, what turns the direction of writing around or has no width, surrogates.
+# Control characters (C0, DEL, C1), line separators, bidirectional and zero-width characters, surrogates.
 _HIDDEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
@@ -15,23 +16,23 @@ _HIDDEN = re.compile(
 
 
 def shown(text: object) -> str:
-    """Text for one line of a terminal: controls, line breaks, turned or invisible letters and broken ones as escapes.
+    """Text for one line of a terminal, with control, invisible and undecodable characters and line breaks escaped.
 
     Args:
-        text: anything that has a text: a sentence, a path of any bytes (bytes that are no letters come out as \\xNN).
+        text: anything `str` takes: a sentence, or a path (bytes that are not UTF-8 come out as \\xNN).
     """
-    return _HIDDEN.sub(_escaped, str(text))
+    return _HIDDEN.sub(_escape, str(text))
 
 
-def _escaped(found: re.Match[str]) -> str:
-    letter = found.group()
-    if "\udc80" <= letter <= "\udcff":  # a byte of a file name that is not UTF-8
-        return f"\\x{ord(letter) - 0xDC00:02x}"
-    return letter.encode("unicode_escape", "backslashreplace").decode("ascii")
+def _escape(found: re.Match[str]) -> str:
+    char = found.group()
+    if "\udc80" <= char <= "\udcff":  # a byte of a file name that is not UTF-8
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape", "backslashreplace").decode("ascii")
 
 
 def brief(value: object, most: int = 60, quotes: bool = True) -> str:
-    """A value that a file holds, for a message: on one line, as Python writes it, and not longer than `most`."""
+    """A value from a file, for a message: its `repr` on one line, cut after `most` characters."""
     if isinstance(value, dict | list | tuple) and len(value) > most:
         return f"a {type(value).__name__} of {len(value):,}"
     if isinstance(value, str):
@@ -44,7 +45,7 @@ def brief(value: object, most: int = 60, quotes: bool = True) -> str:
 
 
 def code_span(text: object) -> str:
-    """Text between backticks, as Markdown shows it letter by letter, whatever it holds; "" for nothing."""
+    """Text as a Markdown code span, which shows any text literally; "" for blank text."""
     line = shown(text)
     if not line.strip():
         return ""
@@ -54,14 +55,14 @@ def code_span(text: object) -> str:
 
 
 def code_block(text: str, language: str = "") -> str:
-    """Lines of text as a block of code, that nothing in them can end."""
+    """Lines of text as a Markdown code block that nothing in them can close."""
     fence = "`" * max(3, _longest_run(text) + 1)
     lines = "\n".join(shown(line.expandtabs()) for line in text.replace("\r\n", "\n").split("\n"))
     return f"{fence}{language}\n{lines}\n{fence}"
 
 
 def markdown_text(text: object) -> str:
-    """Text on a line of Markdown as it is: no link, no emphasis, no HTML."""
+    """Text escaped for one line of Markdown: no link, emphasis or HTML takes effect."""
     escaped = re.sub(r"([\\`*_{}\[\]()#+\-.!|~>:@])", r"\\\1", shown(text))
     return escaped.replace("&", "&amp;").replace("<", "&lt;")
 
@@ -71,17 +72,17 @@ def _longest_run(text: str) -> int:
 
 
 def now() -> str:
-    """The time in UTC, as logs and files have it: "2026-11-25T11:02:03+00:00"."""
+    """The current time in UTC, as logs and files record it: "2026-11-25T11:02:03+00:00"."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def count_of(number: float, thing: str) -> str:
-    """ "1 epoch", "2 epochs", "1,797 images"."""
+    """A number with its noun, singular or plural: "1 epoch", "2 epochs", "1,797 images"."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: "48 s", "12 min", "3 h 05 min"."""
+    """A number of seconds as people say it: "48 s", "12 min", "3 h 05 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,8 +1,9 @@
-"""Let torchvision import beside a CPU build of torch.
+"""Make torchvision importable with a CPU build of torch.
 
-torchvision's wheel on PyPI is linked against CUDA. Beside a CPU build of torch its compiled operators cannot be loaded,
-and `import torchvision` (which timm does) then fails while describing two of them, nms and qnms. Neither odcft nor timm
-calls them, so their names are declared and the import goes on; calling one still says that it has no kernel.
+torchvision's wheel on PyPI is linked against CUDA. With a CPU build of torch its compiled operators cannot be loaded,
+and `import torchvision` (which timm does) fails when it registers fake implementations of two of them, nms and
+qnms. Neither odcft nor timm calls them, so they are declared here and the import succeeds; calling one still fails
+because it has no kernel.
 """
 
 import importlib.machinery
@@ -11,7 +12,7 @@ from pathlib import Path
 
 
 class _BeforeTorchvision:
-    """A finder that acts once, just before torchvision is imported, and otherwise finds nothing."""
+    """An import hook that acts once, just before torchvision is imported."""
 
     def find_spec(self, name, path=None, target=None):
         if name != "torchvision":

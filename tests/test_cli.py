@@ -145,9 +145,9 @@ def test_a_mistake_does_not_harm_an_earlier_run(odcft_command, tmp_path, checkpo
         ("typo in a field", "Did you mean memory.momentum?"),
         ("typo in a recipe's name", "did you mean small"),
         ("too many clusters", "would use"),
-        ("clusters that are no number", "will not do"),
+        ("clusters that are no number", "is not valid: "),
         ("one argument", "finetune takes a checkpoint and then the images"),
-        ("unknown method", "method='dk' will not do"),
+        ("unknown method", "method='dk' is not valid: "),
         ("output is a file", "is a file"),
     ],
 )

@@ -356,7 +356,7 @@ def test_the_last_epochs_are_a_sixth_or_as_many_as_leave_some_at_the_full_rate(t
 
 
 def test_images_too_small_for_a_network_are_refused_with_a_size_that_works(tmp_path, images):
-    with pytest.raises(OdcftError, match=r"alexnet_deepcluster cannot look at images of 32 pixels.*data\.size=224"):
+    with pytest.raises(OdcftError, match=r"alexnet_deepcluster cannot process images of 32 pixels.*data\.size=224"):
         fine_tune("scratch:alexnet", images, tmp_path / "run", quick())
     assert not (tmp_path / "run").exists()
     assert load_backbone("scratch:alexnet").backbone.takes(224)

@@ -1,10 +1,10 @@
-"""Write odcft/timm_index.json: for each of timm's networks how many tensors it has, and the fingerprints of some.
+"""Write timm_index.json: how many tensors each of timm's networks has, and fingerprints of some.
 
-    python tools/index_timm.py            (some ten minutes; again for every new timm)
+    python tools/index_timm.py            (takes about ten minutes; run it again for every new version of timm)
 
-They are the four that fewest other networks have, and the first convolution, whatever its channels. Networks with the
-same tensors are one entry, under the name that `recognition.COMMON` has or else the shortest. What differs with the
-size of the input is left out.
+The fingerprints are of the four tensors that the fewest other networks have, and of the first convolution, whatever its
+number of channels. Networks with the same tensors share one entry, under the name that is in `COMMON`, or else the
+shortest. Tensors that depend on the input size are left out.
 """
 
 import json
@@ -23,8 +23,9 @@ WITH_THE_INPUT = ("pos_embed", "relative_position", "attn_mask", "rope", "rel_po
 
 
 def fingerprints(name: str) -> tuple[int, list[int], list[int]]:
-    """How many tensors a network has, the fingerprints of its first convolutions, and of what else does not depend on
-    the input.
+    """The number of tensors of a network, and fingerprints: those of its first convolutions, and of its other tensors.
+
+    Tensors that depend on the input size have none.
     """
     with torch.device("meta"):
         net = timm.create_model(name, pretrained=False, num_classes=0)
@@ -40,14 +41,14 @@ def fingerprints(name: str) -> tuple[int, list[int], list[int]]:
 
 
 def main() -> None:
-    """Build all networks on the meta device, count, and write."""
+    """Build all networks on the meta device, count their fingerprints, and write the index."""
     warnings.filterwarnings("ignore")
     found: dict[str, tuple[int, list[int], list[int]]] = {}
     same: dict[tuple[int, frozenset[int]], str] = {}
     for name in sorted(sys.argv[1:] or timm.list_models(), key=lambda n: (n not in COMMON, len(n), n)):
         try:
             count, firsts, prints = fingerprints(name)
-        except Exception as error:  # some need packages or a network
+        except Exception as error:  # some need other packages or network access
             print(f"{name} left out: {error!r:.100}", file=sys.stderr)
             continue
         if same.setdefault((count, frozenset(firsts + prints)), name) == name:

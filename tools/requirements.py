@@ -1,6 +1,6 @@
-"""Print what pyproject.toml requires, a line each, for an image layer of dependencies alone.
+"""Print the requirements in pyproject.toml, one per line, to install them in their own layer of a container image.
 
-    python tools/requirements.py pyproject.toml gpu onnx      (the file, and the extras that are wanted)
+    python tools/requirements.py pyproject.toml gpu onnx      (the file, then the extras to include)
 
 Needs Python 3.11 or newer.
 """
@@ -12,7 +12,7 @@ import tomllib
 
 
 def requirements(pyproject: Path, extras: list[str]) -> list[str]:
-    """What the build, the package and its extras require."""
+    """The requirements of the build, the package and its extras."""
     about = tomllib.loads(pyproject.read_text(encoding="utf-8"))
     project = about["project"]
     wanted = [about["build-system"]["requires"], project["dependencies"]]

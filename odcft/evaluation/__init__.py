@@ -1,1 +1,1 @@
-"""Is a backbone good? Features once (compare.py), then each protocol as a function of arrays (svm.py, knn.py)."""
+"""How good a backbone is: features extracted once, then each protocol (SVM, kNN) as a function of arrays."""

@@ -1,4 +1,4 @@
-"""A backbone, or several, on labelled images; a RUN beside the checkpoint it came from.
+"""Evaluate backbones on labelled images, a RUN side by side with the checkpoint it was started from.
 
 Shapes: N images, F features, C classes.
 """
@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from odcft.errors import OdcftError
-from odcft.evaluation.protocols import PROTOCOLS, Split, evaluate_arrays, name_left_out, one_class
-from odcft.evaluation.starting_checkpoint import given, origins, seen
+from odcft.evaluation.confidence_intervals import changes_with_intervals
+from odcft.evaluation.protocols import PROTOCOLS, Split, class_numbers, evaluate_arrays, name_left_out
+from odcft.evaluation.starting_checkpoint import find_starting_checkpoints, load_options_of, view_of_run
+from odcft.plan import view_for_evaluation
 
 if TYPE_CHECKING:
     from odcft.backbone.load import Loaded
     from odcft.data.view import View
-    from odcft.evaluation.labels import Labelled
-from odcft.evaluation.confidence_intervals import changes
-from odcft.plan import view_for_evaluation
+    from odcft.evaluation.labels import LabelledImages
 
 
 def evaluate(
@@ -34,114 +34,151 @@ def evaluate(
     progress: Any = None,
     arch_args: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Every protocol on the features of labelled images.
+    """Run every protocol on the features of labelled images.
 
     Args:
-        ckpt: what `load_backbone` takes. A RUN is evaluated beside the checkpoint it came from, where that is found.
-            Several are evaluated side by side, and each alone.
-        data: labelled images: sub-folders are classes, or a list with labels.
-        test: others to test on; without, a stratified half of `data` is held out.
-        protocols: of PROTOCOLS.
-        arch: a timm name, where the checkpoint's own is not to be followed.
-        size: pixels; by default as `view_for_evaluation` says.
-        input: the colours it is shown, where the checkpoint's own are not to be followed.
+        ckpt: anything `load_backbone` takes. A RUN is compared with the checkpoint it was started from, if that can be
+            found. Several are evaluated side by side and each alone.
+        data: labelled images: one sub-folder per class, or a list with labels.
+        test: images to test on; without them, a stratified half of `data` is held out.
+        protocols: some of PROTOCOLS.
+        arch: a timm name, to override the checkpoint's own.
+        size: image size in pixels; by default chosen by `view_for_evaluation`.
+        input: the colours the network expects, to override the checkpoint's own.
         allow_partial: accept a checkpoint that covers less than 90 % of the backbone.
-        progress: where to speak.
-        arch_args: what the network is built with besides its name.
+        progress: where to report.
+        arch_args: arguments to build the network with, besides its name.
 
     Returns:
-        `evaluate_arrays`'s dict; for a RUN also `before`, the same of its checkpoint, and `change`. For a RUN of
-        several members this is of all of them side by side, and `members` has the same of each. `classes` are their
-        names; `images` is how many were found, of which `train_images` were learned from and `test_images` tested on;
-        the others are counted by why they were left out (labels.py): `unreadable`, `unlabelled`, `overlap`, `copies`,
-        `contradictory`. `view` is how they were seen.
+        The dict of `evaluate_arrays`; for a RUN also `before`, the same for its starting checkpoint, and `change`. For
+        a RUN of several members these are the results of all of them side by side, and `members` has those of each.
+        `classes` are the class names; `images` is how many were found, of which `train_images` and `test_images` were
+        used; the others are counted by the reason they were left out (labels.py): `unreadable`, `unlabelled`,
+        `overlap`, `copies`, `contradictory`. `view` is how the images were resized and cropped.
 
     Raises:
         OdcftError: labels or images that cannot be evaluated on, or a checkpoint that cannot be loaded.
     """
     from odcft.backbone.load import load_backbone
-    from odcft.data.view import seen_as
-    from odcft.evaluation.labels import labelled, told, without_unreadable
+    from odcft.evaluation.labels import load_labelled_images
     from odcft.progress import Progress
 
     progress = progress or Progress()
-    labels = labelled(data, test)
-    if "knn" in protocols:  # refused before anything slow is done
-        one_class(labels.targets[labels.targets.any(1)])
-    sources = ckpt if isinstance(ckpt, list) else _sources(ckpt)
-    loaded = [load_backbone(source, arch, input, allow_partial, arch_args=arch_args) for source in sources]
-    befores = [] if isinstance(ckpt, list) else _befores(ckpt, len(sources), progress)
-    of_run = None if isinstance(ckpt, list) else seen(ckpt)
-    views = [view_for_evaluation(one, labels.images, size, of_run) for one in loaded]
-    found = ", ".join(f"{count:,} in {name}" for name, count in labels.sets)
-    for view in dict.fromkeys(views):
-        progress.say(f"Images      {found} · {seen_as(view)}")
-    if labels.images.skipped:
-        progress.say(f"Not read    {labels.images.not_read()}")
-    features: list[np.ndarray] = []
-    unreadable: dict[int, str] = {}
-    for one, view in zip([*loaded, *befores], views + views, strict=False):
-        rows, bad = _features(one, labels, view, progress)
-        features.append(rows)
-        unreadable |= bad
-    labels = without_unreadable(labels, unreadable)
-    for place, line in enumerate(told(labels.left_out, labels, unreadable)):
-        progress.say(f"{'Left out' if place == 0 else '':<12}{line}")
-    splits = [_split(rows, labels, one.source) for rows, one in zip(features, [*loaded, *befores], strict=True)]
-    after_splits, before_splits = splits[: len(loaded)], splits[len(loaded) :]
+    labels = load_labelled_images(data, test)
+    if "knn" in protocols:  # fail before anything slow starts
+        class_numbers(labels.targets[labels.targets.any(1)])
+    sources = ckpt if isinstance(ckpt, list) else _members(ckpt)
+    after = [load_backbone(source, arch, input, allow_partial, arch_args=arch_args) for source in sources]
+    before = [] if isinstance(ckpt, list) else _load_starting_checkpoints(ckpt, len(sources), progress)
+    run_view = None if isinstance(ckpt, list) else view_of_run(ckpt)
+    views = [view_for_evaluation(one, labels.images, size, run_view) for one in after]
+    _report_images(labels, views, progress)
+    splits, labels = _make_splits([*after, *before], views + views, labels, progress)
+    after_splits, before_splits = splits[: len(after)], splits[len(after) :]
 
-    def compared(after_split: Split, before_split: Split | None) -> dict[str, Any]:
-        after = evaluate_arrays(after_split, protocols, progress)
-        results = {**after}
-        if before_split is not None:
-            before = evaluate_arrays(before_split, protocols, progress, "SVM before")
-            results |= {"before": before, "change": changes(before, after, after_split.test_targets)}
-            name_left_out(before, labels.classes)
-        name_left_out(results, labels.classes)
-        return results
-
-    results = compared(_side_by_side(after_splits), _side_by_side(before_splits) if before_splits else None)
+    before_split = _side_by_side(before_splits) if before_splits else None
+    results = _compare(_side_by_side(after_splits), before_split, labels.classes, protocols, progress)
     if len(sources) > 1:
-        results["members"] = [
-            {"source": source, **compared(split, before_splits[m] if before_splits else None)}
-            for m, (source, split) in enumerate(zip(sources, after_splits, strict=True))
-        ]
+        results["members"] = []
+        for m, source in enumerate(sources):
+            before_split = before_splits[m] if before_splits else None
+            alone = _compare(after_splits[m], before_split, labels.classes, protocols, progress)
+            results["members"].append({"source": source, **alone})
     counts = {"images": len(labels.images)}
     counts |= {"train_images": len(labels.train_rows), "test_images": len(labels.test_rows)}
     counts |= {reason: len(rows) for reason, rows in labels.left_out.items()}
     return {**results, "classes": labels.classes, **counts, "view": vars(views[0])}
 
 
-def _split(rows: np.ndarray, labels: "Labelled", source: str) -> Split:
-    """Features of all images, as a split."""
+def _members(ckpt: str) -> list[str]:
+    """The backbones of a RUN of several members, in order; anything else is a single backbone."""
+    from odcft.run.folder import BACKBONES
+
+    members = [str(Path(ckpt) / name) for name in BACKBONES if (Path(ckpt) / name).is_dir()]
+    return members if len(members) > 1 else [ckpt]
+
+
+def _load_starting_checkpoints(run: str, members: int, progress: Any) -> list["Loaded"]:
+    """Load the checkpoints a RUN was started from; if that is impossible, say why and return none."""
+    from odcft.backbone.load import load_backbone
+
+    ckpts, reason = find_starting_checkpoints(run, members)
+    try:
+        options = load_options_of(run) if ckpts else {}
+        loaded = [load_backbone(one, **options, member=member) for member, one in enumerate(ckpts)]
+    except OdcftError as error:
+        loaded, reason = [], str(error).rstrip(".")
+    if reason:
+        progress.say(f"Before      no column: {reason}. To compare, evaluate that checkpoint on its own.")
+    return loaded
+
+
+def _report_images(labels: "LabelledImages", views: list["View"], progress: Any) -> None:
+    """Say which images were found and how the networks see them."""
+    from odcft.data.view import seen_as
+
+    found = ", ".join(f"{count:,} in {name}" for name, count in labels.sets)
+    for view in dict.fromkeys(views):
+        progress.say(f"Images      {found} · {seen_as(view)}")
+    if labels.images.skipped:
+        progress.say(f"Not read    {labels.images.not_read()}")
+
+
+def _make_splits(
+    backbones: list["Loaded"], views: list["View"], labels: "LabelledImages", progress: Any
+) -> tuple[list[Split], "LabelledImages"]:
+    """The features of each backbone as a split, and the labels without the images that cannot be read."""
+    from odcft.evaluation.labels import describe_left_out, without_unreadable
+
+    features: list[np.ndarray] = []
+    unreadable: dict[int, str] = {}
+    for one, view in zip(backbones, views, strict=False):
+        rows, failed = _extract_features(one, labels, view, progress)
+        features.append(rows)
+        unreadable |= failed
+    labels = without_unreadable(labels, unreadable)
+    for i, line in enumerate(describe_left_out(labels.left_out, labels, unreadable)):
+        progress.say(f"{'Left out' if i == 0 else '':<12}{line}")
+    return [_split(rows, labels, one.source) for rows, one in zip(features, backbones, strict=True)], labels
+
+
+def _extract_features(
+    loaded: "Loaded", labels: "LabelledImages", view: "View", progress: Any
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Backbone features (N, F) of all images, zero for those that cannot be read; and the reasons, by image number."""
+    import torch
+
+    from odcft.data.batches import Crops
+    from odcft.data.feature_extraction import extract
+
+    backbone = loaded.backbone
+    if backbone.fixed_size and view.size != backbone.size:
+        raise OdcftError(f"{backbone.arch} takes images of {backbone.size} pixels only, not {view.size}.")
+    if not backbone.takes(view.size):
+        raise OdcftError(f"{backbone.arch} cannot process images of {view.size} pixels. Try --size {backbone.size}.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    crops = Crops(labels.images, view)
+    features, unreadable = extract(backbone.to(device).eval(), crops, 128, 0, device, progress)
+    return features.cpu().numpy(), unreadable
+
+
+def _split(rows: np.ndarray, labels: "LabelledImages", source: str) -> Split:
+    """The features of all images, divided into training and test images."""
     train, test = labels.train_rows, labels.test_rows
     used = np.concatenate([train, test])
     if bad := len(used) - int(np.isfinite(rows[used]).all(1).sum()):
         raise OdcftError(
             f"{source} gives features that are NaN or infinite for {bad:,} of {len(used):,} images: its weights are "
-            "damaged. Take another checkpoint, for example an earlier state."
+            "damaged. Use another checkpoint, for example an earlier state."
         )
-    few = {c: f"{size} image{'s' if size > 1 else ''}, too few to hold a half out" for c, size in labels.few.items()}
-    return Split(rows[train], labels.targets[train], rows[test], labels.targets[test], few)
-
-
-def _befores(run: str, members: int, progress: Any) -> list["Loaded"]:
-    """The checkpoints that a RUN was started from; none, and a sentence that says why, where they cannot be had."""
-    from odcft.backbone.load import load_backbone
-
-    ckpts, reason = origins(run, members)
-    try:
-        taken = given(run) if ckpts else {}
-        loaded = [load_backbone(one, **taken, member=member) for member, one in enumerate(ckpts)]
-    except OdcftError as error:
-        loaded, reason = [], str(error).rstrip(".")
-    if reason:
-        progress.say(f"Before      no column: {reason}. To compare, evaluate that checkpoint by itself.")
-    return loaded
+    left_out = {
+        c: f"{size} image{'s' if size > 1 else ''}, too few to hold out half" for c, size in labels.too_small.items()
+    }
+    return Split(rows[train], labels.targets[train], rows[test], labels.targets[test], left_out)
 
 
 def _side_by_side(splits: list[Split]) -> Split:
-    """The features of several backbones as one, each at unit length; those of a single one as they are."""
+    """The features of several backbones concatenated, each scaled to unit length; those of a single one unchanged."""
     if len(splits) == 1:
         return splits[0]
 
@@ -152,27 +189,15 @@ def _side_by_side(splits: list[Split]) -> Split:
     return replace(splits[0], train_features=joined("train_features"), test_features=joined("test_features"))
 
 
-def _sources(ckpt: str) -> list[str]:
-    """The backbones of a RUN of several members, in their order; anything else is one by itself."""
-    from odcft.run.folder import BACKBONES
-
-    members = [str(Path(ckpt) / name) for name in BACKBONES if (Path(ckpt) / name).is_dir()]
-    return members if len(members) > 1 else [ckpt]
-
-
-def _features(loaded: "Loaded", labels: "Labelled", view: "View", progress: Any) -> tuple[np.ndarray, dict[int, str]]:
-    """Backbone features (N, F) of all images, zero where one cannot be read; and those: number to reason."""
-    import torch
-
-    from odcft.data.batches import Crops
-    from odcft.data.feature_extraction import extract
-
-    backbone = loaded.backbone
-    if backbone.fixed_size and view.size != backbone.size:
-        raise OdcftError(f"{backbone.arch} takes images of {backbone.size} pixels only, not {view.size}.")
-    if not backbone.takes(view.size):
-        raise OdcftError(f"{backbone.arch} cannot look at images of {view.size} pixels. Try --size {backbone.size}.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    crops = Crops(labels.images, view)
-    features, bad = extract(backbone.to(device).eval(), crops, 128, 0, device, progress)
-    return features.cpu().numpy(), bad
+def _compare(
+    after_split: Split, before_split: Split | None, classes: list[str], protocols: Sequence[str], progress: Any
+) -> dict[str, Any]:
+    """Results of one backbone; with those `before` and the `change` if there is a starting checkpoint."""
+    after = evaluate_arrays(after_split, protocols, progress)
+    results = {**after}
+    if before_split is not None:
+        before = evaluate_arrays(before_split, protocols, progress, "SVM before")
+        results |= {"before": before, "change": changes_with_intervals(before, after, after_split.test_targets)}
+        name_left_out(before, classes)
+    name_left_out(results, classes)
+    return results

@@ -1,4 +1,4 @@
-"""Nearest neighbours: a test image takes the class its nearest training images vote for.
+"""Nearest neighbours: a test image gets the class that its nearest training images vote for.
 
 Shapes: N images, F features.
 """
@@ -16,15 +16,15 @@ TEMPERATURE = 0.07  # of the votes, exp(cosine / T) (Wu et al. 2018; DINO)
 def knn(
     train_NF: np.ndarray, train_N: np.ndarray, test_NF: np.ndarray, test_N: np.ndarray, k: int = K
 ) -> dict[str, Any]:
-    """Accuracy of a weighted vote of the k most similar training images (cosine).
+    """Accuracy of a weighted vote among the k most similar training images (cosine similarity).
 
     Args:
         train_NF, test_NF: float, finite.
         train_N, test_N: classes, integers from 0.
-        k: neighbours, fewer where there are fewer training images.
+        k: number of neighbours; fewer if there are fewer training images.
 
     Returns:
-        `top1` in 0..100 and `k`; and `predicted` (N,) classes of the test images.
+        `top1` in 0..100, the `k` used, and `predicted`, the (N,) classes of the test images.
     """
     train = _unit_length(train_NF)
     test = _unit_length(test_NF)
@@ -41,5 +41,5 @@ def knn(
 
 
 def _unit_length(features_NF: np.ndarray) -> torch.Tensor:
-    # In float64, where the squares of no float32 overflow.
+    # In float64, in which the square of a float32 cannot overflow.
     return F.normalize(torch.from_numpy(features_NF.astype(np.float64)), dim=1).float()

@@ -1,4 +1,4 @@
-"""Every protocol on features and targets, whoever made them.
+"""Run the protocols on arrays of features and targets, wherever they come from.
 
 Shapes: N images, F features, C classes.
 """
@@ -16,9 +16,9 @@ PROTOCOLS = ("svm", "knn")
 
 @dataclass
 class Split:
-    """Features and targets of training and test images: what every protocol takes.
+    """Features and targets of the training and test images, as every protocol takes them.
 
-    Targets are (N, C) of 1, 0 and -1 (difficult). `left_out` are classes that are not to count for svm, and why.
+    Targets are (N, C) of 1, 0 and -1 (difficult). `left_out` are the classes that the SVM must not count, and why.
     """
 
     train_features: np.ndarray
@@ -29,38 +29,39 @@ class Split:
 
 
 def check_protocols(protocols: str) -> list[str]:
-    """The protocols of "svm,knn".
+    """Parse a list of protocols such as "svm,knn".
 
     Raises:
-        OdcftError: one that odcft does not have.
+        OdcftError: an unknown protocol, or none.
     """
     wanted = [name.strip() for name in protocols.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in PROTOCOLS]
     if unknown or not wanted:
-        raise OdcftError(f"--protocol {protocols}: choose from {', '.join(PROTOCOLS)}, several joined by commas.")
+        raise OdcftError(f"--protocol {protocols}: choose from {', '.join(PROTOCOLS)}, separated by commas.")
     return wanted
 
 
 def evaluate_arrays(split: Split, protocols: Sequence[str], progress: Any = None, title: str = "SVM") -> dict[str, Any]:
-    """Every protocol on the same features.
+    """Run every protocol on the same features.
 
     Args:
-        split: of features and targets.
-        protocols: of PROTOCOLS.
-        progress: where to show how far the SVM is.
-        title: of that.
+        split: features and targets.
+        protocols: some of PROTOCOLS.
+        progress: where to show the progress of the SVM.
+        title: of that progress bar.
 
     Returns:
-        A dict a protocol (INTERFACE: evaluate --json), with `scores` (svm) and `predicted` (knn) of the test images.
+        One dict per protocol, as `evaluate --json` prints it, and with the test images' `scores` (svm) and `predicted`
+        classes (knn).
 
     Raises:
-        OdcftError: several labels an image where a protocol needs one, or no class that can be measured.
+        OdcftError: several labels per image for a protocol that needs one, or no class can be measured.
     """
     from odcft.progress import Progress
 
     results: dict[str, Any] = {}
-    if "knn" in protocols:  # refused before anything slow is done
-        train_N, test_N = one_class(split.train_targets), one_class(split.test_targets)
+    if "knn" in protocols:  # fail before anything slow starts
+        train_N, test_N = class_numbers(split.train_targets), class_numbers(split.test_targets)
     if "svm" in protocols:
         from odcft.evaluation.svm import voc07_svm
 
@@ -74,18 +75,22 @@ def evaluate_arrays(split: Split, protocols: Sequence[str], progress: Any = None
     return results
 
 
-def one_class(targets_NC: np.ndarray) -> np.ndarray:
-    """The class (N,) of each image that has exactly one."""
+def class_numbers(targets_NC: np.ndarray) -> np.ndarray:
+    """The class number (N,) of each image.
+
+    Raises:
+        OdcftError: an image with no label, or with several.
+    """
     several = (targets_NC == 1).sum(1) != 1
     if several.any():
         raise OdcftError(
-            f"--protocol knn needs exactly one label an image, and {several.sum():,} of {len(several):,} images have "
+            f"--protocol knn needs exactly one label per image, but {several.sum():,} of {len(several):,} images have "
             "none or several. Use --protocol svm."
         )
     return (targets_NC == 1).argmax(1)
 
 
 def name_left_out(results: dict[str, Any], classes: list[str]) -> None:
-    """Call the classes that the SVM left out by their names."""
+    """Replace the numbers of the classes that the SVM left out by their names, in place."""
     if "svm" in results:
         results["svm"]["left_out"] = {classes[c]: reason for c, reason in results["svm"]["left_out"].items()}

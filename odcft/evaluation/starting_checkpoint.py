@@ -1,4 +1,4 @@
-"""Which checkpoint a RUN was started from, and where that is now: for the column *before*."""
+"""Which checkpoint a RUN was started from and where it is now, for the *before* column."""
 
 import re
 from contextlib import suppress
@@ -8,59 +8,62 @@ from typing import Any
 from odcft.data.view import View
 from odcft.errors import OdcftError
 from odcft.files import read_json, sha256
+from odcft.text import count_of
 
 SCHEMES = ("timm", "torchvision", "scratch")
 
 
-def origins(run: str, members: int) -> tuple[list[str], str]:
-    """The checkpoints a RUN was started from, one a member.
+def find_starting_checkpoints(run: str, members: int) -> tuple[list[str], str]:
+    """Find the checkpoints a RUN was started from, one per member.
 
-    A path that run.json names is believed only where a file with the recorded SHA-256 lies there: as it was recorded,
-    absolute; or relative to the current folder, to the RUN, or to a folder above it (that the run was started in).
+    A path in run.json is trusted only if the file there has the recorded SHA-256. It is looked up as the absolute path
+    recorded, and relative to the current folder, the RUN and the folders above it (in one of which the run
+    may have been started).
 
     Args:
-        run: what `load_backbone` takes; anything else than a RUN has no origin.
+        run: anything `load_backbone` takes; only a RUN has starting checkpoints.
         members: how many networks it has.
 
     Returns:
-        The checkpoints; or none, and why there is none, in a sentence ("" of what is no RUN).
+        The checkpoints and ""; or none and the reason, which is "" for anything that is not a RUN.
     """
     if not (Path(run) / "backbone" / "config.json").exists():
         return [], ""
     try:
         about = read_json(Path(run) / "run.json")
-        recorded, sums = _listed(about["checkpoint"]), _listed(about["sha256"])
-        absolute = _listed(about.get("checkpoint_path", recorded))
+        recorded, sums = _as_list(about["checkpoint"]), _as_list(about["sha256"])
+        absolute = _as_list(about.get("checkpoint_path", recorded))
     except (OdcftError, ValueError, KeyError):
-        return [], "run.json, which says where the run was started from, is missing or damaged"
+        return [], "run.json, which records the starting checkpoint, is missing or damaged"
     if not members == len(recorded) == len(sums) == len(absolute):
-        return [], f"run.json tells of {len(recorded)} checkpoints, and the run has {members} networks"
+        lists, has = count_of(len(recorded), "checkpoint"), count_of(members, "network")
+        return [], f"run.json lists {lists}, but the run has {has}"
     found = [_find(*names, Path(run)) for names in zip(recorded, absolute, sums, strict=True)]
     for name, path in zip(recorded, found, strict=True):
         if path is None:
-            return [], f"{name}, which the run was started from, is not here with the same contents"
+            return [], f"{name}, which the run was started from, was not found with the same contents"
     return [path for path in found if path is not None], ""
 
 
-def given(run: str) -> dict[str, Any]:
-    """How a RUN took its checkpoint, by its recipe: what `load_backbone` takes besides it."""
+def load_options_of(run: str) -> dict[str, Any]:
+    """The options of `load_backbone` that a RUN loaded its checkpoint with, from its recipe and run.json."""
     from odcft.recipe import load_recipe, taken_as
 
-    taken: dict[str, Any] = {}
-    with suppress(OdcftError):  # the recipe of another version, or none
+    options: dict[str, Any] = {}
+    with suppress(OdcftError):  # no recipe, or one of another version
         recipe = load_recipe(Path(run) / "recipe.yaml")
-        taken = {**taken_as(recipe), "seed": recipe.seed}
+        options = {**taken_as(recipe), "seed": recipe.seed}
     with suppress(OdcftError):
         arch = read_json(Path(run) / "run.json").get("arch_given")
-        taken |= {"arch": arch} if isinstance(arch, str) else {}
-    return taken
+        options |= {"arch": arch} if isinstance(arch, str) else {}
+    return options
 
 
-def seen(run: str) -> View | None:
-    """How a RUN saw its images, by its recipe; None for anything else, and where the recipe is gone.
+def view_of_run(run: str) -> View | None:
+    """How a RUN resized and cropped its images, from its recipe; None without a recipe, or if this is not a RUN.
 
     Raises:
-        OdcftError: it is there and cannot be read: images seen another way would give other figures.
+        OdcftError: the recipe cannot be read. A guess would not do: another size or crop gives other results.
     """
     from odcft.recipe import load_recipe
 
@@ -75,7 +78,7 @@ def seen(run: str) -> View | None:
     return View(data.size, data.crop_fraction, intensity=intensity)
 
 
-def _listed(value: Any) -> list[str]:
+def _as_list(value: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(one, str) for one in values):
         raise ValueError("not a name")
@@ -92,6 +95,6 @@ def _find(recorded: str, absolute: str, checksum: str, run: Path) -> str | None:
         try:
             if sha256(path) == checksum:
                 return path
-        except (OSError, ValueError):  # not ours to read, or no path at all
+        except (OSError, ValueError):  # not readable, or not a path at all
             continue
     return None

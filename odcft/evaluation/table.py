@@ -1,26 +1,26 @@
-"""What an evaluation says: lines for people, and the dict that `--json` prints."""
+"""The results of an evaluation as a table for people, and as the dict that `--json` prints."""
 
 import math
 from typing import Any
 
 import numpy as np
 
-FIGURES = {"svm": ("SVM mAP", "mAP"), "knn": ("kNN top-1", "top1")}
+METRICS = {"svm": ("SVM mAP", "mAP"), "knn": ("kNN top-1", "top1")}
 
 
-def lines(results: dict[str, Any]) -> list[str]:
-    """The table of an evaluation: figures, before and after where there are both; below, the classes left out."""
+def table_lines(results: dict[str, Any]) -> list[str]:
+    """The results as a table, before and after if there are both, followed by the classes left out of the mean."""
     rows = []
     compared = "before" in results
     if compared:
         rows.append(f"  {'':<12}{'before':>8}{'after':>8}    change (95 % interval)")
-    for protocol, (title, name) in FIGURES.items():
+    for protocol, (title, name) in METRICS.items():
         if protocol in results:
-            figure = results[protocol][name]
-            row = f"  {title:<12}{figure:>{8 if compared else 7}.1f}"
+            value = results[protocol][name]
+            row = f"  {title:<12}{value:>{8 if compared else 7}.1f}"
             if compared:
                 change = results["change"][protocol]
-                row = f"  {title:<12}{results['before'][protocol][name]:>8.1f}{figure:>8.1f}"
+                row = f"  {title:<12}{results['before'][protocol][name]:>8.1f}{value:>8.1f}"
                 row += f"    {change['change']:+.1f}  ({change['low']:+.1f} … {change['high']:+.1f})"
             rows.append(row)
     left_out = results.get("svm", {}).get("left_out", {})
@@ -33,17 +33,17 @@ def lines(results: dict[str, Any]) -> list[str]:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """What the figures come from, in a line."""
-    images = f"{results['train_images']:,} images to learn from, {results['test_images']:,} to test on"
+    """One line that says how many classes and images the results come from."""
+    images = f"{results['train_images']:,} images to train on, {results['test_images']:,} to test on"
     return f"Figures     {len(results['classes']):,} classes, {images}"
 
 
-def public(results: Any) -> Any:
-    """The results as plain numbers, without the arrays that only the intervals need: what `--json` prints."""
+def json_values(results: Any) -> Any:
+    """The results as plain Python numbers, NaN as null, without the arrays that only the intervals need."""
     if isinstance(results, dict):
-        return {str(name): public(value) for name, value in results.items() if name not in ("scores", "predicted")}
+        return {str(name): json_values(value) for name, value in results.items() if name not in ("scores", "predicted")}
     if isinstance(results, (list, tuple)):
-        return [public(value) for value in results]
+        return [json_values(value) for value in results]
     if isinstance(results, np.generic):
         results = results.item()
     return None if isinstance(results, float) and not math.isfinite(results) else results

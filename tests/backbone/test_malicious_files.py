@@ -473,7 +473,7 @@ def test_pipes_sockets_and_devices_are_not_waited_for(what, tmp_path):
         load_backbone(path)
     assert "\n" not in str(refusal.value)
     if what == "pipe":
-        with pytest.raises(OdcftError, match="is no recipe"):
+        with pytest.raises(OdcftError, match="cannot be a recipe"):
             load_recipe(path)
 
 

@@ -34,5 +34,5 @@ def test_evaluation_says_what_it_left_out(tmp_path, make_images, capfd):
 def test_images_too_small_for_a_network_are_refused_in_evaluation(tmp_path, make_images, size):
     from odcft.evaluation.comparison import evaluate
 
-    with pytest.raises(OdcftError, match=r"cannot look at images of \d+ pixels"):
+    with pytest.raises(OdcftError, match=r"cannot process images of \d+ pixels"):
         evaluate("scratch:alexnet", str(make_images(tmp_path, 8)), None, ["knn"], size=size)

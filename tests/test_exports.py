@@ -1,3 +1,5 @@
+"""Exports in every format give the features of the checkpoint, and load in other software."""
+
 import json
 import re
 
@@ -24,7 +26,7 @@ from odcft.train import fine_tune
 
 @pytest.fixture
 def finished_run(tmp_path, make_checkpoint, make_images):
-    """A function: overrides in, a RUN of a dozen images out."""
+    """A function that fine-tunes on a dozen images with some overrides and returns the RUN."""
 
     def run(*overrides):
         quick = ["optim.batch_size=4", "optim.epochs=1", "neck.hidden=16", "neck.dim=8", "log.tensorboard=false"]
@@ -108,8 +110,8 @@ def test_reloaded_features_are_those_of_the_checkpoint(kind, format, tmp_path):
         assert ("odcft.load_backbone" in card) == (kind in ("alexnet with sobel", "resnet50 of lightness"))
 
 
-def test_timm_refuses_by_name_what_it_would_build_otherwise(tmp_path):
-    """A stage of stride 1 cannot be said to timm; it must not build the usual network and say nothing."""
+def test_timm_refuses_a_network_it_would_build_wrongly(tmp_path):
+    """timm has no option for a last stage of stride 1; it must not silently build the usual network."""
     torch.save({"model_state_dict": resnet_of_lightness()}, tmp_path / "c.pth")
     export(tmp_path / "c.pth", tmp_path / "out")
     with pytest.raises(TypeError, match="last_stride"):
@@ -135,7 +137,7 @@ def test_files_carry_the_networks_names(tmp_path, format):
         assert not missing.unexpected_keys
 
 
-def test_what_cannot_be_is_refused_and_nothing_is_overwritten(tmp_path, make_checkpoint):
+def test_impossible_exports_are_refused_and_nothing_is_overwritten(tmp_path, make_checkpoint):
     checkpoint = make_checkpoint(tmp_path / "c.pth")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
@@ -158,7 +160,7 @@ def photograph(path, size=(50, 40)):
 
 
 def as_evaluation_sees(path, source):
-    """The tensor that evaluation shows the network."""
+    """The tensor that evaluation gives to the network."""
     loaded = load_backbone(source)
     crops = Crops(find_images(path.parent), view_for_evaluation(loaded, find_images(path.parent), None))
     with torch.no_grad():
@@ -166,8 +168,8 @@ def as_evaluation_sees(path, source):
 
 
 @pytest.mark.parametrize("source", ["run", "out", "again"])
-def test_timms_own_transform_of_an_exported_folder_gives_what_evaluation_sees(tmp_path, finished_run, source):
-    """Trained at 24 pixels; the folder used to say 64, the network's own."""
+def test_timms_transform_for_an_exported_folder_equals_what_evaluation_does(tmp_path, finished_run, source):
+    """Trained at 24 pixels, not at 64, the network's own size."""
     from timm.data import create_transform, resolve_model_data_config
 
     run = finished_run("data.size=24", "data.crop_fraction=0.75")
@@ -185,7 +187,7 @@ def test_timms_own_transform_of_an_exported_folder_gives_what_evaluation_sees(tm
 
 
 @pytest.mark.parametrize("format", ["timm", "safetensors", "torchvision", "onnx"])
-def test_how_images_are_seen_travels_with_every_format(tmp_path, format):
+def test_size_and_crop_are_stored_in_every_format(tmp_path, format):
     torch.manual_seed(0)
     torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "c.pth")
     export(tmp_path / "c.pth", tmp_path / "out", format, size=64)

@@ -1,4 +1,4 @@
-"""Names from files are other people's words: on a terminal and in a model card they are shown and do nothing."""
+"""Text from files cannot be trusted: on a terminal and in a model card it is shown and has no effect."""
 
 import json
 import re
@@ -30,7 +30,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_what_a_terminal_would_obey_is_shown(case):
+def test_characters_that_control_a_terminal_are_escaped(case):
     text, expected = HOSTILE[case]
     assert shown(text) == expected
     shown(text).encode("utf-8")
@@ -39,7 +39,7 @@ def test_what_a_terminal_would_obey_is_shown(case):
 @pytest.mark.parametrize(
     "text", ["Bücher/Ωμέγα.png", "日本語.png", "می\u200cخواهم.png", "👩\u200d🔬.png", "a b\xa0c … ·", ""]
 )
-def test_every_language_stays_as_it_is(text):
+def test_text_in_any_language_stays_as_it_is(text):
     assert shown(text) == text
 
 
@@ -57,11 +57,11 @@ def test_every_language_stays_as_it_is(text):
         ("  ", ""),
     ],
 )
-def test_a_code_span_cannot_be_left(text, expected):
+def test_text_cannot_break_out_of_a_code_span(text, expected):
     assert code_span(text) == expected
 
 
-def test_a_code_block_cannot_be_left():
+def test_text_cannot_break_out_of_a_code_block():
     block = code_block("method: odc\n```\n# Owned\n````\n\x1b[31m\tx", "yaml")
     first, *inner, last = block.split("\n")
     assert (first, last) == ("`````yaml", "`````")
@@ -69,7 +69,7 @@ def test_a_code_block_cannot_be_left():
     assert code_block("a") == "```\na\n```"
 
 
-def test_markdown_does_nothing_with_text():
+def test_escaped_text_has_no_effect_in_markdown():
     text = markdown_text("[x](http://a) ![i](b) <img src=x> *a* _b_ `c` &lt; #1 \\ - + ~~ | @me\nx")
     assert not re.search(r"(?<!\\)[`*_\[\]()#+|~@!>]", text.replace("&lt;img", ""))
     assert "<" not in text
@@ -82,7 +82,7 @@ EVIL = "\x1b[2J\nWarning     forged\r\u202e"
 
 
 def raw(text):
-    """What of a hostile name reached the terminal as it is: all but our own line breaks."""
+    """The parts of a hostile name that reached the terminal unescaped."""
     return [letter for letter in text if letter in "\x1b\r\u202e"] + re.findall(
         "^Warning     forged", text, re.MULTILINE
     )
@@ -148,7 +148,7 @@ def test_warnings_and_faults_of_libraries_are_shown_in_lines_of_their_own(odcft_
 
     monkeypatch.setattr(load, "load_backbone", fail)
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    # As in a program of its own: pytest shows warnings its way.
+    # As outside pytest, which prints warnings in its own way.
     monkeypatch.setattr(
         warnings,
         "showwarning",

@@ -6,7 +6,7 @@ import pytest
 from odcft.evaluation.knn import knn
 
 
-def test_a_test_image_takes_the_class_of_the_similar():
+def test_a_test_image_gets_the_class_of_similar_images():
     train = np.array([[1.0, 0], [2, 0.1], [0, 1], [0.1, 3]], dtype=np.float32)
     test = np.array([[5.0, 0.2], [0.3, 9]], dtype=np.float32)
     result = knn(train, np.array([0, 0, 1, 1]), test, np.array([0, 0]), k=2)
@@ -19,7 +19,7 @@ def at(*degrees):
     return np.stack([np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))], axis=1)
 
 
-def test_a_vote_weighs_as_the_exponential_of_similarity_by_temperature():
+def test_a_vote_is_weighted_by_the_exponential_of_similarity_over_temperature():
     # Two neighbours at cosine c outvote one at 1 where 2 exp(c / 0.07) > exp(1 / 0.07): c > 1 - 0.07 ln 2 = 0.9515.
     classes = np.array([0, 1, 1])
     for cosine, winner in ((0.9505, 0), (0.9525, 1)):
@@ -33,13 +33,13 @@ def test_only_the_k_most_similar_vote():
     assert knn(train, classes, at(0), np.array([1]))["predicted"].tolist() == [0]
 
 
-def test_k_is_20_or_all_there_are():
+def test_k_is_20_or_the_number_of_training_images():
     train, classes = at(*range(30)), np.arange(30) % 2
     assert knn(train, classes, train, classes)["k"] == 20
     assert knn(train[:7], classes[:7], train, classes)["k"] == 7
 
 
-def test_length_plays_no_part_however_large():
+def test_the_length_of_features_does_not_matter():
     train, test = np.array([[1e30, 0], [0, 1.0]]), np.array([[1e-5, 0], [1, 3e30]])
     assert knn(train, np.array([0, 1]), test, np.array([0, 1]), k=1)["top1"] == 100
 

@@ -9,24 +9,24 @@ from sklearn.svm import LinearSVC
 
 from odcft.errors import OdcftError
 from odcft.evaluation import svm
-from odcft.evaluation.svm import average_precision, ranked_precision, unmeasurable, voc07_svm
+from odcft.evaluation.svm import average_precision, average_precision_of_ranking, unmeasurable_classes, voc07_svm
 
 
 def features(targets_NC, noise=0.0, seed=0):
-    """A column a class, with noise, and one that is always there; of no unit length."""
+    """Noisy features with one column per class and a constant one, not of unit length."""
     draw = np.random.default_rng(seed)
-    told = np.c_[(targets_NC == 1).astype(np.float32), np.ones(len(targets_NC))]
-    return (told + noise * draw.normal(size=told.shape)) * draw.uniform(0.5, 4, (len(told), 1))
+    clean = np.c_[(targets_NC == 1).astype(np.float32), np.ones(len(targets_NC))]
+    return (clean + noise * draw.normal(size=clean.shape)) * draw.uniform(0.5, 4, (len(clean), 1))
 
 
 def one_hot(labels, C=3):
     return np.eye(C, dtype=np.int64)[np.array(labels)]
 
 
-def by_the_book(train, sign, test, dual, costs=svm.COSTS):
-    """Cost and scores as the reference scripts have them, through cross_val_score."""
+def reference(train, sign, test, dual, costs=svm.COSTS):
+    """Cost and scores computed as in the reference scripts, with cross_val_score."""
 
-    def machine(cost):
+    def make_svm(cost):
         return LinearSVC(
             **{"C": cost, "class_weight": {1: 2, -1: 1}, "intercept_scaling": 1.0, "tol": 1e-4, "dual": dual},
             **{"penalty": "l2", "loss": "squared_hinge", "max_iter": 2000, "random_state": 0},
@@ -35,10 +35,10 @@ def by_the_book(train, sign, test, dual, costs=svm.COSTS):
     train, test = (part / (np.linalg.norm(part, axis=1, keepdims=True) + 1e-5) for part in (train, test))
     folds = StratifiedKFold(3)
     means = [
-        cross_val_score(machine(cost), train, sign, cv=folds, scoring="average_precision").mean() for cost in costs
+        cross_val_score(make_svm(cost), train, sign, cv=folds, scoring="average_precision").mean() for cost in costs
     ]
     cost = costs[int(np.argmax(means))]
-    return cost, machine(cost).fit(train, sign).decision_function(test)
+    return cost, make_svm(cost).fit(train, sign).decision_function(test)
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -49,7 +49,7 @@ def test_costs_and_scores_are_those_of_the_reference_scripts(dual, monkeypatch):
     monkeypatch.setattr(svm, "DUAL_ROWS", 90 if dual else 89)
     results = voc07_svm(train, one_hot(labels), test, one_hot(labels))
     for c in range(3):
-        cost, scores = by_the_book(train, np.where(labels == c, 1, -1), test, dual)
+        cost, scores = reference(train, np.where(labels == c, 1, -1), test, dual)
         assert results["costs"][c] == cost
         assert results["scores"][:, c].tolist() == scores.tolist()
         assert results["per_class"][c] == 100 * average_precision(labels == c, scores)
@@ -59,12 +59,12 @@ def test_costs_and_scores_are_those_of_the_reference_scripts(dual, monkeypatch):
 
 
 @pytest.mark.filterwarnings("error")
-def test_at_high_costs_it_ends_after_2000_iterations_without_a_word():
+def test_at_high_costs_it_stops_after_2000_iterations_without_a_warning():
     labels = np.arange(90) % 3
     train = features(one_hot(labels), 0.9)
     results = voc07_svm(train, one_hot(labels), train, one_hot(labels), (1e4,))
     with pytest.warns(ConvergenceWarning):
-        _, scores = by_the_book(train, np.where(labels == 0, 1, -1), train, True, (1e4,))
+        _, scores = reference(train, np.where(labels == 0, 1, -1), train, True, (1e4,))
     assert results["scores"][:, 0].tolist() == scores.tolist()
 
 
@@ -74,26 +74,26 @@ def test_average_precision_is_the_area_under_the_envelope():
     # the envelope lifts the second hit's precision of 1/2 to the 2/3 that follows it
     present = np.array([True, False, False, True, True])
     assert average_precision(present, -np.arange(5.0)) == pytest.approx((1 + 0.6 + 0.6) / 3)
-    assert ranked_precision(np.array([False, True])) == 0.5
-    assert ranked_precision(np.array([False, False])) == 0
+    assert average_precision_of_ranking(np.array([False, True])) == 0.5
+    assert average_precision_of_ranking(np.array([False, False])) == 0
     assert average_precision(np.array([False, True]), np.zeros(2)) == 0.5  # equal scores stay in order
 
 
-def test_a_class_absent_from_the_test_is_left_out_of_the_mean():
+def test_a_class_without_a_test_image_is_left_out_of_the_mean():
     train, test = one_hot([0, 1, 2] * 4), one_hot([0, 1] * 4)
     results = voc07_svm(features(train), train, features(test), test)
     assert results["mAP"] == 100
     assert results["per_class"] == [100, 100, None]
     assert results["costs"][:2] == [1.0, 1.0]
     assert results["costs"][2] is None
-    assert results["left_out"] == {2: "no image to test on"}
+    assert results["left_out"] == {2: "no test image"}
     assert not results["scores"][:, 2].any()
 
 
-def test_a_class_with_one_image_to_learn_from_is_left_out_and_one_with_two_is_not():
+def test_a_class_with_one_training_image_is_left_out_but_not_one_with_two():
     train, test = one_hot([0] * 5 + [1] * 5 + [2]), one_hot([0, 1, 2] * 3)
     results = voc07_svm(features(train), train, features(test), test)
-    assert results["left_out"] == {2: "1 image to learn from, where 2 are needed"}
+    assert results["left_out"] == {2: "1 training image, but 2 are needed"}
     assert results["mAP"] == 100
     train = one_hot([0] * 5 + [1] * 5 + [2] * 2)
     results = voc07_svm(features(train), train, features(test), test)
@@ -101,7 +101,7 @@ def test_a_class_with_one_image_to_learn_from_is_left_out_and_one_with_two_is_no
     assert results["per_class"] == [100, 100, 100]
 
 
-@pytest.mark.filterwarnings("error")  # scikit-learn warns of folds that lack a class
+@pytest.mark.filterwarnings("error")  # scikit-learn warns if a fold lacks a class
 @pytest.mark.parametrize("rare", [0, 1])
 def test_two_images_with_or_without_a_class_are_cross_validated_in_two_folds(rare):
     train, test = np.array([[rare]] * 2 + [[1 - rare]] * 6), np.array([[0], [1]] * 3)
@@ -109,16 +109,16 @@ def test_two_images_with_or_without_a_class_are_cross_validated_in_two_folds(rar
     assert results["per_class"] == [100]
 
 
-def test_what_cannot_be_measured_is_said():
+def test_why_a_class_cannot_be_measured_is_reported():
     train = np.array([[1, 1, 0, 1, 1], [1, 1, 0, 1, 1], [1, 0, 0, 0, 1], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0]])
     test = np.array([[1, 1, 1, 1, 1], [0, 0, 0, 1, -1], [0, 0, 0, -1, 0]])
-    assert unmeasurable(train, test) == {
-        0: "no image without it to learn from, where 2 are needed",
-        1: "1 image without it to learn from, where 2 are needed",
-        2: "no image to learn from, where 2 are needed",
-        3: "no image without it to test on",  # but for one that may have it
+    assert unmeasurable_classes(train, test) == {
+        0: "no training image without it, but 2 are needed",
+        1: "1 training image without it, but 2 are needed",
+        2: "no training image, but 2 are needed",
+        3: "no test image without it",  # except one marked difficult
     }
-    with pytest.raises(OdcftError, match=r"no class can be measured; the first has no image to test on"):
+    with pytest.raises(OdcftError, match=r"no class can be measured; the first has no test image"):
         voc07_svm(features(train[:, 4:]), train[:, 4:], np.ones((2, 2)), np.array([[0], [-1]]))
 
 
@@ -161,8 +161,8 @@ def test_small_sets_are_fitted_in_this_process_and_large_ones_in_several(monkeyp
     monkeypatch.setattr("joblib.Parallel", parallel)
     monkeypatch.setattr("joblib.cpu_count", lambda: 2)
     monkeypatch.setattr("odcft.distributed.stop_signals.ignore_in_worker", lambda: workers.append(1))
-    for worth in (svm.WORTH, X.size * 3, X.size * 3 - 1):
-        monkeypatch.setattr(svm, "WORTH", worth)
+    for worth in (svm.PARALLEL_ABOVE, X.size * 3, X.size * 3 - 1):
+        monkeypatch.setattr(svm, "PARALLEL_ABOVE", worth)
         voc07_svm(X, targets, X, targets, (1.0,))
     assert asked == [1, 1, 2]
     assert len(workers) == 3
@@ -171,11 +171,11 @@ def test_small_sets_are_fitted_in_this_process_and_large_ones_in_several(monkeyp
 
 
 @pytest.mark.slow
-def test_several_processes_come_to_the_same_bits(monkeypatch):
+def test_several_processes_give_the_same_bits(monkeypatch):
     targets = one_hot([0, 1, 2] * 20)
     X, Y = features(targets, 0.9), features(targets, 0.9, seed=1)
     alone = voc07_svm(X, targets, Y, targets)
-    monkeypatch.setattr(svm, "WORTH", 0)
+    monkeypatch.setattr(svm, "PARALLEL_ABOVE", 0)
     monkeypatch.setattr("joblib.cpu_count", lambda: 2)
     together = voc07_svm(X, targets, Y, targets)
     assert together["scores"].tolist() == alone["scores"].tolist()

@@ -1,0 +1,12 @@
+"""The names of the protocols."""
+
+import pytest
+
+from odcft.errors import OdcftError
+from odcft.evaluation.protocols import check_protocols
+
+
+def test_unknown_protocols_are_refused():
+    with pytest.raises(OdcftError, match="choose from svm, knn"):
+        check_protocols("svm,nmi")
+    assert check_protocols(" knn ,svm") == ["knn", "svm"]
