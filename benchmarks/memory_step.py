@@ -20,9 +20,9 @@ import torch
 
 from odcft.clustering import odc
 from odcft.clustering.clusters import Clusters
-from odcft.clustering.memory import VARIANTS, small_clusters
+from odcft.clustering.memory import VARIANTS, is_small
 from odcft.distributed import dist, ownership
-from odcft.distributed.launch import relaunch
+from odcft.distributed.launch import run_ranks
 from odcft.plan import decided
 from odcft.recipe import MemoryRecipe, Recipe
 
@@ -31,7 +31,7 @@ INTERVAL = 10  # steps between two refreshes of the centroids, as in the paper
 
 def start(args: argparse.Namespace) -> Clusters:
     """Fill a memory with random features in place, so that nothing of size N is allocated but the memory itself."""
-    owned = len(ownership.owned(args.images))
+    owned = len(ownership.my_images(args.images))
     draw = torch.Generator().manual_seed(dist.rank())
     dtype = {"float16": torch.float16, "float32": torch.float32}[args.dtype]
     features_SD = torch.empty(owned, args.dim, dtype=dtype)
@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         took = time.perf_counter() - began
         if step == 0:
             figures["first_step_ms"] = 1e3 * took
-            small_K = small_clusters(memory.sizes_K, state.min_cluster, VARIANTS[args.variant])
+            small_K = is_small(memory.sizes_K, state.min_cluster, VARIANTS[args.variant])
             figures["small_after_first_step"] = int(small_K.sum())
         began = time.perf_counter()
         (features_BD @ memory.centroids_KD.T).argmax(1)
@@ -123,13 +123,13 @@ def main() -> None:
     if args.min_cluster is None:
         args.min_cluster = min(20, args.images // args.clusters // 4)
     if args.ranks > 1 and "RANK" not in os.environ:
-        sys.exit(relaunch(args.ranks))
+        sys.exit(run_ranks(args.ranks))
     dist.start(torch.device("cpu"))
     torch.set_grad_enabled(False)
     figures = measure(args)
     if dist.rank() == 0:
         print(json.dumps(figures))
-    dist.leave(0)
+    dist.exit_process(0)
 
 
 if __name__ == "__main__":

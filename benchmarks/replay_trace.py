@@ -18,7 +18,7 @@ import torch
 
 from odcft.clustering import odc
 from odcft.distributed import dist, ownership
-from odcft.distributed.launch import relaunch
+from odcft.distributed.launch import run_ranks
 from odcft.plan import decided
 from odcft.recipe import MemoryRecipe, Recipe
 
@@ -37,7 +37,7 @@ def replay(path: Path, variant: str) -> dict[str, float]:
     """Run the trace through this rank's share of the memory; return the differences over all ranks."""
     trace = read_trace(path)
     N, interval, steps = len(trace["init_labels"]), int(trace["centroid_interval"]), len(trace["indices"])
-    mine = list(ownership.owned(N))
+    mine = list(ownership.my_images(N))
     K = trace["centroids"].shape[1]
     recipe = MemoryRecipe(
         clusters=K,
@@ -99,12 +99,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="no effect: the output is always JSON")
     args = parser.parse_args()
     if args.ranks > 1 and "RANK" not in os.environ:
-        sys.exit(relaunch(args.ranks))
+        sys.exit(run_ranks(args.ranks))
     dist.start(torch.device("cpu"))
     figures = replay(args.trace, args.variant)
     if dist.rank() == 0:
         print(json.dumps(figures))
-    dist.leave(0)
+    dist.exit_process(0)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from PIL import Image
 from odcft.backbone.network import Backbone
 from odcft.clustering import odc
 from odcft.data.augmentation import augment_batch
-from odcft.data.batches import Crops, TrainingOrder, loader
+from odcft.data.batches import Crops, TrainingOrder, make_loader
 from odcft.data.feature_extraction import to_float
 from odcft.data.sources import find_images
 from odcft.data.view import View
@@ -76,7 +76,7 @@ def main() -> None:
             Image.fromarray(pixels).save(Path(folder, f"{i:04d}.jpg"))
         crops = Crops(find_images(folder), View(args.size), AugmentRecipe())
         order = TrainingOrder(2 * args.batch, args.batch, epochs=args.steps + 3, seed=0)
-        batches = iter(loader(crops, order, 0, device))
+        batches = iter(make_loader(crops, order, 0, device))
         for number in range(args.steps + 3):
             for with_memory in (True, False) if number % 2 else (False, True):
                 began = time.perf_counter()

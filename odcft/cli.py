@@ -19,7 +19,7 @@ import typer
 from odcft import __version__
 from odcft.distributed import stop_signals
 from odcft.errors import OdcftError
-from odcft.text import shown
+from odcft.text import printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -111,10 +111,10 @@ def _parse_arch_args(arch_args: str | None) -> dict[str, Any]:
 
 def _start_processes(devices: int) -> None:
     """Launch one process per device, or join the others if a launcher started this one."""
-    from odcft.distributed.launch import relaunch
+    from odcft.distributed.launch import run_ranks
 
     if devices > 1 and "RANK" not in os.environ:
-        raise SystemExit(relaunch(devices))
+        raise SystemExit(run_ranks(devices))
     if "RANK" in os.environ:
         import torch
 
@@ -323,15 +323,15 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export the backbone, without neck and head, of a RUN or of anybody's checkpoint."""
-    from odcft.backbone.model_card import loading_line
-    from odcft.data.view import seen_as
+    from odcft.backbone.model_card import loading_code
+    from odcft.data.view import describe_view
     from odcft.exports import export as run
 
     backbone = run(source, out, format, arch, overwrite, input, allow_partial, size, _parse_arch_args(arch_args))
     seen = backbone.input
-    lines = [f"Wrote {out} ({format}), read back and compared.", f"Images      {seen_as(seen.view)}"]
+    lines = [f"Wrote {out} ({format}), read back and compared.", f"Images      {describe_view(seen.view)}"]
     if format != "onnx":
-        lines.append(f"  {loading_line(backbone, str(out), folder=format == 'timm')}")
+        lines.append(f"  {loading_code(backbone, str(out), folder=format == 'timm')}")
     if seen.color != "rgb" and format != "onnx":
         lines.append(
             f"Note        Its input is {seen.color}, not RGB: odcft converts images itself, other software does not."
@@ -462,7 +462,7 @@ def recipes(
         _report(loaded.model_dump(mode="json"), True, [])
     else:
         text = known[name] if name in known else Path(name).read_text(encoding="utf-8")
-        typer.echo("\n".join(shown(line.expandtabs()) for line in text.rstrip().splitlines()))
+        typer.echo("\n".join(printable(line.expandtabs()) for line in text.rstrip().splitlines()))
         typer.echo(f"\n# The same with every default filled in:\n{_as_comment(dump(loaded))}")
 
 
@@ -488,7 +488,7 @@ def _options(
 def _format_warning(message: Warning | str, category: type[Warning], *place: object, **more: object) -> str:
     """One printed line for a warning that a library gives."""
     kind = "Warning" if category is UserWarning else category.__name__
-    return f"{kind:<11} {shown(message)}\n"
+    return f"{kind:<11} {printable(message)}\n"
 
 
 def _lost_peer_message(error: Exception) -> str:
@@ -497,38 +497,44 @@ def _lost_peer_message(error: Exception) -> str:
         return ""
     from odcft.distributed import dist
 
-    if not dist.lost_another(error):
+    if not dist.is_lost_peer_error(error):
         return ""
-    return f"process {dist.rank()} lost another process ({shown(str(error).splitlines()[0])}). Continue with --resume."
+    return (
+        f"process {dist.rank()} lost another process ({printable(str(error).splitlines()[0])}). Continue with --resume."
+    )
 
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 2 a mistake the user can fix, 75 stopped by a signal, 1 anything else."""
     code, lost = 0, ""
     warnings.formatwarning = _format_warning  # type: ignore[assignment]
-    with stop_signals.listening():
+    with stop_signals.handling_signals():
         try:
             app()
         except SystemExit as end:  # the way typer returns
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         except OdcftError as error:
-            print(f"odcft: {shown(error)}", file=sys.stderr)
+            print(f"odcft: {printable(error)}", file=sys.stderr)
             code = 2
         except stop_signals.Stopped as stopped:
             with suppress(OSError):  # the terminal may be gone
                 if os.environ.get("RANK", "0") == "0":
                     how = str(stopped) or "Nothing was saved. Start it again with the same command."
-                    print(f"odcft: {stop_signals.asked()}: stopped. {shown(how)}", file=sys.stderr, flush=True)
-            os._exit(stop_signals.EXIT)  # without waiting for data workers that are still reading
+                    print(
+                        f"odcft: {stop_signals.stop_requested()}: stopped. {printable(how)}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+            os._exit(stop_signals.EXIT_STOPPED)  # without waiting for data workers that are still reading
         except Exception as error:  # a bug of ours, or the loss of another process
             code, lost = 1, _lost_peer_message(error)
             for line in traceback.format_exc().splitlines() if not lost else ():
-                print(shown(line), file=sys.stderr)
+                print(printable(line), file=sys.stderr)
     if lost:
         time.sleep(LOST_PEER_DELAY)
         print(f"odcft: {lost}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         from odcft.distributed import dist
 
-        dist.leave(code)
+        dist.exit_process(code)
     sys.exit(code)

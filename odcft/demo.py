@@ -10,7 +10,7 @@ from odcft.pretexts.training import train_pretext
 from odcft.progress import Progress
 from odcft.recipe import load_recipe
 from odcft.run.folder import MEMORY_FILES, RUN_FILES, Layout
-from odcft.run.output_checks import clear, refuse_full, refuse_unwritable
+from odcft.run.output_checks import clear_folder, refuse_non_empty, refuse_unwritable
 from odcft.text import duration
 
 ARCH = "test_resnet"  # 0.4 million parameters
@@ -52,9 +52,9 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
 
     progress = Progress()
     started = time.monotonic()
-    refuse_full(out, DEMO_FILES, overwrite)
+    refuse_non_empty(out, DEMO_FILES, overwrite)
     refuse_unwritable(out / "digits")
-    clear(out, DEMO_FILES)
+    clear_folder(out, DEMO_FILES)
     digits = write_digits(out / "digits")
     images = find_images(digits)
     progress.say(f"Images      {len(images):,} handwritten digits (scikit-learn), {SIZE} px, in {digits}")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from odcft import files
 from odcft.backbone.load import load_backbone
-from odcft.backbone.model_card import name_of
+from odcft.backbone.model_card import base_name
 from odcft.backbone.network import Backbone
 from odcft.backbone.timm_folder import features_of, write_timm
 from odcft.errors import OdcftError
@@ -60,9 +60,9 @@ def export(
     output_checks.refuse_unwritable(out / "model.safetensors" if format == "timm" else out)
     backbone = load_backbone(source, arch, input, allow_partial, arch_args=arch_args).backbone
     if size is not None:
-        backbone.show(replace(backbone.input.view, size=size))
+        backbone.set_view(replace(backbone.input.view, size=size))
     try:
-        _write(backbone, out, format, {"checkpoint": name_of(str(source)), **about_run(Path(source))})
+        _write(backbone, out, format, {"checkpoint": base_name(str(source)), **about_run(Path(source))})
     except OSError as error:
         raise OdcftError(f"{out} cannot be written: {error.strerror or error}. Choose another place.") from None
     return backbone
@@ -70,14 +70,14 @@ def export(
 
 def _refuse_existing(out: Path, format: str, overwrite: bool) -> None:
     """Refuse an output that exists, unless odcft wrote it and --overwrite allows replacing it."""
-    output_checks.refuse_unreachable(out)
+    output_checks.refuse_invalid_path(out)
     if out.is_dir():
-        found = output_checks.contents(out, BACKBONE_FILES)
+        found = output_checks.names_in(out, BACKBONE_FILES)
         if found and not overwrite:
             raise OdcftError(f"{out} exists. Choose another place, or pass --overwrite.")
         if format != "timm":
             raise OdcftError(f"{out} is a folder; --format {format} writes a file.")
-        output_checks.refuse_strange(out, BACKBONE_FILES)
+        output_checks.refuse_foreign_files(out, BACKBONE_FILES)
         if found and not _is_export(out):
             raise OdcftError(f"{out} was not written by odcft, so --overwrite will not touch it. Choose another place.")
         return
@@ -85,7 +85,7 @@ def _refuse_existing(out: Path, format: str, overwrite: bool) -> None:
         raise OdcftError(f"{out} exists. Choose another place, or pass --overwrite.")
     if out.exists() and format == "timm":
         raise OdcftError(f"{out} is a file; --format timm writes a folder.")
-    output_checks.refuse_file_of_others(out)
+    output_checks.refuse_foreign_file(out)
 
 
 def _is_export(folder: Path) -> bool:
@@ -102,7 +102,7 @@ def _write(backbone: Backbone, out: Path, format: str, about: dict[str, Any]) ->
         return
     if format == "torchvision":
         _require_torchvision_names(backbone)
-    with files.made(out.parent), files.whole(out) as unfinished:
+    with files.new_folder(out.parent), files.atomic_file(out) as unfinished:
         if format == "onnx":
             _write_onnx(backbone, unfinished)
         else:
@@ -113,7 +113,7 @@ def _write_tensors(backbone: Backbone, out: Path, format: str) -> None:
     tensors = backbone.net.state_dict()
     for name, tensor in tensors.items():
         tensors[name] = tensor.contiguous()
-    metadata = {"arch_args": json.dumps(backbone.kwargs), "input": json.dumps(backbone.input.dump())}
+    metadata = {"arch_args": json.dumps(backbone.arch_args), "input": json.dumps(backbone.input.dump())}
     metadata["architecture"] = backbone.arch
     if format == "safetensors":
         files.save_file(tensors, out, metadata={"format": "pt", **metadata})

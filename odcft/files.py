@@ -19,11 +19,11 @@ from torch import Tensor
 
 from odcft.errors import OdcftError
 
-LARGEST = 16 << 20  # bytes of JSON; timm's config.json of a network with 21,000 classes has 3 million
+MAX_JSON_BYTES = 16 << 20  # bytes of JSON; timm's config.json of a network with 21,000 classes has 3 million
 UNFINISHED = ".unfinished"  # while it is written, a file is called .NAME.unfinished; .unfinished holds a folder's files
 
 # File names are bytes on disk. Python represents those that are not UTF-8 by surrogates; this writes the same bytes.
-NAMES: Any = {"encoding": "utf-8", "errors": "surrogateescape"}
+PATH_ENCODING: Any = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 
 def read_text(path: Path) -> str:
@@ -35,9 +35,10 @@ def read_text(path: Path) -> str:
     try:
         if not path.is_file():
             raise OdcftError(f"{path} is {'not a file' if path.exists() else 'missing'}.")
-        if path.stat().st_size > LARGEST:
+        if path.stat().st_size > MAX_JSON_BYTES:
             raise OdcftError(
-                f"{path} has {path.stat().st_size:,} bytes, which is too large for a description (at most {LARGEST:,})."
+                f"{path} has {path.stat().st_size:,} bytes, which is too large for a description "
+                f"(at most {MAX_JSON_BYTES:,})."
             )
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -68,7 +69,7 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def made(folder: Path) -> Iterator[None]:
+def new_folder(folder: Path) -> Iterator[None]:
     """Create a folder and its parents; on leaving, remove those created here that are still empty."""
     new = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
@@ -82,7 +83,7 @@ def made(folder: Path) -> Iterator[None]:
 
 def write_table(path: Path, header: list[str], rows: Iterable[tuple]) -> None:
     """Write a .csv file, completely or not at all."""
-    with whole(path) as unfinished, unfinished.open("w", newline="", **NAMES) as file:
+    with atomic_file(path) as unfinished, unfinished.open("w", newline="", **PATH_ENCODING) as file:
         table = csv.writer(file)
         table.writerow(header)
         table.writerows(rows)
@@ -97,7 +98,7 @@ def read_column(path: Path, column: str) -> list[str]:
     try:
         if not path.is_file():
             raise OdcftError(f"{path} is {'not a file' if path.exists() else 'missing'}.")
-        with path.open(newline="", **NAMES) as file:
+        with path.open(newline="", **PATH_ENCODING) as file:
             return [row[column] for row in csv.DictReader(file)]
     except OSError as error:
         raise OdcftError(f"{path} cannot be read: {error.strerror}.") from None
@@ -105,14 +106,14 @@ def read_column(path: Path, column: str) -> list[str]:
         raise OdcftError(f"{path} is damaged ({error}), or is not an odcft table with a column {column}.") from None
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_text_atomically(path: Path, text: str) -> None:
     """Write a text file, completely or not at all; it survives a power failure."""
-    with whole(path) as unfinished:
+    with atomic_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Write a file completely or not at all: under a temporary name, renamed to `path` once it is on the disk.
 
     The temporary file is in the same folder and has the permissions that the umask gives. Whatever already has its
@@ -124,9 +125,9 @@ def whole(path: Path) -> Iterator[Path]:
     unfinished = create_unfinished(path)
     try:
         yield unfinished
-        sync(unfinished)
+        fsync(unfinished)
         unfinished.replace(path)
-        sync(path.parent)
+        fsync(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -140,7 +141,7 @@ def create_unfinished(path: Path) -> Path:
 
 
 @contextmanager
-def filling(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Write several files of a folder: into a hidden folder, moved to their places once all of them are complete.
 
     The hidden folder is inside `folder`: beside it may be another disk, or a place without write permission.
@@ -151,16 +152,16 @@ def filling(folder: Path) -> Iterator[Path]:
     Yields:
         The hidden folder to write into.
     """
-    with made(folder):
+    with new_folder(folder):
         unfinished = folder / UNFINISHED
         remove(unfinished)
         unfinished.mkdir()
         try:
             yield unfinished
             for file in sorted(unfinished.iterdir()):
-                sync(file)
+                fsync(file)
                 file.replace(folder / file.name)
-            sync(folder)
+            fsync(folder)
         finally:
             remove(unfinished)
 
@@ -198,7 +199,7 @@ def save_checkpoint(tree: Any, path: Path) -> None:
         raise
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Wait until a file, or the listing of a folder, is on the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -207,16 +208,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256(ckpt: str) -> str:
+def checkpoint_sha256(ckpt: str) -> str:
     """The checksum of a checkpoint's bytes; for a name (timm:resnet18), the name itself."""
     path = Path(ckpt)
     for inner in ("backbone/model.safetensors", "model.safetensors", "pytorch_model.bin"):
         if path.is_dir() and (path / inner).exists():
             path = path / inner
-    return digest(path) if path.is_file() else ckpt
+    return file_sha256(path) if path.is_file() else ckpt
 
 
-def digest(path: Path, from_disk: bool = False) -> str:
+def file_sha256(path: Path, from_disk: bool = False) -> str:
     """SHA-256 of a file, in hexadecimal.
 
     Args:

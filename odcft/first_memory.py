@@ -6,11 +6,11 @@ from typing import Any
 from odcft.prepare import begin
 from odcft.progress import Progress
 from odcft.recipe import Recipe
-from odcft.run.failures import explained
+from odcft.run.failures import explain_failures
 from odcft.run.folder import MEMORY_FILES, Run
 from odcft.run.lock import locked
 from odcft.run.memory_folder import write_memory
-from odcft.run.output_checks import refuse_full
+from odcft.run.output_checks import refuse_non_empty
 
 
 def init_memory(
@@ -41,8 +41,8 @@ def init_memory(
         OdcftError: for anything the user can fix; nothing has been written by then.
     """
     progress, run = progress or Progress(), Run(out, [ckpt], data, arch)
-    refuse_full(out, MEMORY_FILES, overwrite)
-    with locked(out, progress.say), explained(recipe):
+    refuse_non_empty(out, MEMORY_FILES, overwrite)
+    with locked(out, progress.say), explain_failures(recipe):
         start = begin(run, recipe, progress, training=False)
         memory, (backbone,), (neck,) = start.clusters.memory, start.backbones, start.necks
         write_memory(run, start.plan, backbone.arch, start.images, start.unreadable, memory, neck.state_dict())

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from odcft import seeds
 from odcft.backbone.network import Backbone
 from odcft.clustering.methods import METHODS
-from odcft.data.augmentation import augment_batch, turned
+from odcft.data.augmentation import augment_batch, rotate_quarters
 from odcft.data.batches import Batch
 from odcft.data.feature_extraction import to_float
 from odcft.distributed import dist
@@ -101,7 +101,7 @@ def make_necks(backbones: list[Backbone], plan: Plan) -> tuple[list[nn.Module], 
         return [nn.Identity() for _ in backbones], backbones[0].width
     necks: list[nn.Module] = []
     for number, backbone in enumerate(backbones):
-        with seeds.weights(plan.seed, "neck", number):
+        with seeds.seeded_init(plan.seed, "neck", number):
             necks.append(make_neck(backbone.width, plan.neck))
     return necks, plan.neck.dim
 
@@ -110,7 +110,7 @@ def make_members(backbones: list[Backbone], necks: list[nn.Module], dim: int, pl
     """Backbones and necks with new heads, as one network on the device."""
     models = []
     for number, (backbone, neck, weights) in enumerate(zip(backbones, necks, plan.codc.members, strict=True)):
-        with seeds.weights(plan.seed, "head", number):
+        with seeds.seeded_init(plan.seed, "head", number):
             models.append(Model(backbone, neck, dim, plan.memory.clusters, weights))
     network = Members(models, plan).to(dist.this_device())
     if plan.optim.channels_last:
@@ -124,7 +124,7 @@ def on_all_ranks(network: Members, device: torch.device) -> nn.Module:
     With several ranks it has one throwaway backward pass: the first one decides how torch sorts the gradients into the
     buckets that travel, and so in which order three ranks and more add them up. A resumed run must have had it as well.
     """
-    model, plan = dist.parallel(network, device), network.plan
+    model, plan = dist.data_parallel(network, device), network.plan
     if dist.world_size() == 1:
         return model
     images = torch.zeros(2, 3, plan.data.size, plan.data.size, device=device)
@@ -166,7 +166,7 @@ def with_copies(images: Tensor, codc: CODCPlan, generator: torch.Generator) -> V
     views, device = Views(images), images.device
     if any(member.rotation for member in codc.members):
         quarters_B = torch.randint(4, (len(images),), generator=generator).to(device, non_blocking=True)
-        views = views._replace(rotated=turned(images, quarters_B), quarters_B=quarters_B)
+        views = views._replace(rotated=rotate_quarters(images, quarters_B), quarters_B=quarters_B)
     if any(member.mixup for member in codc.members):
         partner_B = torch.randperm(len(images), generator=generator).to(device, non_blocking=True)
         share = _beta(codc.alpha, generator)

@@ -75,7 +75,7 @@ class Model(nn.Module):
             member: which of the networks this is.
             step: before which the labels changed.
         """
-        with seeds.weights(seed, "new head", member, step):
+        with seeds.seeded_init(seed, "new head", member, step):
             self._init_head()
         for parameter in self.head.parameters():
             optimizer.state.pop(parameter, None)

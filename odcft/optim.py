@@ -69,7 +69,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_factor"]
 
 
-def stored(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of the optimizer for a snapshot: "number of the parameter.name" to tensor."""
     state = optimizer.state_dict()["state"]
     return {
@@ -80,7 +80,7 @@ def stored(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Restore what `stored` returned. A tensor of a parameter's shape also gets its memory layout."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():

@@ -13,14 +13,14 @@ import torch
 
 from odcft.backbone.load import Loaded
 from odcft.backbone.network import Backbone
-from odcft.data.intensity_range import own_range, usual_side
+from odcft.data.intensity_range import choose_range, median_shorter_side
 from odcft.data.sources import Images
 from odcft.data.view import View
 from odcft.distributed import dist
 from odcft.errors import OdcftError
 from odcft.precision import has_bfloat16
 from odcft.recipe import (
-    MOST_MEMBERS,
+    MAX_MEMBERS,
     CODCRecipe,
     DataRecipe,
     KMeansRecipe,
@@ -202,8 +202,8 @@ def decide_members(recipe: Recipe, ckpts: list[str]) -> Recipe:
             f"checkpoint{'s were' if len(ckpts) > 1 else ' was'} given. Give one for each (the same one may come "
             "twice, scratch:NAME starts from random weights), or --set codc.members=auto."
         )
-    if len(ckpts) > MOST_MEMBERS:
-        raise OdcftError(f"codc takes at most {MOST_MEMBERS} checkpoints, not {len(ckpts)}.")
+    if len(ckpts) > MAX_MEMBERS:
+        raise OdcftError(f"codc takes at most {MAX_MEMBERS} checkpoints, not {len(ckpts)}.")
     recipe = recipe.model_copy(deep=True)
     recipe.codc.members = [MemberRecipe() for _ in ckpts] if members == "auto" else members
     return recipe
@@ -286,7 +286,7 @@ def _decide_size(recipe: Recipe, backbones: Sequence[Backbone], images: Images) 
     """`data.size`, where it is `auto` the smallest that some member would get."""
     if recipe.data.size != "auto":
         return recipe.data.size
-    side = usual_side(images)
+    side = median_shorter_side(images)
     return min({b.size for b in backbones if b.fixed_size} or {automatic_size(b, side) for b in backbones})
 
 
@@ -296,7 +296,7 @@ def _refuse_size(backbone: Backbone, size: int) -> None:
             f"{backbone.arch} takes images of {backbone.size} pixels only, not {size}. "
             f"Pass --set data.size={backbone.size}, or auto; members of codc all see the same images."
         )
-    if not backbone.takes(size):
+    if not backbone.accepts_size(size):
         raise OdcftError(
             f"{backbone.arch} cannot process images of {size} pixels. "
             f"It was made for {backbone.size}: try --set data.size={backbone.size}."
@@ -311,7 +311,7 @@ def _decide_range(recipe: Recipe, images: Images) -> tuple[Literal["full"] | tup
     """
     if not isinstance(recipe.data.range, str):
         return recipe.data.range, ""
-    looked = {0: own_range(images, recipe.data.range == "full")} if dist.rank() == 0 else {}
+    looked = {0: choose_range(images, recipe.data.range == "full")} if dist.rank() == 0 else {}
     found, note = dist.gather_dict(looked)[0]
     return found or "full", note
 
@@ -331,10 +331,10 @@ def view_for_evaluation(loaded: Loaded, images: Images, size: int | None, run: V
     backbone = loaded.backbone
     view = run or backbone.input.view
     if view.intensity is None:  # it was trained on images of 8 bits, or somewhere else
-        view = replace(view, intensity=own_range(images)[0])
-    if size is not None or run is not None or loaded.told:
+        view = replace(view, intensity=choose_range(images)[0])
+    if size is not None or run is not None or loaded.states_view:
         return replace(view, size=size or view.size)
-    size = automatic_size(backbone, usual_side(images))
+    size = automatic_size(backbone, median_shorter_side(images))
     return replace(view, size=size, crop_fraction=1.0 if size < view.size else view.crop_fraction)
 
 

@@ -28,7 +28,7 @@ from odcft.optim import lr_at
 from odcft.plan import Plan, decide_members, make_plan, unsuitable, with_clusters_for
 from odcft.precision import allow_tf32
 from odcft.progress import Progress
-from odcft.recipe import MemberRecipe, Recipe, make_recipe, taken_as
+from odcft.recipe import MemberRecipe, Recipe, load_options, make_recipe
 from odcft.run import memory_folder, output_checks, resume_checks, snapshot_files
 from odcft.run.folder import RUN_FILES, Run, write_image_lists
 from odcft.run.identity import checksums, made_by, made_from
@@ -95,7 +95,7 @@ def _load(run: Run, recipe: Recipe, progress: Progress) -> list[Loaded]:
     """The checkpoint of each member, taken as the recipe says."""
     with progress.waiting(f"Loading     {', '.join(run.ckpts)} …"):
         return [
-            load_backbone(ckpt, run.arch, **taken_as(recipe), seed=recipe.seed, member=member)
+            load_backbone(ckpt, run.arch, **load_options(recipe), seed=recipe.seed, member=member)
             for member, ckpt in enumerate(run.ckpts)
         ]
 
@@ -113,7 +113,7 @@ def _describe(
         progress.say("Note        A single plain member has no one to collaborate with: this is ODC.")
     progress.say(f"Images      {len(images):,} in {images.source}")
     if images.skipped:
-        progress.say(f"Not read    {images.not_read()}")
+        progress.say(f"Not read    {images.skipped_summary()}")
     optim, ranks = plan.optim, dist.world_size()
     parts = [plan.method.upper(), count_of(optim.epochs, "epoch"), f"batch {optim.batch_size}"] if training else []
     parts += [f"{plan.data.size} px", f"{ranks} process{'es' if ranks > 1 else ''}", optim.precision]
@@ -147,7 +147,7 @@ def _extract(
             f"None of the {len(images):,} images in {images.source} can be read. The first is {name}: {why}."
         )
     if unreadable:
-        features_SD = ownership.without(features_SD, set(unreadable), len(images))
+        features_SD = ownership.remove_images(features_SD, set(unreadable), len(images))
         names = [name for name, _ in unreadable.values()]
         some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
         progress.say(f"            {len(names):,} unreadable and skipped: {some} (all in quarantine.csv)")
@@ -193,11 +193,11 @@ def new_run(run: Run, recipe: Recipe, progress: Progress, *, memory: Path | None
     """The start of a RUN, and what is written of it before its first state."""
     start = begin(run, recipe, progress, memory=memory)
     if dist.rank() == 0:
-        output_checks.clear(run.out, RUN_FILES)
+        output_checks.clear_folder(run.out, RUN_FILES)
         about = made_from(run.ckpts, [backbone.arch for backbone in start.backbones], run.data, start.images)
         about |= {"asked": recipe.model_dump(mode="json"), "sample": checksums(start.images)}
         about |= {"arch_given": run.arch, **made_by(run.ckpts)}
-        files.write_whole(run.out / "run.json", json.dumps(about, indent=2))
+        files.write_text_atomically(run.out / "run.json", json.dumps(about, indent=2))
         write_image_lists(start.images, start.unreadable, run.out)
     dist.barrier()
     network = make_members(start.backbones, start.necks, start.dim, start.plan)
@@ -217,16 +217,18 @@ def resumed_run(run: Run, recipe: Recipe, epochs: int | None, progress: Progress
         OdcftError: no intact state; another recipe, checkpoint or data than the run was started with.
     """
     snapshot = snapshot_files.load(snapshot_files.newest(run.out, progress.say))
-    resume_checks.refuse_odd_state(run.out, snapshot.about)
-    about = resume_checks.read_about(run.out)
+    resume_checks.refuse_malformed_state(run.out, snapshot.about)
+    about = resume_checks.read_run_json(run.out)
     recipe = resume_checks.resumed_recipe(recipe, epochs, run.out, about, snapshot.about)
     if dist.rank() == 0 and recipe.optim.epochs != snapshot.about["recipe"]["optim"]["epochs"]:
         # A later --resume need not say it again.
-        files.write_whole(run.out / "run.json", json.dumps({**about, "epochs": recipe.optim.epochs}, indent=2))
+        files.write_text_atomically(
+            run.out / "run.json", json.dumps({**about, "epochs": recipe.optim.epochs}, indent=2)
+        )
     resume_checks.refuse_other_checkpoint(run.ckpts, run.out, about)
     arch = run.arch or about.get("arch_given")
     loaded = _load(Run(run.out, run.ckpts, run.data, arch), recipe, progress)
-    images = resume_checks.same_images(run.data, run.out, about)
+    images = resume_checks.find_same_images(run.data, run.out, about)
     backbones = [one.backbone for one in loaded]
     plan, _ = make_plan(recipe, backbones, images)
     allow_tf32(plan.optim.tf32)
@@ -242,7 +244,7 @@ def resumed_run(run: Run, recipe: Recipe, epochs: int | None, progress: Progress
 
 def _no_clusters_yet(images: int, dim: int, plan: Plan) -> Clusters:
     """Clusters of the right sizes, to restore those of a snapshot into."""
-    rows, device = len(ownership.owned(images)), dist.this_device()
+    rows, device = len(ownership.my_images(images)), dist.this_device()
     labels_S = torch.zeros(rows, dtype=torch.int32, device=device)
     clusters: Clusters = METHODS[plan.method].start(torch.zeros(rows, dim, device=device), labels_S, plan)
     return clusters

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from odcft.distributed import dist
-from odcft.text import duration, shown
+from odcft.text import duration, printable
 
 SILENCE = 5.0  # seconds before a task without a progress bar is announced
 
@@ -27,7 +27,7 @@ class Progress:
     def say(self, line: str) -> None:
         """Print one line, with anything in it that could harm the terminal escaped."""
         if not self.quiet:
-            self.console.print(shown(line), markup=False)
+            self.console.print(printable(line), markup=False)
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -37,7 +37,7 @@ class Progress:
         if self.quiet:
             yield
         elif self.console.is_terminal:
-            with self.console.status(Text(shown(what))):
+            with self.console.status(Text(printable(what))):
                 yield
         else:
             line = threading.Timer(SILENCE, self.say, [what])
@@ -93,7 +93,7 @@ class Progress:
                 rate = done / max(1e-9, time.monotonic() - started)
                 bar.update(task, advance=count, rate=f"{rate:,.0f} {unit}/s")
                 if note:
-                    bar.update(task, note=shown(note))
+                    bar.update(task, note=printable(note))
 
             yield advance
 

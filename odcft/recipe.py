@@ -16,12 +16,12 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from odcft.errors import OdcftError
-from odcft.text import brief
+from odcft.text import short_repr
 
 MAX_BYTES, MAX_VALUE_LENGTH, MAX_DEPTH = 1 << 20, 10_000, 30  # of a recipe; characters of a value; nesting levels
 
 # More than anyone needs, yet within memory; MOST_MEMBERS is of codc.
-MOST_EPOCHS, MAX_IMAGE_SIZE, MAX_WIDTH, MAX_WORKERS, MOST_MEMBERS = 1_000_000, 4096, 65_536, 1024, 9
+MAX_EPOCHS, MAX_IMAGE_SIZE, MAX_WIDTH, MAX_WORKERS, MAX_MEMBERS = 1_000_000, 4096, 65_536, 1024, 9
 
 Auto = Literal["auto"]
 
@@ -142,7 +142,7 @@ class OptimRecipe(_Group):
     """The optimizer and its schedule. The recipes say which of the values are the paper's."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    epochs: int = Field(120, ge=1, le=MOST_EPOCHS)
+    epochs: int = Field(120, ge=1, le=MAX_EPOCHS)
     batch_size: int = Field(512, ge=2)  # over all ranks
     lr: float = Field(0.06, gt=0)  # for this batch size
     schedule: Literal["cosine", "step"] = "cosine"
@@ -296,9 +296,9 @@ def parse_yaml(text: str, origin: str) -> Any:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where and "\n" in text.strip() else ""
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise OdcftError(f"{origin} is not valid YAML{line}: {brief(problem, 100, quotes=False)}.") from None
+        raise OdcftError(f"{origin} is not valid YAML{line}: {short_repr(problem, 100, quotes=False)}.") from None
     except Exception as error:  # such as the 40th of a month, or a number of 5,000 digits
-        raise OdcftError(f"{origin} is not valid YAML: {brief(str(error), 100, quotes=False)}.") from None
+        raise OdcftError(f"{origin} is not valid YAML: {short_repr(str(error), 100, quotes=False)}.") from None
 
 
 def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
@@ -323,7 +323,7 @@ def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
             )
         )
         raise OdcftError(
-            f"{place}={brief(first['input'])} is not valid: {brief(problems, 300, quotes=False)} "
+            f"{place}={short_repr(first['input'])} is not valid: {short_repr(problems, 300, quotes=False)} "
             f"({origin}; `odcft recipes {DEFAULT}` shows the fields)."
         ) from None
 
@@ -333,7 +333,7 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
-def flat(fields: dict[str, Any]) -> dict[str, Any]:
+def flatten(fields: dict[str, Any]) -> dict[str, Any]:
     """The nested fields of a dumped recipe as a flat dict: "group.field" to value."""
     return {
         f"{group}.{name}" if name else group: value
@@ -342,7 +342,7 @@ def flat(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def taken_as(recipe: Recipe) -> dict[str, Any]:
+def load_options(recipe: Recipe) -> dict[str, Any]:
     """The options for `load_backbone` that a recipe sets."""
     return {**recipe.backbone.model_dump(), "mean": recipe.data.mean, "std": recipe.data.std}
 
@@ -355,9 +355,11 @@ def _apply(fields: dict[str, Any], override: str) -> None:
     _refuse_unknown_path(path.strip())
     for group in groups:
         if not isinstance(fields.setdefault(group, {}), dict):
-            raise OdcftError(f"{group}={brief(fields[group])}: this is a group of fields, for example {path.strip()}.")
+            raise OdcftError(
+                f"{group}={short_repr(fields[group])}: this is a group of fields, for example {path.strip()}."
+            )
         fields = fields[group]
-    fields[field] = parse_yaml(value, f"--set {brief(override, quotes=False)}")
+    fields[field] = parse_yaml(value, f"--set {short_repr(override, quotes=False)}")
     if isinstance(fields[field], str):  # YAML 1.1 reads 1e-5 as text, but people mean the number
         with contextlib.suppress(ValueError):
             fields[field] = float(fields[field])
@@ -377,20 +379,20 @@ def _refuse_unknown_path(path: str) -> None:
 def _refuse_unknown(fields: dict[str, Any], model: Any, prefix: str) -> None:
     for name, value in fields.items():
         path = f"{prefix}.{name}" if prefix else str(name)
-        path = brief(path, quotes=False)
+        path = short_repr(path, quotes=False)
         if name not in model.model_fields:
             nearest = difflib.get_close_matches(str(name)[:100], model.model_fields, n=1)
             if nearest:
                 hint = f" Did you mean {prefix + '.' if prefix else ''}{nearest[0]}?"
             else:
-                elsewhere = [full for full in _all_paths() if full.split(".")[-1] == name]
+                elsewhere = [full for full in all_field_paths() if full.split(".")[-1] == name]
                 hint = f" Did you mean {elsewhere[0]}?" if elsewhere else ""
             raise OdcftError(f"{path}: no such field.{hint} (`odcft recipes {DEFAULT}` shows all of them)")
         inner = model.model_fields[name].annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             if not isinstance(value, dict | None):
                 raise OdcftError(
-                    f"{path}={brief(value)}: this is a group of fields, "
+                    f"{path}={short_repr(value)}: this is a group of fields, "
                     f"for example {path}.{next(iter(inner.model_fields))}."
                 )
             _refuse_unknown(value or {}, inner, path)
@@ -410,7 +412,7 @@ def _model_within(annotation: Any) -> Any:
     return None
 
 
-def _all_paths() -> list[str]:
+def all_field_paths() -> list[str]:
     paths = []
     for name, info in Recipe.model_fields.items():
         inner = info.annotation
@@ -422,7 +424,7 @@ def _all_paths() -> list[str]:
 
 
 def _all_fields() -> set[str]:
-    return {part for path in _all_paths() for part in path.split(".")}
+    return {part for path in all_field_paths() for part in path.split(".")}
 
 
 def _did_you_mean(name: str, known: Any) -> str:

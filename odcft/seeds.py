@@ -53,7 +53,7 @@ def generator(run: int, stream: str, *where: int) -> torch.Generator:
 
 
 @contextmanager
-def weights(run: int, stream: str, *where: int) -> Iterator[None]:
+def seeded_init(run: int, stream: str, *where: int) -> Iterator[None]:
     """Within this context, torch's global CPU generator, which initialises new layers, is seeded for one draw.
 
     Arguments as for `seed`.

@@ -110,7 +110,7 @@ def stored(state: State, plan: Plan, images: int, steps_per_epoch: int) -> Snaps
     own, counts = state.window.stored()
     same = {f"method.{name}": tensor for name, tensor in clusters.items()}
     same |= {f"model.{name}": tensor for name, tensor in state.network.state_dict().items()}
-    same |= {f"optimizer.{name}": tensor for name, tensor in optim.stored(state.optimizer).items()}
+    same |= {f"optimizer.{name}": tensor for name, tensor in optim.optimizer_state(state.optimizer).items()}
     about = {
         **{"step": state.step, "steps_per_epoch": steps_per_epoch, "images": images, "skipped": state.skipped},
         **{"window": counts, "recipe": plan.model_dump(mode="json"), "versions": versions()},
@@ -121,7 +121,7 @@ def stored(state: State, plan: Plan, images: int, steps_per_epoch: int) -> Snaps
 def restore(state: State, snapshot: Snapshot, steps_per_epoch: int) -> None:
     """Put back what was `stored`, in place; the snapshot may come from another number of ranks."""
     state.network.load_state_dict(under("model.", snapshot.same))
-    optim.restore(state.optimizer, under("optimizer.", snapshot.same))
+    optim.restore_optimizer(state.optimizer, under("optimizer.", snapshot.same))
     clusters_module.restore(state.clusters, snapshot.rows, under("method.", snapshot.same))
     state.window.restore(snapshot.own, snapshot.about["window"])
     state.labels_before_S.copy_(snapshot.rows["labels_before"])

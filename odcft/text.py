@@ -15,7 +15,7 @@ _HIDDEN = re.compile(
 )
 
 
-def shown(text: object) -> str:
+def printable(text: object) -> str:
     """Text for one line of a terminal, with control, invisible and undecodable characters and line breaks escaped.
 
     Args:
@@ -31,12 +31,12 @@ def _escape(found: re.Match[str]) -> str:
     return char.encode("unicode_escape", "backslashreplace").decode("ascii")
 
 
-def brief(value: object, most: int = 60, quotes: bool = True) -> str:
+def short_repr(value: object, most: int = 60, quotes: bool = True) -> str:
     """A value from a file, for a message: its `repr` on one line, cut after `most` characters."""
     if isinstance(value, dict | list | tuple) and len(value) > most:
         return f"a {type(value).__name__} of {len(value):,}"
     if isinstance(value, str):
-        text = repr(value[: most + 1]) if quotes else shown(value[: most + 1])
+        text = repr(value[: most + 1]) if quotes else printable(value[: most + 1])
     elif isinstance(value, int) and value.bit_length() > 200:
         text = f"a number of {value.bit_length():,} bits"
     else:
@@ -46,7 +46,7 @@ def brief(value: object, most: int = 60, quotes: bool = True) -> str:
 
 def code_span(text: object) -> str:
     """Text as a Markdown code span, which shows any text literally; "" for blank text."""
-    line = shown(text)
+    line = printable(text)
     if not line.strip():
         return ""
     fence = "`" * (_longest_run(line) + 1)
@@ -57,13 +57,13 @@ def code_span(text: object) -> str:
 def code_block(text: str, language: str = "") -> str:
     """Lines of text as a Markdown code block that nothing in them can close."""
     fence = "`" * max(3, _longest_run(text) + 1)
-    lines = "\n".join(shown(line.expandtabs()) for line in text.replace("\r\n", "\n").split("\n"))
+    lines = "\n".join(printable(line.expandtabs()) for line in text.replace("\r\n", "\n").split("\n"))
     return f"{fence}{language}\n{lines}\n{fence}"
 
 
 def markdown_text(text: object) -> str:
     """Text escaped for one line of Markdown: no link, emphasis or HTML takes effect."""
-    escaped = re.sub(r"([\\`*_{}\[\]()#+\-.!|~>:@])", r"\\\1", shown(text))
+    escaped = re.sub(r"([\\`*_{}\[\]()#+\-.!|~>:@])", r"\\\1", printable(text))
     return escaped.replace("&", "&amp;").replace("<", "&lt;")
 
 
@@ -71,7 +71,7 @@ def _longest_run(text: str) -> int:
     return max((len(run) for run in re.findall("`+", text)), default=0)
 
 
-def now() -> str:
+def utc_now() -> str:
     """The current time in UTC, as logs and files record it: "2026-11-25T11:02:03+00:00"."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 

@@ -6,6 +6,7 @@ Shapes: S images of this rank, B batch, K clusters, D embedding, F backbone.
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from odcft import files, seeds
-from odcft.backbone.model_card import loading_line
+from odcft.backbone.model_card import loading_code
 from odcft.backbone.timm_folder import write_timm
 from odcft.clustering.methods import METHODS
 from odcft.data.batches import Batch, Crops, TrainingBatches, TrainingOrder
@@ -30,7 +31,7 @@ from odcft.progress import Progress
 from odcft.recipe import Recipe, dump
 from odcft.run import output_checks, snapshot_files
 from odcft.run.clusters_parquet import require_parquet, write_clusters
-from odcft.run.failures import explained
+from odcft.run.failures import explain_failures
 from odcft.run.folder import BACKBONES, RUN_FILES, Run
 from odcft.run.identity import about_run
 from odcft.run.lock import locked
@@ -39,7 +40,7 @@ from odcft.run.non_finite import NonFiniteGuard
 from odcft.run.saver import Saver
 from odcft.run.training_log import TrainingLog
 from odcft.state import State
-from odcft.text import now
+from odcft.text import utc_now
 
 
 def fine_tune(
@@ -75,32 +76,25 @@ def fine_tune(
 
     Raises:
         OdcftError: for anything the user can fix, and for a loss that is not finite (the last good state is kept).
-        Stopped: within `stop_signals.listening()`, asked to stop by a signal; the state is saved.
+        Stopped: within `stop_signals.handling_signals()`, asked to stop by a signal; the state is saved.
     """
     progress, run = progress or Progress(), Run(out, [ckpt] if isinstance(ckpt, str) else ckpt, data, arch)
     if epochs is not None:
         recipe = recipe.model_copy(deep=True)
         recipe.optim.epochs = epochs
-    output_checks.refuse_unreachable(out)
-    resumed = resume and not output_checks.only_begun(out)
-    if resumed:
-        output_checks.refuse_strange(out, RUN_FILES, resumed=True)
-    else:
-        output_checks.refuse_full(out, RUN_FILES, overwrite or resume)
+    resume = _refuse_output(out, resume, overwrite, progress)
     require_parquet()
     try:
-        with locked(out, progress.say), explained(recipe):
-            if resume and not resumed:
-                progress.say(f"Note        {out} has no state to resume from yet: it begins.")
+        with locked(out, progress.say), explain_failures(recipe):
             began = time.monotonic()
-            if resumed:
+            if resume:
                 start, state = resumed_run(run, recipe, epochs, progress)
             else:
                 start, state = new_run(run, recipe, progress, memory=memory)
-            if dist.rank() == 0:
-                files.write_whole(out / "recipe.yaml", dump(start.plan))  # also if resumed: the epochs may be others
+            if dist.rank() == 0:  # also if resumed: the epochs may be others
+                files.write_text_atomically(out / "recipe.yaml", dump(start.plan))
             steps = training_order(start).steps
-            if resumed and _finished_after(out) == steps:
+            if resume and _finished_after(out) == steps:
                 progress.say(f"Finished    {out} has all of its {steps:,} steps; nothing is left to do.")
             else:
                 train(start, state, run, progress)
@@ -111,6 +105,18 @@ def fine_tune(
             kept = snapshot_files.exists(out)
             stopped.args = ("The last state is kept." if kept else "There was nothing to save yet.",)
         raise
+
+
+def _refuse_output(out: Path, resume: bool, overwrite: bool, progress: Progress) -> bool:
+    """Refuse a folder that may not be written to; whether there is a run in it to resume, if that was asked for."""
+    output_checks.refuse_invalid_path(out)
+    if resume and not output_checks.has_no_progress(out):
+        output_checks.refuse_foreign_files(out, RUN_FILES, resumed=True)
+        return True
+    output_checks.refuse_non_empty(out, RUN_FILES, overwrite or resume)
+    if resume:
+        progress.say(f"Note        {out} has no state to resume from yet, so the run begins.")
+    return False
 
 
 def train(start: Start, state: State, run: Run, progress: Progress) -> None:
@@ -127,7 +133,8 @@ def train(start: Start, state: State, run: Run, progress: Progress) -> None:
     if not snapshot_files.exists(run.out):
         saver.save_first()
 
-    with stop_signals.deferred(), saver.on_stop(), progress.phase("Fine-tuning", order.images_left()) as advance:
+    phase = progress.phase("Fine-tuning", order.images_left())
+    with stop_signals.deferred(), saver.on_stop(), closing(batches), phase as advance:
         for epoch in range(state.step // order.steps_per_epoch, optim.epochs):
             if state.step % order.steps_per_epoch == 0 and method.begin_epoch(clusters, epoch, embed):
                 network.new_heads(state.optimizer, state.step)  # dc: the labels mean something else now
@@ -201,7 +208,7 @@ def _embed(start: Start, network: Any, device: torch.device) -> Tensor:
         features_SF, _ = extract(
             *(only.backbone, Crops(start.images, plan.view), plan.batch_of_rank, plan.data.workers, device),
             Progress(quiet=True),
-            stop=stop_signals.asked,
+            stop=stop_signals.stop_requested,
         )
     network.train()
     if asked_anywhere(device):
@@ -217,15 +224,15 @@ def leave_behind(start: Start, state: State, run: Run) -> None:
     out, names = run.out, BACKBONES[: len(run.ckpts)]
     if dist.rank() == 0:
         for number, (model, name) in enumerate(zip(state.network, names, strict=True)):
-            model.backbone.show(start.plan.view)
+            model.backbone.set_view(start.plan.view)
             write_timm(model.backbone, out / name, about_run(out, number))
     write_clusters(state.clusters.memory, start.images, out / "clusters.parquet")
     if dist.rank() == 0:
         for name in names:
             for file in (out / name).iterdir():
-                files.sync(file)
-        about = {**json.loads((out / "run.json").read_text()), "finished": state.step, "ended": now()}
-        files.write_whole(out / "run.json", json.dumps(about, indent=2))
+                files.fsync(file)
+        about = {**json.loads((out / "run.json").read_text()), "finished": state.step, "ended": utc_now()}
+        files.write_text_atomically(out / "run.json", json.dumps(about, indent=2))
     dist.barrier()
 
 
@@ -241,7 +248,7 @@ def _result(start: Start, out: Path, steps: int, seconds: float) -> dict[str, An
     return {
         "out": str(out),
         "backbone": str(out / "backbone"),
-        "load": loading_line(start.backbones[0], str(out / "backbone")),
+        "load": loading_code(start.backbones[0], str(out / "backbone")),
         **({"backbones": [str(out / name) for name in BACKBONES[:members]]} if members > 1 else {}),
         "images": len(start.images),
         "unreadable": len(start.unreadable),

@@ -16,7 +16,7 @@ from odcft.clustering.kmeans import kmeans
 from odcft.clustering.memory import VARIANTS, new_memory, set_centroids
 from odcft.clustering.small_clusters import handle_small_clusters
 from odcft.distributed import dist, ownership, stop_signals
-from odcft.distributed.launch import relaunch
+from odcft.distributed.launch import run_ranks
 from odcft.errors import OdcftError
 from odcft.plan import decided
 from odcft.recipe import MemoryRecipe, Recipe, load_recipe
@@ -33,7 +33,7 @@ def features_and_labels():
 
 
 def mine(rows):
-    return rows[list(ownership.owned(N))]
+    return rows[list(ownership.my_images(N))]
 
 
 def small_clusters():
@@ -58,11 +58,11 @@ def leaving():
     features_ND, _ = features_and_labels()
     left_out = {0, 7, 8, 9, 100, 402}
     ownership.PIECE = 64
-    rows = ownership.without(mine(features_ND), left_out, N)
+    rows = ownership.remove_images(mine(features_ND), left_out, N)
     left = [i for i in range(N) if i not in left_out]
-    assert torch.equal(rows, features_ND[left][list(ownership.owned(len(left)))])
+    assert torch.equal(rows, features_ND[left][list(ownership.my_images(len(left)))])
     nothing = mine(features_ND)[:, :0] if dist.rank() == 1 else mine(features_ND)
-    assert ownership.without(nothing, left_out, N).shape == rows.shape
+    assert ownership.remove_images(nothing, left_out, N).shape == rows.shape
     return {"rows": ownership.in_dataset_order(rows, len(left))}
 
 
@@ -116,7 +116,7 @@ def goes_on():
     lr_at, augment_batch, calls = train.lr_at, members.augment_batch, []
     whole, figures = go("whole")
     train.lr_at = asked
-    with stop_signals.listening(), contextlib.suppress(stop_signals.Stopped):
+    with stop_signals.handling_signals(), contextlib.suppress(stop_signals.Stopped):
         go("parts")
         raise AssertionError("did not stop")
     train.lr_at = lr_at
@@ -138,13 +138,13 @@ def goes_on():
 if __name__ == "__main__":
     ranks, case, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     if ranks > 1 and "RANK" not in os.environ:
-        sys.exit(relaunch(ranks))
+        sys.exit(run_ranks(ranks))
     dist.start(torch.device("cpu"))
     try:
         tensors = globals()[case]()
     except OdcftError as error:
         print(f"odcft: {error}", file=sys.stderr)
-        dist.leave(2)
+        dist.exit_process(2)
     if dist.rank() == 0:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out)
-    dist.leave(0)
+    dist.exit_process(0)

@@ -101,7 +101,7 @@ def train(method: str, folder: Path, out: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seen["values"] = [[line[name] for name in VALUES] for line in lines]  # type: ignore[misc]
     out.with_name(f"{out.name}-{dist.rank()}.json").write_text(json.dumps(seen))
-    dist.leave(0)
+    dist.exit_process(0)
 
 
 def record(method: str, ranks: int, folder: Path) -> dict[str, Any]:
@@ -143,11 +143,11 @@ def main() -> None:
     parser.add_argument("--train", nargs=4)
     arguments = parser.parse_args()
     if arguments.train:
-        from odcft.distributed.launch import relaunch
+        from odcft.distributed.launch import run_ranks
 
         method, ranks, folder, out = arguments.train
         if int(ranks) > 1 and "RANK" not in os.environ:
-            sys.exit(relaunch(int(ranks)))
+            sys.exit(run_ranks(int(ranks)))
         train(method, Path(folder), Path(out))
     with tempfile.TemporaryDirectory() as name:
         write_inputs(Path(name))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from odcft.backbone.load import load_backbone
-from odcft.backbone.network_input import load as load_input
+from odcft.backbone.network_input import input_from_json as load_input
 from odcft.backbone.networks import build
 from odcft.data.batches import Crops
 from odcft.data.feature_extraction import to_float
@@ -18,7 +18,7 @@ from odcft.data.sources import find_images
 from odcft.data.view import View
 from odcft.errors import OdcftError
 from odcft.exports import export
-from odcft.files import digest
+from odcft.files import file_sha256
 from odcft.plan import view_for_evaluation
 from odcft.recipe import load_recipe
 from odcft.train import fine_tune
@@ -103,7 +103,7 @@ def test_reloaded_features_are_those_of_the_checkpoint(kind, format, tmp_path):
             return
         backbone = load_backbone(tmp_path / "out").backbone
         assert backbone.input == ours.input
-        assert backbone.kwargs == ours.kwargs
+        assert backbone.arch_args == ours.arch_args
         assert (backbone(images) - features).abs().max() <= 1e-5 * features.abs().max()
     if format == "timm":
         card = (tmp_path / "out" / "README.md").read_text()
@@ -128,7 +128,7 @@ def test_exported_folder_is_a_checkpoint_again(tmp_path, make_checkpoint):
 def test_files_carry_the_networks_names(tmp_path, format):
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "c.pth")
     export(tmp_path / "c.pth", tmp_path / f"out.{format}", format)
-    assert load_backbone(tmp_path / f"out.{format}").match.share == 1
+    assert load_backbone(tmp_path / f"out.{format}").match.coverage == 1
     if format == "torchvision":
         import torchvision
 
@@ -199,8 +199,8 @@ def test_size_and_crop_are_stored_in_every_format(tmp_path, format):
     else:
         loaded = load_backbone(tmp_path / "out")
         told = loaded.backbone.input
-        assert loaded.told
-    assert told == load_backbone(tmp_path / "c.pth").backbone.input.seen(View(64))
+        assert loaded.states_view
+    assert told == load_backbone(tmp_path / "c.pth").backbone.input.with_view(View(64))
 
 
 def test_a_size_that_a_network_cannot_take_is_refused_before_anything_is_written(tmp_path):
@@ -218,7 +218,7 @@ def test_the_card_of_a_run_has_title_figures_recipe_and_hash_and_no_path_of_this
         assert "12 unlabelled images" in card
         assert "| loss |" in card
         assert "centroid_interval:" in card
-        assert digest(tmp_path / "start.pth.tar") in card
+        assert file_sha256(tmp_path / "start.pth.tar") in card
         assert str(tmp_path) not in card.replace("THIS_FOLDER", "")
         assert str(tmp_path) not in (folder / "config.json").read_text()
 
@@ -227,10 +227,12 @@ def test_the_card_of_a_run_has_title_figures_recipe_and_hash_and_no_path_of_this
     "name", ["a`b", "``` </code>", "x\n# Not a title", "<script>alert(1)</script>", "``", "[a](b)"]
 )
 def test_no_name_breaks_out_of_the_card(name):
-    from odcft.backbone.model_card import card
+    from odcft.backbone.model_card import make_card
 
     backbone = load_backbone("scratch:test_resnet").backbone
-    text = card(backbone, {"checkpoint": name, "data": name, "method": "odc", "sha256": name, "recipe": f"x: {name}"})
+    text = make_card(
+        backbone, {"checkpoint": name, "data": name, "method": "odc", "sha256": name, "recipe": f"x: {name}"}
+    )
     for block in re.split(r"(?s)(`{3,})(?:yaml|python)\n.*?\n\1", text)[0::2]:
         spans_left_out = re.sub(r"(?s)(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", block)
         assert not set("<[") & set(spans_left_out), spans_left_out

@@ -36,14 +36,14 @@ def test_removing_follows_no_link(tmp_path, outside):
 def test_folders_that_were_made_and_stay_empty_go_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for top in (tmp_path, Path()):
-        with files.made(top / "a" / "b"):
+        with files.new_folder(top / "a" / "b"):
             assert (top / "a" / "b").is_dir()
         assert not (top / "a").exists()
-        with files.made(top / "c" / "d"):
+        with files.new_folder(top / "c" / "d"):
             (top / "c" / "file").write_text("")
         assert tree(top / "c") == {"file": b""}
         (top / "c" / "file").unlink()
-        with files.made(top / "c"):
+        with files.new_folder(top / "c"):
             pass
         assert (top / "c").exists()  # it was there before
         (top / "c").rmdir()
@@ -53,7 +53,7 @@ def test_folders_that_were_made_and_stay_empty_go_again(tmp_path, monkeypatch):
 
 
 WRITERS = {
-    "run.json": lambda folder: files.write_whole(folder / "run.json", "{}"),
+    "run.json": lambda folder: files.write_text_atomically(folder / "run.json", "{}"),
     "images.csv": lambda folder: write_image_lists(Images(folder, folder, ["a"]), {}, folder),
     "quarantine.csv": lambda folder: write_image_lists(Images(folder, folder, ["a"]), {"b": "why"}, folder),
     "metrics.jsonl": lambda folder: written(Metrics(folder, tensorboard=False)),
@@ -80,20 +80,20 @@ def test_files_are_written_anew_and_through_nothing(tmp_path, outside, name, kin
 
 def test_what_is_not_whole_does_not_appear(tmp_path):
     (tmp_path / "a").write_text("before")
-    with suppress(ZeroDivisionError), files.whole(tmp_path / "a") as unfinished:
+    with suppress(ZeroDivisionError), files.atomic_file(tmp_path / "a") as unfinished:
         unfinished.write_text("half")
         raise ZeroDivisionError
     assert tree(tmp_path) == {"a": b"before"}
 
 
 def test_a_folder_is_filled_whole_or_not_at_all(tmp_path):
-    with suppress(ZeroDivisionError), files.filling(tmp_path / "a" / "b") as unfinished:
+    with suppress(ZeroDivisionError), files.atomic_folder(tmp_path / "a" / "b") as unfinished:
         (unfinished / "x").write_text("half")
         raise ZeroDivisionError
     assert not (tmp_path / "a").exists()
     (tmp_path / "a" / ".unfinished" / "x").mkdir(parents=True)
     (tmp_path / "a" / "y").write_text("stays")
-    with files.filling(tmp_path / "a") as unfinished:
+    with files.atomic_folder(tmp_path / "a") as unfinished:
         (unfinished / "x").write_text("new")
         assert tree(tmp_path / "a")[".unfinished/x"] == b"new"
     assert tree(tmp_path / "a") == {"x": b"new", "y": b"stays"}
@@ -102,10 +102,10 @@ def test_a_folder_is_filled_whole_or_not_at_all(tmp_path):
 def test_everything_written_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.readlink(f"/proc/self/fd/{descriptor}")))
-    files.write_whole(tmp_path / "a", "x")
+    files.write_text_atomically(tmp_path / "a", "x")
     assert done == [str(tmp_path / ".a.unfinished"), str(tmp_path)]
     done.clear()
-    with files.filling(tmp_path / "b") as unfinished:
+    with files.atomic_folder(tmp_path / "b") as unfinished:
         (unfinished / "x").write_text("new")
     assert done == [str(tmp_path / "b" / ".unfinished" / "x"), str(tmp_path / "b")]
 
@@ -119,11 +119,11 @@ def test_files_have_the_rights_of_the_umask(tmp_path, umask, expected):
     before = os.umask(umask)
     try:
         files.save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
-        with files.whole(tmp_path / "b.safetensors") as unfinished:
+        with files.atomic_file(tmp_path / "b.safetensors") as unfinished:
             files.save_file({"a": torch.ones(2)}, unfinished, {"x": "y"})
-        with files.whole(tmp_path / "c.pth") as unfinished:
+        with files.atomic_file(tmp_path / "c.pth") as unfinished:
             files.save_checkpoint({"a": torch.ones(2)}, unfinished)
-        files.write_whole(tmp_path / "d.json", "{}")
+        files.write_text_atomically(tmp_path / "d.json", "{}")
         state = Snapshot({"a": torch.ones(2)}, {"labels": torch.arange(7)}, {}, {"step": 1, "images": 7})
         assert snapshot_files.save(tmp_path, state) == ""
         with locked(tmp_path, print):
@@ -180,8 +180,8 @@ def test_nothing_stays_open(tmp_path):
 
     before = open_now()
     with locked(tmp_path / "a", print):
-        files.write_whole(tmp_path / "a" / "b", "x")
-        files.sync(tmp_path / "a" / "b")
+        files.write_text_atomically(tmp_path / "a" / "b", "x")
+        files.fsync(tmp_path / "a" / "b")
         files.save_file({"a": torch.ones(2)}, tmp_path / "a" / "c")
         output_checks.refuse_unwritable(tmp_path / "d")
     assert open_now() == before
@@ -195,21 +195,21 @@ def test_checksums(tmp_path):
     import hashlib
 
     expected = hashlib.sha256(b"x" * (1 << 22) + b"y").hexdigest()
-    assert files.digest(tmp_path / "a") == files.digest(tmp_path / "a", from_disk=True) == expected
-    assert files.sha256(str(tmp_path / "a")) == expected
-    assert files.sha256("timm:resnet18") == "timm:resnet18"
-    assert files.sha256(str(tmp_path)) == str(tmp_path)
+    assert files.file_sha256(tmp_path / "a") == files.file_sha256(tmp_path / "a", from_disk=True) == expected
+    assert files.checkpoint_sha256(str(tmp_path / "a")) == expected
+    assert files.checkpoint_sha256("timm:resnet18") == "timm:resnet18"
+    assert files.checkpoint_sha256(str(tmp_path)) == str(tmp_path)
     for inner in ("pytorch_model.bin", "model.safetensors", "backbone/model.safetensors"):  # the last found counts
         (tmp_path / inner).parent.mkdir(exist_ok=True)
         (tmp_path / inner).write_text(inner)
-        assert files.sha256(str(tmp_path)) == files.digest(tmp_path / inner)
+        assert files.checkpoint_sha256(str(tmp_path)) == files.file_sha256(tmp_path / inner)
 
 
 def test_from_disk_means_from_disk(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("x")
     forgotten = []
     monkeypatch.setattr(os, "posix_fadvise", lambda *how: forgotten.append(how[1:]))
-    files.digest(tmp_path / "a")
+    files.file_sha256(tmp_path / "a")
     assert not forgotten
-    files.digest(tmp_path / "a", from_disk=True)
+    files.file_sha256(tmp_path / "a", from_disk=True)
     assert forgotten == [(0, 0, os.POSIX_FADV_DONTNEED)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from odcft.optim import lr_at, make_optimizer, restore, set_lr, stored
+from odcft.optim import lr_at, make_optimizer, optimizer_state, restore_optimizer, set_lr
 from odcft.recipe import OptimRecipe
 
 
@@ -103,7 +103,7 @@ def step(body, head, optimizer, images):
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_what_is_stored_and_restored_goes_on_as_if_nothing_had_happened(kind):
     body, head, optimizer, images = stepped(kind)
-    kept = {name: tensor.clone() for name, tensor in stored(optimizer).items()}
+    kept = {name: tensor.clone() for name, tensor in optimizer_state(optimizer).items()}
     slots = {"sgd": {"momentum_buffer"}, "adamw": {"exp_avg", "exp_avg_sq", "step"}}[kind]
     assert set(kept) == {f"{number}.{slot}" for number in range(5) for slot in slots}
     groups = [p for group in optimizer.param_groups for p in group["params"]]
@@ -114,7 +114,7 @@ def test_what_is_stored_and_restored_goes_on_as_if_nothing_had_happened(kind):
     other_body, other_head, other, _ = stepped(kind, steps=0)
     other_body.load_state_dict(body.state_dict())
     other_head.load_state_dict(head.state_dict())
-    restore(other, kept)
+    restore_optimizer(other, kept)
     step(body, head, optimizer, images)
     step(other_body, other_head, other, images)
     for one, two in ((body, other_body), (head, other_head)):
@@ -123,9 +123,9 @@ def test_what_is_stored_and_restored_goes_on_as_if_nothing_had_happened(kind):
 
 def test_what_is_restored_is_a_copy_laid_out_as_the_parameter():
     """One laid out otherwise gives other last bits where torch multiplies and adds at once."""
-    kept = stored(stepped("adamw")[2])
+    kept = optimizer_state(stepped("adamw")[2])
     optimizer = stepped("adamw", torch.channels_last, steps=0)[2]
-    restore(optimizer, kept)
+    restore_optimizer(optimizer, kept)
     filters = optimizer.param_groups[0]["params"][0]
     slots = optimizer.state[filters]
     assert slots["exp_avg"].stride() == filters.stride() != kept["0.exp_avg"].stride()
@@ -140,4 +140,4 @@ def test_only_tensors_are_stored():
     optimizer = stepped("sgd")[2]
     first = optimizer.param_groups[0]["params"][0]
     optimizer.state[first]["note"] = "not a tensor"
-    assert "0.note" not in stored(optimizer)
+    assert "0.note" not in optimizer_state(optimizer)

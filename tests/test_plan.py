@@ -1,13 +1,15 @@
 """The plan: every `auto` of a recipe decided once, and what cannot work refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import yaml
 
 from odcft.backbone.load import load_backbone
 from odcft.data.sources import find_images
 from odcft.errors import OdcftError
-from odcft.plan import decide_clusters, decided, make_plan, unsuitable, with_clusters_for
-from odcft.recipe import Recipe, dump, flat, load_recipe, shipped
+from odcft.plan import automatic_size, decide_clusters, decided, make_plan, unsuitable, with_clusters_for
+from odcft.recipe import Recipe, dump, flatten, load_recipe, shipped
 
 
 @pytest.mark.parametrize("recipe", [name for name in shipped() if name not in ("demo", "pretext")])
@@ -75,7 +77,7 @@ def test_what_the_recipe_says_is_not_decided_again(make_images, tmp_path):
     asked += ["kmeans.engine=faiss", "optim.final_epochs=1", "optim.precision=bfloat16", "optim.batch_size=4"]
     recipe = load_recipe("small", [*asked, "memory.min_cluster=2"])
     plan, notes = make_plan(recipe, [backbone], images)
-    then, now = flat(recipe.model_dump()), flat(plan.model_dump())
+    then, now = flatten(recipe.model_dump()), flatten(plan.model_dump())
     assert {name for name in now if now[name] != then[name]} == {"codc.members"}
     assert len(notes) == 1  # three clusters of twelve images are close to the threshold
 
@@ -93,3 +95,10 @@ def test_members_see_the_same_images_of_a_size_that_all_can_take(make_images, tm
     assert make_plan(recipe, backbones, images)[0].data.size == backbones[0].size
     with pytest.raises(OdcftError, match="takes images of 160 pixels only, not 32"):
         make_plan(load_recipe("small", ["data.size=32", "optim.batch_size=4"]), backbones, images)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "side", "size"), [(False, 40, 40), (False, 20, 32), (False, 500, 224), (True, 40, 224)]
+)
+def test_size_follows_small_images_but_not_beyond_the_network(fixed, side, size):
+    assert automatic_size(SimpleNamespace(size=224, fixed_size=fixed), side) == size

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from odcft.backbone.model_card import loading_line
+from odcft.backbone.model_card import loading_code
 from odcft.cli import command
 
 FOLDER = 'it\'s $(touch HACKED); `ls` & "more"'
@@ -98,5 +98,5 @@ def test_the_line_that_loads_a_backbone_is_python_whatever_the_folder_is(here):
     loaded = {}
     for name in ("plain", 'a"b\\n'):
         backbone = export(here / "c.pth", here / name)
-        exec(loading_line(backbone, str(here / name)), loaded)
+        exec(loading_code(backbone, str(here / name)), loaded)
         assert torch.equal(loaded["net"].state_dict()["conv1.0.weight"], backbone.net.state_dict()["conv1.0.weight"])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from odcft import members, prepare, train
 from odcft.distributed import stop_signals
-from odcft.distributed.delayed_reader import LateReader
+from odcft.distributed.delayed_reader import DelayedReader
 from odcft.distributed.stop_signals import Stopped
 from odcft.errors import OdcftError
 from odcft.progress import Progress
@@ -77,7 +77,7 @@ def go(inputs, tmp_path):
 @pytest.fixture
 def listening():
     """The signals are heeded, as on the command line."""
-    with stop_signals.listening():
+    with stop_signals.handling_signals():
         yield
 
 
@@ -151,7 +151,7 @@ def test_run_that_was_killed_while_its_first_state_was_written_begins_again(inpu
     def killed(*args):
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(snapshot_files, "write_whole", killed)
+    monkeypatch.setattr(snapshot_files, "write_text_atomically", killed)
     with pytest.raises(RuntimeError, match="killed"):
         go()
     assert list((tmp_path / "run" / "checkpoints").glob(".*.unfinished"))
@@ -258,7 +258,7 @@ def test_second_ctrl_c_ends_at_once_and_two_in_a_moment_are_one():
 @pytest.fixture(scope="module")
 def stopped_once(inputs):
     """A run that was asked to stop in its fourth step."""
-    with pytest.MonkeyPatch.context() as patched, stop_signals.listening():
+    with pytest.MonkeyPatch.context() as patched, stop_signals.handling_signals():
         at_step(patched, (3,), ask_to_stop)
         with pytest.raises(Stopped):
             fine_tune(str(inputs / "c.pth"), str(inputs / "images"), inputs / "stopped", quick())
@@ -496,11 +496,11 @@ def test_late_answers_come_a_step_later_and_survive_a_snapshot(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **options: real(*args, **options))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
-    late = LateReader()
+    late = DelayedReader()
     assert late._exchange(torch.tensor([1.0])) is None
     assert late._exchange(torch.tensor([2.0])).item() == 1
-    resumed = LateReader()
-    resumed.put_back(late.pending())
+    resumed = DelayedReader()
+    resumed.restore_pending(late.pending())
     assert resumed._exchange(torch.tensor([3.0])).item() == late._exchange(torch.tensor([3.0])).item() == 2
 
 

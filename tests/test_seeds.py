@@ -27,7 +27,7 @@ def test_a_draw_that_does_not_say_where_is_a_mistake():
 
 def test_weights_do_not_depend_on_what_was_drawn_before_and_change_nothing_after():
     def drawn():
-        with seeds.weights(3, "neck", 0):
+        with seeds.seeded_init(3, "neck", 0):
             return torch.rand(4)
 
     first = drawn()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from odcft import first_memory, prepare
 from odcft.backbone.load import load_backbone
-from odcft.backbone.metadata import of_pretext
+from odcft.backbone.metadata import from_pretext_checkpoint
 from odcft.errors import OdcftError
 from odcft.evaluation import comparison
 from odcft.pretexts import training
@@ -60,7 +60,7 @@ def taken(monkeypatch):
 
     def watched(ckpt, *args, **how):
         loaded = real(ckpt, *args, **how)
-        seen.append((str(ckpt), loaded.backbone.kwargs, loaded.backbone.input))
+        seen.append((str(ckpt), loaded.backbone.arch_args, loaded.backbone.input))
         return loaded
 
     for module in (prepare, comparison, "odcft.backbone.load", "odcft.exports"):
@@ -98,10 +98,10 @@ def test_arch_args_travel_with_memory_run_export_and_evaluation(tmp_path, images
     assert all(kwargs == wanted for _, kwargs, _ in taken)
     code, _, told = odcft_command("export", tmp_path / "r", tmp_path / "out")
     assert code == 0, told
-    assert load_backbone(tmp_path / "out").backbone.kwargs == wanted
+    assert load_backbone(tmp_path / "out").backbone.arch_args == wanted
     code, _, told = odcft_command("export", heads, tmp_path / "straight", *given)
     assert code == 0, told
-    assert load_backbone(tmp_path / "straight").backbone.kwargs == wanted
+    assert load_backbone(tmp_path / "straight").backbone.arch_args == wanted
     code, _, told = odcft_command("evaluate", heads, images, "--protocol", "knn", *given)
     assert code == 0, told
 
@@ -165,9 +165,9 @@ def test_pretext_builds_and_normalises_as_its_recipe_says(tmp_path, images):
     out = tmp_path / "p.pth"
     training.train_pretext("rotation", images, "resnet18", out, recipe)
     backbone = load_backbone(out).backbone
-    assert backbone.kwargs == {"small_stem": True}
+    assert backbone.arch_args == {"small_stem": True}
     assert (backbone.input.mean, backbone.input.std) == (tuple(MEAN), tuple(STD))
-    assert of_pretext(torch.load(out, weights_only=True)).architecture == "resnet18"
+    assert from_pretext_checkpoint(torch.load(out, weights_only=True)).architecture == "resnet18"
     for other in ([*how, f"data.mean={STD}"], [*QUICK, *NORMAL]):
         again = load_recipe("pretext", [*other, "optim.epochs=2"])
         with pytest.raises(OdcftError, match="was trained with"):
@@ -188,7 +188,7 @@ def test_export_says_how_to_load_what_timm_alone_cannot_build(tmp_path, format, 
     (line,) = (line for line in told.splitlines() if "load_backbone" in line)
     loaded = {}
     exec(line.strip(), loaded)
-    assert loaded["net"].kwargs == {"small_stem": True}
+    assert loaded["net"].arch_args == {"small_stem": True}
 
 
 # ---------------------------------------------------------------- a RUN that somebody else made
@@ -436,7 +436,7 @@ def test_overwriting_does_not_read_a_device_or_unpack_a_bomb(theirs):
         archive.writestr("archive/data.pkl", bytes(50_000_000))
     for path, said in ((Path("/dev/zero"), "is not a file"), (Path("bomb.pth"), "was not written by odcft")):
         with pytest.raises(OdcftError, match=said):
-            output_checks.refuse_file_of_others(path)
+            output_checks.refuse_foreign_file(path)
 
 
 @pytest.mark.parametrize(

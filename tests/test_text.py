@@ -8,7 +8,7 @@ import warnings
 import pytest
 
 from odcft.progress import Progress
-from odcft.text import code_block, code_span, markdown_text, shown
+from odcft.text import code_block, code_span, markdown_text, printable
 
 HOSTILE = {
     "colour": ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"),
@@ -32,15 +32,15 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_characters_that_control_a_terminal_are_escaped(case):
     text, expected = HOSTILE[case]
-    assert shown(text) == expected
-    shown(text).encode("utf-8")
+    assert printable(text) == expected
+    printable(text).encode("utf-8")
 
 
 @pytest.mark.parametrize(
     "text", ["Bücher/Ωμέγα.png", "日本語.png", "می\u200cخواهم.png", "👩\u200d🔬.png", "a b\xa0c … ·", ""]
 )
 def test_text_in_any_language_stays_as_it_is(text):
-    assert shown(text) == text
+    assert printable(text) == text
 
 
 @pytest.mark.parametrize(

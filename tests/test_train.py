@@ -274,9 +274,9 @@ DEEP = {"data.range"}  # of images with more than 8 bits a channel: test_intensi
 
 
 def test_every_field_is_in_one_of_the_lists():
-    from odcft.recipe import _all_paths
+    from odcft.recipe import all_field_paths
 
-    assert set(_all_paths()) == set(FIELDS) | SPEECH | set(STEP) | set(DC) | set(CODC) | DEEP
+    assert set(all_field_paths()) == set(FIELDS) | SPEECH | set(STEP) | set(DC) | set(CODC) | DEEP
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +359,7 @@ def test_images_too_small_for_a_network_are_refused_with_a_size_that_works(tmp_p
     with pytest.raises(OdcftError, match=r"alexnet_deepcluster cannot process images of 32 pixels.*data\.size=224"):
         fine_tune("scratch:alexnet", images, tmp_path / "run", quick())
     assert not (tmp_path / "run").exists()
-    assert load_backbone("scratch:alexnet").backbone.takes(224)
+    assert load_backbone("scratch:alexnet").backbone.accepts_size(224)
 
 
 def test_a_run_says_who_made_it_where_and_when(tmp_path, checkpoint, images):

@@ -16,9 +16,9 @@ from pathlib import Path
 import timm
 import torch
 
-from odcft.backbone.architecture_recognition import COMMON, any_channels, fingerprint
+from odcft.backbone.architecture_recognition import COMMON_ARCHITECTURES, fingerprint, without_input_channels
 
-OUT = Path(__file__).parent.parent / "odcft" / "timm_index.json"
+OUT = Path(__file__).parent.parent / "odcft" / "backbone" / "timm_index.json"
 WITH_THE_INPUT = ("pos_embed", "relative_position", "attn_mask", "rope", "rel_pos", "num_batches_tracked")
 
 
@@ -35,7 +35,11 @@ def fingerprints(name: str) -> tuple[int, list[int], list[int]]:
     kept = [n for n in tensors if not n.startswith(firsts) and not any(word in n for word in WITH_THE_INPUT)]
     return (
         len(tensors),
-        [fingerprint(n, any_channels(t.shape)) for n, t in tensors.items() if n.startswith(firsts) and t.ndim == 4],
+        [
+            fingerprint(n, without_input_channels(t.shape))
+            for n, t in tensors.items()
+            if n.startswith(firsts) and t.ndim == 4
+        ],
         [fingerprint(n, tensors[n].shape) for n in kept],
     )
 
@@ -45,7 +49,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     found: dict[str, tuple[int, list[int], list[int]]] = {}
     same: dict[tuple[int, frozenset[int]], str] = {}
-    for name in sorted(sys.argv[1:] or timm.list_models(), key=lambda n: (n not in COMMON, len(n), n)):
+    for name in sorted(sys.argv[1:] or timm.list_models(), key=lambda n: (n not in COMMON_ARCHITECTURES, len(n), n)):
         try:
             count, firsts, prints = fingerprints(name)
         except Exception as error:  # some need other packages or network access

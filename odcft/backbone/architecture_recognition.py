@@ -21,7 +21,7 @@ from odcft.backbone.tensor_matching import Match, match, renamings
 from odcft.errors import OdcftError
 
 # Tried when nothing in the index fits: the file may be incomplete, or hold a network of another width.
-COMMON = (
+COMMON_ARCHITECTURES = (
     *("resnet50", "resnet18", "resnet34", "resnet101", "resnet152", "wide_resnet50_2", "resnext50_32x4d"),
     *("vit_small_patch16_224", "vit_base_patch16_224", "vit_tiny_patch16_224", "vit_large_patch16_224"),
     *("vit_small_patch8_224", "vit_base_patch8_224", "vit_base_patch32_224", "vit_small_patch14_dinov2"),
@@ -67,7 +67,7 @@ def recognise(
         rank = (*_rank(found[2]), -len(found[1]))
         if best is None or rank > (*_rank(best[2]), -len(best[1])):
             best = found
-        if found[2].share == 1 and candidate not in NETWORKS:
+        if found[2].coverage == 1 and candidate not in NETWORKS:
             break
     if best is None or not best[2].tensors:
         raise OdcftError(
@@ -79,7 +79,7 @@ def recognise(
 
 def _rank(found: Match) -> tuple[bool, int, float]:
     """Sort key for matches: a complete network beats a partial one; then the larger one wins."""
-    return found.share == 1, len(found.tensors) if found.share > 0.9 else 0, found.share
+    return found.coverage == 1, len(found.tensors) if found.coverage > 0.9 else 0, found.coverage
 
 
 def _candidates(contents: Contents, arch: str | None) -> Iterator[tuple[str, Kwargs]]:
@@ -106,7 +106,7 @@ def _candidates(contents: Contents, arch: str | None) -> Iterator[tuple[str, Kwa
             seen.add(name)
             yield name, {}
     if not by_tensors and not own and sum(map(len, contents.state_dicts.values())) >= MIN_TENSORS:
-        for name in (*hints, *COMMON):
+        for name in (*hints, *COMMON_ARCHITECTURES):
             if name not in seen:
                 seen.add(name)
                 yield name, {}
@@ -141,7 +141,7 @@ def fingerprint(name: str, shape: Iterable[int]) -> int:
     return zlib.crc32(f"{name}:{'x'.join(map(str, shape))}".encode())
 
 
-def any_channels(shape: Iterable[int]) -> tuple[int, ...]:
+def without_input_channels(shape: Iterable[int]) -> tuple[int, ...]:
     """The shape of a first convolution without its input channels."""
     out_channels, _, *kernel = shape
     return (out_channels, *kernel)
@@ -157,9 +157,9 @@ def _index() -> dict[str, list[int]]:
 def _matching_timm_names(named_shapes: NamedShapes) -> list[str]:
     """timm's networks whose fingerprints are all in a file, those with most tensors first."""
     found = {fingerprint(name, shape) for name, shape in named_shapes}
-    found |= {fingerprint(name, any_channels(shape)) for name, shape in named_shapes if _may_be_first(shape)}
+    found |= {fingerprint(name, without_input_channels(shape)) for name, shape in named_shapes if _may_be_first(shape)}
     matching = [name for name, (_, *prints) in _index().items() if all(one in found for one in prints)]
-    common = {name: place for place, name in enumerate(COMMON)}
+    common = {name: place for place, name in enumerate(COMMON_ARCHITECTURES)}
     return sorted(matching, key=lambda name: (-_index()[name][0], common.get(name, 99), len(name), name))
 
 

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odcft.backbone.metadata import Metadata, of_export, of_pretext, of_timm, of_transformers
+from odcft.backbone.metadata import (
+    Metadata,
+    from_exported_fields,
+    from_preprocessor_config,
+    from_pretext_checkpoint,
+    from_timm_config,
+)
 from odcft.backbone.safe_unpickle import (
     MAX_INSTRUCTIONS,
     DangerousGlobal,
@@ -33,7 +39,7 @@ from odcft.backbone.safe_unpickle import (
 from odcft.backbone.tensor_renames import merge_split_tensors
 from odcft.errors import OdcftError
 from odcft.files import read_json
-from odcft.text import brief
+from odcft.text import short_repr
 
 MAX_DEPTH = 12  # of nested dicts and lists that are searched
 
@@ -126,8 +132,8 @@ def _refuse_other_files(path: Path, start: bytes) -> None:
     text = start.lstrip()
     if text[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise OdcftError(
-            f"{path} is an HTML page, not a checkpoint (it starts with {brief(text[:15].decode(errors='replace'))}). "
-            "Was the download refused?"
+            f"{path} is an HTML page, not a checkpoint "
+            f"(it starts with {short_repr(text[:15].decode(errors='replace'))}). Was the download refused?"
         )
     if start.startswith(b"version https://git-lfs"):
         raise OdcftError(f"{path} is a Git LFS pointer, not the file itself. Fetch the file with `git lfs pull`.")
@@ -162,7 +168,7 @@ def _metadata_of_tree(tree: Any) -> Metadata:
     """What `odcft export --format torchvision` or `odcft pretext` wrote beside the tensors."""
     metadata = getattr(tree, "_metadata", None)
     exported = metadata.get("odcft") if isinstance(metadata, dict) else None
-    return of_export(exported) if isinstance(exported, dict) else of_pretext(tree)
+    return from_exported_fields(exported) if isinstance(exported, dict) else from_pretext_checkpoint(tree)
 
 
 def _read_folder(folder: Path) -> Contents:
@@ -179,9 +185,9 @@ def _read_folder(folder: Path) -> Contents:
     contents = read(weights)
     contents.path = folder
     if "architecture" in config or isinstance(config.get("odcft"), dict):
-        contents.metadata = of_timm(config)
+        contents.metadata = from_timm_config(config)
     elif (folder / "preprocessor_config.json").exists():  # written by Hugging Face's transformers
-        contents.metadata = of_transformers(read_json(folder / "preprocessor_config.json"))
+        contents.metadata = from_preprocessor_config(read_json(folder / "preprocessor_config.json"))
     return contents
 
 
@@ -259,9 +265,9 @@ def _load_safetensors(path: Path) -> tuple[Any, Metadata]:
     try:
         with safe_open(path, "pt") as file:
             fields = file.metadata() or {}
-        return load_file(path), of_export(fields)
+        return load_file(path), from_exported_fields(fields)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        reason = brief(str(error), 100, quotes=False)
+        reason = short_repr(str(error), 100, quotes=False)
         raise OdcftError(f"{path} is a damaged safetensors file ({reason}). Copy or download it again.") from None
 
 
@@ -418,14 +424,14 @@ def _usable_tensors(tree: Mapping[Any, Any], path: Path, unusable: list[str]) ->
             continue
         if len(name) > MAX_NAME_LENGTH or name.count(".") > MAX_NAME_LEVELS:
             raise OdcftError(
-                f"{path}: a tensor's name has {len(name):,} characters, which no network has: {brief(name)}."
+                f"{path}: a tensor's name has {len(name):,} characters, which no network has: {short_repr(name)}."
             )
         if not _is_plain(tensor):
             unusable.append(name)
             continue
         if tensor.nbytes > 4 * path.stat().st_size + (1 << 20):
             raise OdcftError(
-                f"{path} has {path.stat().st_size:,} bytes, but says that {brief(name)} in it takes "
+                f"{path} has {path.stat().st_size:,} bytes, but says that {short_repr(name)} in it takes "
                 f"{tensor.nbytes:,}. Is it damaged?"
             )
         tensors[name] = tensor.detach()

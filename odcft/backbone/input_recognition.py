@@ -96,4 +96,4 @@ def with_color(input: Input, color: str) -> Input:
     """The input in the colours the user asked for (`--input`), with its own normalisation where that still applies."""
     if {color, input.color} == {"rgb", "bgr"}:
         return replace(input, color=color, mean=input.mean[::-1], std=input.std[::-1])
-    return default_input(color, input.size).seen(input.view)
+    return default_input(color, input.size).with_view(input.view)

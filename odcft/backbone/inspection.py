@@ -3,8 +3,8 @@
 from typing import Any
 
 from odcft.backbone.load import Loaded, first_few
-from odcft.data.view import seen_as
-from odcft.text import brief
+from odcft.data.view import describe_view
+from odcft.text import short_repr
 
 
 def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
@@ -14,7 +14,7 @@ def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
     values: dict[str, Any] = {
         "family": loaded.family,
         "arch": backbone.arch,
-        "arch_args": backbone.kwargs,
+        "arch_args": backbone.arch_args,
         "input": input.dump(),
         "expected": expected,
         "matched": expected if found is None else len(found.tensors),
@@ -24,14 +24,15 @@ def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
         "where": loaded.source if found is None else found.where,
         "notes": loaded.notes,
     }
-    built = ", ".join(f"{key}={value}" for key, value in backbone.kwargs.items())
+    built = ", ".join(f"{key}={value}" for key, value in backbone.arch_args.items())
     lines = [
         (
             f"{loaded.family} · {backbone.arch}{f' ({built})' if built else ''} · {_COLORS[input.color]} {input.size}"
             f"{' only' if backbone.fixed_size else ''}, mean {_numbers(input.mean)}, std {_numbers(input.std)}, "
-            f"{seen_as(input.view)}"
+            f"{describe_view(input.view)}"
         ),
-        f"  backbone   {values['matched']} of {expected} tensors under {brief(values['where'], 200, quotes=False)}",
+        f"  backbone   {values['matched']} of {expected} tensors "
+        f"under {short_repr(values['where'], 200, quotes=False)}",
     ]
     for title, names in (
         ("missing", values["missing"]),

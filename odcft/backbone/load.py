@@ -20,7 +20,7 @@ from odcft.backbone.network_input import CHANNELS, Adapter
 from odcft.backbone.networks import NETWORKS, RGB, count_elements, is_network
 from odcft.backbone.tensor_matching import Match, constant, not_finite
 from odcft.errors import OdcftError
-from odcft.text import brief
+from odcft.text import short_repr
 
 MIN_COVERAGE = 0.9  # share of the backbone's tensors that a checkpoint must have
 MAX_RANDOM_ELEMENTS = 1 << 27  # numbers a network may hold beyond those its file fills
@@ -42,7 +42,7 @@ class Loaded:
     match: Match | None = None  # None for random weights and for weights from timm
     family: str = ""
     notes: list[str] = field(default_factory=list)  # what the user should know: odd tensors, missing parts
-    told: bool = False  # whether the source itself says which image size and crop its network expects
+    states_view: bool = False  # whether the source itself says which image size and crop its network expects
     not_finite: list[str] = field(default_factory=list)  # tensors that hold NaN or infinity
 
 
@@ -87,7 +87,7 @@ def load_backbone(
     arch_args = check_arguments(arch_args or {})
     if input is not None:
         _refuse_unknown_input(input)
-    with seeds.weights(seed, "backbone", member):
+    with seeds.seeded_init(seed, "backbone", member):
         if scheme in ("timm", "torchvision", "scratch") and rest:
             loaded = _load_named(name, scheme, rest, input, arch_args)
         else:
@@ -95,7 +95,7 @@ def load_backbone(
         if input is not None:
             _apply_input(loaded, input, allow_partial)
     if mean is not None or std is not None:
-        normalise(loaded.backbone, mean, std)
+        set_mean_and_std(loaded.backbone, mean, std)
     if finite and loaded.not_finite:
         raise OdcftError(
             f"{name}: weights of the backbone are not finite ({first_few(loaded.not_finite)}), "
@@ -109,7 +109,7 @@ def _load_file(name: str, path: Path, arch: str | None, allow_partial: bool, arc
         if (path / "backbone" / "config.json").exists():  # a RUN
             path = path / "backbone"
     except OSError as error:
-        raise OdcftError(f"{brief(name, 200, quotes=False)} cannot be read: {error.strerror}.") from None
+        raise OdcftError(f"{short_repr(name, 200, quotes=False)} cannot be read: {error.strerror}.") from None
     contents = read(path)
     arch, kwargs, found = recognise(contents, arch, arch_args)
     if not allow_partial:
@@ -124,18 +124,18 @@ def _load_file(name: str, path: Path, arch: str | None, allow_partial: bool, arc
         found,
         recognise_family(contents, arch, found),
         _notes(contents, found),
-        told=contents.metadata.architecture is not None or contents.metadata.input is not None,
+        states_view=contents.metadata.architecture is not None or contents.metadata.input is not None,
         not_finite=not_finite(backbone.net.state_dict()),
     )
 
 
 def _refuse_partial(path: Path, arch: str, found: Match) -> None:
     """Refuse a file that lacks much of the backbone, or has a first convolution of another shape."""
-    if found.share < MIN_COVERAGE:
+    if found.coverage < MIN_COVERAGE:
         missing = ", ".join(found.missing[:3]) + (" …" if len(found.missing) > 3 else "")
         raise OdcftError(
             f"{path} has only {len(found.tensors)} of the {found.expected} tensors of {arch}, the closest backbone "
-            f"({found.share:.0%}; missing: {missing}). At least {MIN_COVERAGE:.0%} are needed: if it is another "
+            f"({found.coverage:.0%}; missing: {missing}). At least {MIN_COVERAGE:.0%} are needed: if it is another "
             "network, pass --arch NAME; to start the rest from random weights, pass --allow-partial."
         )
     first = _first_convolution(arch)
@@ -158,13 +158,13 @@ def _refuse_mostly_empty(path: Path, arch: str, kwargs: dict[str, Any], found: M
 def _set_input(backbone: Backbone, contents: Contents, found: Match) -> None:
     """Show the backbone what the file was trained on, at a size that it takes."""
     own_size, cfg = backbone.size, getattr(backbone.net, "pretrained_cfg", {})
-    backbone.adapter = Adapter(recognise_input(contents, backbone.arch, backbone.kwargs, found, cfg))
+    backbone.adapter = Adapter(recognise_input(contents, backbone.arch, backbone.arch_args, found, cfg))
     if contents.metadata.input is None:
         return
     if backbone.fixed_size:
         usable = backbone.size == own_size
     else:
-        usable = backbone.size >= own_size or backbone.takes(backbone.size)
+        usable = backbone.size >= own_size or backbone.accepts_size(backbone.size)
     if not usable:
         contents.metadata.ignored.append(f"input.size={backbone.size}: {backbone.arch} takes {own_size}")
         backbone.adapter = Adapter(replace(backbone.input, size=own_size))
@@ -241,19 +241,19 @@ def _convert_first_convolution(backbone: Backbone, here: int, wanted: int) -> No
     first = next(m for m in backbone.net.modules() if isinstance(m, nn.Conv2d) and m.in_channels == here)
     weight = first.weight.sum(1, keepdim=True) if wanted == 1 else first.weight.expand(-1, 3, -1, -1) / 3
     first.weight, first.in_channels = nn.Parameter(weight.clone()), wanted
-    backbone.kwargs = {**backbone.kwargs, "in_chans": wanted}
+    backbone.arch_args = {**backbone.arch_args, "in_chans": wanted}
 
 
 def _with_random_first_convolution(backbone: Backbone, channels: int) -> tuple[Backbone, list[str]]:
     """The same backbone for another number of channels, and the names of the tensors that start random in it."""
-    fresh = Backbone(backbone.arch, backbone.input, **{**backbone.kwargs, "in_chans": channels})
+    fresh = Backbone(backbone.arch, backbone.input, **{**backbone.arch_args, "in_chans": channels})
     new, old = fresh.net.state_dict(), backbone.net.state_dict()
     kept = {name: tensor for name, tensor in old.items() if tensor.shape == new[name].shape}
     fresh.net.load_state_dict({**new, **kept})
     return fresh.eval(), [name for name in old if name not in kept]
 
 
-def normalise(backbone: Backbone, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+def set_mean_and_std(backbone: Backbone, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     """Normalise images with the mean and std the user gave: for each channel, in 0..1 of its range."""
     input = backbone.input
     chosen = {"mean": input.mean, "std": input.std}
@@ -262,12 +262,12 @@ def normalise(backbone: Backbone, mean: Sequence[float] | None, std: Sequence[fl
             continue
         if len(numbers) != len(input.mean):
             raise OdcftError(
-                f"data.{title}={brief(list(numbers))}: {backbone.arch} takes {input.color}; "
+                f"data.{title}={short_repr(list(numbers))}: {backbone.arch} takes {input.color}; "
                 f"give {len(input.mean)} number{'s' if len(input.mean) > 1 else ''}, one a channel."
             )
         if not all(math.isfinite(number) and (number > 0 or title == "mean") for number in numbers):
             raise OdcftError(
-                f"data.{title}={brief(list(numbers))}: give finite numbers{' above 0' * (title == 'std')}."
+                f"data.{title}={short_repr(list(numbers))}: give finite numbers{' above 0' * (title == 'std')}."
             )
         chosen[title] = tuple(number * input.range for number in numbers)
     backbone.adapter = Adapter(replace(input, mean=chosen["mean"], std=chosen["std"]))
@@ -275,16 +275,16 @@ def normalise(backbone: Backbone, mean: Sequence[float] | None, std: Sequence[fl
 
 def first_few(names: list[str], between: str = ", ") -> str:
     """The first four names from a file on one line, and how many more there are."""
-    few = [brief(name, 200, quotes=False) for name in names[:4]]
+    few = [short_repr(name, 200, quotes=False) for name in names[:4]]
     return between.join(few) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _load_named(name: str, scheme: str, rest: str, input: str | None, arch_args: dict[str, Any]) -> Loaded:
     """Load `timm:NAME` or `torchvision:NAME` with its weights, or `scratch:NAME` with random ones."""
     arch = rest.split(".")[0] if scheme != "timm" else rest
-    refuse_unknown(arch, name)
+    refuse_unknown_arch(arch, name)
     if scheme != "scratch":
-        return Loaded(_from_hub(name, scheme, arch, arch_args).eval(), name, None, scheme, told=True)
+        return Loaded(_from_hub(name, scheme, arch, arch_args).eval(), name, None, scheme, states_view=True)
     usual = NETWORKS[arch][1] if arch in NETWORKS else None
     if name == "scratch:alexnet":  # the papers' (sec. 3.4, after DeepCluster): batch norm, and here RGB for Sobel
         arch, usual, arch_args = "alexnet_deepcluster", RGB, {"in_chans": 3, **arch_args}
@@ -321,7 +321,7 @@ def _from_hub(name: str, scheme: str, arch: str, arch_args: dict[str, Any]) -> B
         try:
             backbone.net = timm.create_model(tag, pretrained=True, num_classes=0, **arch_args)
         except RuntimeError as error:
-            raise OdcftError(f"{name}: {brief(str(error), 200, quotes=False)}.") from None
+            raise OdcftError(f"{name}: {short_repr(str(error), 200, quotes=False)}.") from None
         except Exception as error:  # the hub's client raises many kinds when it cannot fetch
             why = type(error).__name__ if reachable else "the hub does not answer, and they are not on this machine"
             raise OdcftError(
@@ -330,7 +330,7 @@ def _from_hub(name: str, scheme: str, arch: str, arch_args: dict[str, Any]) -> B
     return backbone
 
 
-def refuse_unknown(arch: str, asked: str | None = None) -> None:
+def refuse_unknown_arch(arch: str, asked: str | None = None) -> None:
     """Refuse an unknown architecture, and name the nearest known one."""
     if not is_network(arch):
         raise OdcftError(f"{asked or arch}: timm has no {arch}{nearest_name(arch)}.")

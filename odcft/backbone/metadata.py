@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from odcft.backbone.network_input import CHANNELS, Input, load
+from odcft.backbone.network_input import CHANNELS, Input, input_from_json
 from odcft.backbone.networks import is_network
 from odcft.data.view import INTERPOLATIONS
 from odcft.errors import OdcftError
-from odcft.files import LARGEST
-from odcft.text import brief
+from odcft.files import MAX_JSON_BYTES
+from odcft.text import short_repr
 
 _Size = Annotated[int, Field(ge=8, le=4096)]  # pixels
 _Channels = Annotated[int, Field(ge=1, le=16)]
@@ -140,7 +140,7 @@ class Metadata:
     ignored: list[str] = field(default_factory=list)  # what is not followed, and why
 
 
-def of_timm(config: Mapping[str, Any]) -> Metadata:
+def from_timm_config(config: Mapping[str, Any]) -> Metadata:
     """Read the config.json of a timm folder."""
     metadata, extra = Metadata(), config.get("odcft")
     _read_architecture(metadata, config.get("architecture"))
@@ -150,14 +150,14 @@ def of_timm(config: Mapping[str, Any]) -> Metadata:
         if isinstance(cfg, dict):
             _read_cfg(metadata, {name: cfg[name] for name in PretrainedCfg.model_fields if name in cfg})
         elif cfg is not None:
-            metadata.ignored.append(f"pretrained_cfg={brief(cfg)} should be an object")
+            metadata.ignored.append(f"pretrained_cfg={short_repr(cfg)} should be an object")
     if isinstance(extra, dict):
         metadata.from_odcft = True
         _read_input(metadata, extra.get("input"))
     return metadata
 
 
-def of_transformers(config: Mapping[str, Any]) -> Metadata:
+def from_preprocessor_config(config: Mapping[str, Any]) -> Metadata:
     """Read the preprocessor_config.json of a folder of Hugging Face's transformers."""
     metadata = Metadata()
     if "image_mean" in config and "image_std" in config:
@@ -165,7 +165,7 @@ def of_transformers(config: Mapping[str, Any]) -> Metadata:
     return metadata
 
 
-def of_export(fields: Mapping[str, Any]) -> Metadata:
+def from_exported_fields(fields: Mapping[str, Any]) -> Metadata:
     """Read the fields that `odcft export` writes beside the tensors of a file; other people's give empty metadata."""
     metadata = Metadata()
     if {"architecture", "arch_args", "input"} <= set(fields):
@@ -176,7 +176,7 @@ def of_export(fields: Mapping[str, Any]) -> Metadata:
     return metadata
 
 
-def of_pretext(tree: Any) -> Metadata:
+def from_pretext_checkpoint(tree: Any) -> Metadata:
     """Read a checkpoint of `odcft pretext`; any other gives empty metadata."""
     metadata = Metadata()
     if isinstance(tree, dict) and isinstance(tree.get("input"), str) and {"size", "mean", "std"} <= set(tree):
@@ -194,11 +194,11 @@ def _read_architecture(metadata: Metadata, name: Any) -> None:
     elif isinstance(name, str) and re.fullmatch(r"\w+\.[\w-]+", name) and is_network(name.split(".")[0]):
         metadata.architecture = name.split(".")[0]
         metadata.ignored.append(
-            f"architecture={brief(name)}: unknown tag, the network is built as {metadata.architecture}"
+            f"architecture={short_repr(name)}: unknown tag, the network is built as {metadata.architecture}"
         )
     elif name is not None:
         metadata.ignored.append(
-            f"architecture={brief(name)}: neither timm nor odcft has such a network, so its tensors decide"
+            f"architecture={short_repr(name)}: neither timm nor odcft has such a network, so its tensors decide"
         )
 
 
@@ -211,7 +211,7 @@ def _read_arguments(metadata: Metadata, arguments: Any, where: str) -> None:
             errors.append(f"img_size={valid['img_size']} should be a square")
         metadata.ignored += [f"{where}.{error}" for error in errors]
     elif arguments is not None:
-        metadata.ignored.append(f"{where}={brief(arguments)} should be an object")
+        metadata.ignored.append(f"{where}={short_repr(arguments)} should be an object")
 
 
 def _read_cfg(metadata: Metadata, fields: dict[str, Any]) -> None:
@@ -228,16 +228,16 @@ def _read_input(metadata: Metadata, fields: Any) -> None:
     if fields is None:
         return
     if not isinstance(fields, dict):
-        metadata.ignored.append(f"input={brief(fields)} should be an object")
+        metadata.ignored.append(f"input={short_repr(fields)} should be an object")
         return
     known = {name: value for name, value in fields.items() if name in _InputFields.model_fields}
-    metadata.ignored += [f"input.{brief(name)}: no such field" for name in fields if name not in known]
+    metadata.ignored += [f"input.{short_repr(name)}: no such field" for name in fields if name not in known]
     try:
         valid = _InputFields.model_validate(known)
     except ValidationError as error:
         metadata.ignored += [f"input.{text}" for text in _errors_by_field(error, known).values()]
         return
-    metadata.input = load(valid.model_dump(exclude_unset=True))
+    metadata.input = input_from_json(valid.model_dump(exclude_unset=True))
 
 
 M = TypeVar("M", bound=_Strict)
@@ -245,7 +245,7 @@ M = TypeVar("M", bound=_Strict)
 
 def _valid_fields(model: type[M], fields: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
     """The fields that a model accepts, and what is wrong with the others."""
-    fields = {(name if isinstance(name, str) else brief(name)): value for name, value in fields.items()}
+    fields = {(name if isinstance(name, str) else short_repr(name)): value for name, value in fields.items()}
     try:
         return model.model_validate(fields).model_dump(exclude_unset=True), []
     except ValidationError as error:
@@ -265,12 +265,12 @@ def _errors_by_field(error: ValidationError, fields: Mapping[str, Any]) -> dict[
             continue
         name = str(one["loc"][0])
         if one["type"] == "extra_forbidden":
-            found.setdefault(name, f"{brief(name, quotes=False)} is not something a file may set")
+            found.setdefault(name, f"{short_repr(name, quotes=False)} is not something a file may set")
         elif one["type"] == "missing":
             found.setdefault(name, f"{name} is missing")
         else:
             problem = one["msg"].replace("Input should", "should").replace("List should", "should")
-            found.setdefault(name, f"{name}={brief(fields.get(name))} {brief(problem, quotes=False)}")
+            found.setdefault(name, f"{name}={short_repr(fields.get(name))} {short_repr(problem, quotes=False)}")
     return found
 
 
@@ -287,7 +287,7 @@ def _simplified(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _parsed_json(metadata: Metadata, text: Any, name: str) -> Any:
     try:
-        return json.loads(text[: LARGEST + 1])
+        return json.loads(text[: MAX_JSON_BYTES + 1])
     except (ValueError, TypeError, RecursionError):
         metadata.ignored.append(f"{name}: not JSON")
         return None
@@ -308,7 +308,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
     for part in re.split(r",(?![^\[]*\])", text):
         name, equals, value = part.partition("=")
         if not equals or not name.strip():
-            raise OdcftError(f"--arch-args {brief(part)}: write name=value, for example patch_size=8,img_size=64.")
+            raise OdcftError(f"--arch-args {short_repr(part)}: write name=value, for example patch_size=8,img_size=64.")
         arguments[name.strip()] = parse_yaml(value, f"--arch-args {name.strip()}")
     return check_arguments(arguments)
 
@@ -339,6 +339,6 @@ def _refuse_argument(name: str) -> NoReturn:
     close = difflib.get_close_matches(str(name)[:100], Arguments.model_fields, n=1)
     suggestion = f" Did you mean {close[0]}?" if close else ""
     raise OdcftError(
-        f"--arch-args {brief(name, quotes=False)}: no such argument.{suggestion} Choose from "
+        f"--arch-args {short_repr(name, quotes=False)}: no such argument.{suggestion} Choose from "
         f"{', '.join(Arguments.model_fields)}."
     )

@@ -6,11 +6,11 @@ from typing import Any
 
 from odcft.backbone.network import Backbone
 from odcft.backbone.networks import timm_builds
-from odcft.data.view import seen_as
+from odcft.data.view import describe_view
 from odcft.text import code_block, code_span
 
 
-def loading_line(backbone: Backbone, path: str, folder: bool = True) -> str:
+def loading_code(backbone: Backbone, path: str, folder: bool = True) -> str:
     """The Python line that loads an exported backbone, with timm, or with odcft if timm lacks the network or colours.
 
     Args:
@@ -18,14 +18,14 @@ def loading_line(backbone: Backbone, path: str, folder: bool = True) -> str:
         path: where it was written.
         folder: whether that is a folder; from a file of tensors timm cannot tell the network.
     """
-    if folder and timm_builds(backbone.arch, backbone.kwargs) and backbone.input.color == "rgb":
+    if folder and timm_builds(backbone.arch, backbone.arch_args) and backbone.input.color == "rgb":
         name = json.dumps(f"local-dir:{path}", ensure_ascii=False)
         return f"import timm; net = timm.create_model({name}, pretrained=True, num_classes=0).eval()"
     name = json.dumps(path, ensure_ascii=False)
     return f"import odcft; net = odcft.load_backbone({name}).backbone  # takes RGB images in 0..1"
 
 
-def name_of(source: str) -> str:
+def base_name(source: str) -> str:
     """The name of a checkpoint or a set of images without its parent folders; timm:resnet18 stays as it is."""
     return Path(source).name or source
 
@@ -42,7 +42,7 @@ _FIGURES = {
 }
 
 
-def card(backbone: Backbone, about: dict[str, Any]) -> str:
+def make_card(backbone: Backbone, about: dict[str, Any]) -> str:
     """Write a README.md for the folder of an exported backbone.
 
     Args:
@@ -63,10 +63,10 @@ def card(backbone: Backbone, about: dict[str, Any]) -> str:
         )
     else:
         lines.append(f"A backbone without head, {backbone.width} features per image, taken from {source} by odcft.")
-    lines += ["", "## Load it", "", "```python", loading_line(backbone, "THIS_FOLDER"), "```"]
+    lines += ["", "## Load it", "", "```python", loading_code(backbone, "THIS_FOLDER"), "```"]
     lines += ["", "## Input", ""]
     lines.append(
-        f"{_COLORS[input.color]}, {seen_as(input.view)}; values 0..{input.range:g}, "
+        f"{_COLORS[input.color]}, {describe_view(input.view)}; values 0..{input.range:g}, "
         f"mean {_numbers(input.mean)}, std {_numbers(input.std)}."
     )
     if input.intensity is not None:

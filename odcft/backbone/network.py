@@ -19,7 +19,7 @@ class Backbone(nn.Module):
     Attributes:
         net: the network itself; its state dict has the names of timm's network (or of the one in NETWORKS).
         arch: its name.
-        kwargs: further arguments it was built with.
+        arch_args: further arguments it was built with.
         input: its size, colours, range and normalisation.
         width: F, the length of a feature.
         size: side in pixels of the images it was made for.
@@ -30,7 +30,7 @@ class Backbone(nn.Module):
         super().__init__()
         with nullcontext() if random else SkipRandomInit():
             net: Any = build(arch, **kwargs)
-        self.net, self.arch, self.kwargs = net, arch, kwargs
+        self.net, self.arch, self.arch_args = net, arch, kwargs
         cfg: dict[str, Any] = getattr(net, "pretrained_cfg", {})
         if input is None:
             size = kwargs.get("img_size") or cfg["input_size"][-1] if cfg else 0
@@ -50,7 +50,7 @@ class Backbone(nn.Module):
         """Side in pixels of the images it was made for."""
         return self.input.size
 
-    def show(self, view: View) -> None:
+    def set_view(self, view: View) -> None:
         """Use another size, crop and interpolation from now on; exports record it.
 
         Raises:
@@ -58,9 +58,9 @@ class Backbone(nn.Module):
         """
         if self.fixed_size and view.size != self.size:
             raise OdcftError(f"{self.arch} takes images of {self.size} pixels only, not {view.size}.")
-        if not self.takes(view.size):
+        if not self.accepts_size(view.size):
             raise OdcftError(f"{self.arch} cannot process images of {view.size} pixels. It was made for {self.size}.")
-        self.adapter = Adapter(self.input.seen(view)).to(next(self.parameters()).device)
+        self.adapter = Adapter(self.input.with_view(view)).to(next(self.parameters()).device)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), RGB in 0..1, to pooled features (B, F)."""
@@ -75,7 +75,7 @@ class Backbone(nn.Module):
         )
 
     @torch.no_grad()
-    def takes(self, size: int) -> bool:
+    def accepts_size(self, size: int) -> bool:
         """Whether the network can process images of size x size pixels, found out by trying.
 
         Small images can shrink to nothing before the last layer.

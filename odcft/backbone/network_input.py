@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odcft.data.lab_colors import lab
+from odcft.data.lab_colors import rgb_to_lab
 from odcft.data.view import View
 from odcft.errors import OdcftError
 
@@ -58,7 +58,7 @@ class Input:
         """How an image file becomes the square of pixels that is normalised."""
         return View(self.size, self.crop_fraction, self.interpolation, self.intensity)
 
-    def seen(self, view: View) -> "Input":
+    def with_view(self, view: View) -> "Input":
         """The same colours and normalisation with another view."""
         return replace(self, **vars(view))
 
@@ -77,7 +77,7 @@ class Input:
         }
 
 
-def load(about: dict[str, Any]) -> Input:
+def input_from_json(about: dict[str, Any]) -> Input:
     """Read what `dump` wrote. Files of odcft 0.1 have no view fields, and those of `odcft pretext` no channels."""
     optional: dict[str, Any] = {
         name: about[name] for name in ("channels", "crop_fraction", "interpolation", "intensity") if name in about
@@ -124,7 +124,7 @@ class Adapter(nn.Module):
             red, green, blue = images.unbind(1)
             images = (0.299 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
         elif color == "lab_l":
-            images = lab(images)[:, :1]
+            images = rgb_to_lab(images)[:, :1]
         images = (images * (self.input.range / RANGES[color]) - self.mean) / self.std
         if color == "sobel":
             images = F.conv2d(images.mean(1, keepdim=True), self.kernel_2133.to(images.dtype), padding=1)

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from odcft.backbone.network_input import IMAGENET, Input
 from odcft.errors import OdcftError, ran_out_of_memory
-from odcft.text import brief
+from odcft.text import short_repr
 
 Layers = list[tuple[str, nn.Module]]
 
@@ -269,7 +269,7 @@ def _build_timm(arch: str, kwargs: dict[str, Any]) -> nn.Module:
         if not kwargs or ran_out_of_memory(error):
             raise
         given = ", ".join(f"{name}={value}" for name, value in kwargs.items() if name != "zero_init_last")
-        raise OdcftError(f"{arch} cannot be built with {given} ({brief(str(error), 90, quotes=False)}).") from None
+        raise OdcftError(f"{arch} cannot be built with {given} ({short_repr(str(error), 90, quotes=False)}).") from None
     return net
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from odcft.errors import OdcftError
-from odcft.text import brief
+from odcft.text import short_repr
 
 # Checkpoints never need these, attacks do. A name that is not listed becomes a stand-in, which does not run either.
 _DANGEROUS_MODULES = {
@@ -82,7 +82,7 @@ def refuse_dangerous(name: str) -> None:
     """Raise DangerousGlobal for names such as os.system and builtins.eval."""
     module, _, rest = name.partition(".")
     if module in _DANGEROUS_MODULES or (module in ("builtins", "__builtin__") and rest in _DANGEROUS_BUILTINS):
-        raise DangerousGlobal(brief(name, quotes=False))
+        raise DangerousGlobal(short_repr(name, quotes=False))
 
 
 MAX_INSTRUCTIONS = 5_000_000  # in a pickle; a checkpoint of 1,000 tensors has 50,000

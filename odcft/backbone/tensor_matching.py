@@ -35,7 +35,7 @@ class Match:
     others: list[str]  # state dicts of the same file that were left out
 
     @property
-    def share(self) -> float:
+    def coverage(self) -> float:
         """Share of the network's tensors that were found, 0..1."""
         return len(self.tensors) / max(1, self.expected)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from odcft import files
 from odcft.backbone.load import load_backbone
-from odcft.backbone.model_card import card
+from odcft.backbone.model_card import make_card
 from odcft.backbone.network import Backbone
 from odcft.backbone.networks import timm_builds
 
@@ -45,14 +45,14 @@ def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = 
     if input.channels != 3:
         # Otherwise timm would adapt a first convolution that already fits.
         config["pretrained_cfg"]["first_conv"] = None
-    if backbone.kwargs:
-        config["model_args"] = backbone.kwargs
+    if backbone.arch_args:
+        config["model_args"] = backbone.arch_args
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.net.state_dict().items()}
-    with files.filling(folder) as unfinished:
+    with files.atomic_folder(folder) as unfinished:
         files.save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
         (unfinished / "config.json").write_text(json.dumps(config, indent=2))
         _verify(backbone, unfinished)
-        (unfinished / "README.md").write_text(card(backbone, about or {}), encoding="utf-8")
+        (unfinished / "README.md").write_text(make_card(backbone, about or {}), encoding="utf-8")
 
 
 def _summary(about: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def _verify(backbone: Backbone, folder: Path) -> None:
     ours = features_of(backbone, images)
     reloaded = load_backbone(folder).backbone
     theirs = [reloaded(images)]
-    if timm_builds(backbone.arch, backbone.kwargs):
+    if timm_builds(backbone.arch, backbone.arch_args):
         import timm
 
         net = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()

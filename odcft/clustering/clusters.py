@@ -34,7 +34,7 @@ def stored(clusters: Clusters) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     Returns:
         By name: rows of this rank's images, (S, ...) each; and what is the same on every rank.
     """
-    kept, pending = clusters.memory, clusters.watch.late.pending()
+    kept, pending = clusters.memory, clusters.watch.reader.pending()
     same = {"centroids": kept.centroids_KD} | ({} if pending is None else {"small_pending": pending})
     return {"features": kept.features_SD, "labels": kept.labels_S}, same
 
@@ -56,4 +56,4 @@ def restore(clusters: Clusters, rows: dict[str, Tensor], same: dict[str, Tensor]
     new.half_squares_K = memory.half_squares(centroids_KD)
     clusters.memory = new
     if "small_pending" in same and old.device.type != "cpu":
-        clusters.watch.late.put_back(same["small_pending"])
+        clusters.watch.reader.restore_pending(same["small_pending"])

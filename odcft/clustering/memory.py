@@ -187,7 +187,7 @@ def update_samples(memory: Memory, row_B: Tensor, features_BD: Tensor, momentum:
     return moved_B
 
 
-def move(memory: Memory, row_M: Tensor, label_M: Tensor) -> None:
+def change_labels(memory: Memory, row_M: Tensor, label_M: Tensor) -> None:
     """Give rows of this rank new labels, and update sums and counts; features stay as they are.
 
     Args:
@@ -219,6 +219,6 @@ def loss_weights(sizes_K: Tensor, rules: Rules) -> Tensor:
     return sizes_K.clamp(min=1).to(torch.float32).rsqrt()
 
 
-def small_clusters(sizes_K: Tensor, min_cluster: int, rules: Rules) -> Tensor:
+def is_small(sizes_K: Tensor, min_cluster: int, rules: Rules) -> Tensor:
     """Which clusters are small (sec. 3.2): (K,) int64 to (K,) bool."""
     return sizes_K <= min_cluster if rules.threshold_is_small else sizes_K < min_cluster

@@ -9,9 +9,18 @@ import heapq
 import torch
 from torch import Tensor
 
-from odcft.clustering.memory import UNIT, Memory, Rules, half_squares, move, nearest_centroid, small_clusters, to_units
+from odcft.clustering.memory import (
+    UNIT,
+    Memory,
+    Rules,
+    change_labels,
+    half_squares,
+    is_small,
+    nearest_centroid,
+    to_units,
+)
 from odcft.distributed import dist, ownership
-from odcft.distributed.delayed_reader import LateReader
+from odcft.distributed.delayed_reader import DelayedReader
 
 ROWS = 4096  # processed at a time
 
@@ -24,11 +33,11 @@ class SmallClusterWatch:
     """
 
     def __init__(self) -> None:
-        self.late = LateReader()
+        self.reader = DelayedReader()
 
     def any_small(self, sizes_K: Tensor, min_cluster: int, rules: Rules) -> bool:
         """Whether some cluster is small: now (CPU), or one step ago (accelerator). sizes_K: (K,) int64."""
-        answer = self.late.read(small_clusters(sizes_K, min_cluster, rules).any())
+        answer = self.reader.read(is_small(sizes_K, min_cluster, rules).any())
         return answer is not None and bool(answer)
 
 
@@ -47,7 +56,7 @@ def handle_small_clusters(memory: Memory, min_cluster: int, rules: Rules, genera
     Returns:
         How many clusters were refilled.
     """
-    small_K = small_clusters(memory.sizes_K, min_cluster, rules)
+    small_K = is_small(memory.sizes_K, min_cluster, rules)
     smallest_normal = min_cluster + 1 if rules.threshold_is_small else min_cluster
     if not small_K.any() or int(memory.sizes_K.max()) < 2 * smallest_normal:
         return 0
@@ -82,7 +91,7 @@ def _disperse(memory: Memory, small_K: Tensor, rules: Rules) -> None:
     centroids_CD, half_squares_C = memory.centroids_KD[normal_C], memory.half_squares_K[normal_C]
     for row_B in row_M.split(ROWS):
         features_BD = memory.features_SD[row_B].float()
-        move(memory, row_B, normal_C[nearest_centroid(features_BD, centroids_CD, half_squares_C, rules)])
+        change_labels(memory, row_B, normal_C[nearest_centroid(features_BD, centroids_CD, half_squares_C, rules)])
     memory.sizes_K = dist.all_sum(memory.counts_K)
 
 
@@ -104,7 +113,7 @@ def _refill(memory: Memory, empty: list[int], at_least: int, rules: Rules, gener
         second_M, sums_2D, sizes_2 = split_in_two(memory.features_SD[row_M].float(), row_M, min_half, start)
         if rules.random_half and torch.rand((), generator=generator) < 0.5:
             second_M, sums_2D, sizes_2 = ~second_M, sums_2D.flip(0), sizes_2[::-1]
-        move(memory, row_M[second_M], torch.full_like(row_M[second_M], label))
+        change_labels(memory, row_M[second_M], torch.full_like(row_M[second_M], label))
         size_21 = torch.tensor(sizes_2, device=sums_2D.device).unsqueeze(1)
         memory.centroids_KD[[source, label]] = sums_2D.float() * UNIT / size_21
         rows[source], rows[label] = row_M[~second_M], row_M[second_M]

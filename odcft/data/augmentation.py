@@ -87,7 +87,7 @@ def augment_batch(images: Tensor, recipe: AugmentRecipe, generator: torch.Genera
     return images
 
 
-def turned(images: Tensor, turn_B: Tensor) -> Tensor:
+def rotate_quarters(images: Tensor, turn_B: Tensor) -> Tensor:
     """Rotate each image by a number of quarter turns: (B, C, H, H) and (B,) of 0..3 to (B, C, H, H)."""
     rotated_4BCHH = torch.stack([torch.rot90(images, k, (2, 3)) for k in range(4)])
     row_B = turn_B * len(images) + torch.arange(len(images), device=images.device)

@@ -18,7 +18,7 @@ from odcft.data.view import View, centre_crop
 from odcft.distributed import dist, ownership, stop_signals
 from odcft.errors import OdcftError
 from odcft.recipe import AugmentRecipe
-from odcft.text import shown
+from odcft.text import printable
 
 
 @dataclass
@@ -48,10 +48,10 @@ class Crops:
             else:
                 image = centre_crop(image, self.view)
         except OdcftError as error:
-            return shown(error), index
+            return printable(error), index
         except Exception as error:  # Pillow raises a dozen types for broken files; none may stop a long run
             said = error.strerror if isinstance(error, OSError) else None  # without errno and path
-            return shown(said or f"{type(error).__name__}: {error}"), index
+            return printable(said or f"{type(error).__name__}: {error}"), index
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), index
 
 
@@ -75,12 +75,14 @@ class Batch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle to send from a data worker to the training process, through shared memory if possible."""
-        pixels = shared_memory.handed_over(self.pixels)
-        return _received, (pixels, tuple(self.pixels.shape), self.index_B.tolist(), self.unreadable)
+        pixels = shared_memory.pack_pixels(self.pixels)
+        return _unpickle_batch, (pixels, tuple(self.pixels.shape), self.index_B.tolist(), self.unreadable)
 
 
-def _received(pixels: Tensor | bytes, shape: tuple[int, ...], index: list[int], unreadable: dict[int, str]) -> Batch:
-    return Batch(shared_memory.received(pixels, shape), torch.tensor(index, dtype=torch.int64), unreadable)
+def _unpickle_batch(
+    pixels: Tensor | bytes, shape: tuple[int, ...], index: list[int], unreadable: dict[int, str]
+) -> Batch:
+    return Batch(shared_memory.unpack_pixels(pixels, shape), torch.tensor(index, dtype=torch.int64), unreadable)
 
 
 def collate(items: list[tuple[Tensor | str, int]]) -> Batch:
@@ -114,7 +116,7 @@ class TrainingOrder:
         first_step: int = 0,
         draw: Callable[[torch.Generator], Tensor] | None = None,
     ) -> None:
-        self.count, self.owned = count, torch.tensor(ownership.owned(count))
+        self.count, self.owned = count, torch.tensor(ownership.my_images(count))
         self.batch = min(batch, count // dist.world_size())  # of this rank
         self.steps_per_epoch = steps_per_epoch(count, batch * dist.world_size())
         self.steps = self.steps_per_epoch * epochs
@@ -156,7 +158,7 @@ class TrainingBatches:
 
     def __init__(self, crops: "Crops", order: TrainingOrder, workers: int, device: torch.device) -> None:
         self.order = order
-        self._loader = loader(crops, order, workers, device, stay=True)
+        self._loader = make_loader(crops, order, workers, device, stay=True)
         self._running: Iterator[Batch] | None = None
 
     def draw_again(self) -> None:
@@ -176,12 +178,12 @@ class TrainingBatches:
             yield next(self._running)
 
 
-def in_order(indices: range, batch: int) -> list[list[tuple[int, int]]]:
+def sequential_batches(indices: range, batch: int) -> list[list[tuple[int, int]]]:
     """Batches of these images, in order, all for epoch 0."""
     return [[(0, i) for i in indices[start : start + batch]] for start in range(0, len(indices), batch)]
 
 
-def loader(
+def make_loader(
     crops: Crops, batches: object, workers: int, device: torch.device, *, stay: bool = False
 ) -> torch.utils.data.DataLoader:
     """A loader of `Batch`es.
@@ -202,11 +204,11 @@ def loader(
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
         persistent_workers=stay and workers > 0,
-        worker_init_fn=_in_worker,
+        worker_init_fn=_init_worker,
     )
 
 
-def _in_worker(worker: int) -> None:
+def _init_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    stop_signals.ignore_in_worker()
-    shared_memory.end_rather_than_wait()
+    stop_signals.ignore_signals_in_worker()
+    shared_memory.exit_instead_of_hanging()

@@ -8,7 +8,7 @@ from contextlib import suppress
 from odcft.data.sources import Images
 
 
-def same_content(images: Images) -> list[list[int]]:
+def identical_files(images: Images) -> list[list[int]]:
     """Find groups of images whose files are byte-for-byte the same.
 
     Only files that share their size with another are read. Files that cannot be read are in no group.

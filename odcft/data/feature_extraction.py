@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from odcft.data.batches import Crops, in_order, loader
+from odcft.data.batches import Crops, make_loader, sequential_batches
 from odcft.distributed import dist, ownership
 from odcft.progress import Progress
 
@@ -40,11 +40,11 @@ def extract(
         for the unreadable ones.
     """
     assert crops.augment is None
-    owned = ownership.owned(len(crops.images))
+    owned = ownership.my_images(len(crops.images))
     unreadable: dict[int, str] = {}
     features_SD: Tensor | None = None
     with progress.phase(title, len(owned)) as advance:
-        for part in loader(crops, in_order(owned, batch), workers, device):
+        for part in make_loader(crops, sequential_batches(owned, batch), workers, device):
             if stop():
                 break
             unreadable.update(part.unreadable)

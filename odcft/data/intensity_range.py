@@ -9,7 +9,7 @@ from odcft.data.image_decoding import image_size, read_high_depth
 from odcft.data.sources import Images
 
 
-def usual_side(images: Images, sample: int = 32) -> int:
+def median_shorter_side(images: Images, sample: int = 32) -> int:
     """Return the median shorter side, in pixels, of a few images spread over the set; 0 if none can be read."""
     sides = []
     for index in range(0, len(images), max(1, len(images) // sample)):
@@ -20,7 +20,7 @@ def usual_side(images: Images, sample: int = 32) -> int:
     return int(np.median(sides)) if sides else 0
 
 
-def own_range(images: Images, full: bool = False, sample: int = 256) -> tuple[tuple[float, float] | None, str]:
+def choose_range(images: Images, full: bool = False, sample: int = 256) -> tuple[tuple[float, float] | None, str]:
     """Choose the values that become black and white, for images with more than 8 bits a channel (data.range=auto).
 
     12-bit cameras write 16-bit files. So the range that the images actually use is chosen if it is less than half of
@@ -40,7 +40,7 @@ def own_range(images: Images, full: bool = False, sample: int = 256) -> tuple[tu
     """
     # (kind, limits) of a type to the range of each image of that type
     found: dict[tuple[str, tuple[float, float]], list[tuple[float, float]]] = {}
-    sample = min(sample, max(16, (1 << 28) // max(1, usual_side(images) ** 2)))  # a few seconds of decoding
+    sample = min(sample, max(16, (1 << 28) // max(1, median_shorter_side(images) ** 2)))  # a few seconds of decoding
     examined = range(0, len(images), max(1, -(-len(images) // sample)))
     for index in examined:
         with suppress(Exception):  # reported later, when the image is read for training

@@ -10,7 +10,7 @@ _XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.01933
 _WHITE = (0.95047, 1.0, 1.08883)
 
 
-def lab(images: Tensor) -> Tensor:
+def rgb_to_lab(images: Tensor) -> Tensor:
     """Convert sRGB images to CIE Lab.
 
     The matrix product is written as sums, because autocast would compute a matmul with 8 bits of precision.
@@ -47,7 +47,7 @@ def ab_bins(width: float = 10.0) -> Tensor:
     """
     levels = torch.linspace(0, 1, 52)
     cube = torch.cartesian_prod(levels, levels, levels)  # (52^3, 3): every fifth of 256 levels, in each channel
-    ab = lab(cube.view(-1, 3, 1, 1))[:, 1:].flatten(1)
+    ab = rgb_to_lab(cube.view(-1, 3, 1, 1))[:, 1:].flatten(1)
     return (ab / width).round().unique(dim=0) * width
 
 

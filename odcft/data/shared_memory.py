@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from odcft.distributed import dist
-from odcft.text import shown
+from odcft.text import printable
 
 SHARED_MEMORY = "/dev/shm"
 REMEDY = "In a container, give it more: docker run --shm-size=8g"
@@ -37,7 +37,7 @@ def usable_workers(workers: int) -> int:
     return workers
 
 
-def handed_over(pixels: Tensor) -> Tensor | bytes:
+def pack_pixels(pixels: Tensor) -> Tensor | bytes:
     """Return what a data worker pickles for the pixels of a batch: a tensor in shared memory, or bytes if that is full.
 
     Args:
@@ -49,7 +49,7 @@ def handed_over(pixels: Tensor) -> Tensor | bytes:
         return pixels.numpy().tobytes()
 
 
-def received(pixels: Tensor | bytes, shape: tuple[int, ...]) -> Tensor:
+def unpack_pixels(pixels: Tensor | bytes, shape: tuple[int, ...]) -> Tensor:
     """Return the pixels that `handed_over` has sent."""
     if isinstance(pixels, Tensor):
         return pixels
@@ -59,12 +59,12 @@ def received(pixels: Tensor | bytes, shape: tuple[int, ...]) -> Tensor:
     return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(shape) if pixels else torch.empty(shape).byte()
 
 
-def end_rather_than_wait() -> None:
+def exit_instead_of_hanging() -> None:
     """In a data worker: exit if a batch cannot be sent or the training process is gone, instead of waiting for ever."""
     parent = os.getppid()
 
     def exit_on_error(error: Exception, batch: object) -> None:
-        print(f"A data worker cannot send a batch: {shown(error)}.", file=sys.stderr, flush=True)
+        print(f"A data worker cannot send a batch: {printable(error)}.", file=sys.stderr, flush=True)
         os._exit(1)
 
     def exit_with_parent() -> None:

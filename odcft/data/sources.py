@@ -49,11 +49,11 @@ class Images:
         labels = [self.labels[i] for i in keep] if self.labels else None
         return Images(self.source, self.root, [self.names[i] for i in keep], labels, self.skipped)
 
-    def classes(self) -> list[str]:
+    def class_labels(self) -> list[str]:
         """The labels that `evaluate` uses: those of the list file, or the name of each image's folder."""
         return self.labels if self.labels is not None else [os.path.dirname(name) for name in self.names]
 
-    def not_read(self) -> str:
+    def skipped_summary(self) -> str:
         """What was skipped, as a phrase: "300 .heic, 2 .xml, 1 pipe"; "" if nothing was."""
         return _summary(self.skipped)
 

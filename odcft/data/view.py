@@ -29,7 +29,7 @@ class View:
     intensity: tuple[float, float] | None = None
 
 
-def seen_as(view: View) -> str:
+def describe_view(view: View) -> str:
     """Describe a view in a phrase, for messages that say how images are prepared."""
     resized = math.floor(view.size / view.crop_fraction)
     seen = f"seen at {view.size} pixels (shorter side resized to {resized}, {view.interpolation}, centre crop)"

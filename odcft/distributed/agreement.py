@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from odcft.distributed import dist, stop_signals
-from odcft.distributed.delayed_reader import LateReader
+from odcft.distributed.delayed_reader import DelayedReader
 
 
 class Agreed(NamedTuple):
@@ -24,7 +24,7 @@ class Agreement:
     """
 
     def __init__(self) -> None:
-        self._late = LateReader()
+        self._late = DelayedReader()
 
     def after_step(self, loss: Tensor, save: bool) -> Agreed:
         """What all ranks agree on.
@@ -36,7 +36,7 @@ class Agreement:
         flags = torch.stack(
             [
                 loss.isfinite().logical_not().float(),
-                torch.full((), float(bool(stop_signals.asked())), device=loss.device),
+                torch.full((), float(bool(stop_signals.stop_requested())), device=loss.device),
                 torch.full((), float(save and dist.rank() == 0), device=loss.device),
             ]
         )
@@ -51,6 +51,6 @@ class Agreement:
 
 def asked_anywhere(device: torch.device) -> bool:
     """Whether some rank was asked to stop. The host waits for the device."""
-    asked = torch.full((), float(bool(stop_signals.asked())), device=device)
+    asked = torch.full((), float(bool(stop_signals.stop_requested())), device=device)
     dist.all_sum_(asked)
     return bool(asked)

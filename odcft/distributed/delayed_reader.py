@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class LateReader:
+class DelayedReader:
     """Brings a small tensor of every step to the host: at once on a CPU, one step later on an accelerator.
 
     On an accelerator the copy to host memory is queued after the step's kernels and read one step later, when it has
@@ -46,6 +46,6 @@ class LateReader:
             self._arrived.synchronize()  # the copy of the previous step: done, or nearly
         return self._host.clone()
 
-    def put_back(self, value: Tensor) -> None:
+    def restore_pending(self, value: Tensor) -> None:
         """Make the next `read` return this value, which was `pending` when a snapshot was written."""
         self._host, self._arrived = value.pin_memory(), torch.cuda.Event()

@@ -46,14 +46,14 @@ def start(device: torch.device) -> None:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
-def lost_another(error: BaseException) -> bool:
+def is_lost_peer_error(error: BaseException) -> bool:
     """Whether torch raised this error because another process has ended (and reports why itself), or is unreachable."""
     if not _started() or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End this process with an exit code; one of several ranks skips Python's own shutdown.
 
     The threads that carried out collectives may still be releasing tensors, and outlive the group if DDP holds it. One
@@ -122,7 +122,7 @@ def gather_dict(mine: dict) -> dict:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with gradients averaged and batch statistics taken over all ranks; unchanged in a single process."""
     if world_size() == 1:
         return model

@@ -16,7 +16,7 @@ MOMENT = 2.0  # seconds that the other ranks get to end and report why, after on
 TAIL = 200  # lines of stderr that are kept of every rank but 0
 
 
-def relaunch(ranks: int) -> int:
+def run_ranks(ranks: int) -> int:
     """Run this same command once per rank, and wait for all of them.
 
     The first rank that fails ends all of them. Signals to this process are forwarded to every rank; if it is killed,
@@ -41,7 +41,7 @@ def relaunch(ranks: int) -> int:
         ended = {rank: code for rank, worker in running.items() if (code := worker.poll()) is not None}
         for rank in ended:
             del running[rank]
-        if stop_signals.EXIT in ended.values():
+        if stop_signals.EXIT_STOPPED in ended.values():
             first_stop = first_stop or time.monotonic()
         failed = _failures(ended)
         if failed and not (received and first_stop):  # else they only failed because ranks that stopped left them
@@ -51,7 +51,7 @@ def relaunch(ranks: int) -> int:
             _end(running)
             break
         time.sleep(0.05)
-    return stop_signals.EXIT if first_stop else 0
+    return stop_signals.EXIT_STOPPED if first_stop else 0
 
 
 def _environment(ranks: int) -> dict[str, str]:
@@ -97,7 +97,7 @@ def _start_rank(rank: int, environment: dict[str, str]) -> subprocess.Popen:
 
 def _failures(codes: dict[int, int]) -> dict[int, int]:
     """Those exit codes, by rank, that are neither success nor a stop as requested."""
-    return {rank: code for rank, code in codes.items() if code not in (0, stop_signals.EXIT)}
+    return {rank: code for rank, code in codes.items() if code not in (0, stop_signals.EXIT_STOPPED)}
 
 
 def _report(failed: dict[int, int], stderr: dict[int, "_StderrTail"], received: list[int]) -> int:
@@ -118,7 +118,7 @@ def _report(failed: dict[int, int], stderr: dict[int, "_StderrTail"], received: 
     if code > 0:
         return code
     if -code in received:  # the rank did not handle signals yet
-        return stop_signals.EXIT
+        return stop_signals.EXIT_STOPPED
     print(
         f"odcft: process {rank} was killed ({signal.Signals(-code).name}; SIGKILL often means that the system ran out "
         "of memory), so the other processes were ended too. Continue with --resume.",

@@ -17,7 +17,7 @@ PIECE = 65536  # images handled at a time when some are removed
 Index = TypeVar("Index", int, Tensor)
 
 
-def owned(count: int) -> range:
+def my_images(count: int) -> range:
     """The images this rank owns among `count`, in row order."""
     return range(dist.rank(), count, dist.world_size())
 
@@ -65,7 +65,7 @@ def in_dataset_order(rows: Tensor, count: int) -> Tensor:
     return torch.empty_like(gathered).index_copy_(0, order, gathered)
 
 
-def without(rows: Tensor, left_out: set[int], count: int) -> Tensor:
+def remove_images(rows: Tensor, left_out: set[int], count: int) -> Tensor:
     """The rows of this rank after some images are removed: the others are renumbered, so most change their rank.
 
     Args:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-EXIT = 75  # the exit code of a stopped program: EX_TEMPFAIL, which schedulers read as "try again later"
+EXIT_STOPPED = 75  # the exit code of a stopped program: EX_TEMPFAIL, which schedulers read as "try again later"
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
 SAME_CTRL_C = 1.0  # seconds within which two Ctrl-C count as one, delivered by both the terminal and a launcher
 
@@ -31,7 +31,7 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def listening() -> Iterator[None]:
+def handling_signals() -> Iterator[None]:
     """Handle the signals within this context. Only the main thread can; in any other, the handlers stay as they are."""
     global _process, _asked, _deferred
     _process, _asked, _deferred = os.getpid(), "", False
@@ -50,7 +50,7 @@ def listening() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def asked() -> str:
+def stop_requested() -> str:
     """What asked this process to stop: the name of a signal, or the end of its launcher; "" if nothing did."""
     if _launcher and os.getppid() != _launcher:
         return "launcher gone"
@@ -68,7 +68,7 @@ def deferred() -> Iterator[None]:
         _deferred = False
 
 
-def ignore_in_worker() -> None:
+def ignore_signals_in_worker() -> None:
     """Ignore the signals in a data worker.
 
     Schedulers signal all processes of a job, but the training process still needs batches to finish its step. A worker

@@ -115,13 +115,13 @@ def _load_starting_checkpoints(run: str, members: int, progress: Any) -> list["L
 
 def _report_images(labels: "LabelledImages", views: list["View"], progress: Any) -> None:
     """Say which images were found and how the networks see them."""
-    from odcft.data.view import seen_as
+    from odcft.data.view import describe_view
 
     found = ", ".join(f"{count:,} in {name}" for name, count in labels.sets)
     for view in dict.fromkeys(views):
-        progress.say(f"Images      {found} · {seen_as(view)}")
+        progress.say(f"Images      {found} · {describe_view(view)}")
     if labels.images.skipped:
-        progress.say(f"Not read    {labels.images.not_read()}")
+        progress.say(f"Not read    {labels.images.skipped_summary()}")
 
 
 def _make_splits(
@@ -154,7 +154,7 @@ def _extract_features(
     backbone = loaded.backbone
     if backbone.fixed_size and view.size != backbone.size:
         raise OdcftError(f"{backbone.arch} takes images of {backbone.size} pixels only, not {view.size}.")
-    if not backbone.takes(view.size):
+    if not backbone.accepts_size(view.size):
         raise OdcftError(f"{backbone.arch} cannot process images of {view.size} pixels. Try --size {backbone.size}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     crops = Crops(labels.images, view)

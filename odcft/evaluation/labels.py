@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from odcft.data.duplicates import same_content
+from odcft.data.duplicates import identical_files
 from odcft.data.sources import Images, find_images
 from odcft.errors import OdcftError
 
@@ -75,7 +75,7 @@ def load_labelled_images(data: str, test: str | None) -> LabelledImages:
     targets = _targets(per_image, classes)
     images = found[0] if test is None else _joined(*found)
     no_rows = np.zeros(0, dtype=np.int64)
-    labels = LabelledImages(images, classes, targets, no_rows, no_rows, sets, {}, duplicates=same_content(images))
+    labels = LabelledImages(images, classes, targets, no_rows, no_rows, sets, {}, duplicates=identical_files(images))
     if test is None:
         _refuse_too_few(labels, targets)
     labels = _divide(labels, {})
@@ -195,7 +195,7 @@ def _refuse_if_nothing_left(
 def _labels_per_image(images: Images) -> list[list[str]]:
     """The labels of each image: those in the list, which ";" separates, or the name of its folder."""
     if images.labels is None:
-        return [[label] if label else [] for label in images.classes()]
+        return [[label] if label else [] for label in images.class_labels()]
     return [[part.strip() for part in label.split(";") if part.strip()] for label in images.labels]
 
 

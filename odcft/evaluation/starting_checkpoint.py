@@ -7,7 +7,7 @@ from typing import Any
 
 from odcft.data.view import View
 from odcft.errors import OdcftError
-from odcft.files import read_json, sha256
+from odcft.files import checkpoint_sha256, read_json
 from odcft.text import count_of
 
 SCHEMES = ("timm", "torchvision", "scratch")
@@ -47,12 +47,12 @@ def find_starting_checkpoints(run: str, members: int) -> tuple[list[str], str]:
 
 def load_options_of(run: str) -> dict[str, Any]:
     """The options of `load_backbone` that a RUN loaded its checkpoint with, from its recipe and run.json."""
-    from odcft.recipe import load_recipe, taken_as
+    from odcft.recipe import load_options, load_recipe
 
     options: dict[str, Any] = {}
     with suppress(OdcftError):  # no recipe, or one of another version
         recipe = load_recipe(Path(run) / "recipe.yaml")
-        options = {**taken_as(recipe), "seed": recipe.seed}
+        options = {**load_options(recipe), "seed": recipe.seed}
     with suppress(OdcftError):
         arch = read_json(Path(run) / "run.json").get("arch_given")
         options |= {"arch": arch} if isinstance(arch, str) else {}
@@ -93,7 +93,7 @@ def _find(recorded: str, absolute: str, checksum: str, run: Path) -> str | None:
     folders = [run, *run.resolve().parents]
     for path in (absolute, recorded, *(str(folder / recorded) for folder in folders)):
         try:
-            if sha256(path) == checksum:
+            if checkpoint_sha256(path) == checksum:
                 return path
         except (OSError, ValueError):  # not readable, or not a path at all
             continue

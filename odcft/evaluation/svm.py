@@ -126,7 +126,7 @@ def _fit(
     from sklearn.svm import LinearSVC
 
     if worker:
-        stop_signals.ignore_in_worker()
+        stop_signals.ignore_signals_in_worker()
 
     def make_svm(cost: float) -> LinearSVC:
         return LinearSVC(

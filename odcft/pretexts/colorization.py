@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from odcft.backbone.network import Backbone
-from odcft.data.batches import Crops, in_order, loader
+from odcft.data.batches import Crops, make_loader, sequential_batches
 from odcft.data.feature_extraction import to_float
-from odcft.data.lab_colors import ab_bins, lab, nearest_bin
+from odcft.data.lab_colors import ab_bins, nearest_bin, rgb_to_lab
 from odcft.data.sources import Images
 from odcft.data.view import View
 from odcft.errors import OdcftError
@@ -47,7 +47,7 @@ class Colorization(nn.Module):
     def forward(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Map images (B, 3, H, H), RGB in 0..1, to logits (M, Q) and targets (M,) of all positions."""
         logits = F.pixel_shuffle(self.head(self._feature_maps(images)), self.PREDICTIONS_PER_SIDE)  # (B, Q, h, w)
-        ab = F.adaptive_avg_pool2d(lab(images)[:, 1:], (logits.shape[2], logits.shape[3])).permute(0, 2, 3, 1)
+        ab = F.adaptive_avg_pool2d(rgb_to_lab(images)[:, 1:], (logits.shape[2], logits.shape[3])).permute(0, 2, 3, 1)
         return logits.permute(0, 2, 3, 1).flatten(0, 2), nearest_bin(ab, self.bins_Q2).flatten()
 
     def _feature_maps(self, images: Tensor) -> Tensor:
@@ -77,9 +77,9 @@ def class_weights(
     rows = range(0, len(images), max(1, len(images) // sample))
     crops = Crops(images, View(size, 1.0, intensity=intensity))
     counts_Q = torch.zeros(len(bins_Q2))
-    for batch in loader(crops, in_order(rows, 128), 0, torch.device("cpu")):
+    for batch in make_loader(crops, sequential_batches(rows, 128), 0, torch.device("cpu")):
         if len(batch.index_B):
-            ab = F.avg_pool2d(lab(to_float(batch.pixels, torch.device("cpu")))[:, 1:], 4).permute(0, 2, 3, 1)
+            ab = F.avg_pool2d(rgb_to_lab(to_float(batch.pixels, torch.device("cpu")))[:, 1:], 4).permute(0, 2, 3, 1)
             counts_Q += torch.bincount(nearest_bin(ab, bins_Q2).flatten(), minlength=len(bins_Q2))
     if counts_Q.sum() == 0:
         raise OdcftError(f"None of the {len(rows):,} images sampled from {images.source} can be read.")

@@ -30,7 +30,7 @@ class Jigsaw(nn.Module):
         self.backbone, self.augment = backbone, plan.augment
         self.side = 3 if size >= 96 else 2
         patch = size // self.side * 7 // 8
-        if not backbone.takes(patch):
+        if not backbone.accepts_size(patch):
             raise OdcftError(
                 f"{backbone.arch} cannot process patches of {patch} pixels, which jigsaw cuts from images of {size}. "
                 "Use rotation, a larger --set data.size, or another --arch."

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from odcft.backbone.network import Backbone
-from odcft.data.augmentation import augment_batch, turned
+from odcft.data.augmentation import augment_batch, rotate_quarters
 from odcft.data.sources import Images
 from odcft.plan import Plan
 
@@ -24,4 +24,4 @@ class Rotation(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         images = augment_batch(images, self.augment, generator)
         turn_B = torch.randint(4, (len(images),), generator=generator).to(images.device, non_blocking=True)
-        return self.head(self.backbone(turned(images, turn_B))), turn_B
+        return self.head(self.backbone(rotate_quarters(images, turn_B))), turn_B

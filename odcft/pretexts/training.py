@@ -18,7 +18,7 @@ from torch import Tensor
 
 from odcft import files, seeds
 from odcft.backbone.checkpoint_files import load_torch
-from odcft.backbone.load import normalise, refuse_unknown
+from odcft.backbone.load import refuse_unknown_arch, set_mean_and_std
 from odcft.backbone.metadata import check_arguments
 from odcft.backbone.network import Backbone
 from odcft.backbone.network_input import Input
@@ -37,7 +37,7 @@ from odcft.pretexts.rotation import Rotation
 from odcft.progress import Progress
 from odcft.recipe import Recipe
 from odcft.run import output_checks
-from odcft.run.failures import explained
+from odcft.run.failures import explain_failures
 from odcft.text import count_of
 
 Task = Rotation | Jigsaw | Colorization
@@ -83,7 +83,7 @@ def train_pretext(
     _refuse_output(out, overwrite, resume)
     try:
         pretext = _prepare(task, data, arch, out, recipe, resume, progress)
-        with explained(recipe), files.made(out.parent):
+        with explain_failures(recipe), files.new_folder(out.parent):
             figures = _train(pretext, progress)
         return {
             "out": str(out),
@@ -121,7 +121,7 @@ def _prepare(task: str, data: str, arch: str, out: Path, recipe: Recipe, resume:
     images = find_images(data)
     progress.say(f"Images      {len(images):,} in {images.source}")
     if images.skipped:
-        progress.say(f"Not read    {images.not_read()}")
+        progress.say(f"Not read    {images.skipped_summary()}")
     state = _read_state(out, task, arch) if resume else {}
     torch.manual_seed(seeds.seed(recipe.seed, "pretext network"))
     backbone = new_backbone(arch, task, recipe)
@@ -171,7 +171,7 @@ def _train(pretext: _Pretext, progress: Progress) -> dict[str, Any]:
     sums_3 = torch.zeros(3, dtype=torch.float64, device=device)  # of the epoch so far: loss, correct answers, puzzles
     figures: dict[str, float] = {}
     unreadable: dict[int, str] = {}
-    model, step = dist.parallel(network, device), order.first_step
+    model, step = dist.data_parallel(network, device), order.first_step
     network.train()
     with closing(batches), progress.phase(pretext.task.capitalize(), order.images_left()) as advance:
         for epoch in range(step // order.steps_per_epoch, plan.optim.epochs):
@@ -225,13 +225,13 @@ def _figures(sums_3: Tensor, step: int, plan: Plan) -> dict[str, float]:
 
 def _refuse_output(out: Path, overwrite: bool, resume: bool) -> None:
     """Refuse a file that must not be replaced or cannot be written."""
-    output_checks.refuse_unreachable(out)
+    output_checks.refuse_invalid_path(out)
     if out.is_dir() or (out.exists() and not (overwrite or resume)):
         raise OdcftError(
             f"{out} exists. Pass --resume to continue from it, --overwrite to replace it, or choose another --out."
         )
     if not resume or out.is_symlink():
-        output_checks.refuse_file_of_others(out)
+        output_checks.refuse_foreign_file(out)
     output_checks.refuse_unwritable(out)
 
 
@@ -244,7 +244,7 @@ def _refuse_other_settings(out: Path, state: dict[str, Any], backbone: Backbone,
         raise OdcftError(
             f"{out} was trained with data.range={state['intensity']}, not {plan.data.range}. Choose another --out."
         )
-    now = {"arch_args": backbone.kwargs, "mean": list(backbone.input.mean), "std": list(backbone.input.std)}
+    now = {"arch_args": backbone.arch_args, "mean": list(backbone.input.mean), "std": list(backbone.input.std)}
     for name, value in now.items():
         if state.get(name) not in (value, None):
             raise OdcftError(f"{out} was trained with {name}={state[name]}, not {value}. Choose another --out.")
@@ -252,12 +252,12 @@ def _refuse_other_settings(out: Path, state: dict[str, Any], backbone: Backbone,
 
 def new_backbone(arch: str, task: str, recipe: Recipe) -> Backbone:
     """Build a network with random weights, for RGB images, or for lightness only if the task is colorization."""
-    refuse_unknown(arch)
+    refuse_unknown_arch(arch)
     arch_args = check_arguments(recipe.backbone.arch_args or {})
     backbone = Backbone(arch, **arch_args)
     if task == "colorization":
         backbone = Backbone(arch, Input("lab_l", backbone.size, (50.0,), (50.0,)), **{**arch_args, "in_chans": 1})
-    normalise(backbone, recipe.data.mean, recipe.data.std)
+    set_mean_and_std(backbone, recipe.data.mean, recipe.data.std)
     return backbone
 
 
@@ -271,7 +271,7 @@ def _save(pretext: _Pretext, epoch: int) -> None:
         tree = {
             "task": pretext.task,
             "arch": backbone.arch,
-            "arch_args": backbone.kwargs,
+            "arch_args": backbone.arch_args,
             "input": backbone.input.color,
             "size": view.size,
             "crop_fraction": view.crop_fraction,
@@ -282,7 +282,7 @@ def _save(pretext: _Pretext, epoch: int) -> None:
             "state_dict": weights,
             "optimizer": pretext.optimizer.state_dict(),
         }
-        with files.whole(pretext.out) as unfinished:
+        with files.atomic_file(pretext.out) as unfinished:
             files.save_checkpoint(tree, unfinished)
     dist.barrier()
 

@@ -37,5 +37,5 @@ def write_clusters(memory: Memory, images: Images, path: Path) -> None:
 
         paths = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in images.names]
         columns = {"path": paths, "cluster": labels_N.cpu().numpy(), "distance": distance_N.cpu().numpy()}
-        with files.whole(path) as unfinished:
+        with files.atomic_file(path) as unfinished:
             pq.write_table(pa.table(columns), unfinished)

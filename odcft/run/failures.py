@@ -12,7 +12,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def explained(recipe: Recipe) -> Iterator[None]:
+def explain_failures(recipe: Recipe) -> Iterator[None]:
     """Turn running out of memory, dying data workers and failing disks into an OdcftError.
 
     Args:

@@ -6,14 +6,14 @@ from typing import Any
 
 from odcft.data.sources import Images
 from odcft.files import write_table
-from odcft.recipe import MOST_MEMBERS
+from odcft.recipe import MAX_MEMBERS
 
 # What odcft writes into a folder, which is all that --overwrite may remove: a name or pattern maps to None for a file,
 # or to the layout of a folder.
 Layout = dict[str, Any]
 LOCK = "lock"
 BACKBONE_FILES: Layout = {"config.json": None, "model.safetensors": None, "README.md": None}
-BACKBONES = ("backbone", *(f"backbone_{member}" for member in range(2, MOST_MEMBERS + 1)))  # of codc, in order
+BACKBONES = ("backbone", *(f"backbone_{member}" for member in range(2, MAX_MEMBERS + 1)))  # of codc, in order
 MEMORY_FILES: Layout = dict.fromkeys(
     ("memory.safetensors", "neck.safetensors", "memory.json", "images.csv", "quarantine.csv", LOCK)
 )
@@ -27,8 +27,16 @@ RUN_FILES: Layout = {
     "tensorboard": {"events.out.tfevents.*": None},
 }
 # All that a RUN holds before its first state and its first step.
-BEGUN = {"recipe.yaml", "run.json", "images.csv", "quarantine.csv", "checkpoints", "metrics.jsonl", "tensorboard"}
-LINKED = ("checkpoints", "tensorboard")  # may be links to folders of the user's, e.g. on another disk
+FILES_BEFORE_FIRST_STEP = {
+    "recipe.yaml",
+    "run.json",
+    "images.csv",
+    "quarantine.csv",
+    "checkpoints",
+    "metrics.jsonl",
+    "tensorboard",
+}
+MAY_BE_LINKS = ("checkpoints", "tensorboard")  # may be links to folders of the user's, e.g. on another disk
 
 
 @dataclass(frozen=True)

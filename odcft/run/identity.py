@@ -8,12 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from odcft.backbone.model_card import name_of
+from odcft.backbone.model_card import base_name
 from odcft.data.sources import Images
 from odcft.errors import OdcftError
-from odcft.files import digest, read_json, read_text, sha256
+from odcft.files import checkpoint_sha256, file_sha256, read_json, read_text
 from odcft.recipe import parse_yaml
-from odcft.text import now
+from odcft.text import utc_now
 
 METHODS = ("odc", "dc", "codc")
 LINE = 1 << 16  # bytes that a line of the log has at most
@@ -42,7 +42,7 @@ def about_run(run: Path, member: int = 0) -> dict[str, Any]:
             value = value[member] if member < len(value) else None
         if isinstance(value, int if key == "images" else str):
             about[key] = value
-    about |= {key: name_of(about[key]) for key in ("checkpoint", "data") if isinstance(about.get(key), str)}
+    about |= {key: base_name(about[key]) for key in ("checkpoint", "data") if isinstance(about.get(key), str)}
     with suppress(ValueError, TypeError, KeyError, OverflowError, OdcftError):
         fields = parse_yaml(recipe, "recipe.yaml")
         if fields["method"] in METHODS:
@@ -63,7 +63,7 @@ def _last_line(path: Path) -> dict[str, Any]:
 
 def made_from(ckpts: list[str], archs: list[str], data: str, images: Images) -> dict[str, Any]:
     """Where a folder came from, by which it is recognised again: of one checkpoint, or lists of several."""
-    several = {"checkpoint": ckpts, "sha256": [sha256(ckpt) for ckpt in ckpts], "arch": archs}
+    several = {"checkpoint": ckpts, "sha256": [checkpoint_sha256(ckpt) for ckpt in ckpts], "arch": archs}
     return {
         **(several if len(ckpts) > 1 else {name: values[0] for name, values in several.items()}),
         "data": str(data),
@@ -74,7 +74,7 @@ def made_from(ckpts: list[str], archs: list[str], data: str, images: Images) -> 
 def checksums(images: Images, count: int = 64) -> dict[str, str]:
     """Checksums of a few images spread over the set, by which changed contents are noticed: name to SHA-256."""
     names = images.names[:: max(1, len(images) // count)]
-    return {name: digest(images.root / name) for name in names if (images.root / name).is_file()}
+    return {name: file_sha256(images.root / name) for name in names if (images.root / name).is_file()}
 
 
 def made_by(ckpts: list[str]) -> dict[str, Any]:
@@ -84,6 +84,6 @@ def made_by(ckpts: list[str]) -> dict[str, Any]:
         "odcft": version("odcft"),
         "id": uuid.uuid4().hex,
         "host": socket.gethostname(),
-        "started": now(),
+        "started": utc_now(),
         "checkpoint_path": paths if len(paths) > 1 else paths[0],
     }

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from odcft.distributed import dist
 from odcft.errors import OdcftError
-from odcft.files import made
+from odcft.files import new_folder
 from odcft.run.folder import LOCK
 
 
@@ -57,7 +57,7 @@ def _lock_or_why_not(out: Path, stack: ExitStack) -> tuple[BinaryIO | None, str,
         The locked file, a note if the file system does not support locks, and why the folder could not be locked or "".
     """
     try:
-        stack.enter_context(made(out))
+        stack.enter_context(new_folder(out))
         return *_lock(out / LOCK), ""
     except FileExistsError:
         return None, "", f"{out / LOCK} is not a lock that odcft wrote. Move it away, or choose another --out."

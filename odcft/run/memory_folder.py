@@ -11,16 +11,16 @@ from torch import Tensor
 
 from odcft import files
 from odcft.clustering.memory import Memory
-from odcft.data.intensity_range import own_range
+from odcft.data.intensity_range import choose_range
 from odcft.data.sources import Images
 from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
 from odcft.files import read_json
 from odcft.plan import Plan
-from odcft.recipe import Recipe, flat, make_recipe
+from odcft.recipe import Recipe, flatten, make_recipe
 from odcft.run.folder import MEMORY_FILES, Run, write_image_lists
 from odcft.run.identity import made_by, made_from
-from odcft.run.output_checks import clear
+from odcft.run.output_checks import clear_folder
 
 # What the features in a memory depend on, besides checkpoint and images; `dc.pca` for dc, the neck for odc.
 FEATURES = (
@@ -54,7 +54,7 @@ class StoredMemory:
 
     def rows_of_rank(self) -> tuple[Tensor, Tensor]:
         """Features (S, D) and labels (S,) of this rank's images."""
-        owned = torch.tensor(ownership.owned(len(self.images)))
+        owned = torch.tensor(ownership.my_images(len(self.images)))
         return self.features_ND[owned], self.labels_N[owned]
 
 
@@ -80,13 +80,13 @@ def write_memory(
     if dist.rank() == 0:
         about = made_from(run.ckpts, [arch], run.data, images)
         about |= {"seed": plan.seed, "recipe": plan.model_dump(mode="json"), **made_by(run.ckpts)}
-        clear(run.out, MEMORY_FILES)
-        with files.filling(run.out) as unfinished:
+        clear_folder(run.out, MEMORY_FILES)
+        with files.atomic_folder(run.out) as unfinished:
             for name, part in {"memory": tensors, "neck": neck}.items():
                 part = {key: tensor.cpu().contiguous() for key, tensor in part.items()}
                 files.save_file(part, unfinished / f"{name}.safetensors")
             write_image_lists(images, unreadable, unfinished)
-            files.write_whole(unfinished / "memory.json", json.dumps(about, indent=2))
+            files.write_text_atomically(unfinished / "memory.json", json.dumps(about, indent=2))
     dist.barrier()
 
 
@@ -110,7 +110,7 @@ def read_memory(folder: Path, ckpts: list[str], images: Images) -> StoredMemory:
         raise OdcftError(
             f"{folder} is not a complete folder of `odcft init-memory` ({error}). Make it again."
         ) from None
-    if sha256 != files.sha256(ckpts[0]):
+    if sha256 != files.checkpoint_sha256(ckpts[0]):
         raise OdcftError(
             f"{folder} was made from another checkpoint ({made_from}), not from {ckpts[0]}. "
             "Make it again with `odcft init-memory`."
@@ -124,7 +124,7 @@ def read_memory(folder: Path, ckpts: list[str], images: Images) -> StoredMemory:
             "Make it again with `odcft init-memory`."
         )
     if made_with.data.range == "auto":  # written before there was a range: all of the type's
-        made_with.data.range = own_range(images, full=True)[0] or "full"
+        made_with.data.range = choose_range(images, full=True)[0] or "full"
     return StoredMemory(
         folder, made_with, tensors["features"], tensors["labels"], len(tensors["centroids"]), neck, images, unreadable
     )
@@ -177,7 +177,7 @@ def refuse_other_features(stored: StoredMemory, plan: Plan, dim: int, random_wei
         dim: D, the length of what the neck gives.
         random_weights: whether some weights of the backbone depend on the seed.
     """
-    then, now = flat(stored.made_with.model_dump(mode="json")), flat(plan.model_dump(mode="json"))
+    then, now = flatten(stored.made_with.model_dump(mode="json")), flatten(plan.model_dump(mode="json"))
     others = "neck." if plan.method == "dc" else "dc."
     names = [name for name in FEATURES if name in then and not name.startswith(others)]
     for name in [*names, *(["seed"] if random_weights else [])]:

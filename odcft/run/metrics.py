@@ -9,7 +9,7 @@ from typing import Any
 
 from odcft import files
 from odcft.distributed import dist
-from odcft.text import now
+from odcft.text import utc_now
 
 
 class Metrics:
@@ -25,7 +25,7 @@ class Metrics:
         path = run / "metrics.jsonl"
         # Resumed: what was written after the state that is gone on from does not count, nor does half a line.
         self._lines = [line for line in read_lines(path) if _step(line) < first_step]
-        files.write_whole(path, "".join(json.dumps(line) + "\n" for line in self._lines))
+        files.write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in self._lines))
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -36,7 +36,7 @@ class Metrics:
         """One JSON object of figures of a step; the numbers among them to TensorBoard, too."""
         if self._file is None:
             return
-        self._lines.append({"step": step, "time": now(), **values})
+        self._lines.append({"step": step, "time": utc_now(), **values})
         self._unwritten += (json.dumps(self._lines[-1]) + "\n").encode()
         with suppress(OSError):  # the disk is full: the lines wait until there is room
             self._drain()

@@ -10,39 +10,39 @@ from safetensors import safe_open
 
 from odcft.distributed import dist
 from odcft.errors import OdcftError
-from odcft.files import UNFINISHED, create_unfinished, made, remove
-from odcft.run.folder import BEGUN, LINKED, LOCK, RUN_FILES, STEP, Layout
+from odcft.files import UNFINISHED, create_unfinished, new_folder, remove
+from odcft.run.folder import FILES_BEFORE_FIRST_STEP, LOCK, MAY_BE_LINKS, RUN_FILES, STEP, Layout
 
 MAX_ONNX_BYTES = 1 << 31  # of a file that holds its tensors itself: protobuf allows no more
 KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 SPECIAL = "special file"  # a device, pipe or socket
 
 
-def only_begun(out: Path) -> bool:
+def has_no_progress(out: Path) -> bool:
     """Whether starting a RUN folder over would lose nothing: it has no state and no step yet."""
     metrics = out / "metrics.jsonl"
     has_steps = any((out / "checkpoints").glob(f"*{STEP}")) or (metrics.exists() and metrics.stat().st_size > 0)
-    return contents(out, RUN_FILES) <= BEGUN and not has_steps
+    return names_in(out, RUN_FILES) <= FILES_BEFORE_FIRST_STEP and not has_steps
 
 
-def refuse_full(out: Path, ours: Layout, overwrite: bool) -> None:
+def refuse_non_empty(out: Path, ours: Layout, overwrite: bool) -> None:
     """Refuse an output folder that is not empty (without `overwrite`), holds foreign files, or cannot be written."""
-    refuse_unreachable(out)
+    refuse_invalid_path(out)
     if out.is_symlink() and not out.exists():
         raise OdcftError(f"{out} is a broken link. Create the folder it points to, or choose another --out.")
     if out.exists() and not out.is_dir():
         raise OdcftError(f"{out} is a file. Choose a folder for the output.")
-    if contents(out, ours) and not overwrite:
+    if names_in(out, ours) and not overwrite:
         resume = "--resume to continue it, " if "checkpoints" in ours else ""
         raise OdcftError(f"{out} is not empty. Pass {resume}--overwrite to replace it, or choose another --out.")
-    refuse_strange(out, ours)
+    refuse_foreign_files(out, ours)
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         raise OdcftError(f"{out} cannot be written: {existing} is not a folder you may write to. Choose another --out.")
     dist.barrier()  # no rank writes before every rank has checked
 
 
-def refuse_unreachable(path: Path) -> None:
+def refuse_invalid_path(path: Path) -> None:
     """Refuse an output that cannot even be looked up: its name is too long, or a folder above it has no access."""
     try:
         path.lstat()
@@ -57,7 +57,7 @@ def refuse_unwritable(path: Path) -> None:
     refused = ""
     if dist.rank() == 0:
         try:
-            with made(path.parent):
+            with new_folder(path.parent):
                 create_unfinished(path).unlink()
         except OSError as error:
             in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
@@ -68,7 +68,7 @@ def refuse_unwritable(path: Path) -> None:
         raise OdcftError(refused)
 
 
-def refuse_file_of_others(path: Path) -> None:
+def refuse_foreign_file(path: Path) -> None:
     """Refuse to replace a file that odcft did not write, or a link."""
     if path.is_symlink():
         raise OdcftError(f"{path} is a link. Give the path it points to, or choose another.")
@@ -102,7 +102,7 @@ def written_by_odcft(path: Path) -> bool:
         return False
 
 
-def refuse_strange(out: Path, ours: Layout, resumed: bool = False) -> None:
+def refuse_foreign_files(out: Path, ours: Layout, resumed: bool = False) -> None:
     """Refuse a folder in which writing or removing odcft's files would touch anything else.
 
     Somebody else's folder may hold files of theirs, or links to other places under the names that odcft uses.
@@ -135,7 +135,7 @@ def _foreign(folder: Path, ours: Layout, out: Path) -> Iterator[tuple[Path, str]
             continue
         inner = ours[pattern] if pattern else {}
         kind = KINDS.get(stat.S_IFMT(path.lstat().st_mode), SPECIAL)
-        if kind == "link" and pattern in LINKED and not unfinished:
+        if kind == "link" and pattern in MAY_BE_LINKS and not unfinished:
             if problem := _wrong_target(path, inner, out):
                 yield path, problem
         elif kind == "link":
@@ -173,7 +173,7 @@ def _wrong_target(link: Path, ours: Layout, out: Path) -> str:
     return ""
 
 
-def contents(out: Path, ours: Layout) -> set[str]:
+def names_in(out: Path, ours: Layout) -> set[str]:
     """The names in a folder, which need not exist; without odcft's lock and what a killed process left unfinished."""
     if not out.is_dir():
         return set()
@@ -181,14 +181,14 @@ def contents(out: Path, ours: Layout) -> set[str]:
     return {name for name, (final, unfinished) in found.items() if not unfinished or (final and final not in ours)}
 
 
-def clear(out: Path, ours: Layout) -> None:
+def clear_folder(out: Path, ours: Layout) -> None:
     """Create the folder, or remove what odcft wrote there before.
 
     Raises:
         OdcftError: something else is there by now; then nothing has been removed.
     """
     out.mkdir(parents=True, exist_ok=True)
-    refuse_strange(out, ours)
+    refuse_foreign_files(out, ours)
     _clear(out, ours)
 
 

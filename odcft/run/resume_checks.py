@@ -5,14 +5,14 @@ from typing import Any
 
 from odcft.data.sources import Images, find_images
 from odcft.errors import OdcftError
-from odcft.files import digest, read_column, read_json, sha256
-from odcft.recipe import MOST_EPOCHS, Recipe, flat, make_recipe
-from odcft.text import brief
+from odcft.files import checkpoint_sha256, file_sha256, read_column, read_json
+from odcft.recipe import MAX_EPOCHS, Recipe, flatten, make_recipe
+from odcft.text import short_repr
 
 MAY_CHANGE = ("data.workers", "log")  # speed and frequency of messages, which do not change the result
 
 
-def read_about(run: Path) -> dict[str, Any]:
+def read_run_json(run: Path) -> dict[str, Any]:
     """run.json: what the RUN was started from.
 
     Raises:
@@ -22,9 +22,9 @@ def read_about(run: Path) -> dict[str, Any]:
         about = read_json(run / "run.json")
         for name, kind in (("checkpoint", str | list), ("sha256", str | list), ("asked", dict), ("sample", dict)):
             if not isinstance(about[name], kind):
-                raise ValueError(f"{name}={brief(about[name])}")
+                raise ValueError(f"{name}={short_repr(about[name])}")
         if not isinstance(about.get("arch_given"), str | None):
-            raise ValueError(f"arch_given={brief(about['arch_given'])}")
+            raise ValueError(f"arch_given={short_repr(about['arch_given'])}")
         return about
     except (OdcftError, ValueError, KeyError) as error:
         raise OdcftError(
@@ -33,7 +33,7 @@ def read_about(run: Path) -> dict[str, Any]:
         ) from None
 
 
-def refuse_odd_state(run: Path, saved: dict[str, Any]) -> None:
+def refuse_malformed_state(run: Path, saved: dict[str, Any]) -> None:
     """Refuse a state whose state.json is not as a run writes it, before anything in it is used."""
     kinds = (("recipe", dict), ("versions", dict), ("window", dict), ("steps_per_epoch", int), ("skipped", int))
     odd = next((name for name, kind in kinds if not isinstance(saved.get(name), kind)), "")
@@ -67,9 +67,9 @@ def resumed_recipe(
     Raises:
         OdcftError: names the first field that differs.
     """
-    then, given_then, now = flat(saved["recipe"]), flat(about["asked"]), flat(given.model_dump(mode="json"))
+    then, given_then, now = flatten(saved["recipe"]), flatten(about["asked"]), flatten(given.model_dump(mode="json"))
     prolonged = about.get("epochs")
-    if not isinstance(prolonged, int) or not 1 <= prolonged <= MOST_EPOCHS:
+    if not isinstance(prolonged, int) or not 1 <= prolonged <= MAX_EPOCHS:
         prolonged = then["optim.epochs"]
     recomputed = set() if epochs is None else {"optim.epochs"}
     if epochs is not None or prolonged != then["optim.epochs"]:
@@ -123,14 +123,14 @@ def _prolong(recipe: Recipe, epochs: int, done: float, automatic: bool, run: Pat
 def refuse_other_checkpoint(ckpts: list[str], run: Path, about: dict[str, Any]) -> None:
     """Refuse checkpoints different from those that the RUN was started from."""
     then = about["sha256"] if isinstance(about["sha256"], list) else [about["sha256"]]
-    if then != [sha256(ckpt) for ckpt in ckpts]:
+    if then != [checkpoint_sha256(ckpt) for ckpt in ckpts]:
         raise OdcftError(
             f"{run} was started from {about['checkpoint']}, not from {', '.join(ckpts)} (the contents differ). "
             "Resume with the original, or choose another --out."
         )
 
 
-def same_images(data: str, run: Path, about: dict[str, Any]) -> Images:
+def find_same_images(data: str, run: Path, about: dict[str, Any]) -> Images:
     """Find the images of a RUN again.
 
     Raises:
@@ -151,14 +151,14 @@ def same_images(data: str, run: Path, about: dict[str, Any]) -> Images:
         )
     if unknown := sorted(set(about["sample"]) - set(names)):
         raise OdcftError(
-            f"{run} cannot be resumed: its run.json lists {brief(unknown[0])}, which is not one of its images. "
+            f"{run} cannot be resumed: its run.json lists {short_repr(unknown[0])}, which is not one of its images. "
             "Start over with --overwrite, or choose another --out."
         )
     for name, sum_then in about["sample"].items():
         if not (images.root / name).is_file():
             continue
         try:
-            changed = digest(images.root / name) != sum_then
+            changed = file_sha256(images.root / name) != sum_then
         except OSError:
             continue  # the run skips images that have become unreadable
         if changed:

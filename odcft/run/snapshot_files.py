@@ -25,7 +25,7 @@ from torch import Tensor
 
 from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
-from odcft.files import digest, remove, save_file, sync, write_whole
+from odcft.files import file_sha256, fsync, remove, save_file, write_text_atomically
 from odcft.run.folder import STEP
 from odcft.state import Snapshot, under
 
@@ -60,35 +60,39 @@ def save(run: Path, snapshot: Snapshot) -> str:
             files["same.safetensors"] = snapshot.same
         for name, tensors in files.items():
             save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, unfinished / name)
-            sync(unfinished / name)
-            sums[name] = digest(unfinished / name)
+            fsync(unfinished / name)
+            sums[name] = file_sha256(unfinished / name)
 
     def finish() -> None:
         if dist.rank() == 0:
             text = json.dumps({**snapshot.about, "ranks": ranks, "files": all_sums})
-            write_whole(unfinished / "state.json", json.dumps({"sha256": _sum_of(text), "state": text}))
+            write_text_atomically(unfinished / "state.json", json.dumps({"sha256": _sum_of(text), "state": text}))
             if folder.exists():  # left by an earlier attempt, which got further than the state this one resumed from
                 remove(folder)
             unfinished.rename(folder)
-            sync(folder.parent)
+            fsync(folder.parent)
 
     failed = together(begin) or together(write)
     all_sums = {} if failed else dist.gather_dict(sums)
     failed = failed or together(finish)
-    if not failed:
-        states = _states(run)
-        newest_two = [path for path in states if path <= folder][-KEPT:]
-        found = [damage(path, from_disk=path == folder) for path in newest_two]
-        failed = found[-1]
-        if dist.rank() == 0 and not any(found):
-            for other in set(states) - set(newest_two):
-                shutil.rmtree(other, ignore_errors=True)
-        elif dist.rank() == 0 and failed:
-            shutil.rmtree(folder, ignore_errors=True)
-    elif dist.rank() == 0:
+    if failed and dist.rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
+    failed = failed or _keep_newest(run, folder)
     dist.barrier()
     return failed
+
+
+def _keep_newest(run: Path, folder: Path) -> str:
+    """Read the state that was just written back, and remove older ones but one; why it is damaged, or ""."""
+    states = _states(run)
+    newest_two = [path for path in states if path <= folder][-KEPT:]
+    found = [damage(path, from_disk=path == folder) for path in newest_two]
+    if dist.rank() == 0 and not any(found):
+        for other in set(states) - set(newest_two):
+            shutil.rmtree(other, ignore_errors=True)
+    elif dist.rank() == 0 and found[-1]:
+        shutil.rmtree(folder, ignore_errors=True)
+    return found[-1]
 
 
 def exists(run: Path) -> bool:
@@ -129,7 +133,7 @@ def damage(folder: Path, from_disk: bool = True) -> str:
     def check() -> None:
         names = sorted(_about(folder)["files"].items())
         for name, expected in names[dist.rank() :: dist.world_size()]:
-            if digest(folder / name, from_disk) != expected:
+            if file_sha256(folder / name, from_disk) != expected:
                 raise OSError(f"{name} is not what was written")
 
     return together(check)
@@ -166,7 +170,7 @@ def _take_rows(rows: dict[str, Tensor], name: str, part: Any, rank: int, before:
         image = ownership.image_of(torch.arange(start, start + len(piece)), rank, before)
         mine = ownership.is_mine(image)
         if name not in rows:
-            rows[name] = torch.empty(len(ownership.owned(images)), *piece.shape[1:], dtype=piece.dtype)
+            rows[name] = torch.empty(len(ownership.my_images(images)), *piece.shape[1:], dtype=piece.dtype)
         rows[name][ownership.row_of(image[mine])] = piece[mine]
 
 

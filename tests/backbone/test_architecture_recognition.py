@@ -7,7 +7,13 @@ import torch
 from backbone_helpers import contents, matched
 
 from odcft.backbone import architecture_recognition
-from odcft.backbone.architecture_recognition import COMMON, any_channels, fingerprint, nearest_name, recognise
+from odcft.backbone.architecture_recognition import (
+    COMMON_ARCHITECTURES,
+    fingerprint,
+    nearest_name,
+    recognise,
+    without_input_channels,
+)
 from odcft.backbone.metadata import Metadata
 from odcft.backbone.networks import NETWORKS, shapes
 from odcft.errors import OdcftError
@@ -22,7 +28,7 @@ def of_shapes(**tensors):
 
 def test_fingerprints_are_of_name_and_shape():
     assert fingerprint("conv1.weight", (64, 3, 7, 7)) == zlib.crc32(b"conv1.weight:64x3x7x7")
-    assert any_channels((64, 3, 7, 7)) == (64, 7, 7)
+    assert without_input_channels((64, 3, 7, 7)) == (64, 7, 7)
     assert list(architecture_recognition._suffixes("a.b.c")) == ["a.b.c", "b.c", "c"]
 
 
@@ -112,9 +118,9 @@ def few(count):
 def test_common_networks_are_tried_where_nothing_matches_and_there_are_enough_tensors(index):
     index(resnet50=(10, ("a", (2, 2))))
     tried = [name for name, _ in candidates(contents(few(10), hints=["resnet50", "test_vit"]))]
-    assert tried == ["test_vit", "resnet50", *(name for name in COMMON if name != "resnet50")]
+    assert tried == ["test_vit", "resnet50", *(name for name in COMMON_ARCHITECTURES if name != "resnet50")]
     assert candidates(contents(few(9), hints=["resnet50", "test_vit"])) == [("test_vit", {})]
-    assert [name for name, _ in candidates(contents(few(5), few(5)))] == list(COMMON)
+    assert [name for name, _ in candidates(contents(few(5), few(5)))] == list(COMMON_ARCHITECTURES)
     index(one=(10, ("a0", (2,))))
     assert candidates(contents(few(10))) == [("one", {})]
 

@@ -150,7 +150,7 @@ def test_timms_networks_are_recognised_by_their_tensors(arch, tmp_path):
     told, own = loaded.backbone.net.state_dict(), timm.create_model(arch, num_classes=0).state_dict()
     assert {name: t.shape for name, t in told.items()} == {name: t.shape for name, t in own.items()}
     assert all(torch.equal(told[name], state[name]) for name in loaded.match.tensors)
-    assert loaded.match.share == 1
+    assert loaded.match.coverage == 1
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_other_channels_and_sizes_are_found(arch, kwargs, tmp_path):
     state = timm.create_model(arch, **kwargs).state_dict()
     torch.save(state, tmp_path / "c.pth")
     backbone = load_backbone(tmp_path / "c.pth").backbone
-    assert backbone.kwargs == kwargs
+    assert backbone.arch_args == kwargs
     assert backbone.size == kwargs.get("img_size", 224)
     assert backbone.input.color == {1: "gray", 2: "sobel", 3: "rgb"}[kwargs.get("in_chans", 3)]
     assert equal(backbone, state)
@@ -183,7 +183,7 @@ def test_a_resnet_for_small_images_keeps_its_first_convolution(tmp_path):
     state["conv1.weight"] = torch.randn(64, 3, 3, 3)
     torch.save(state, tmp_path / "c.pth")
     backbone = load_backbone(tmp_path / "c.pth").backbone
-    assert backbone.kwargs == {"small_stem": True}
+    assert backbone.arch_args == {"small_stem": True}
     assert torch.equal(backbone.net.conv1.weight, state["conv1.weight"])
     with torch.no_grad():
         assert backbone.net.layer1(backbone.net.maxpool(backbone.net.conv1(torch.rand(1, 3, 32, 32)))).shape[-1] == 32
@@ -193,7 +193,7 @@ def test_moco_v3_has_12_heads_whoever_names_the_network(tmp_path):
     state = timm.create_model("vit_small_patch16_224", num_classes=0).state_dict()
     torch.save({"state_dict": {f"module.base_encoder.{name}": t for name, t in state.items()}}, tmp_path / "c.pth")
     for arch in (None, "vit_small_patch16_224"):
-        assert load_backbone(tmp_path / "c.pth", arch).backbone.kwargs == {"num_heads": 12}
+        assert load_backbone(tmp_path / "c.pth", arch).backbone.arch_args == {"num_heads": 12}
 
 
 def test_another_first_convolution_is_refused_by_name(tmp_path):

@@ -122,7 +122,7 @@ def test_a_file_with_harmless_unknown_classes_still_loads(tmp_path, make_checkpo
     tree = torch.load(path, weights_only=True)
     tree = tree if "state_dict" in tree else {"state_dict": tree}
     torch.save({**tree, "log": np.float64(0.5), "when": np.array(["now"], dtype=object), "of": Calls(dict)}, path)
-    assert load_backbone(path).match.share == 1
+    assert load_backbone(path).match.coverage == 1
 
 
 DAMAGE = {
@@ -338,7 +338,7 @@ def test_shared_lists_of_arrays_load_once(tmp_path, make_checkpoint):
     tree = doubled([arrays], lambda inner: [inner, inner], 30)
     (tmp_path / "c.pkl").write_bytes(pickle.dumps({"model": arrays, "again": tree}))
     loaded = load_backbone(tmp_path / "c.pkl")
-    assert loaded.match.share == 1
+    assert loaded.match.coverage == 1
     assert loaded.match.where.startswith("model")
 
 

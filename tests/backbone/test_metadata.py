@@ -125,7 +125,7 @@ def test_an_argument_that_is_not_allowed_is_ignored_and_named(name, place, tmp_p
         torch.save({**told, "std": [0.2] * 3, "state_dict": state()}, path)
     loaded = load_backbone(path)
     assert not (tmp_path / "HACKED").exists()
-    assert loaded.backbone.kwargs == {}
+    assert loaded.backbone.arch_args == {}
     assert all(torch.equal(loaded.backbone.net.state_dict()[key], tensor) for key, tensor in state().items())
     if name == "num_classes":  # every timm folder has it, and a backbone no classes
         assert not loaded.notes
@@ -387,7 +387,7 @@ def test_arguments_are_read_and_used(tmp_path):
     torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "c.pth")
     six = load_backbone(tmp_path / "c.pth", "vit_tiny_patch16_224", arch_args={"num_heads": 6}).backbone
     assert six.net.blocks[0].attn.num_heads == 6
-    assert load_backbone(tmp_path / "c.pth", arch_args={"num_heads": 6}).backbone.kwargs == {"num_heads": 6}
+    assert load_backbone(tmp_path / "c.pth", arch_args={"num_heads": 6}).backbone.arch_args == {"num_heads": 6}
 
 
 @pytest.mark.parametrize(

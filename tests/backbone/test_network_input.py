@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from odcft.backbone.load import load_backbone
-from odcft.backbone.network_input import CHANNELS, IMAGENET, Adapter, Input, default_input, load
+from odcft.backbone.network_input import CHANNELS, IMAGENET, Adapter, Input, default_input, input_from_json
 from odcft.data.view import View
 from odcft.errors import OdcftError
 
@@ -48,7 +48,7 @@ def test_lightness_of_black_white_and_grey():
 
 @pytest.mark.parametrize("color", ["rgb", "bgr", "gray", "lab_l", "sobel"])
 def test_an_input_survives_json(color):
-    assert load(default_input(color, 96).dump()) == default_input(color, 96)
+    assert input_from_json(default_input(color, 96).dump()) == default_input(color, 96)
 
 
 def test_the_users_colours_are_used_and_a_first_convolution_is_only_adapted_for_them(tmp_path):
@@ -73,7 +73,7 @@ def test_the_users_colours_are_used_and_a_first_convolution_is_only_adapted_for_
 def test_other_colours_keep_the_view(tmp_path):
     """Crop, interpolation and intensity range do not depend on the colours."""
     shown = Input("rgb", 48, *IMAGENET, crop_fraction=0.9, interpolation="bicubic", intensity=(0.0, 4095.0))
-    assert load(shown.dump()) == shown
+    assert input_from_json(shown.dump()) == shown
     save(tmp_path / "c.safetensors", shown)
     for color in CHANNELS:
         seen = load_backbone(tmp_path / "c.safetensors", input=color, allow_partial=True).backbone.input

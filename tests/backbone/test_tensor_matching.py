@@ -34,9 +34,9 @@ def test_share_is_the_share_of_the_networks_tensors():
     def made(count, expected):
         return Match(dict.fromkeys(map(str, range(count)), torch.zeros(1)), "", expected, [], [], [], {}, [])
 
-    assert made(3, 4).share == 0.75
-    assert made(0, 0).share == 0
-    assert made(1, 1).share == 1
+    assert made(3, 4).coverage == 0.75
+    assert made(0, 0).coverage == 0
+    assert made(1, 1).coverage == 1
 
 
 def test_renamings_that_give_the_same_names_come_once():
@@ -50,7 +50,7 @@ def test_renamings_that_give_the_same_names_come_once():
 
 def test_a_plain_state_dict_is_the_file_itself():
     found = match(contents(_=network(1)), NETWORK)
-    assert (found.where, found.expected, found.share) == ("the file itself", 3, 1)
+    assert (found.where, found.expected, found.coverage) == ("the file itself", 3, 1)
     assert found.missing == found.dropped == found.unexpected == found.others == []
     assert found.misfits == {}
     assert values(found) == {1}
@@ -59,9 +59,9 @@ def test_a_plain_state_dict_is_the_file_itself():
 def test_where_is_the_path_and_the_prefix_as_the_file_has_it():
     assert match(contents(state_dict=network(1)), NETWORK).where == "state_dict"
     found = match(contents(_=prefixed("x.y.", network(1))), NETWORK)
-    assert (found.where, found.share) == ("x.y.", 1)
+    assert (found.where, found.coverage) == ("x.y.", 1)
     found = match(contents(model=prefixed("module.net.", network(1))), NETWORK)
-    assert (found.where, found.share) == ("model/module.net.", 1)
+    assert (found.where, found.coverage) == ("model/module.net.", 1)
     wrapped = {"net.module." + name: tensor for name, tensor in network(1).items()}
     assert match(contents(_=wrapped), NETWORK).where == "net.module."
 
@@ -70,11 +70,11 @@ def test_where_is_renamed_if_the_names_themselves_are():
     """If a rename changes the names themselves, the file has no prefix to show."""
     own = {"conv1.weight": torch.zeros(2, 2), "conv1.bias": torch.zeros(2)}
     found = match(contents(blobs={"conv1_w": torch.ones(2, 2), "conv1_b": torch.ones(2)}), own)
-    assert (found.where, found.share) == ("blobs", 1)
+    assert (found.where, found.coverage) == ("blobs", 1)
     own = {"conv1.weight": torch.zeros(2, 2), "conv2.weight": torch.zeros(3, 3)}
     theirs = {"net.features.0.weight": torch.ones(2, 2), "net.features.4.weight": torch.ones(3, 3)}
     found = match(contents(_=theirs), own)
-    assert (found.where, found.share) == ("net.", 1)
+    assert (found.where, found.coverage) == ("net.", 1)
 
 
 def test_without_a_fitting_tensor_the_match_is_empty():
@@ -82,7 +82,7 @@ def test_without_a_fitting_tensor_the_match_is_empty():
     assert (found.tensors, found.where, found.expected) == ({}, "", 3)
     assert found.missing == list(NETWORK)
     assert found.dropped == found.unexpected == found.others == []
-    assert match(contents(), NETWORK).share == 0
+    assert match(contents(), NETWORK).coverage == 0
 
 
 def test_missing_misshaped_dropped_and_other_tensors_are_listed():
@@ -107,7 +107,7 @@ def test_tensors_outside_the_prefix_are_dropped():
 def test_batch_counters_are_only_missing_if_the_file_has_any():
     without = {name: tensor for name, tensor in network(1).items() if "tracked" not in name}
     found = match(contents(_=without), NETWORK)
-    assert (found.expected, found.missing, found.share) == (2, [], 1)
+    assert (found.expected, found.missing, found.coverage) == (2, [], 1)
     elsewhere = {**without, "c.num_batches_tracked": torch.tensor(0)}
     found = match(contents(_=elsewhere), NETWORK)
     assert (found.expected, found.missing) == (3, ["b.num_batches_tracked"])

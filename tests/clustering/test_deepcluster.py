@@ -215,7 +215,7 @@ def test_ranks_cluster_together(on_threads, ranks):
     """The same sets, whatever ranks call them: PCA may round a coordinate otherwise, K-Means draws the same images."""
 
     def work():
-        mine = list(ownership.owned(32))
+        mine = list(ownership.my_images(32))
         state = deepcluster.start(bunches(0.1)[mine], torch.arange(32)[mine] % 2, plan(3))
         assert torch.equal(state.memory.sizes_K, dist.all_sum(state.memory.counts_K))
         first = state.memory.centroids_KD

@@ -155,10 +155,12 @@ def test_ranks_come_to_the_centroids_of_one(on_threads, monkeypatch, ranks):
             features[:14] = features[0].clone()
         k = 5 + seed % 6
         alone = kmeans(features, k, seed, 3)
-        for part in on_threads(ranks, lambda f=features, k=k, s=seed: kmeans(f[list(ownership.owned(24))], k, s, 3)):
+        for part in on_threads(
+            ranks, lambda f=features, k=k, s=seed: kmeans(f[list(ownership.my_images(24))], k, s, 3)
+        ):
             assert torch.equal(part, alone), seed
     features = torch.tensor([[0.0, 0], [4, 3]])[:ranks]
-    for part in on_threads(ranks, lambda: kmeans(features[list(ownership.owned(2))], 2, 0)):
+    for part in on_threads(ranks, lambda: kmeans(features[list(ownership.my_images(2))], 2, 0)):
         assert sorted(part.tolist()) == [[0, 0], [4, 3]]
 
 
@@ -166,7 +168,7 @@ def test_ranks_that_settle_earlier_go_on_with_the_others(on_threads):
     """Rank 0's rows are one bunch from the start; rank 1's take several iterations to settle."""
     features = torch.stack([torch.full((200,), -50.0), torch.arange(200) ** 2 / 100.0], 1).reshape(-1, 1)
     alone = kmeans(features, 6, 1)
-    for part in on_threads(2, lambda: kmeans(features[list(ownership.owned(400))], 6, 1)):
+    for part in on_threads(2, lambda: kmeans(features[list(ownership.my_images(400))], 6, 1)):
         assert torch.equal(part, alone)
 
 
@@ -386,7 +388,7 @@ def test_faiss_is_given_all_rows_and_takes_no_sample_of_them(on_threads, monkeyp
     faiss = types.SimpleNamespace(Kmeans=Kmeans, **({"StandardGpuResources": None} if gpu else {}))
     monkeypatch.setitem(sys.modules, "faiss", faiss)
     features = bunches()
-    parts = on_threads(ranks, lambda: kmeans(features[list(ownership.owned(100))], 4, 5, 7, engine="faiss"))
+    parts = on_threads(ranks, lambda: kmeans(features[list(ownership.my_images(100))], 4, 5, 7, engine="faiss"))
     for part in parts:
         assert torch.equal(part, features[: 4 * ranks : ranks] + 1)
     assert calls == {(100, 2): 1}

@@ -29,7 +29,7 @@ def test_centroid_is_the_mean_of_normalised_features():
 
 def test_empty_cluster_keeps_its_centroid():
     mem = plane_memory([[1, 0], [0, 1]], [0, 1], 2)
-    memory.move(mem, torch.tensor([1]), torch.tensor([0]))
+    memory.change_labels(mem, torch.tensor([1]), torch.tensor([0]))
     mem.sizes_K = torch.tensor([2, 0])
     set_centroids(mem, mem.sums_KD)
     assert mem.centroids_KD.tolist() == [[0.5, 0.5], [0, 1]]
@@ -131,7 +131,7 @@ def test_last_of_each_row():
 def test_moved_rows_take_their_sums_and_counts_with_them():
     mem = plane_memory([[2, 0], [0, 3], [3, 4], [1, 0]], [0, 0, 1, 1], 3)
     before, centroids = mem.features_SD.clone(), mem.centroids_KD.clone()
-    memory.move(mem, torch.tensor([2, 0]), torch.tensor([2, 1]))
+    memory.change_labels(mem, torch.tensor([2, 0]), torch.tensor([2, 1]))
     assert mem.labels_S.tolist() == [1, 0, 2, 1]
     assert mem.labels_S.dtype == torch.int32
     assert mem.counts_K.tolist() == [1, 2, 1]
@@ -139,7 +139,7 @@ def test_moved_rows_take_their_sums_and_counts_with_them():
     assert torch.equal(mem.sums_KD, fresh_sums(mem))
     assert torch.equal(mem.features_SD, before)
     assert torch.equal(mem.centroids_KD, centroids)
-    memory.move(mem, torch.tensor([], dtype=torch.int64), torch.tensor([], dtype=torch.int64))
+    memory.change_labels(mem, torch.tensor([], dtype=torch.int64), torch.tensor([], dtype=torch.int64))
     assert mem.counts_K.tolist() == [1, 2, 1]
 
 
@@ -200,5 +200,5 @@ def test_weighted_loss_does_not_depend_on_the_scale_of_the_weights():
 
 def test_threshold_itself_is_small_in_the_paper_only():
     sizes = torch.tensor([19, 20, 21])
-    assert memory.small_clusters(sizes, 20, PAPER).tolist() == [True, True, False]
-    assert memory.small_clusters(sizes, 20, OFFICIAL).tolist() == [True, False, False]
+    assert memory.is_small(sizes, 20, PAPER).tolist() == [True, True, False]
+    assert memory.is_small(sizes, 20, OFFICIAL).tolist() == [True, False, False]

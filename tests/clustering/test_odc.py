@@ -162,8 +162,8 @@ def test_what_is_stored_and_put_back_is_the_same_to_the_bit():
 
 def test_an_accelerator_s_answer_on_its_way_is_stored_and_put_back_there_only(monkeypatch):
     state, back = start(), []
-    monkeypatch.setattr(state.watch.late, "pending", lambda: torch.tensor(True))
-    monkeypatch.setattr(state.watch.late, "put_back", back.append)
+    monkeypatch.setattr(state.watch.reader, "pending", lambda: torch.tensor(True))
+    monkeypatch.setattr(state.watch.reader, "restore_pending", back.append)
     rows, same = stored(state)
     assert same["small_pending"]
     restore(state, rows, same)
@@ -189,7 +189,7 @@ def test_ranks_end_with_the_memory_of_one(on_threads, ranks):
     batches = [(torch.randint(images, (9,), generator=draw), torch.randn(9, 4, generator=draw)) for _ in range(12)]
 
     def work():
-        mine = list(ownership.owned(images))
+        mine = list(ownership.my_images(images))
         state = odc.start(features[mine], labels[mine], plan(K, 3, centroid_interval=2))
         for step, (image_B, features_BD) in enumerate(batches):
             own_B = image_B % dist.world_size() == dist.rank()

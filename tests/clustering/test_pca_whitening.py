@@ -64,5 +64,7 @@ def test_ranks_whiten_as_one_and_take_rank_0_s_directions(on_threads, monkeypatc
     monkeypatch.setattr(torch.linalg, "eigh", either)
     rows = torch.randn(23, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2, 3, 4]) + 5
     alone = pca_whitening.whiten(rows, 3)
-    for rank, part in enumerate(on_threads(ranks, lambda: pca_whitening.whiten(rows[list(ownership.owned(23))], 3))):
+    for rank, part in enumerate(
+        on_threads(ranks, lambda: pca_whitening.whiten(rows[list(ownership.my_images(23))], 3))
+    ):
         assert torch.allclose(part, alone[rank::ranks], atol=1e-4)

@@ -132,7 +132,7 @@ def test_watch_tells_of_this_step_on_a_cpu_and_nothing_where_no_answer_has_come_
     assert watch.any_small(torch.tensor([3, 9]), 3, PAPER) is True
     assert watch.any_small(torch.tensor([4, 9]), 3, PAPER) is False
     assert watch.any_small(torch.tensor([3, 9]), 3, OFFICIAL) is False
-    monkeypatch.setattr(watch.late, "read", lambda value: None)
+    monkeypatch.setattr(watch.reader, "read", lambda value: None)
     assert watch.any_small(torch.tensor([3, 9]), 3, PAPER) is False
 
 
@@ -391,7 +391,7 @@ def test_ranks_come_to_what_one_comes_to(on_threads, ranks, case, rules):
     labels[labels > 3] = 2
 
     def work():
-        mine = list(ownership.owned(images))
+        mine = list(ownership.my_images(images))
         mem = new_memory(features[mine], labels[mine], 9)
         mem.sizes_K = dist.all_sum(mem.counts_K)
         set_centroids(mem, dist.all_sum(mem.sums_KD))
@@ -415,7 +415,7 @@ def test_ranks_stop_cutting_together(on_threads):
     numbers = torch.tensor([0.0, 0, 1, 3, 0, 7, 0, 9, 100, 30, 100, 40, 100, 45, 100, 50]).unsqueeze(1)
 
     def work():
-        mine = list(ownership.owned(len(numbers)))
+        mine = list(ownership.my_images(len(numbers)))
         return split_in_two(numbers[mine], torch.arange(len(mine)), 1, generator())
 
     second, sums, sizes = work()

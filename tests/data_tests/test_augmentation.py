@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
-from odcft.data.augmentation import augment_batch, random_crop, rotate, shift_hue, turned
+from odcft.data.augmentation import augment_batch, random_crop, rotate, rotate_quarters, shift_hue
 from odcft.recipe import AugmentRecipe
 
 STILL = AugmentRecipe(
@@ -206,4 +206,4 @@ def test_quarter_turns_are_rot90_of_each_image():
     images = torch.rand(9, 2, 5, 5)
     turns = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0, 1])
     expected = torch.stack([image.rot90(int(k), (1, 2)) for image, k in zip(images, turns, strict=True)])
-    assert torch.equal(turned(images, turns), expected)
+    assert torch.equal(rotate_quarters(images, turns), expected)

@@ -2,7 +2,7 @@
 
 import os
 
-from odcft.data.duplicates import same_content
+from odcft.data.duplicates import identical_files
 from odcft.data.sources import find_images
 
 
@@ -15,5 +15,5 @@ def test_images_with_the_same_bytes_are_found(tmp_path, make_images):
         (tmp_path / name).write_bytes(os.urandom((tmp_path / "a" / "000.png").stat().st_size))
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     images = find_images(tmp_path)
-    groups = [[images.names[i] for i in rows] for rows in same_content(images)]
+    groups = [[images.names[i] for i in rows] for rows in identical_files(images)]
     assert groups == [["a/000.png", "a/003.png", "z.png"], ["b/005.png", "b/copy.png"]]

@@ -11,13 +11,13 @@ from PIL import Image
 from odcft.backbone.load import load_backbone
 from odcft.data.batches import Crops
 from odcft.data.image_decoding import read_high_depth, read_image
-from odcft.data.intensity_range import own_range, usual_side
+from odcft.data.intensity_range import choose_range, median_shorter_side
 from odcft.data.sources import find_images
 from odcft.data.view import View
 from odcft.errors import OdcftError
 from odcft.evaluation.comparison import evaluate
 from odcft.first_memory import init_memory
-from odcft.plan import automatic_size, view_for_evaluation
+from odcft.plan import view_for_evaluation
 from odcft.pretexts.training import train_pretext
 from odcft.recipe import load_recipe
 from odcft.train import fine_tune
@@ -41,16 +41,12 @@ def twelve_bits(folder, count=24, depth=np.uint16, low=0, high=4095):
 
 
 def test_size_follows_small_images_but_not_beyond_the_network(tmp_path, make_images):
-    assert usual_side(find_images(make_images(tmp_path, 4, side=40))) == 40
-    assert automatic_size(224, False, 40) == 40
-    assert automatic_size(224, False, 20) == 32
-    assert automatic_size(224, False, 500) == 224
-    assert automatic_size(224, True, 40) == 224
+    assert median_shorter_side(find_images(make_images(tmp_path, 4, side=40))) == 40
 
 
 def test_a_12_bit_set_is_scaled_to_its_range_with_a_note(tmp_path):
     images = find_images(twelve_bits(tmp_path, low=100))
-    (low, high), words = own_range(images)
+    (low, high), words = choose_range(images)
     assert 100 <= low < 120
     assert 4000 < high <= 4095
     assert words.startswith("24 images of 16 bits use 6.1 % of their range: scaled to the range of the set, 10")
@@ -78,7 +74,7 @@ def test_a_12_bit_set_is_scaled_to_its_range_with_a_note(tmp_path):
 )
 def test_the_range_of_the_set_is_chosen_if_it_is_less_than_half_of_the_types(tmp_path, depth, low, high, own):
     images = find_images(twelve_bits(tmp_path, 6, depth, low, high))
-    found, words = own_range(images)
+    found, words = choose_range(images)
     full = {"u": 65535, "f": 1}.get(np.dtype(depth).kind)
     assert bool(words) == own
     if own:
@@ -86,19 +82,19 @@ def test_the_range_of_the_set_is_chosen_if_it_is_less_than_half_of_the_types(tmp
         assert high - 0.02 * (high - low) < found[1] <= high + 1e-6
     else:
         assert found == (0, full)
-    assert own_range(images, full=True) == (read_high_depth(images.path(0)).limits, "")
+    assert choose_range(images, full=True) == (read_high_depth(images.path(0)).limits, "")
 
 
 def test_hot_pixels_and_a_bad_frame_do_not_set_the_range(tmp_path):
     twelve_bits(tmp_path, 60)
     images = find_images(tmp_path)
-    before = own_range(images)[0]
+    before = choose_range(images)[0]
     for i in range(60):
         values = np.array(Image.open(images.path(i)))
         values[3, i % 32] = 65535 if i % 3 else 0
         Image.fromarray(values).save(images.path(i))
     Image.fromarray(np.full((32, 32), 65535, np.uint16)).save(images.path(7))
-    assert own_range(images)[0] == pytest.approx(before, abs=60)
+    assert choose_range(images)[0] == pytest.approx(before, abs=60)
 
 
 def test_nan_and_infinity_do_not_set_the_range(tmp_path):
@@ -107,7 +103,7 @@ def test_nan_and_infinity_do_not_set_the_range(tmp_path):
         values = np.array(Image.open(path))
         values[:4], values[5:9] = np.nan, (np.inf, -np.inf)[i % 2]
         write_tiff(path, values if i else np.full((9, 9), np.nan, np.float32))
-    low, high = own_range(find_images(tmp_path))[0]
+    low, high = choose_range(find_images(tmp_path))[0]
     assert 5 <= low < 5.2
     assert 9.8 < high <= 10
 
@@ -115,10 +111,10 @@ def test_nan_and_infinity_do_not_set_the_range(tmp_path):
 def test_8_bit_images_have_no_range_and_broken_ones_are_ignored(tmp_path, make_images):
     images = find_images(make_images(tmp_path, 6))
     (tmp_path / "a" / "000.png").write_text("broken")
-    assert own_range(images) == (None, "")
+    assert choose_range(images) == (None, "")
     twelve_bits(tmp_path / "deep", 2)
     Image.new("RGB", (12, 8)).save(tmp_path / "deep" / "x.png")
-    found, words = own_range(find_images(tmp_path))
+    found, words = choose_range(find_images(tmp_path))
     assert found[1] > 4000
     assert words.startswith("2 images of 16 bits use")
 
@@ -126,24 +122,24 @@ def test_8_bit_images_have_no_range_and_broken_ones_are_ignored(tmp_path, make_i
 def test_several_types_in_one_set_are_reported_together(tmp_path):
     twelve_bits(tmp_path, 4)
     twelve_bits(tmp_path / "f", 4, np.float32, 0, 4000)
-    found, words = own_range(find_images(tmp_path))
+    found, words = choose_range(find_images(tmp_path))
     assert found[1] > 3900
     assert words.startswith("8 images of 16 bits and of floating point: scaled to the range of the set")
     twelve_bits(tmp_path, 4, high=65535)
     twelve_bits(tmp_path / "f", 4, np.float32, 0, 1)
-    assert own_range(find_images(tmp_path)) == (None, "")
+    assert choose_range(find_images(tmp_path)) == (None, "")
 
 
 def test_a_bounded_sample_spread_over_the_set_is_examined(tmp_path, monkeypatch):
     """The larger the images, the smaller the sample."""
     images = find_images(twelve_bits(tmp_path, 20))
     Image.fromarray(np.full((32, 32), 30_000, np.uint16)).save(images.path(1))
-    found, words = own_range(images, sample=10)
+    found, words = choose_range(images, sample=10)
     assert found[1] < 4096
     assert words.startswith("10 images of 16 bits (of 10 examined) use")
-    assert own_range(images, sample=10) == (found, words)
-    monkeypatch.setattr("odcft.data.intensity_range.usual_side", lambda images: 100_000)
-    assert "(of 10 examined)" in own_range(images)[1]
+    assert choose_range(images, sample=10) == (found, words)
+    monkeypatch.setattr("odcft.data.intensity_range.median_shorter_side", lambda images: 100_000)
+    assert "(of 10 examined)" in choose_range(images)[1]
 
 
 QUICK = [
@@ -169,7 +165,7 @@ def test_memory_run_backbone_evaluation_and_export_see_the_same_pixels(tmp_path,
     said = capfd.readouterr().err
     assert said.count("24 images of 16 bits use 6.1 % of their range: scaled to the range of the set") == 1
     made = json.loads((tmp_path / "memory" / "memory.json").read_text())["recipe"]["data"]["range"]
-    assert made == list(own_range(images)[0])
+    assert made == list(choose_range(images)[0])
 
     darker = np.array(Image.open(images.path(0))) // 8  # would give another range if it were chosen anew
     fine_tune(checkpoint, data, tmp_path / "run", load_recipe("small", QUICK), memory=tmp_path / "memory")
@@ -231,7 +227,7 @@ def test_a_pretext_checkpoint_stores_the_range_it_was_trained_with(tmp_path, tas
     out, recipe = tmp_path / "p.pth", load_recipe("pretext", ["optim.epochs=1", "optim.batch_size=4", "data.size=32"])
     train_pretext(task, data, "test_resnet", out, recipe)
     assert capfd.readouterr().err.count("12 images of 16 bits use") == 1
-    made = own_range(find_images(data))[0]
+    made = choose_range(find_images(data))[0]
     assert load_backbone(out).backbone.input.intensity == made
     recipe.optim.epochs = 2
     train_pretext(task, data, "test_resnet", out, recipe, resume=True)

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from odcft.data import batches, shared_memory
-from odcft.data.batches import Batch, Crops, in_order, loader
+from odcft.data.batches import Batch, Crops, make_loader, sequential_batches
 from odcft.data.sources import find_images
 from odcft.data.view import View
 from odcft.errors import OdcftError
 from odcft.recipe import load_recipe
-from odcft.run.failures import explained
+from odcft.run.failures import explain_failures
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def crops(tmp_path, make_images):
 
 
 def read(crops, workers):
-    batches = loader(crops, in_order(range(len(crops.images)), 4), workers, torch.device("cpu"))
+    batches = make_loader(crops, sequential_batches(range(len(crops.images)), 4), workers, torch.device("cpu"))
     return [(batch.pixels, batch.index_B.tolist(), batch.unreadable) for batch in batches]
 
 
@@ -96,7 +96,7 @@ def test_a_batch_that_cannot_be_sent_at_all_ends_the_run_with_an_error(crops, mo
 
     monkeypatch.setattr(Batch, "__reduce__", reduce)
     began = time.monotonic()
-    with pytest.raises(OdcftError, match="A data worker died"), explained(load_recipe("small")):
+    with pytest.raises(OdcftError, match="A data worker died"), explain_failures(load_recipe("small")):
         read(crops, 2)
     assert time.monotonic() - began < 20
 
@@ -110,7 +110,7 @@ def test_a_worker_killed_by_full_shared_memory_is_reported_with_the_remedy(crops
 
     monkeypatch.setattr(batches, "centre_crop", centre_crop)
     cure = pytest.raises(OdcftError, match=r"A data worker died .*--shm-size=8g.*--set data.workers=")
-    with cure, explained(load_recipe("small")):
+    with cure, explain_failures(load_recipe("small")):
         read(crops, 2)
 
 

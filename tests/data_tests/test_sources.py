@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from odcft.data.batches import Crops, collate
-from odcft.data.duplicates import same_content
+from odcft.data.duplicates import identical_files
 from odcft.data.image_decoding import read_image
-from odcft.data.intensity_range import usual_side
+from odcft.data.intensity_range import median_shorter_side
 from odcft.data.sources import find_images
 from odcft.data.view import View
 from odcft.errors import OdcftError
@@ -20,7 +20,7 @@ def test_folder_is_searched_recursively_and_sorted(tmp_path, make_images):
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / ".hidden.png").write_text("no image")
     assert find_images(tmp_path).names == ["a/000.png", "a/002.png", "a/004.png", "b/001.png", "b/003.png", "b/005.png"]
-    assert find_images(tmp_path).classes() == ["a"] * 3 + ["b"] * 3
+    assert find_images(tmp_path).class_labels() == ["a"] * 3 + ["b"] * 3
 
 
 def test_list_files(tmp_path, make_images):
@@ -29,7 +29,7 @@ def test_list_files(tmp_path, make_images):
     (tmp_path / "l.csv").write_text("path,label\nimages/a/000.png,cat;dog\nimages/b/001.png,dog\n")
     assert find_images(tmp_path / "l.txt").names == ["images/a/000.png", "images/b/001.png"]
     listed = find_images(tmp_path / "l.csv")
-    assert listed.classes() == ["cat;dog", "dog"]
+    assert listed.class_labels() == ["cat;dog", "dog"]
     assert read_image(listed.path(0)).size == (32, 32)
 
 
@@ -53,7 +53,7 @@ def test_spaces_case_and_delimiters_of_a_table_do_not_matter(tmp_path, make_imag
     (tmp_path / f"l{ending}").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
     listed = find_images(tmp_path / f"l{ending}")
     assert listed.names == ["a/000.png", "b/001.png"]
-    assert listed.classes() == [labels.replace(" ", ""), "dog"]
+    assert listed.class_labels() == [labels.replace(" ", ""), "dog"]
     assert not listed.skipped
 
 
@@ -82,7 +82,7 @@ def test_duplicate_lines_and_lines_without_a_path_are_counted(tmp_path, make_ima
     listed = find_images(tmp_path / "l.csv")
     assert listed.names == ["a/000.png", "b/001.png"]
     assert listed.labels == ["cat;dog", ""]
-    assert listed.not_read() == "2 duplicate lines, 2 lines without a path"
+    assert listed.skipped_summary() == "2 duplicate lines, 2 lines without a path"
     (tmp_path / "l.txt").write_text("a/000.png\n\nb/001.png\na//000.png\n")
     assert find_images(tmp_path / "l.txt").skipped == {"duplicate line": 1}
     assert find_images(tmp_path / "l.txt").without({0}).skipped == {"duplicate line": 1}
@@ -114,10 +114,10 @@ def test_other_files_in_a_folder_are_counted_by_extension(tmp_path, make_images)
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     images = find_images(tmp_path)
     assert len(images) == 6  # dangling links count as images that cannot be read
-    assert images.not_read().startswith(
+    assert images.skipped_summary().startswith(
         "1,200 .heic, 2 .xml, 1 .dcm, 1 .mp4, 1 file without an extension, 1 hidden folder"
     )
-    assert images.not_read().endswith("1 of 1 other kinds")
+    assert images.skipped_summary().endswith("1 of 1 other kinds")
     assert images.skipped["hidden image"] == images.skipped["hidden folder"] == 1
     assert sum(images.skipped.values()) == 1207
 
@@ -144,13 +144,13 @@ def test_only_regular_files_are_images(tmp_path, make_images):
         find_images(tmp_path / "list.txt")
     (tmp_path / "l.csv").write_text("path\npipe.jpg\nzero.jpg\ns.jpg\na\ngone.jpg\na/000.png\n")
     listed = find_images(tmp_path / "l.csv")
-    assert usual_side(listed) == 32
+    assert median_shorter_side(listed) == 32
     batch = collate([Crops(listed, View(8))[0, i] for i in range(len(listed))])
     assert batch.index_B.tolist() == [5]
     assert [reason for _, reason in sorted(batch.unreadable.items())][:4] == [
         f"a {kind}, not a file" for kind in ("pipe", "device", "socket", "folder")
     ]
-    assert same_content(listed) == []
+    assert identical_files(listed) == []
 
 
 ODD = [

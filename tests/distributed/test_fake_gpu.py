@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 from odcft.clustering import deepcluster, odc
 from odcft.clustering.clusters import Clusters
 from odcft.clustering.memory import Memory
-from odcft.data.augmentation import augment_batch, turned
-from odcft.distributed.delayed_reader import LateReader
+from odcft.data.augmentation import augment_batch, rotate_quarters
+from odcft.distributed.delayed_reader import DelayedReader
 from odcft.members import Views, joint_features, losses
 from odcft.model import Output
 from odcft.plan import CODCPlan, decided
@@ -39,7 +39,7 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    monkeypatch.setattr(LateReader, "_exchange", lambda self, value: None)  # pins host memory
+    monkeypatch.setattr(DelayedReader, "_exchange", lambda self, value: None)  # pins host memory
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
@@ -119,7 +119,7 @@ def test_members_copies_and_losses_stay_on_the_device_and_never_wait(fake_gpu):
     state = fake_state("paper", torch.float16)
     with NoWaiting():
         turn_B = torch.empty(8, dtype=torch.int64).to(CUDA)
-        copy = turned(images, turn_B)
+        copy = rotate_quarters(images, turn_B)
         outputs = [
             Output(*(torch.empty(8, n, device=CUDA) for n in (8, 20))),
             Output(*(torch.empty(8, n, device=CUDA) for n in (8, 20, 4, 20))),

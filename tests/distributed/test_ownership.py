@@ -11,7 +11,7 @@ from odcft.distributed import dist, ownership
 def test_every_image_has_one_owner_and_one_row(on_threads, ranks, count):
     def work():
         mine = [image for image in range(count) if ownership.is_mine(image)]
-        assert mine == list(ownership.owned(count))
+        assert mine == list(ownership.my_images(count))
         assert [ownership.row_of(image) for image in mine] == list(range(len(mine)))
         assert [ownership.image_of(row) for row in range(len(mine))] == mine
         images = torch.arange(count)

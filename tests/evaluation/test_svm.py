@@ -160,7 +160,7 @@ def test_small_sets_are_fitted_in_this_process_and_large_ones_in_several(monkeyp
 
     monkeypatch.setattr("joblib.Parallel", parallel)
     monkeypatch.setattr("joblib.cpu_count", lambda: 2)
-    monkeypatch.setattr("odcft.distributed.stop_signals.ignore_in_worker", lambda: workers.append(1))
+    monkeypatch.setattr("odcft.distributed.stop_signals.ignore_signals_in_worker", lambda: workers.append(1))
     for worth in (svm.PARALLEL_ABOVE, X.size * 3, X.size * 3 - 1):
         monkeypatch.setattr(svm, "PARALLEL_ABOVE", worth)
         voc07_svm(X, targets, X, targets, (1.0,))

@@ -3,7 +3,7 @@
 import torch
 from PIL import Image
 
-from odcft.data.lab_colors import ab_bins, lab, nearest_bin
+from odcft.data.lab_colors import ab_bins, nearest_bin, rgb_to_lab
 from odcft.data.sources import find_images
 from odcft.pretexts.colorization import class_weights
 from odcft.pretexts.training import train_pretext
@@ -16,7 +16,7 @@ def test_rare_colours_weigh_more(tmp_path):
     bins = ab_bins()
     weights = class_weights(find_images(tmp_path), 16, bins)
     red, blue = (
-        weights[nearest_bin(lab(torch.tensor(c).view(1, 3, 1, 1) / 255)[:, 1:].flatten(1), bins)]
+        weights[nearest_bin(rgb_to_lab(torch.tensor(c).view(1, 3, 1, 1) / 255)[:, 1:].flatten(1), bins)]
         for c in ((200.0, 30.0, 30.0), (30.0, 30.0, 200.0))
     )
     assert blue > 2 * red

@@ -23,7 +23,7 @@ def test_a_task_is_learnt_and_its_checkpoint_can_be_loaded(
     assert (written["arch"], written["epoch"], written["size"]) == ("test_resnet", epochs, 32)
     assert written["input"] == ("lab_l" if task == "colorization" else "rgb")
     loaded = load_backbone(out)
-    assert loaded.match.share == 1
+    assert loaded.match.coverage == 1
     assert loaded.backbone.eval()(torch.rand(2, 3, 32, 32)).shape == (2, loaded.backbone.width)
 
 

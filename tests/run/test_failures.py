@@ -22,12 +22,12 @@ from odcft.run import failures
     ],
 )
 def test_a_disk_that_fails_is_told_of_in_a_sentence(number, name, sentence):
-    with pytest.raises(OdcftError, match=sentence), failures.explained(load_recipe("small")):
+    with pytest.raises(OdcftError, match=sentence), failures.explain_failures(load_recipe("small")):
         raise OSError(number, os.strerror(number), name)
 
 
 def test_a_fault_of_ours_is_not_taken_for_the_disks():
-    with pytest.raises(OSError, match="odd"), failures.explained(load_recipe("small")):
+    with pytest.raises(OSError, match="odd"), failures.explain_failures(load_recipe("small")):
         raise OSError("odd")
-    with pytest.raises(OSError, match="Read-only"), failures.explained(load_recipe("small")):
+    with pytest.raises(OSError, match="Read-only"), failures.explain_failures(load_recipe("small")):
         raise OSError(errno.EROFS, "Read-only file system")

@@ -11,7 +11,7 @@ def test_about_one_checkpoint_or_several(tmp_path):
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     images = Images(tmp_path, tmp_path, ["a"])
     one, two = made_from([a], ["x"], "data", images), made_from([a, b], ["x", "y"], "data", images)
-    sums = [files.digest(tmp_path / name) for name in "ab"]
+    sums = [files.file_sha256(tmp_path / name) for name in "ab"]
     assert one == {"checkpoint": a, "sha256": sums[0], "arch": "x", "data": "data", "images": 1}
     assert two == {"checkpoint": [a, b], "sha256": sums, "arch": ["x", "y"], "data": "data", "images": 1}
 
@@ -23,4 +23,4 @@ def test_sample_of_images_is_spread_over_the_set(tmp_path):
     images = Images(tmp_path, tmp_path, names)
     assert list(checksums(images, 3)) == ["000", "003", "006"]
     assert list(checksums(images, 100)) == names[:-1]
-    assert checksums(images)["000"] == files.digest(tmp_path / "000")
+    assert checksums(images)["000"] == files.file_sha256(tmp_path / "000")

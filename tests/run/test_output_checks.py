@@ -13,9 +13,9 @@ from safetensors.torch import save_file as save_privately
 from odcft import files
 from odcft.errors import OdcftError
 from odcft.run import output_checks, snapshot_files
-from odcft.run.folder import BEGUN, MEMORY_FILES, RUN_FILES
+from odcft.run.folder import FILES_BEFORE_FIRST_STEP, MEMORY_FILES, RUN_FILES
 from odcft.run.lock import locked
-from odcft.run.output_checks import only_begun
+from odcft.run.output_checks import has_no_progress
 from odcft.state import Snapshot
 
 STATE = "checkpoints/step-000000003"
@@ -44,11 +44,11 @@ def refused(run, message, resumed=True):
     before = tree(run)
     if resumed:
         with pytest.raises(OdcftError, match=message):
-            output_checks.refuse_strange(run, RUN_FILES, resumed=True)
+            output_checks.refuse_foreign_files(run, RUN_FILES, resumed=True)
     with pytest.raises(OdcftError, match=message):
-        output_checks.refuse_full(run, RUN_FILES, overwrite=True)
+        output_checks.refuse_non_empty(run, RUN_FILES, overwrite=True)
     with pytest.raises(OdcftError, match=message):
-        output_checks.clear(run, RUN_FILES)
+        output_checks.clear_folder(run, RUN_FILES)
     assert tree(run) == before
 
 
@@ -56,11 +56,11 @@ def refused(run, message, resumed=True):
 
 
 def test_a_run_of_ours_is_replaced_and_gone_on_with(run):
-    output_checks.refuse_strange(run, RUN_FILES, resumed=True)
-    output_checks.refuse_full(run, RUN_FILES, overwrite=True)
-    output_checks.clear(run, RUN_FILES)
+    output_checks.refuse_foreign_files(run, RUN_FILES, resumed=True)
+    output_checks.refuse_non_empty(run, RUN_FILES, overwrite=True)
+    output_checks.clear_folder(run, RUN_FILES)
     assert list(tree(run)) == ["lock"]  # which whoever clears holds
-    output_checks.clear(run / "new" / "folder", RUN_FILES)
+    output_checks.clear_folder(run / "new" / "folder", RUN_FILES)
     assert (run / "new" / "folder").is_dir()
 
 
@@ -116,58 +116,58 @@ def test_what_odcft_did_not_write_is_not_overwritten_and_does_not_hinder_resumin
     path = run / name
     path.symlink_to(outside) if kind == "link" else path.mkdir() if kind == "folder" else path.write_text("mine")
     refused(run, rf"holds files odcft did not write \({name}\), so --overwrite will not touch it", resumed=False)
-    output_checks.refuse_strange(run, RUN_FILES, resumed=True)
+    output_checks.refuse_foreign_files(run, RUN_FILES, resumed=True)
 
 
 @pytest.mark.parametrize("name", [".thesis.unfinished", "thesis.unfinished", "thesis.txt", "unfinished"])
 def test_a_folder_that_holds_something_is_not_empty(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(OdcftError, match=r"is not empty. Pass --resume to continue it, --overwrite to replace it"):
-        output_checks.refuse_full(tmp_path, RUN_FILES, overwrite=False)
+        output_checks.refuse_non_empty(tmp_path, RUN_FILES, overwrite=False)
     with pytest.raises(OdcftError, match=r"is not empty. Pass --overwrite"):
-        output_checks.refuse_full(tmp_path, MEMORY_FILES, overwrite=False)
+        output_checks.refuse_non_empty(tmp_path, MEMORY_FILES, overwrite=False)
 
 
 def test_what_a_killed_process_left_is_nothing(tmp_path):
     for name in (".metrics.jsonl.unfinished", "lock"):
         (tmp_path / name).write_text("")
     (tmp_path / ".unfinished").mkdir()
-    output_checks.refuse_full(tmp_path, RUN_FILES, overwrite=False)
-    assert output_checks.contents(tmp_path, RUN_FILES) == set()
-    assert output_checks.contents(tmp_path, {"a": None}) == {"lock", ".metrics.jsonl.unfinished"}
-    assert output_checks.contents(tmp_path / "nowhere", RUN_FILES) == set()
-    assert only_begun(tmp_path)
+    output_checks.refuse_non_empty(tmp_path, RUN_FILES, overwrite=False)
+    assert output_checks.names_in(tmp_path, RUN_FILES) == set()
+    assert output_checks.names_in(tmp_path, {"a": None}) == {"lock", ".metrics.jsonl.unfinished"}
+    assert output_checks.names_in(tmp_path / "nowhere", RUN_FILES) == set()
+    assert has_no_progress(tmp_path)
 
 
 def test_only_what_has_no_state_and_no_step_is_only_begun(tmp_path):
     for name in ("recipe.yaml", "run.json", "images.csv", "metrics.jsonl"):
         (tmp_path / name).write_text("")
-    assert only_begun(tmp_path)
+    assert has_no_progress(tmp_path)
     for name in ("checkpoints", "tensorboard"):
         (tmp_path / name).mkdir()
     (tmp_path / "quarantine.csv").write_text("")
-    assert output_checks.contents(tmp_path, RUN_FILES) == BEGUN
-    assert only_begun(tmp_path)
+    assert output_checks.names_in(tmp_path, RUN_FILES) == FILES_BEFORE_FIRST_STEP
+    assert has_no_progress(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("{}")
-    assert not only_begun(tmp_path)
+    assert not has_no_progress(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "checkpoints" / "damaged-step-000000003").mkdir(parents=True)
-    assert not only_begun(tmp_path)
+    assert not has_no_progress(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "clusters.parquet").write_text("")
-    assert not only_begun(tmp_path)
+    assert not has_no_progress(tmp_path)
 
 
 def test_an_output_that_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OdcftError, match=r"file is a file. Choose a folder"):
-        output_checks.refuse_full(tmp_path / "file", RUN_FILES, overwrite=True)
+        output_checks.refuse_non_empty(tmp_path / "file", RUN_FILES, overwrite=True)
     with pytest.raises(OdcftError, match=r"run cannot be written: .*file is not a folder you may write to"):
-        output_checks.refuse_full(tmp_path / "file" / "run", RUN_FILES, overwrite=True)
+        output_checks.refuse_non_empty(tmp_path / "file" / "run", RUN_FILES, overwrite=True)
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     with pytest.raises(OdcftError, match="nowhere is a broken link"):
-        output_checks.refuse_full(tmp_path / "nowhere", RUN_FILES, overwrite=True)
-    output_checks.refuse_full(tmp_path / "a" / "b", RUN_FILES, overwrite=False)
+        output_checks.refuse_non_empty(tmp_path / "nowhere", RUN_FILES, overwrite=True)
+    output_checks.refuse_non_empty(tmp_path / "a" / "b", RUN_FILES, overwrite=False)
     assert not (tmp_path / "a").exists()
 
 
@@ -175,15 +175,15 @@ def test_an_output_that_is_no_folder_is_refused(tmp_path):
 def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch, right):
     monkeypatch.setattr(os, "access", lambda path, asked: not asked & right)
     with pytest.raises(OdcftError, match="is not a folder you may write to"):
-        output_checks.refuse_full(tmp_path / "run", RUN_FILES, overwrite=False)
+        output_checks.refuse_non_empty(tmp_path / "run", RUN_FILES, overwrite=False)
 
 
 def test_the_output_itself_may_be_a_link_to_a_folder(run, tmp_path):
     (tmp_path / "link").symlink_to(run)
-    output_checks.refuse_full(tmp_path / "link", RUN_FILES, overwrite=True)
+    output_checks.refuse_non_empty(tmp_path / "link", RUN_FILES, overwrite=True)
     with locked(tmp_path / "link", print):
-        output_checks.clear(tmp_path / "link", RUN_FILES)
-        files.write_whole(tmp_path / "link" / "run.json", "{}")
+        output_checks.clear_folder(tmp_path / "link", RUN_FILES)
+        files.write_text_atomically(tmp_path / "link" / "run.json", "{}")
     assert list(tree(run)) == ["run.json"]
     assert (tmp_path / "link").is_symlink()
 
@@ -195,9 +195,9 @@ def test_the_output_itself_may_be_a_link_to_a_folder(run, tmp_path):
 def test_a_folder_of_the_users_on_another_disk_is_used_emptied_and_kept(run, tmp_path, name):
     shutil.move(run / name, tmp_path / "scratch")
     (run / name).symlink_to(tmp_path / "scratch")
-    output_checks.refuse_strange(run, RUN_FILES, resumed=True)
-    output_checks.refuse_full(run, RUN_FILES, overwrite=True)
-    output_checks.clear(run, RUN_FILES)
+    output_checks.refuse_foreign_files(run, RUN_FILES, resumed=True)
+    output_checks.refuse_non_empty(run, RUN_FILES, overwrite=True)
+    output_checks.clear_folder(run, RUN_FILES)
     assert (run / name).is_symlink()
     assert list((tmp_path / "scratch").iterdir()) == []
     if name == "checkpoints":
@@ -266,14 +266,14 @@ def test_what_lies_in_a_folder_of_another_owner_may_lead_to_that_owners_folders(
     shutil.move(run / "checkpoints", tmp_path / "scratch")
     (run / "checkpoints").symlink_to(tmp_path / "scratch")
     monkeypatch.setattr(os, "geteuid", lambda: run.stat().st_uid + 1)
-    output_checks.refuse_full(run, RUN_FILES, overwrite=True)
+    output_checks.refuse_non_empty(run, RUN_FILES, overwrite=True)
 
 
 def test_a_memory_has_no_folders_on_another_disk(tmp_path, outside):
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "memory.safetensors").symlink_to(outside / "precious")
     with pytest.raises(OdcftError, match=r"memory.safetensors is a link"):
-        output_checks.refuse_full(tmp_path / "memory", MEMORY_FILES, overwrite=True)
+        output_checks.refuse_non_empty(tmp_path / "memory", MEMORY_FILES, overwrite=True)
 
 
 def test_a_file_is_tried_before_it_is_needed(tmp_path, outside):
@@ -294,10 +294,13 @@ def test_a_file_is_tried_before_it_is_needed(tmp_path, outside):
 
 
 def test_a_place_that_may_not_be_looked_at_is_refused(tmp_path, monkeypatch):
-    output_checks.refuse_unreachable(tmp_path / "new" / "run")
+    output_checks.refuse_invalid_path(tmp_path / "new" / "run")
     (tmp_path / "file").write_text("")
-    output_checks.refuse_unreachable(tmp_path / "file" / "run")  # that is told of by what comes next
-    for refuse in (output_checks.refuse_unreachable, lambda path: output_checks.refuse_full(path, RUN_FILES, True)):
+    output_checks.refuse_invalid_path(tmp_path / "file" / "run")  # that is told of by what comes next
+    for refuse in (
+        output_checks.refuse_invalid_path,
+        lambda path: output_checks.refuse_non_empty(path, RUN_FILES, True),
+    ):
         with pytest.raises(OdcftError, match=r"a cannot be written: File name too long. Choose another place"):
             refuse(tmp_path / (300 * "a"))
 
@@ -325,7 +328,7 @@ def test_a_file_that_odcft_did_not_write_is_not_replaced(tmp_path, kind):
     THEIRS[kind](tmp_path / "file")
     assert not output_checks.written_by_odcft(tmp_path / "file")
     with pytest.raises(OdcftError, match="file was not written by odcft, so --overwrite will not touch it"):
-        output_checks.refuse_file_of_others(tmp_path / "file")
+        output_checks.refuse_foreign_file(tmp_path / "file")
 
 
 OURS = {
@@ -345,7 +348,7 @@ def with_words(words):
 def test_a_file_of_ours_may_be_replaced(tmp_path, kind):
     OURS[kind](tmp_path / "file")
     assert output_checks.written_by_odcft(tmp_path / "file")
-    output_checks.refuse_file_of_others(tmp_path / "file")
+    output_checks.refuse_foreign_file(tmp_path / "file")
 
 
 class Evil:
@@ -362,9 +365,9 @@ def test_to_look_at_a_file_of_others_runs_no_code(tmp_path, monkeypatch):
 
 def test_a_link_is_not_replaced(tmp_path):
     pretext_file(tmp_path / "r.pth")
-    output_checks.refuse_file_of_others(tmp_path / "new")
+    output_checks.refuse_foreign_file(tmp_path / "new")
     for target in ("r.pth", "nowhere"):
         (tmp_path / "link").symlink_to(target)
         with pytest.raises(OdcftError, match=r"link is a link. Give the path it points to"):
-            output_checks.refuse_file_of_others(tmp_path / "link")
+            output_checks.refuse_foreign_file(tmp_path / "link")
         (tmp_path / "link").unlink()

@@ -69,7 +69,7 @@ def test_two_states_are_kept_and_none_goes_before_the_new_one_is_proven(tmp_path
 
     sums_are_made_of = []
     monkeypatch.setattr(snapshot_files, "save_file", cut)
-    monkeypatch.setattr(snapshot_files, "digest", lambda path, from_disk=False: f"{path.name} {from_disk}")
+    monkeypatch.setattr(snapshot_files, "file_sha256", lambda path, from_disk=False: f"{path.name} {from_disk}")
     assert "is not what was written" in snapshot_files.save(tmp_path, make_state(6))  # the disk shows something else
     assert [path.name[-1] for path in sorted((tmp_path / "checkpoints").iterdir())] == ["4", "5"]
 
@@ -174,12 +174,12 @@ def test_files_are_on_the_disk_before_the_state_has_its_name_and_its_name_before
     new = ".step-000000003.unfinished"
     for step in (1, 2):
         snapshot_files.save(tmp_path, make_state(step))
-    digest, rename = snapshot_files.digest, Path.rename
-    monkeypatch.setattr(snapshot_files, "sync", lambda path: done.append(("sync", path.name)))
+    digest, rename = snapshot_files.file_sha256, Path.rename
+    monkeypatch.setattr(snapshot_files, "fsync", lambda path: done.append(("sync", path.name)))
     monkeypatch.setattr(Path, "rename", lambda path, to: (done.append(("rename", path.name)), rename(path, to))[1])
     monkeypatch.setattr(
         snapshot_files,
-        "digest",
+        "file_sha256",
         lambda path, disk=False: (done.append(("disk" if disk else "read", path.parent.name)), digest(path, disk))[1],
     )
     monkeypatch.setattr(
@@ -211,7 +211,7 @@ def test_a_disk_that_fails_is_told_and_leaves_what_was_there(tmp_path, monkeypat
         assert snapshot_files.save(tmp_path, make_state(2)) == "No space left on device"
     assert steps(tmp_path) == ["1"]
     with monkeypatch.context() as patched:
-        patched.setattr(snapshot_files, "write_whole", lambda *args: full({}, tmp_path / "x"))
+        patched.setattr(snapshot_files, "write_text_atomically", lambda *args: full({}, tmp_path / "x"))
         assert snapshot_files.save(tmp_path, make_state(2)) == "No space left on device"
     assert steps(tmp_path) == ["1"]
     (tmp_path / "file").write_bytes(b"")
@@ -230,7 +230,7 @@ def test_what_cannot_be_removed_does_not_end_the_run(tmp_path, monkeypatch):
     assert snapshot_files.save(tmp_path, make_state(3)) == ""
     assert steps(tmp_path) == ["1", "2", "3"]
     with monkeypatch.context() as patched:
-        patched.setattr(snapshot_files, "digest", lambda path, from_disk=False: str(from_disk))
+        patched.setattr(snapshot_files, "file_sha256", lambda path, from_disk=False: str(from_disk))
         assert "is not what was written" in snapshot_files.save(tmp_path, make_state(4))
     with monkeypatch.context() as patched:
         patched.setattr(snapshot_files, "save_file", lambda *args: held(None))
@@ -253,7 +253,7 @@ def test_a_state_that_is_damaged_twice_is_set_aside_twice(tmp_path):
 
 def state_of_rank(step):
     """What a rank of several has: rows of its own of seven images, and the same weights."""
-    mine = torch.tensor(list(ownership.owned(7)))
+    mine = torch.tensor(list(ownership.my_images(7)))
     own = {"loss": torch.tensor(float(dist.rank()))}
     return Snapshot({"weight": torch.ones(2)}, {"labels": mine}, own, {"step": step, "images": 7})
 
