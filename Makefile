@@ -13,7 +13,7 @@ test: .venv/ready
 
 # The tests of one room, in seconds: make test-fast ROOM=clustering. Without ROOM, what all rooms stand on.
 ROOM ?=
-FAST := $(if $(ROOM),$(wildcard tests/$(ROOM)/ tests/$(ROOM)_tests/),tests/test_layers.py tests/test_plan.py tests/test_recipe.py tests/clustering)
+FAST := $(if $(ROOM),$(wildcard tests/$(ROOM)/ tests/$(ROOM)_tests/),tests/test_import_rules.py tests/test_plan.py tests/test_recipe.py tests/clustering)
 test-fast: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow" $(or $(filter %_tests/,$(FAST)),$(FAST))
 

@@ -104,7 +104,7 @@ def _load_recipe(
 
 
 def _parse_arch_args(arch_args: str | None) -> dict[str, Any]:
-    from odcft.backbone.metadata import parse_arguments
+    from odcft.backbone.checkpoint_metadata import parse_arguments
 
     return parse_arguments(arch_args) if arch_args else {}
 
@@ -377,7 +377,7 @@ def evaluate(
     """Measure how good a backbone's features are: VOC07 SVM mAP and nearest-neighbour accuracy."""
     from odcft.evaluation.feature_files import evaluate_file
     from odcft.evaluation.protocols import check_protocols
-    from odcft.evaluation.table import json_values, summary, table_lines
+    from odcft.evaluation.results_table import json_values, summary, table_lines
     from odcft.progress import Progress
 
     protocols = check_protocols(protocol)

@@ -46,7 +46,7 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
         The results (ODC's, and DC's under `dc`), and lines to print.
     """
     from odcft.evaluation.comparison import evaluate
-    from odcft.evaluation.table import json_values, table_lines
+    from odcft.evaluation.results_table import json_values, table_lines
     from odcft.first_memory import init_memory
     from odcft.train import fine_tune
 

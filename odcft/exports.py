@@ -19,7 +19,7 @@ from odcft.backbone.timm_folder import features_of, write_timm
 from odcft.errors import OdcftError
 from odcft.run import output_checks
 from odcft.run.folder import BACKBONE_FILES
-from odcft.run.identity import about_run
+from odcft.run.run_json import about_run
 
 FORMATS = ("timm", "torchvision", "safetensors", "onnx")
 

@@ -6,7 +6,7 @@ from typing import Any
 from odcft.prepare import begin
 from odcft.progress import Progress
 from odcft.recipe import Recipe
-from odcft.run.failures import explain_failures
+from odcft.run.failure_messages import explain_failures
 from odcft.run.folder import MEMORY_FILES, Run
 from odcft.run.lock import locked
 from odcft.run.memory_folder import write_memory

@@ -16,7 +16,6 @@ Shapes: B batch, K clusters, F backbone, D a member's embedding, M members.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,24 +24,14 @@ from torch import Tensor, nn
 from odcft import seeds
 from odcft.backbone.network import Backbone
 from odcft.clustering.methods import METHODS
-from odcft.data.augmentation import augment_batch, rotate_quarters
+from odcft.data.augmentation import augment_batch
 from odcft.data.batches import Batch
 from odcft.data.feature_extraction import to_float
 from odcft.distributed import dist
+from odcft.losses import losses
 from odcft.model import Model, Output, make_neck
-from odcft.plan import CODCPlan, Plan
-from odcft.recipe import MemberRecipe
-
-
-class Views(NamedTuple):
-    """A batch as the members see it: the augmented images, and copies for the losses that need some."""
-
-    images: Tensor  # (B, 3, H, W), RGB in 0..1
-    rotated: Tensor | None = None  # (B, 3, H, H)
-    quarters_B: Tensor | None = None  # by how many each was rotated
-    mixed: Tensor | None = None  # (B, 3, H, W)
-    partner_B: Tensor | None = None  # with which image of the batch
-    share: float = 1.0  # of the image itself in the mixture
+from odcft.plan import Plan
+from odcft.views import Views, with_copies
 
 
 class Members(nn.Module):
@@ -150,80 +139,3 @@ def joint_features(features: list[Tensor]) -> Tensor:
     if len(features) == 1:
         return features[0]
     return torch.cat([F.normalize(features_BD.float(), dim=1, eps=1e-10) for features_BD in features], 1)
-
-
-def with_copies(images: Tensor, codc: CODCPlan, generator: torch.Generator) -> Views:
-    """Images with the copies that some member learns from.
-
-    Args:
-        images: (B, 3, H, W) float, augmented.
-        codc: its members, and `alpha` of mixup's Beta distribution.
-        generator: of the draws, on the CPU.
-
-    Returns:
-        Rotated copies (Gidaris et al., ICLR 2018) and mixed ones (Zhang et al., ICLR 2018), each only if needed.
-    """
-    views, device = Views(images), images.device
-    if any(member.rotation for member in codc.members):
-        quarters_B = torch.randint(4, (len(images),), generator=generator).to(device, non_blocking=True)
-        views = views._replace(rotated=rotate_quarters(images, quarters_B), quarters_B=quarters_B)
-    if any(member.mixup for member in codc.members):
-        partner_B = torch.randperm(len(images), generator=generator).to(device, non_blocking=True)
-        share = _beta(codc.alpha, generator)
-        mixed = share * images + (1 - share) * images.index_select(0, partner_B)
-        views = views._replace(mixed=mixed, partner_B=partner_B, share=share)
-    return views
-
-
-def _beta(alpha: float, generator: torch.Generator) -> float:
-    """A draw from Beta(alpha, alpha), on the host (Jöhnk's method: torch's own takes no generator)."""
-    while True:
-        x, y = (torch.rand(2, generator=generator, dtype=torch.float64) ** (1 / alpha)).tolist()
-        if 0 < x + y <= 1:
-            return x / (x + y)
-
-
-def losses(
-    outputs: list[Output], codc: CODCPlan, label_B: Tensor, weight_K: Tensor, views: Views
-) -> tuple[Tensor, Tensor]:
-    """What is minimised, and what is logged of it.
-
-    Args:
-        outputs: of each member.
-        codc: the members' weights.
-        label_B: (B,) labels from the joint memory.
-        weight_K: (K,) weights of the clusters.
-        views: what the members saw.
-
-    Returns:
-        The sum of the members' losses, each with its weights (eq. 1 for one plain member); and the mean cross-entropy
-        of the members' clusterings, without weights, so that it can be compared with ln K.
-    """
-    terms, clusterings = [], []
-    for output, member in zip(outputs, codc.members, strict=True):
-        clustering = F.cross_entropy(output.logits_BK.float(), label_B, weight_K)  # eq. 1
-        terms += [member.cluster * clustering] if member.cluster else []
-        terms += _losses_of_copies(output, member, label_B, weight_K, views)
-        clusterings.append(clustering.detach())
-    if len(terms) == 1:
-        return terms[0], clusterings[0]
-    return torch.stack(terms).sum(), torch.stack(clusterings).mean()
-
-
-def _losses_of_copies(
-    output: Output, member: MemberRecipe, label_B: Tensor, weight_K: Tensor, views: Views
-) -> list[Tensor]:
-    """The weighted losses of a member that learns from rotated or mixed copies."""
-    terms = []
-    if member.rotation:
-        assert output.rotation_logits_B4 is not None
-        assert views.quarters_B is not None
-        terms.append(member.rotation * F.cross_entropy(output.rotation_logits_B4.float(), views.quarters_B))
-    if member.mixup:
-        assert output.mixed_logits_BK is not None
-        assert views.partner_B is not None
-        logits_BK = output.mixed_logits_BK.float()
-        one = F.cross_entropy(logits_BK, label_B, weight_K)
-        other = F.cross_entropy(logits_BK, label_B.index_select(0, views.partner_B), weight_K)
-        terms.append(member.mixup * (views.share * one + (1 - views.share) * other))
-    return terms

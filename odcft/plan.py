@@ -160,6 +160,8 @@ def decided(
     fields = recipe.model_dump()
     for group, values in choices.items():
         fields[group] |= {name: value for name, value in values.items() if fields[group][name] == "auto"}
+    if isinstance(recipe.data.range, str):  # also "full": its numbers are known now
+        fields["data"]["range"] = intensity
     if min_cluster is not None:
         fields["memory"]["min_cluster"] = min_cluster
     return Plan.model_validate(fields)

@@ -31,7 +31,7 @@ from odcft.progress import Progress
 from odcft.recipe import MemberRecipe, Recipe, load_options, make_recipe
 from odcft.run import memory_folder, output_checks, resume_checks, snapshot_files
 from odcft.run.folder import RUN_FILES, Run, write_image_lists
-from odcft.run.identity import checksums, made_by, made_from
+from odcft.run.run_json import checksums, made_by, made_from
 from odcft.seeds import seed
 from odcft.state import Snapshot, State, new_state, restore, versions
 from odcft.text import count_of, duration

@@ -31,12 +31,12 @@ from odcft.progress import Progress
 from odcft.recipe import Recipe, dump
 from odcft.run import output_checks, snapshot_files
 from odcft.run.clusters_parquet import require_parquet, write_clusters
-from odcft.run.failures import explain_failures
+from odcft.run.failure_messages import explain_failures
 from odcft.run.folder import BACKBONES, RUN_FILES, Run
-from odcft.run.identity import about_run
 from odcft.run.lock import locked
 from odcft.run.metrics import Metrics, read_lines
 from odcft.run.non_finite import NonFiniteGuard
+from odcft.run.run_json import about_run
 from odcft.run.saver import Saver
 from odcft.run.training_log import TrainingLog
 from odcft.state import State

@@ -11,7 +11,7 @@ from PIL import Image
 
 from odcft.backbone.load import load_backbone
 from odcft.backbone.network_input import input_from_json as load_input
-from odcft.backbone.networks import build
+from odcft.backbone.non_timm_networks import build
 from odcft.data.batches import Crops
 from odcft.data.feature_extraction import to_float
 from odcft.data.sources import find_images

@@ -117,13 +117,13 @@ def test_memory_folder_gives_the_same_run_as_no_folder(tmp_path, checkpoint, ima
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ("neck.dim=16", "was made with neck.dim=8, and this run has neck.dim=16"),
+        ("neck.dim=16", "was made with neck.dim=8, but this run has neck.dim=16"),
         ("neck.hidden=32", "neck.hidden=16"),
-        ("data.size=40", "data.size=32, and this run has data.size=40"),
+        ("data.size=40", "data.size=32, but this run has data.size=40"),
         ("data.crop_fraction=0.5", "data.crop_fraction=1.0"),
-        ("backbone.input=bgr", "backbone.input=None, and this run has backbone.input=bgr"),
-        ("memory.clusters=3", "has 2 clusters, and 3 are asked for"),
-        ("memory.clusters=10000", "10,000 clusters for 12 images cannot work"),
+        ("backbone.input=bgr", "backbone.input=None, but this run has backbone.input=bgr"),
+        ("memory.clusters=3", "has 2 clusters, but 3 were requested"),
+        ("memory.clusters=10000", "has 2 clusters, but 10,000 were requested"),
     ],
 )
 def test_memory_of_another_recipe_is_refused(memory_folder, tmp_path, field, message):
@@ -135,7 +135,7 @@ def test_memory_of_another_recipe_is_refused(memory_folder, tmp_path, field, mes
 
 def test_memory_of_another_seed_is_refused_where_weights_are_random(tmp_path, images):
     init_memory("scratch:test_resnet", images, tmp_path / "memory", quick("seed=1"))
-    with pytest.raises(OdcftError, match="was made with seed=1, and this run has seed=0"):
+    with pytest.raises(OdcftError, match="was made with seed=1, but this run has seed=0"):
         fine_tune("scratch:test_resnet", images, tmp_path / "run", quick(), memory=tmp_path / "memory")
 
 

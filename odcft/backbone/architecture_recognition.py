@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from odcft.backbone.checkpoint_files import Contents
-from odcft.backbone.networks import NETWORKS, is_network, shapes
+from odcft.backbone.non_timm_networks import NETWORKS, is_network, shapes
 from odcft.backbone.tensor_matching import Match, match, renamings
 from odcft.errors import OdcftError
 

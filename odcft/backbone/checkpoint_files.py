@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odcft.backbone.metadata import (
+from odcft.backbone.checkpoint_metadata import (
     Metadata,
     from_exported_fields,
     from_preprocessor_config,

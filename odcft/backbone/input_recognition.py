@@ -7,7 +7,7 @@ from typing import Any
 from odcft.backbone.architecture_recognition import Kwargs
 from odcft.backbone.checkpoint_files import Contents
 from odcft.backbone.network_input import IMAGENET, Input, default_input
-from odcft.backbone.networks import NETWORKS
+from odcft.backbone.non_timm_networks import NETWORKS
 from odcft.backbone.tensor_matching import Match
 from odcft.data.view import INTERPOLATIONS
 from odcft.errors import OdcftError

@@ -12,12 +12,12 @@ from torch import nn
 from odcft import seeds
 from odcft.backbone.architecture_recognition import nearest_name, recognise
 from odcft.backbone.checkpoint_files import Contents, read
+from odcft.backbone.checkpoint_metadata import check_arguments
 from odcft.backbone.family_recognition import recognise_family
 from odcft.backbone.input_recognition import recognise_input, with_color
-from odcft.backbone.metadata import check_arguments
 from odcft.backbone.network import Backbone
 from odcft.backbone.network_input import CHANNELS, Adapter
-from odcft.backbone.networks import NETWORKS, RGB, count_elements, is_network
+from odcft.backbone.non_timm_networks import NETWORKS, RGB, count_elements, is_network
 from odcft.backbone.tensor_matching import Match, constant, not_finite
 from odcft.errors import OdcftError
 from odcft.text import short_repr
@@ -310,14 +310,14 @@ def _from_hub(name: str, scheme: str, arch: str, arch_args: dict[str, Any]) -> B
     """timm's network with timm's weights, from the hub or from this machine's cache of it."""
     import timm
 
-    from odcft.backbone import hub
+    from odcft.backbone import hub_download
 
     changes = [argument for argument in ("last_stride", "small_stem") if argument in arch_args]
     if changes:
         raise OdcftError(f"--arch-args {changes[0]}: the weights of {name} only fit the network as timm builds it.")
     backbone = Backbone(arch, **arch_args)
     tag = arch if scheme == "timm" else f"{arch}.tv_in1k"
-    with hub.offline_if_unreachable() as reachable:
+    with hub_download.offline_if_unreachable() as reachable:
         try:
             backbone.net = timm.create_model(tag, pretrained=True, num_classes=0, **arch_args)
         except RuntimeError as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from odcft.backbone.network import Backbone
-from odcft.backbone.networks import timm_builds
+from odcft.backbone.non_timm_networks import timm_builds
 from odcft.data.view import describe_view
 from odcft.text import code_block, code_span
 
@@ -47,7 +47,7 @@ def make_card(backbone: Backbone, about: dict[str, Any]) -> str:
 
     Args:
         backbone: what was exported.
-        about: what `run.identity.about_run` returns, or only its `checkpoint`.
+        about: what `run.run_json.about_run` returns, or only its `checkpoint`.
 
     Returns:
         Markdown, in which names from files can break nothing.

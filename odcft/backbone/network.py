@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from odcft.backbone.input_recognition import input_from_cfg
 from odcft.backbone.network_input import Adapter, Input
-from odcft.backbone.networks import NETWORKS, SkipRandomInit, build
+from odcft.backbone.non_timm_networks import NETWORKS, SkipRandomInit, build
 from odcft.data.view import View
 from odcft.errors import OdcftError, ran_out_of_memory
 

@@ -11,7 +11,7 @@ from odcft import files
 from odcft.backbone.load import load_backbone
 from odcft.backbone.model_card import make_card
 from odcft.backbone.network import Backbone
-from odcft.backbone.networks import timm_builds
+from odcft.backbone.non_timm_networks import timm_builds
 
 
 def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = None) -> None:

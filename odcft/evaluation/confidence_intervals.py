@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from odcft.evaluation.protocols import class_numbers
-from odcft.evaluation.table import METRICS
+from odcft.evaluation.results_table import METRICS
 
 
 def changes_with_intervals(

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from odcft import files, seeds
 from odcft.backbone.checkpoint_files import load_torch
+from odcft.backbone.checkpoint_metadata import check_arguments
 from odcft.backbone.load import refuse_unknown_arch, set_mean_and_std
-from odcft.backbone.metadata import check_arguments
 from odcft.backbone.network import Backbone
 from odcft.backbone.network_input import Input
 from odcft.data.batches import Batch, Crops, TrainingBatches, TrainingOrder
@@ -37,7 +37,7 @@ from odcft.pretexts.rotation import Rotation
 from odcft.progress import Progress
 from odcft.recipe import Recipe
 from odcft.run import output_checks
-from odcft.run.failures import explain_failures
+from odcft.run.failure_messages import explain_failures
 from odcft.text import count_of
 
 Task = Rotation | Jigsaw | Colorization

@@ -19,8 +19,8 @@ from odcft.files import read_json
 from odcft.plan import Plan
 from odcft.recipe import Recipe, flatten, make_recipe
 from odcft.run.folder import MEMORY_FILES, Run, write_image_lists
-from odcft.run.identity import made_by, made_from
 from odcft.run.output_checks import clear_folder
+from odcft.run.run_json import made_by, made_from
 
 # What the features in a memory depend on, besides checkpoint and images; `dc.pca` for dc, the neck for odc.
 FEATURES = (

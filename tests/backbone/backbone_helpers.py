@@ -6,7 +6,7 @@ import timm
 import torch
 
 from odcft.backbone.checkpoint_files import Contents
-from odcft.backbone.metadata import Metadata
+from odcft.backbone.checkpoint_metadata import Metadata
 from odcft.backbone.tensor_matching import Match
 
 PATH = Path("somewhere.pth")

@@ -14,8 +14,8 @@ from odcft.backbone.architecture_recognition import (
     recognise,
     without_input_channels,
 )
-from odcft.backbone.metadata import Metadata
-from odcft.backbone.networks import NETWORKS, shapes
+from odcft.backbone.checkpoint_metadata import Metadata
+from odcft.backbone.non_timm_networks import NETWORKS, shapes
 from odcft.errors import OdcftError
 
 

@@ -9,7 +9,7 @@ from write_layout import LAYOUTS, write
 
 from odcft.backbone.inspection import describe
 from odcft.backbone.load import load_backbone
-from odcft.backbone.networks import NETWORKS
+from odcft.backbone.non_timm_networks import NETWORKS
 
 HEADS = {"fc.weight", "fc.bias", "head.weight", "head.bias", "classifier.6.weight", "classifier.6.bias"}
 COLORS = {"Lab L": "lab_l", "Lab L only": "lab_l", "Lab L + ab hints + mask": "lab_l", "RGB": "rgb", "BGR": "bgr"}

@@ -3,8 +3,8 @@
 import pytest
 from backbone_helpers import contents, matched
 
+from odcft.backbone.checkpoint_metadata import Metadata
 from odcft.backbone.family_recognition import recognise_family
-from odcft.backbone.metadata import Metadata
 
 VIT = "vit_small_patch16_224"
 FAMILIES = [

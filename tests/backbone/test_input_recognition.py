@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 from backbone_helpers import contents, matched
 
+from odcft.backbone.checkpoint_metadata import Metadata
 from odcft.backbone.input_recognition import input_from_cfg, recognise_input, with_color
-from odcft.backbone.metadata import Metadata
 from odcft.backbone.network_input import IMAGENET, Input, default_input
-from odcft.backbone.networks import NETWORKS
+from odcft.backbone.non_timm_networks import NETWORKS
 from odcft.data.view import View
 from odcft.errors import OdcftError
 

@@ -1,4 +1,4 @@
-"""DeepCluster's parts: whitening, clusters drawn uniformly, K-Means anew before an epoch. Whole runs: test_dc_runs."""
+"""DeepCluster's parts: whitening, clusters drawn uniformly, K-Means anew before an epoch."""
 
 import pytest
 import torch

@@ -301,12 +301,12 @@ def test_broken_files_are_reported_without_memory_growth_warnings_or_noise(tmp_p
     code = """
 import resource, sys
 from odcft.data.batches import Crops
-from odcft.data.intensity_range import own_range, usual_side
+from odcft.data.intensity_range import choose_range, median_shorter_side
 from odcft.data.sources import find_images
 from odcft.data.view import View
 images = find_images(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-usual_side(images), own_range(images)
+median_shorter_side(images), choose_range(images)
 crops = Crops(images, View(8))
 for i in range(len(images)):
     print(images.names[i], "read" if not isinstance(crops[0, i][0], str) else crops[0, i][0])

@@ -203,7 +203,7 @@ def test_memory_made_with_another_range_is_refused(tmp_path, make_checkpoint):
     init_memory(checkpoint, data, tmp_path / "memory", load_recipe("small", [*QUICK, "data.range=[0, 4095]"]))
     for other in ("full", "[0, 5000]"):
         recipe = load_recipe("small", [*QUICK, f"data.range={other}"])
-        with pytest.raises(OdcftError, match=r"was made with data.range=\[0.0, 4095.0\], and this run has data.range="):
+        with pytest.raises(OdcftError, match=r"was made with data.range=\[0.0, 4095.0\], but this run has data.range="):
             fine_tune(checkpoint, data, tmp_path / "run", recipe, memory=tmp_path / "memory")
     recipe = load_recipe("small", [*QUICK, "data.range=[0, 4095]"])
     fine_tune(checkpoint, data, tmp_path / "run", recipe, memory=tmp_path / "memory")

@@ -18,7 +18,7 @@ from odcft.data.sources import find_images
 from odcft.data.view import View
 from odcft.errors import OdcftError
 from odcft.recipe import load_recipe
-from odcft.run.failures import explain_failures
+from odcft.run.failure_messages import explain_failures
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,7 @@ def test_a_worker_exits_when_its_reader_is_gone(tmp_path):
         "    def __getitem__(self, key): return torch.zeros(3, 600, 600, dtype=torch.uint8), 0\n"
         "def no_room(self): raise RuntimeError('no room')\n"
         "torch.Tensor.share_memory_ = no_room\n"
-        "batches = iter(data.loader(Large(), [[(0, 0)]] * 9, 1, torch.device('cpu')))\n"
+        "batches = iter(data.make_loader(Large(), [[(0, 0)]] * 9, 1, torch.device('cpu')))\n"
         "print(batches._workers[0].pid, flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -149,7 +149,7 @@ def test_run_ends_with_the_same_bits_on_a_small_shared_memory(crops, tmp_path, s
         "warnings.simplefilter('ignore')\n"
         "crops = data.Crops(find_images(sys.argv[1]), View(400))\n"
         "for workers in (0, 2):\n"
-        "    batches = data.loader(crops, data.in_order(range(12), 3), workers, torch.device('cpu'))\n"
+        "    batches = data.make_loader(crops, data.sequential_batches(range(12), 3), workers, torch.device('cpu'))\n"
         "    print(sum((batch.pixels.double() * batch.index_B.view(-1, 1, 1, 1)).sum().item() for batch in batches))\n"
     )
     inside = f'mount -t tmpfs -o {size} tmpfs /dev/shm || exit 77; "$@"'

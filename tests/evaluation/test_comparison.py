@@ -10,7 +10,7 @@ from evaluation_helpers import RecordedProgress, strict_json
 from odcft.errors import OdcftError
 from odcft.evaluation.comparison import evaluate
 from odcft.evaluation.labels import load_labelled_images
-from odcft.evaluation.table import json_values
+from odcft.evaluation.results_table import json_values
 
 
 def test_evaluation_of_images(tmp_path, make_images, make_checkpoint):

@@ -8,7 +8,7 @@ from evaluation_helpers import strict_json
 
 from odcft.errors import OdcftError
 from odcft.evaluation.feature_files import evaluate_file
-from odcft.evaluation.table import json_values
+from odcft.evaluation.results_table import json_values
 
 
 def arrays(**changed):

@@ -7,7 +7,7 @@ import pytest
 from evaluation_helpers import RecordedProgress, strict_json
 
 from odcft.evaluation.comparison import evaluate
-from odcft.evaluation.table import json_values, table_lines
+from odcft.evaluation.results_table import json_values, table_lines
 
 
 @pytest.fixture

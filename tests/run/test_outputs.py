@@ -193,7 +193,7 @@ def test_output_that_cannot_be_is_refused_in_a_sentence_before_anything_is_done(
 
     for module in (load, exports, prepare):
         monkeypatch.setattr(module, "load_backbone", too_late)
-    monkeypatch.setattr(training, "loader", too_late)
+    monkeypatch.setattr(training, "TrainingBatches", too_late)
     monkeypatch.setattr(demo, "write_digits", too_late)
     (tmp_path / "file").write_text("")
     out = place.format(file=tmp_path / "file", long=tmp_path / ("a" * 300))

@@ -2,7 +2,7 @@
 
 from odcft import files
 from odcft.data.sources import Images
-from odcft.run.identity import checksums, made_from
+from odcft.run.run_json import checksums, made_from
 
 
 def test_about_one_checkpoint_or_several(tmp_path):

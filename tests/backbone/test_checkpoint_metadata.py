@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from odcft.backbone.checkpoint_metadata import Arguments, check_arguments, parse_arguments
 from odcft.backbone.inspection import describe
 from odcft.backbone.load import load_backbone
-from odcft.backbone.metadata import Arguments, check_arguments, parse_arguments
-from odcft.backbone.networks import NETWORKS, count_elements
+from odcft.backbone.non_timm_networks import NETWORKS, count_elements
 from odcft.errors import OdcftError
 from odcft.recipe import load_recipe, make_recipe, parse_yaml
 

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from odcft.backbone import hub
+from odcft.backbone import hub_download
 from odcft.backbone.load import load_backbone
 from odcft.errors import OdcftError
 
@@ -73,11 +73,11 @@ def test_in_offline_mode_the_hub_is_not_asked(no_network, tmp_path, monkeypatch)
 
 
 def test_a_silent_name_server_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(hub, "TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(hub_download, "TIMEOUT_SECONDS", 0.2)
     forever = threading.Event()
     monkeypatch.setattr("socket.getaddrinfo", lambda *where, **how: forever.wait(20))
     began = time.monotonic()
-    with hub.offline_if_unreachable() as answers:
+    with hub_download.offline_if_unreachable() as answers:
         assert answers is False
         assert constants.HF_HUB_OFFLINE is True
     assert time.monotonic() - began < 5
@@ -85,10 +85,10 @@ def test_a_silent_name_server_is_not_waited_for(monkeypatch):
 
 
 def test_a_hub_that_answers_is_asked(monkeypatch):
-    monkeypatch.setattr(hub, "_is_reachable", lambda address: address == constants.ENDPOINT)
-    with hub.offline_if_unreachable() as answers:
+    monkeypatch.setattr(hub_download, "_is_reachable", lambda address: address == constants.ENDPOINT)
+    with hub_download.offline_if_unreachable() as answers:
         assert answers is True
         assert constants.HF_HUB_OFFLINE is False
-    with pytest.raises(KeyError), hub.offline_if_unreachable():
+    with pytest.raises(KeyError), hub_download.offline_if_unreachable():
         raise KeyError
     assert constants.HF_HUB_OFFLINE is False

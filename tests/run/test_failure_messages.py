@@ -7,7 +7,7 @@ import pytest
 
 from odcft.errors import OdcftError
 from odcft.recipe import load_recipe
-from odcft.run import failures
+from odcft.run import failure_messages
 
 
 @pytest.mark.parametrize(
@@ -22,12 +22,12 @@ from odcft.run import failures
     ],
 )
 def test_a_disk_that_fails_is_told_of_in_a_sentence(number, name, sentence):
-    with pytest.raises(OdcftError, match=sentence), failures.explain_failures(load_recipe("small")):
+    with pytest.raises(OdcftError, match=sentence), failure_messages.explain_failures(load_recipe("small")):
         raise OSError(number, os.strerror(number), name)
 
 
 def test_a_fault_of_ours_is_not_taken_for_the_disks():
-    with pytest.raises(OSError, match="odd"), failures.explain_failures(load_recipe("small")):
+    with pytest.raises(OSError, match="odd"), failure_messages.explain_failures(load_recipe("small")):
         raise OSError("odd")
-    with pytest.raises(OSError, match="Read-only"), failures.explain_failures(load_recipe("small")):
+    with pytest.raises(OSError, match="Read-only"), failure_messages.explain_failures(load_recipe("small")):
         raise OSError(errno.EROFS, "Read-only file system")

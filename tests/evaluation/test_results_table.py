@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from odcft.evaluation.table import json_values, table_lines
+from odcft.evaluation.results_table import json_values, table_lines
 
 
 def test_json_values_are_plain_numbers_without_nan():

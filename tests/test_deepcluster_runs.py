@@ -82,7 +82,7 @@ def test_memory_of_one_method_is_not_for_the_other(tmp_path, checkpoint, images)
     fine_tune(checkpoint, images, tmp_path / "none", quick())
     first, second = backbone(tmp_path / "dc"), backbone(tmp_path / "none")
     assert all(torch.allclose(first[name].float(), second[name].float(), atol=1e-4) for name in first)
-    with pytest.raises(OdcftError, match="was made with method=dc, and this run has method=odc"):
+    with pytest.raises(OdcftError, match="was made with method=dc, but this run has method=odc"):
         fine_tune(checkpoint, images, tmp_path / "odc", quick("method=odc"), memory=tmp_path / "memory")
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from odcft.backbone.network_input import CHANNELS, Input, input_from_json
-from odcft.backbone.networks import is_network
+from odcft.backbone.non_timm_networks import is_network
 from odcft.data.view import INTERPOLATIONS
 from odcft.errors import OdcftError
 from odcft.files import MAX_JSON_BYTES

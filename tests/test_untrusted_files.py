@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from odcft import first_memory, prepare
+from odcft.backbone.checkpoint_metadata import from_pretext_checkpoint
 from odcft.backbone.load import load_backbone
-from odcft.backbone.metadata import from_pretext_checkpoint
 from odcft.errors import OdcftError
 from odcft.evaluation import comparison
 from odcft.pretexts import training

@@ -1,0 +1,52 @@
+"""An uninterrupted run to compare with, and a function that trains."""
+
+import pytest
+import torch
+from stopped_runs import quick
+
+from odcft.distributed import stop_signals
+from odcft.progress import Progress
+from odcft.train import fine_tune
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A checkpoint, 12 images, and the outcome of a run of two epochs of three steps that nothing happens to."""
+    import numpy as np
+    import timm
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("inputs")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet").state_dict(), folder / "c.pth")
+    draw = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for i in range(12):
+        Image.fromarray(draw.integers(0, 255, (32, 32, 3)).astype(np.uint8)).save(folder / "images" / f"{i:02d}.png")
+    fine_tune(str(folder / "c.pth"), str(folder / "images"), folder / "whole", quick())
+    return folder
+
+
+@pytest.fixture
+def go(inputs, tmp_path):
+    """A function that trains into tmp_path/run; `said` collects what it says."""
+
+    class Listener(Progress):
+        def say(self, line):
+            go.said.append(line)
+
+    def go(recipe=None, **options):
+        recipe = recipe or quick()
+        run = options.pop("run", tmp_path / "run")
+        ckpt, data = options.pop("ckpt", inputs / "c.pth"), options.pop("data", inputs / "images")
+        return fine_tune(str(ckpt), str(data), run, recipe, progress=Listener(), **options)
+
+    go.said = []
+    return go
+
+
+@pytest.fixture
+def listening():
+    """The signals are heeded, as on the command line."""
+    with stop_signals.handling_signals():
+        yield

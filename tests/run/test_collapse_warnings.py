@@ -1,0 +1,63 @@
+"""What the figures of a run say about it."""
+
+import json
+
+import pytest
+from stopped_runs import quick
+
+from odcft.run.collapse_warnings import summary, warnings
+
+HEALTHY = {"loss_over_ln_k": 0.7, "entropy": 0.98, "largest_share": 0.02, "centroid_spread": 0.4}
+
+
+def lines(count=9, **figures):
+    return [{"step": 50 * i + 49, "epoch": (i + 1) / 2, **HEALTHY, **figures} for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("figures", "trouble"),
+    [
+        ({}, []),
+        ({"loss_over_ln_k": 0.99}, ["chance"]),
+        ({"loss_over_ln_k": 2.0}, ["diverging"]),
+        ({"entropy": 0.8}, ["uneven"]),
+        ({"largest_share": 0.2}, ["uneven"]),
+        ({"centroid_spread": 0.01}, ["alike"]),
+    ],
+)
+def test_troubles_are_told_by_their_figures(figures, trouble):
+    assert list(warnings(lines(**figures), K=156)) == trouble
+
+
+def test_centroids_of_a_new_neck_are_no_collapse_in_the_first_steps_of_few_images():
+    new = {"centroid_spread": 0.01, "loss": 0.5, "change_ratio": 0.1, "smallest": 3, "largest": 4, "data_wait": 0.0}
+    early = {**lines(1, **new)[0], "step": 4, "epoch": 5.0}  # five images: a step an epoch
+    assert not warnings([early], K=2)
+    assert summary(early, "odc").endswith("too early to tell")
+    assert list(warnings([{**early, "step": 49}], K=2)) == ["alike"]
+
+
+def test_a_loss_at_chance_is_no_trouble_at_first_nor_once_it_has_fallen():
+    assert not warnings(lines(5, loss_over_ln_k=1.0), K=156)
+    history = lines(loss_over_ln_k=1.0)
+    history[-3]["loss_over_ln_k"] = 0.9
+    assert not warnings(history, K=156)
+
+
+def test_a_classifier_that_is_always_new_is_at_chance_for_another_reason():
+    assert "labels carry no signal" in warnings(lines(loss_over_ln_k=1.0), K=156)["chance"]
+    assert "is re-initialised" in warnings(lines(loss_over_ln_k=1.0), K=156, method="dc")["chance"]
+
+
+def test_collapsing_run_is_told_and_a_healthy_one_is_left_in_peace(go, tmp_path, make_images):
+    images = make_images(tmp_path / "kinds", 48)
+    base = ("memory.clusters=6", "optim.batch_size=8", "optim.schedule=step", "optim.final_epochs=0", "neck.dropout=0")
+    go(quick(*base, "optim.epochs=4", "memory.min_cluster=-1", "optim.lr=5"), data=images)
+    said = "".join(go.said)
+    assert "the clusters are as uneven as if there were" in said
+    assert "the loss is" in said
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert "uneven" in last["warnings"]
+    go.said.clear()
+    go(quick(*base, "memory.min_cluster=2", "optim.lr=0.05"), data=images, run=tmp_path / "healthy")
+    assert not [line for line in go.said if "Warning" in line]

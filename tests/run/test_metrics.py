@@ -1,0 +1,15 @@
+"""metrics.jsonl and what a resumed run makes of it."""
+
+import json
+
+from odcft.run.metrics import Metrics
+
+
+def test_half_a_line_of_metrics_does_not_count(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 3}\n{"step": 5}\n{"ste')
+    metrics = Metrics(tmp_path, False, first_step=4)
+    metrics.write(5, {"loss": 1.0})
+    metrics.close()
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in written] == [1, 3, 5]
+    assert written[-1]["loss"] == 1.0

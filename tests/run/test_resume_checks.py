@@ -1,0 +1,28 @@
+"""Which changes a resumed run may have, and how its schedule continues."""
+
+from pathlib import Path
+
+import pytest
+from stopped_runs import quick
+
+
+def prolonged(recipe, epochs, step, steps_per_epoch=3):
+    """The recipe of a run that has done so many steps and is to have so many epochs."""
+    from odcft.run.resume_checks import resumed_recipe
+
+    asked = recipe.model_dump(mode="json")
+    resolved = {**asked, "optim": {**asked["optim"]}}
+    if resolved["optim"]["final_epochs"] == "auto":
+        resolved["optim"]["final_epochs"] = recipe.optim.epochs / 6
+    saved = {"recipe": resolved, "step": step, "steps_per_epoch": steps_per_epoch}
+    return resumed_recipe(recipe, epochs, Path("run"), {"asked": asked}, saved).optim
+
+
+@pytest.mark.parametrize(
+    ("final", "step", "expected"),
+    [("auto", 15, "auto"), ("auto", 16, 7.0), ("auto", 18, 7.0), (2, 12, 2), (2, 13, 8), (0, 18, 0)],
+)
+def test_a_rate_that_has_dropped_does_not_rise_again_when_a_run_is_prolonged(final, step, expected):
+    """Six epochs of three steps; the last sixth, or as many as are given, at the lower rate."""
+    recipe = quick("optim.schedule=step", "optim.epochs=6", f"optim.final_epochs={final}")
+    assert prolonged(recipe, 12, step).final_epochs == expected

@@ -1,0 +1,54 @@
+"""Runs that are interrupted in the middle of a step, for the tests of resuming and of faults."""
+
+import json
+import os
+import signal
+
+from safetensors.torch import load_file
+
+from odcft import train
+from odcft.distributed import stop_signals
+from odcft.recipe import load_recipe
+from odcft.run import snapshot_files
+
+TIMES = ("images_per_second", "data_wait", "time")
+QUICK = [
+    *("optim.batch_size=4", "log.interval=2", "neck.hidden=16", "neck.dim=8", "neck.dropout=0.5"),
+    *("log.tensorboard=false", "log.snapshot_share=1", "optim.epochs=2", "memory.centroid_interval=2"),
+]
+
+
+def quick(*overrides):
+    return load_recipe("small", [*QUICK, *overrides])
+
+
+def forget():
+    """As in a new process."""
+    stop_signals._asked = ""
+
+
+def at_step(monkeypatch, wanted, do):
+    """Have something happen in the middle of a step."""
+    whole, calls = train.lr_at, []
+
+    def lr_at(step, *args):
+        calls.append(step)
+        if step in wanted:
+            do()
+        return whole(step, *args)
+
+    monkeypatch.setattr(train, "lr_at", lr_at)
+    return calls
+
+
+def ask_to_stop(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
+def outcome(run):
+    """What must not depend on what happened on the way."""
+    state = snapshot_files.load(sorted((run / "checkpoints").glob("step-*"))[-1])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    figures = [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    tensors = {**load_file(run / "backbone" / "model.safetensors"), **state.same, **state.rows, **state.own}
+    return {name: tensor.tolist() for name, tensor in tensors.items()}, figures, state.about["step"]
