@@ -20,7 +20,8 @@ import torch
 
 from odcft.clustering import odc
 from odcft.clustering.clusters import Clusters
-from odcft.clustering.memory import VARIANTS, is_small
+from odcft.clustering.memory import VARIANTS
+from odcft.clustering.small_clusters import is_small
 from odcft.distributed import dist, ownership
 from odcft.distributed.launch import run_ranks
 from odcft.plan import decided
@@ -75,7 +76,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         took = time.perf_counter() - began
         if step == 0:
             figures["first_step_ms"] = 1e3 * took
-            small_K = is_small(memory.sizes_K, state.min_cluster, VARIANTS[args.variant])
+            small_K = is_small(memory.sizes_K, args.min_cluster, VARIANTS[args.variant])
             figures["small_after_first_step"] = int(small_K.sum())
         began = time.perf_counter()
         (features_BD @ memory.centroids_KD.T).argmax(1)

@@ -53,7 +53,7 @@ def restore(clusters: Clusters, rows: dict[str, Tensor], same: dict[str, Tensor]
     new = memory.new_memory(features_SD, labels_S, len(centroids_KD), old.dtype, normalise=False)
     new.sizes_K = dist.all_sum(new.counts_K)
     new.centroids_KD = centroids_KD
-    new.half_squares_K = memory.half_squares(centroids_KD)
+    new.minus_half_squares_K = memory.minus_half_squares(centroids_KD)
     clusters.memory = new
     if "small_pending" in same and old.device.type != "cpu":
         clusters.watch.reader.restore_pending(same["small_pending"])

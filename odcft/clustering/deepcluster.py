@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from odcft import seeds
-from odcft.clustering import memory
+from odcft.clustering import loss_weights, memory
 from odcft.clustering.clusters import Clusters
 from odcft.clustering.kmeans import assign, kmeans
 from odcft.clustering.memory import VARIANTS
@@ -114,7 +114,7 @@ def targets(clusters: Clusters, row_B: Tensor) -> tuple[Tensor, Tensor]:
         (B,) int64 labels and (K,) float32 weights: 1 / sqrt(N_c) (sec. 3.2), or all the same where clusters are drawn
         uniformly.
     """
-    weight_K = memory.loss_weights(clusters.memory.sizes_K, VARIANTS["paper"])
+    weight_K = loss_weights.loss_weights(clusters.memory.sizes_K, VARIANTS["paper"])
     label_B = clusters.memory.labels_S.index_select(0, row_B).long()
     return label_B, weight_K if clusters.plan.dc.balance == "reweighting" else torch.ones_like(weight_K)
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from odcft.clustering.memory import UNIT, half_squares
+from odcft.clustering.memory import UNIT, minus_half_squares
 from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
 from odcft.precision import exact_products, has_bfloat16
@@ -78,13 +78,13 @@ def assign(features_SD: Tensor, centroids_KD: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (S,) int64 labels and (S,) float32 squared distances.
     """
-    half_squares_K = half_squares(centroids_KD)
+    minus_half_squares_K = minus_half_squares(centroids_KD)
     label_S = torch.empty(len(features_SD), dtype=torch.int64, device=features_SD.device)
     square_S = torch.empty(len(features_SD), device=features_SD.device)
     for start in range(0, len(features_SD), ROWS):
         rows = slice(start, start + ROWS)
         rows_BD = features_SD[rows].float()
-        score_B, label_S[rows] = torch.addmm(half_squares_K, rows_BD, centroids_KD.T).max(1)
+        score_B, label_S[rows] = torch.addmm(minus_half_squares_K, rows_BD, centroids_KD.T).max(1)
         square_S[rows] = (rows_BD.square().sum(1) - 2 * score_B).clamp_(min=0)
     return label_S, square_S
 
@@ -168,11 +168,13 @@ class _Nearest:
             self.distance_S[row_B] = self._distance(row_B, self._score(row_B, self.label_S[row_B]))
 
     def _set_centroids(self, centroids_KD: Tensor) -> None:
-        self.centroids_KD, self.half_squares_K = centroids_KD, half_squares(centroids_KD)
+        self.centroids_KD, self.minus_half_squares_K = centroids_KD, minus_half_squares(centroids_KD)
         padding = -len(centroids_KD) % GROUP  # fills the last group, with scores of -inf
         coarse_KD, length_K, rounding_K = self._round(centroids_KD)
         self.coarse_CD = F.pad(coarse_KD, (0, 0, 0, padding))
-        self.coarse_half_squares_C = F.pad(half_squares(centroids_KD - self.centre_D), (0, padding), value=-torch.inf)
+        self.coarse_minus_half_squares_C = F.pad(
+            minus_half_squares(centroids_KD - self.centre_D), (0, padding), value=-torch.inf
+        )
         # How far a row's coarse scores can be from the true ones (Cauchy-Schwarz): rounding of both factors, of the
         # products, and of their sum.
         relative = torch.finfo(self.dtype).eps / 2 + len(self.centre_D) * torch.finfo(torch.float32).eps
@@ -188,17 +190,17 @@ class _Nearest:
 
     def _score(self, row_B: Tensor, k_B: Tensor) -> Tensor:
         products_BD = self.centroids_KD.index_select(0, k_B).mul_(self.features_SD.index_select(0, row_B))
-        return products_BD.sum(1).add_(self.half_squares_K[k_B])
+        return products_BD.sum(1).add_(self.minus_half_squares_K[k_B])
 
     def _distance(self, row_B: Tensor, score_B: Tensor) -> Tensor:
         return (self.square_S[row_B] - 2 * score_B).clamp_(min=0).sqrt_()
 
     def _compare_with(self, some_K: Tensor) -> None:
         """Lower the bounds `others_S` of all rows to the distances of some centroids."""
-        coarse_CD, half_squares_C = self.coarse_CD[some_K], self.coarse_half_squares_C[some_K]
+        coarse_CD, minus_half_squares_C = self.coarse_CD[some_K], self.coarse_minus_half_squares_C[some_K]
         for start in range(0, len(self.label_S), ROWS):
             rows = slice(start, start + ROWS)
-            scores_BC = torch.mm(self.coarse_SD[rows], coarse_CD.T).float().add_(half_squares_C)
+            scores_BC = torch.mm(self.coarse_SD[rows], coarse_CD.T).float().add_(minus_half_squares_C)
             scores_BC.masked_fill_(self.label_S[rows].unsqueeze(1) == some_K, -torch.inf)
             nearest_B = self._coarse_distance(rows, scores_BC.amax(1))
             self.others_S[rows] = torch.minimum(self.others_S[rows], nearest_B)
@@ -210,7 +212,7 @@ class _Nearest:
             B = len(row_B)
             error_B = self.error_S[row_B]
             scores_BC = torch.mm(self.coarse_SD.index_select(0, row_B), self.coarse_CD.T).float()
-            scores_BGP = scores_BC.add_(self.coarse_half_squares_C).view(B, padded_K // GROUP, GROUP)
+            scores_BGP = scores_BC.add_(self.coarse_minus_half_squares_C).view(B, padded_K // GROUP, GROUP)
             best_BG = scores_BGP.amax(2)
             least_B = best_BG.amax(1) - 2 * error_B
             # Candidates: first the groups that have one, then the positions within these groups.

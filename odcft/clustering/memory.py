@@ -6,7 +6,7 @@ For each cluster the memory keeps the sum of its images' features, as 64-bit int
 are exact: removing an image subtracts precisely what adding it had added. So the sums never drift, however many updates
 there are, and do not depend on the order of the images or on how they are divided among ranks. And a centroid none of
 whose images changed is recomputed to the same bits, so "recompute the involved centroids" (paper, sec. 3.1) and
-"recompute all" (official code) are the same.
+"recompute all" (official code) are the same, where a cluster also counts as involved if only a feature in it changed.
 """
 
 from dataclasses import dataclass
@@ -24,9 +24,8 @@ class Rules:
     """The points on which the paper and its official code differ."""
 
     renormalise: bool  # samples-memory features to unit length after eq. 2
-    nearest: (
-        str  # "euclidean" (eq. 3), or "dot": the largest dot product with the centroid, a mean that is not normalised
-    )
+    # "euclidean" (eq. 3), or "dot": the largest dot product with the centroid, a mean that is not normalised.
+    nearest: str
     threshold_is_small: bool  # a cluster of exactly `min_cluster` images is small
     until_none_is_small: bool  # split so that neither half is small, instead of as K-Means splits
     random_half: bool  # the new cluster takes a random half of the split one, instead of always the second
@@ -58,7 +57,7 @@ class Memory:
     """Both memories of one rank.
 
     The samples memory is `features_SD` (float32 or float16) and `labels_S` (int32). The centroids memory is
-    `centroids_KD` (float32), recomputed every few steps from `sums_KD` and `counts_K`, which every update changes.
+    `centroids_KD` (float32), recomputed every few steps from the sums and sizes of all ranks. Every update changes those.
     """
 
     features_SD: Tensor
@@ -67,7 +66,7 @@ class Memory:
     counts_K: Tensor  # int64, images on this rank
     sizes_K: Tensor  # int64, images on all ranks: the sum of their counts
     centroids_KD: Tensor  # the same on every rank
-    half_squares_K: Tensor  # -|c|^2 / 2 of each centroid c, which eq. 3 needs
+    minus_half_squares_K: Tensor  # -|c|^2 / 2 of each centroid c, precomputed for eq. 3
 
 
 def to_units(features: Tensor) -> Tensor:
@@ -104,7 +103,7 @@ def new_memory(
         sums_KD.index_add_(0, labels_S[rows], to_units(stored_SD[rows]))
     counts_K = torch.bincount(labels_S, minlength=clusters)
     zeros_KD = torch.zeros(clusters, D, device=device)
-    return Memory(stored_SD, labels_S, sums_KD, counts_K, counts_K.clone(), zeros_KD, half_squares(zeros_KD))
+    return Memory(stored_SD, labels_S, sums_KD, counts_K, counts_K.clone(), zeros_KD, minus_half_squares(zeros_KD))
 
 
 def set_centroids(memory: Memory, sums_KD: Tensor) -> None:
@@ -117,21 +116,21 @@ def set_centroids(memory: Memory, sums_KD: Tensor) -> None:
     sizes_K1 = memory.sizes_K.unsqueeze(1)
     means_KD = sums_KD.float().mul_(UNIT).div_(sizes_K1.clamp(min=1))
     memory.centroids_KD = torch.where(sizes_K1 > 0, means_KD, memory.centroids_KD)
-    memory.half_squares_K = half_squares(memory.centroids_KD)
+    memory.minus_half_squares_K = minus_half_squares(memory.centroids_KD)
 
 
-def half_squares(centroids_KD: Tensor) -> Tensor:
+def minus_half_squares(centroids_KD: Tensor) -> Tensor:
     """-|c|^2 / 2 of each centroid: (K, D) to (K,). |f - c|^2 is smallest where f.c - |c|^2 / 2 is largest."""
     return centroids_KD.square().sum(1).mul_(-0.5)
 
 
-def nearest_centroid(features_BD: Tensor, centroids_KD: Tensor, half_squares_K: Tensor, rules: Rules) -> Tensor:
+def nearest_centroid(features_BD: Tensor, centroids_KD: Tensor, minus_half_squares_K: Tensor, rules: Rules) -> Tensor:
     """The label of each feature (eq. 3).
 
     Args:
         features_BD: (B, D) float32.
         centroids_KD: (K, D) float32.
-        half_squares_K: (K,) of these centroids.
+        minus_half_squares_K: (K,) of these centroids.
         rules: "euclidean" takes the nearest centroid, "dot" the largest product.
 
     Returns:
@@ -139,7 +138,7 @@ def nearest_centroid(features_BD: Tensor, centroids_KD: Tensor, half_squares_K: 
     """
     if rules.nearest == "dot":
         return (features_BD @ centroids_KD.T).argmax(1)
-    return torch.addmm(half_squares_K, features_BD, centroids_KD.T).argmax(1)
+    return torch.addmm(minus_half_squares_K, features_BD, centroids_KD.T).argmax(1)  # argmin |f - c|^2
 
 
 def last_of_each(row_B: Tensor) -> Tensor:
@@ -171,19 +170,20 @@ def update_samples(memory: Memory, row_B: Tensor, features_BD: Tensor, momentum:
     if rules.renormalise:
         blend_BD = F.normalize(blend_BD, dim=1, eps=1e-10)
     new_BD = blend_BD.to(old_BD.dtype)  # rounded as stored, then compared and summed
-    new_label_B = nearest_centroid(new_BD.float(), memory.centroids_KD, memory.half_squares_K, rules).to(torch.int32)
+    new_label_B = nearest_centroid(new_BD.float(), memory.centroids_KD, memory.minus_half_squares_K, rules).to(
+        torch.int32
+    )
     moved_B = new_label_B != old_label_B
 
     last_B = last_of_each(row_B)
     memory.features_SD.index_copy_(0, row_B, new_BD.index_select(0, last_B))
     memory.labels_S.index_copy_(0, row_B, new_label_B.index_select(0, last_B))
-    counts_B = (last_B == torch.arange(len(row_B), device=row_B.device)).to(
-        torch.int64
-    )  # 0 for positions that were overwritten
-    memory.sums_KD.index_add_(0, old_label_B, to_units(old_BD).mul_(-counts_B.unsqueeze(1)))
-    memory.sums_KD.index_add_(0, new_label_B, to_units(new_BD).mul_(counts_B.unsqueeze(1)))
-    memory.counts_K.index_add_(0, old_label_B, -counts_B)
-    memory.counts_K.index_add_(0, new_label_B, counts_B)
+    # 0 for positions that are overwritten: only in replayed traces of the official code, which draws with replacement.
+    is_last_B = (last_B == torch.arange(len(row_B), device=row_B.device)).to(torch.int64)
+    memory.sums_KD.index_add_(0, old_label_B, to_units(old_BD).mul_(-is_last_B.unsqueeze(1)))
+    memory.sums_KD.index_add_(0, new_label_B, to_units(new_BD).mul_(is_last_B.unsqueeze(1)))
+    memory.counts_K.index_add_(0, old_label_B, -is_last_B)
+    memory.counts_K.index_add_(0, new_label_B, is_last_B)
     return moved_B
 
 
@@ -201,24 +201,3 @@ def change_labels(memory: Memory, row_M: Tensor, label_M: Tensor) -> None:
     memory.labels_S[row_M] = label_M.to(torch.int32)
     memory.sums_KD.index_add_(0, old_M, -units_MD).index_add_(0, label_M, units_MD)
     memory.counts_K.index_add_(0, old_M, -ones_M).index_add_(0, label_M, ones_M)
-
-
-def loss_weights(sizes_K: Tensor, rules: Rules) -> Tensor:
-    """The loss weight of an image in each cluster, 1 / sqrt(N_c) (sec. 3.2).
-
-    Args:
-        sizes_K: (K,) int64, the clusters' sizes N_c over all ranks.
-        rules: of the variant; the official code adds 1e-5 to the sizes and makes the weights sum to 1.
-
-    Returns:
-        (K,) float32. Only ratios matter: the loss divides by the weights of its batch.
-    """
-    if rules.normalised_weights:
-        weights_K = (sizes_K + 1e-5).rsqrt()
-        return weights_K / weights_K.sum()
-    return sizes_K.clamp(min=1).to(torch.float32).rsqrt()
-
-
-def is_small(sizes_K: Tensor, min_cluster: int, rules: Rules) -> Tensor:
-    """Which clusters are small (sec. 3.2): (K,) int64 to (K,) bool."""
-    return sizes_K <= min_cluster if rules.threshold_is_small else sizes_K < min_cluster

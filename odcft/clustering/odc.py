@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from odcft import seeds
-from odcft.clustering import memory
+from odcft.clustering import loss_weights, memory
 from odcft.clustering.clusters import Clusters
 from odcft.clustering.small_clusters import handle_small_clusters
 from odcft.distributed import dist
@@ -63,7 +63,7 @@ def targets(clusters: Clusters, row_B: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (B,) int64 labels and (K,) float32 weights, for a weighted mean of the cross-entropy.
     """
-    weight_K = memory.loss_weights(clusters.memory.sizes_K, clusters.rules)
+    weight_K = loss_weights.loss_weights(clusters.memory.sizes_K, clusters.rules)
     label_B = clusters.memory.labels_S.index_select(0, row_B).long()
     return label_B, weight_K if clusters.plan.memory.reweight else torch.ones_like(weight_K)
 

@@ -1,7 +1,7 @@
 """Handling small clusters (paper, sec. 3.2): disperse their images, then refill them by splitting the largest in two.
 
-Shapes as in memory.py; M: some rows of this rank. All decisions are made from integer sums over all ranks, so every
-rank comes to the same result, and so does any number of ranks.
+Shapes as in memory.py; M: some rows of this rank. All decisions are made from integer sums over all ranks, so all ranks
+agree, and the result does not depend on how many there are.
 """
 
 import heapq
@@ -9,18 +9,15 @@ import heapq
 import torch
 from torch import Tensor
 
-from odcft.clustering.memory import (
-    UNIT,
-    Memory,
-    Rules,
-    change_labels,
-    half_squares,
-    is_small,
-    nearest_centroid,
-    to_units,
-)
+from odcft.clustering.memory import UNIT, Memory, Rules, change_labels, minus_half_squares, nearest_centroid, to_units
 from odcft.distributed import dist, ownership
 from odcft.distributed.delayed_reader import DelayedReader
+
+
+def is_small(sizes_K: Tensor, min_cluster: int, rules: Rules) -> Tensor:
+    """Which clusters are small (sec. 3.2): (K,) int64 to (K,) bool."""
+    return sizes_K <= min_cluster if rules.threshold_is_small else sizes_K < min_cluster
+
 
 ROWS = 4096  # processed at a time
 
@@ -45,7 +42,8 @@ def handle_small_clusters(memory: Memory, min_cluster: int, rules: Rules, genera
     """Move the images of small clusters to the nearest normal ones, and refill each with half of the largest cluster.
 
     `paper` splits the largest so that neither half is small, so one pass is enough; `official` takes the halves as
-    K-Means gives them. A cluster stays small only if none is large enough to give two normal ones.
+    K-Means gives them. If the largest cluster cannot give two normal ones, nothing is done: a departure from both,
+    which only matters if K is close to images / threshold. If it can, but a later split cannot, a half may stay small.
 
     Args:
         memory: changed in place, in the same way on every rank.
@@ -88,10 +86,10 @@ def _disperse(memory: Memory, small_K: Tensor, rules: Rules) -> None:
     """Move the images of all small clusters to the nearest normal ones."""
     normal_C = (~small_K).nonzero()[:, 0]  # labels of the C normal clusters
     row_M = small_K[memory.labels_S].nonzero()[:, 0]
-    centroids_CD, half_squares_C = memory.centroids_KD[normal_C], memory.half_squares_K[normal_C]
+    centroids_CD, minus_half_squares_C = memory.centroids_KD[normal_C], memory.minus_half_squares_K[normal_C]
     for row_B in row_M.split(ROWS):
         features_BD = memory.features_SD[row_B].float()
-        change_labels(memory, row_B, normal_C[nearest_centroid(features_BD, centroids_CD, half_squares_C, rules)])
+        change_labels(memory, row_B, normal_C[nearest_centroid(features_BD, centroids_CD, minus_half_squares_C, rules)])
     memory.sizes_K = dist.all_sum(memory.counts_K)
 
 
@@ -109,9 +107,9 @@ def _refill(memory: Memory, empty: list[int], at_least: int, rules: Rules, gener
             break
         row_M = rows[source]
         min_half = min(at_least, -negative_size // 2)  # a small cluster is better than an empty one
-        start = generator if rules.random_half else torch.Generator().manual_seed(0)  # official: random_state=0
-        second_M, sums_2D, sizes_2 = split_in_two(memory.features_SD[row_M].float(), row_M, min_half, start)
-        if rules.random_half and torch.rand((), generator=generator) < 0.5:
+        draws = generator if rules.random_half else torch.Generator().manual_seed(0)  # official: random_state=0
+        second_M, sums_2D, sizes_2 = split_in_two(memory.features_SD[row_M].float(), row_M, min_half, draws)
+        if rules.random_half and torch.rand((), generator=generator) < 0.5:  # "randomly choose one" (sec. 3.2)
             second_M, sums_2D, sizes_2 = ~second_M, sums_2D.flip(0), sizes_2[::-1]
         change_labels(memory, row_M[second_M], torch.full_like(row_M[second_M], label))
         size_21 = torch.tensor(sizes_2, device=sums_2D.device).unsqueeze(1)
@@ -120,7 +118,7 @@ def _refill(memory: Memory, empty: list[int], at_least: int, rules: Rules, gener
         heapq.heapreplace(largest, (-sizes_2[0], source))
         heapq.heappush(largest, (-sizes_2[1], label))
         filled += 1
-    memory.half_squares_K = half_squares(memory.centroids_KD)
+    memory.minus_half_squares_K = minus_half_squares(memory.centroids_KD)
     memory.sizes_K = dist.all_sum(memory.counts_K)
     return filled
 

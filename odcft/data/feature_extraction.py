@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from odcft.data.batches import Crops, make_loader, sequential_batches
-from odcft.distributed import dist, ownership
+from odcft.distributed import ownership
 from odcft.progress import Progress
 
 
@@ -53,7 +53,7 @@ def extract(
                 features_BD = network(images).float()
                 if features_SD is None:
                     features_SD = torch.zeros(len(owned), features_BD.shape[1], dtype=dtype, device=device)
-                row_B = (part.index_B // dist.world_size()).to(device, non_blocking=True)
+                row_B = ownership.row_of(part.index_B).to(device, non_blocking=True)
                 features_SD[row_B] = features_BD.to(dtype)
             advance(len(part.index_B) + len(part.unreadable))
     if features_SD is None:  # no image of this rank could be read

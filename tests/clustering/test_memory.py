@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from odcft.clustering import memory
+from odcft.clustering import loss_weights, memory, small_clusters
 from odcft.clustering.memory import UNIT, VARIANTS, new_memory, set_centroids, to_units, update_samples
 
 PAPER, OFFICIAL = VARIANTS["paper"], VARIANTS["official"]
@@ -33,7 +33,7 @@ def test_empty_cluster_keeps_its_centroid():
     mem.sizes_K = torch.tensor([2, 0])
     set_centroids(mem, mem.sums_KD)
     assert mem.centroids_KD.tolist() == [[0.5, 0.5], [0, 1]]
-    assert mem.half_squares_K.tolist() == [-0.25, -0.5]
+    assert mem.minus_half_squares_K.tolist() == [-0.25, -0.5]
 
 
 @pytest.mark.parametrize("rows", [3, 65536])
@@ -53,7 +53,7 @@ def test_memory_is_made_of_so_many_rows_at_a_time_and_takes_over_what_it_can(mon
         assert torch.equal(mem.sums_KD, fresh_sums(mem))
         assert mem.counts_K.tolist() == mem.sizes_K.tolist() == [4, 2, 2, 0]
         assert not mem.centroids_KD.any()
-        assert not mem.half_squares_K.any()
+        assert not mem.minus_half_squares_K.any()
 
 
 def test_features_have_unit_length_however_short_they_were():
@@ -93,7 +93,7 @@ def test_sample_joins_its_nearest_centroid():
 def test_dot_product_prefers_the_long_centroid_where_distance_does_not():
     centroids = torch.tensor([[1.0, 0.0], [0.3, 0.3]])
     feature = torch.tensor([[0.4, 0.3]])
-    halves = memory.half_squares(centroids)
+    halves = memory.minus_half_squares(centroids)
     assert memory.nearest_centroid(feature, centroids, halves, PAPER).tolist() == [1]
     assert memory.nearest_centroid(feature, centroids, halves, OFFICIAL).tolist() == [0]
 
@@ -114,7 +114,7 @@ def test_nearest_centroid_is_the_one_at_the_least_distance():
     features = torch.randn(300, 3, generator=draw)
     centroids = torch.randn(20, 3, generator=draw) * torch.arange(1, 21).unsqueeze(1) / 8
     square = (features.double().unsqueeze(1) - centroids.double()).square().sum(2)
-    halves = memory.half_squares(centroids)
+    halves = memory.minus_half_squares(centroids)
     assert torch.allclose(halves.double(), -centroids.double().square().sum(1) / 2)
     assert torch.equal(memory.nearest_centroid(features, centroids, halves, PAPER), square.argmin(1))
     product = features.double() @ centroids.double().T
@@ -182,10 +182,10 @@ def test_fixed_point_is_exact_for_half_precision():
 
 def test_loss_weights():
     sizes = torch.tensor([1, 4, 16, 0])
-    assert memory.loss_weights(sizes, PAPER).tolist() == [1, 0.5, 0.25, 1]
-    empty = memory.loss_weights(torch.tensor([0, 1]), OFFICIAL)
+    assert loss_weights.loss_weights(sizes, PAPER).tolist() == [1, 0.5, 0.25, 1]
+    empty = loss_weights.loss_weights(torch.tensor([0, 1]), OFFICIAL)
     assert float(empty[0] / empty[1]) == pytest.approx(1e5**0.5, rel=1e-4)
-    official = memory.loss_weights(sizes[:3], OFFICIAL)
+    official = loss_weights.loss_weights(sizes[:3], OFFICIAL)
     assert official.sum().item() == pytest.approx(1)
     assert (official / official[0]).tolist() == pytest.approx([1, 0.5, 0.25], rel=1e-4)
 
@@ -194,11 +194,13 @@ def test_weighted_loss_does_not_depend_on_the_scale_of_the_weights():
     """A published rewrite divides by the batch size instead, and so trains with a 10,000 times smaller loss."""
     logits, labels = torch.randn(8, 3), torch.randint(3, (8,))
     sizes = torch.tensor([5, 50, 500])
-    ours, theirs = (F.cross_entropy(logits, labels, memory.loss_weights(sizes, rules)) for rules in (PAPER, OFFICIAL))
+    ours, theirs = (
+        F.cross_entropy(logits, labels, loss_weights.loss_weights(sizes, rules)) for rules in (PAPER, OFFICIAL)
+    )
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
 
 
 def test_threshold_itself_is_small_in_the_paper_only():
     sizes = torch.tensor([19, 20, 21])
-    assert memory.is_small(sizes, 20, PAPER).tolist() == [True, True, False]
-    assert memory.is_small(sizes, 20, OFFICIAL).tolist() == [True, False, False]
+    assert small_clusters.is_small(sizes, 20, PAPER).tolist() == [True, True, False]
+    assert small_clusters.is_small(sizes, 20, OFFICIAL).tolist() == [True, False, False]

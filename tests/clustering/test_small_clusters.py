@@ -188,7 +188,7 @@ def test_halves_of_a_split_cluster_may_be_split_again(seed):
     assert handle_small_clusters(mem, 0, PAPER, generator(seed)) == 3
     assert sorted(contents(mem)) == [[0, 1], [10, 11], [60] * 3, [70] * 3, line[4:6], line[6:]]
     assert mem.centroids_KD.flatten().tolist() == [sum(numbers) / len(numbers) for numbers in contents(mem)]
-    assert mem.half_squares_K.tolist() == pytest.approx([-(float(c) ** 2) / 2 for c in mem.centroids_KD])
+    assert mem.minus_half_squares_K.tolist() == pytest.approx([-(float(c) ** 2) / 2 for c in mem.centroids_KD])
 
 
 def test_of_two_largest_the_first_is_split():
