@@ -57,7 +57,7 @@ class Memory:
     """Both memories of one rank.
 
     The samples memory is `features_SD` (float32 or float16) and `labels_S` (int32). The centroids memory is
-    `centroids_KD` (float32), recomputed every few steps from the sums and sizes of all ranks. Every update changes those.
+    `centroids_KD` (float32), recomputed every few steps from the sums and sizes of all ranks, which updates change.
     """
 
     features_SD: Tensor
