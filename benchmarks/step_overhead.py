@@ -25,7 +25,7 @@ from odcft.data.batches import Crops, TrainingOrder, make_loader
 from odcft.data.feature_extraction import to_float
 from odcft.data.sources import find_images
 from odcft.data.view import View
-from odcft.model import Model, make_neck
+from odcft.model.neck_and_head import Model, make_neck
 from odcft.optim import make_optimizer
 from odcft.plan import decided
 from odcft.recipe import AugmentRecipe, MemoryRecipe, NeckRecipe, OptimRecipe, Recipe

@@ -324,12 +324,11 @@ def export(
 ) -> None:
     """Export the backbone, without neck and head, of a RUN or of anybody's checkpoint."""
     from odcft.backbone.model_card import loading_code
-    from odcft.data.view import describe_view
     from odcft.exports import export as run
 
     backbone = run(source, out, format, arch, overwrite, input, allow_partial, size, _parse_arch_args(arch_args))
     seen = backbone.input
-    lines = [f"Wrote {out} ({format}), read back and compared.", f"Images      {describe_view(seen.view)}"]
+    lines = [f"Wrote {out} ({format}), read back and compared.", f"Images      {seen.describe_view()}"]
     if format != "onnx":
         lines.append(f"  {loading_code(backbone, str(out), folder=format == 'timm')}")
     if seen.color != "rgb" and format != "onnx":

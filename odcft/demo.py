@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from odcft.data.sources import find_images
 from odcft.errors import OdcftError
 from odcft.pretexts.training import train_pretext
 from odcft.progress import Progress
@@ -56,8 +55,8 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
     refuse_unwritable(out / "digits")
     clear_folder(out, DEMO_FILES)
     digits = write_digits(out / "digits")
-    images = find_images(digits)
-    progress.say(f"Images      {len(images):,} handwritten digits (scikit-learn), {SIZE} px, in {digits}")
+    count = len(list(digits.glob("*/*.png")))
+    progress.say(f"Images      {count:,} handwritten digits (scikit-learn), {SIZE} px, in {digits}")
 
     checkpoint = out / "rotation.pth"
     rotation = train_pretext(
@@ -83,7 +82,7 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
     }
     lines = [
         "",
-        f"Before and after ODC ({duration(run['seconds'])}), on {len(images) // 2:,} held-out digits:",
+        f"Before and after ODC ({duration(run['seconds'])}), on {count // 2:,} held-out digits:",
         *table_lines(after_odc),
         f"Before and after DeepCluster ({duration(run_dc['seconds'])}):",
         *table_lines(after_dc),

@@ -18,7 +18,7 @@ from odcft.data.sources import Images
 from odcft.data.view import View
 from odcft.distributed import dist
 from odcft.errors import OdcftError
-from odcft.precision import has_bfloat16
+from odcft.precision import allow_tf32, has_bfloat16
 from odcft.recipe import (
     MAX_MEMBERS,
     CODCRecipe,
@@ -81,6 +81,10 @@ class Plan(Recipe):
     def batch_of_rank(self) -> int:
         """Images of a batch on each rank."""
         return max(1, self.optim.batch_size // dist.world_size())
+
+    def allow_rounding(self) -> None:
+        """Let this process round float32 products to TF32 on a GPU, or not, as `optim.tf32` says."""
+        allow_tf32(self.optim.tf32)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context in which the network runs in the plan's precision."""

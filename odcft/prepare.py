@@ -4,7 +4,6 @@ run, new or resumed.
 Shapes: N images, S of them on this rank, K clusters, D embedding.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from odcft import files
 from odcft.backbone.load import Loaded, load_backbone
 from odcft.backbone.network import Backbone
 from odcft.clustering.clusters import Clusters
@@ -23,15 +21,14 @@ from odcft.data.feature_extraction import extract
 from odcft.data.sources import Images, find_images
 from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
-from odcft.members import joint_features, make_members, make_necks
+from odcft.model.members import joint_features, make_members, make_necks
 from odcft.optim import lr_at
 from odcft.plan import Plan, decide_members, make_plan, unsuitable, with_clusters_for
-from odcft.precision import allow_tf32
 from odcft.progress import Progress
 from odcft.recipe import MemberRecipe, Recipe, load_options, make_recipe
 from odcft.run import memory_folder, output_checks, resume_checks, snapshot_files
 from odcft.run.folder import RUN_FILES, Run, write_image_lists
-from odcft.run.run_json import checksums, made_by, made_from
+from odcft.run.run_json import note_epochs, write_run_json
 from odcft.seeds import seed
 from odcft.state import Snapshot, State, new_state, restore, versions
 from odcft.text import count_of, duration
@@ -76,7 +73,7 @@ def begin(run: Run, recipe: Recipe, progress: Progress, *, memory: Path | None =
     loaded = _load(run, recipe, progress)
     backbones = [one.backbone for one in loaded]
     plan, notes = make_plan(recipe, backbones, images)
-    allow_tf32(plan.optim.tf32)
+    plan.allow_rounding()
     _describe(loaded, images, plan, notes, progress, training)
     necks, dim = make_necks(backbones, plan)
     if stored is not None:
@@ -194,10 +191,7 @@ def new_run(run: Run, recipe: Recipe, progress: Progress, *, memory: Path | None
     start = begin(run, recipe, progress, memory=memory)
     if dist.rank() == 0:
         output_checks.clear_folder(run.out, RUN_FILES)
-        about = made_from(run.ckpts, [backbone.arch for backbone in start.backbones], run.data, start.images)
-        about |= {"asked": recipe.model_dump(mode="json"), "sample": checksums(start.images)}
-        about |= {"arch_given": run.arch, **made_by(run.ckpts)}
-        files.write_text_atomically(run.out / "run.json", json.dumps(about, indent=2))
+        write_run_json(run, recipe, [backbone.arch for backbone in start.backbones], start.images)
         write_image_lists(start.images, start.unreadable, run.out)
     dist.barrier()
     network = make_members(start.backbones, start.necks, start.dim, start.plan)
@@ -221,17 +215,14 @@ def resumed_run(run: Run, recipe: Recipe, epochs: int | None, progress: Progress
     about = resume_checks.read_run_json(run.out)
     recipe = resume_checks.resumed_recipe(recipe, epochs, run.out, about, snapshot.about)
     if dist.rank() == 0 and recipe.optim.epochs != snapshot.about["recipe"]["optim"]["epochs"]:
-        # A later --resume need not say it again.
-        files.write_text_atomically(
-            run.out / "run.json", json.dumps({**about, "epochs": recipe.optim.epochs}, indent=2)
-        )
+        note_epochs(run.out, recipe.optim.epochs)
     resume_checks.refuse_other_checkpoint(run.ckpts, run.out, about)
     arch = run.arch or about.get("arch_given")
     loaded = _load(Run(run.out, run.ckpts, run.data, arch), recipe, progress)
     images = resume_checks.find_same_images(run.data, run.out, about)
     backbones = [one.backbone for one in loaded]
     plan, _ = make_plan(recipe, backbones, images)
-    allow_tf32(plan.optim.tf32)
+    plan.allow_rounding()
     necks, dim = make_necks(backbones, plan)
     clusters = _no_clusters_yet(len(images), len(necks) * dim, plan)
     unreadable = dict.fromkeys(resume_checks.read_quarantine(run.out), "")

@@ -13,7 +13,7 @@ from odcft import optim
 from odcft.clustering import clusters as clusters_module
 from odcft.clustering.clusters import Clusters
 from odcft.distributed import dist
-from odcft.members import Members
+from odcft.model.members import Members
 from odcft.plan import Plan
 
 

@@ -3,7 +3,6 @@
 Shapes: S images of this rank, B batch, K clusters, D embedding, F backbone.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odcft import files, seeds
+from odcft import seeds
 from odcft.backbone.model_card import loading_code
 from odcft.backbone.timm_folder import write_timm
 from odcft.clustering.methods import METHODS
@@ -24,23 +23,22 @@ from odcft.distributed import dist, ownership, stop_signals
 from odcft.distributed.agreement import Agreement, asked_anywhere
 from odcft.distributed.stop_signals import Stopped
 from odcft.errors import OdcftError
-from odcft.members import joint_features, on_all_ranks
+from odcft.model.members import joint_features, on_all_ranks
 from odcft.optim import lr_at, set_lr
 from odcft.prepare import Start, new_run, resumed_run
 from odcft.progress import Progress
-from odcft.recipe import Recipe, dump
+from odcft.recipe import Recipe
 from odcft.run import output_checks, snapshot_files
 from odcft.run.clusters_parquet import require_parquet, write_clusters
 from odcft.run.failure_messages import explain_failures
-from odcft.run.folder import BACKBONES, RUN_FILES, Run
+from odcft.run.folder import BACKBONES, RUN_FILES, Run, write_recipe
 from odcft.run.lock import locked
 from odcft.run.metrics import Metrics, read_lines
 from odcft.run.non_finite import NonFiniteGuard
-from odcft.run.run_json import about_run
+from odcft.run.run_json import about_run, finished_after, note_finished
 from odcft.run.saver import Saver
 from odcft.run.training_log import TrainingLog
 from odcft.state import State
-from odcft.text import utc_now
 
 
 def fine_tune(
@@ -92,9 +90,9 @@ def fine_tune(
             else:
                 start, state = new_run(run, recipe, progress, memory=memory)
             if dist.rank() == 0:  # also if resumed: the epochs may be others
-                files.write_text_atomically(out / "recipe.yaml", dump(start.plan))
+                write_recipe(out, start.plan)
             steps = training_order(start).steps
-            if resume and _finished_after(out) == steps:
+            if resume and finished_after(out) == steps:
                 progress.say(f"Finished    {out} has all of its {steps:,} steps; nothing is left to do.")
             else:
                 train(start, state, run, progress)
@@ -228,18 +226,8 @@ def leave_behind(start: Start, state: State, run: Run) -> None:
             write_timm(model.backbone, out / name, about_run(out, number))
     write_clusters(state.clusters.memory, start.images, out / "clusters.parquet")
     if dist.rank() == 0:
-        for name in names:
-            for file in (out / name).iterdir():
-                files.fsync(file)
-        about = {**json.loads((out / "run.json").read_text()), "finished": state.step, "ended": utc_now()}
-        files.write_text_atomically(out / "run.json", json.dumps(about, indent=2))
+        note_finished(out, state.step)
     dist.barrier()
-
-
-def _finished_after(out: Path) -> int | None:
-    """After how many steps a RUN was completed, backbone and all, if it was."""
-    complete = (out / "clusters.parquet").exists() and (out / "backbone" / "model.safetensors").exists()
-    return files.read_json(out / "run.json").get("finished") if complete else None
 
 
 def _result(start: Start, out: Path, steps: int, seconds: float) -> dict[str, Any]:

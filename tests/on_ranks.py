@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from odcft import members, train
+from odcft import train
 from odcft.clustering import odc
 from odcft.clustering.kmeans import kmeans
 from odcft.clustering.memory import VARIANTS, new_memory, set_centroids
@@ -18,6 +18,7 @@ from odcft.clustering.small_clusters import handle_small_clusters
 from odcft.distributed import dist, ownership, stop_signals
 from odcft.distributed.launch import run_ranks
 from odcft.errors import OdcftError
+from odcft.model import members
 from odcft.plan import decided
 from odcft.recipe import MemoryRecipe, Recipe, load_recipe
 from odcft.train import fine_tune

@@ -49,7 +49,7 @@ def test_labels_stand_still_within_an_epoch_and_change_between(tmp_path, checkpo
 
 
 def test_the_classifier_starts_anew_with_the_labels(tmp_path, checkpoint, images, monkeypatch):
-    from odcft.model import Model
+    from odcft.model.neck_and_head import Model
 
     heads = []
     whole = Model.new_head

@@ -18,7 +18,6 @@ BEGIN, END = "<!-- drawn by tools/draw_architecture.py -->", "<!-- end of the dr
 BOXES = {
     "command line": ("cli", "demo"),
     "programs": ("train", "first_memory", "exports"),
-    "network": ("model", "members", "views", "losses"),
     "shared by all": ("errors", "text", "seeds", "precision", "files", "recipe", "optim", "progress"),
 }
 SKIPPED = ("__init__", "__main__", "torchvision_on_cpu")

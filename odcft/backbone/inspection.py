@@ -3,7 +3,6 @@
 from typing import Any
 
 from odcft.backbone.load import Loaded, first_few
-from odcft.data.view import describe_view
 from odcft.text import short_repr
 
 
@@ -29,7 +28,7 @@ def describe(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
         (
             f"{loaded.family} · {backbone.arch}{f' ({built})' if built else ''} · {_COLORS[input.color]} {input.size}"
             f"{' only' if backbone.fixed_size else ''}, mean {_numbers(input.mean)}, std {_numbers(input.std)}, "
-            f"{describe_view(input.view)}"
+            f"{input.describe_view()}"
         ),
         f"  backbone   {values['matched']} of {expected} tensors "
         f"under {short_repr(values['where'], 200, quotes=False)}",

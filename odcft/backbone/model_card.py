@@ -6,7 +6,6 @@ from typing import Any
 
 from odcft.backbone.network import Backbone
 from odcft.backbone.non_timm_networks import timm_builds
-from odcft.data.view import describe_view
 from odcft.text import code_block, code_span
 
 
@@ -66,7 +65,7 @@ def make_card(backbone: Backbone, about: dict[str, Any]) -> str:
     lines += ["", "## Load it", "", "```python", loading_code(backbone, "THIS_FOLDER"), "```"]
     lines += ["", "## Input", ""]
     lines.append(
-        f"{_COLORS[input.color]}, {describe_view(input.view)}; values 0..{input.range:g}, "
+        f"{_COLORS[input.color]}, {input.describe_view()}; values 0..{input.range:g}, "
         f"mean {_numbers(input.mean)}, std {_numbers(input.std)}."
     )
     if input.intensity is not None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from odcft.data.lab_colors import rgb_to_lab
-from odcft.data.view import View
+from odcft.data.view import View, describe_view
 from odcft.errors import OdcftError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -57,6 +57,10 @@ class Input:
     def view(self) -> View:
         """How an image file becomes the square of pixels that is normalised."""
         return View(self.size, self.crop_fraction, self.interpolation, self.intensity)
+
+    def describe_view(self) -> str:
+        """That in a phrase, for a line of output."""
+        return describe_view(self.view)
 
     def with_view(self, view: View) -> "Input":
         """The same colours and normalisation with another view."""

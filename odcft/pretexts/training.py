@@ -30,7 +30,6 @@ from odcft.distributed.stop_signals import Stopped
 from odcft.errors import OdcftError
 from odcft.optim import lr_at, make_optimizer, set_lr
 from odcft.plan import Plan, make_plan, suitable_recipe
-from odcft.precision import allow_tf32
 from odcft.pretexts.colorization import Colorization
 from odcft.pretexts.jigsaw import Jigsaw
 from odcft.pretexts.rotation import Rotation
@@ -131,7 +130,7 @@ def _prepare(task: str, data: str, arch: str, out: Path, recipe: Recipe, resume:
     plan, notes = make_plan(recipe, [backbone], images, clustered=False)
     for note in notes:
         progress.say(f"Note        {note}")
-    allow_tf32(plan.optim.tf32)
+    plan.allow_rounding()
     device, optim = dist.this_device(), plan.optim
     if state:
         _refuse_other_settings(out, state, backbone, plan)

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from odcft.data.sources import Images
-from odcft.files import write_table
-from odcft.recipe import MAX_MEMBERS
+from odcft.files import write_table, write_text_atomically
+from odcft.plan import Plan
+from odcft.recipe import MAX_MEMBERS, dump
 
 # What odcft writes into a folder, which is all that --overwrite may remove: a name or pattern maps to None for a file,
 # or to the layout of a folder.
@@ -54,6 +55,11 @@ class Run:
     ckpts: list[str]
     data: str
     arch: str | None = None
+
+
+def write_recipe(out: Path, plan: Plan) -> None:
+    """Write recipe.yaml: the plan, with nothing left to decide."""
+    write_text_atomically(out / "recipe.yaml", dump(plan))
 
 
 def write_image_lists(images: Images, unreadable: dict[str, str], out: Path) -> None:

@@ -1,4 +1,4 @@
-"""By which checkpoint, images and recipe a RUN or a memory was made."""
+"""run.json and memory.json: from which checkpoint, images and recipe a folder was made, and by whom."""
 
 import json
 import socket
@@ -11,8 +11,9 @@ from typing import Any
 from odcft.backbone.model_card import base_name
 from odcft.data.sources import Images
 from odcft.errors import OdcftError
-from odcft.files import checkpoint_sha256, file_sha256, read_json, read_text
-from odcft.recipe import parse_yaml
+from odcft.files import checkpoint_sha256, file_sha256, read_json, read_text, write_text_atomically
+from odcft.recipe import Recipe, parse_yaml
+from odcft.run.folder import Run
 from odcft.text import utc_now
 
 METHODS = ("odc", "dc", "codc")
@@ -59,6 +60,40 @@ def _last_line(path: Path) -> dict[str, Any]:
                 file.seek(max(0, path.stat().st_size - LINE))
                 return dict(json.loads(file.read(LINE).splitlines()[-1]))
     return {}
+
+
+def write_run_json(run: Run, asked: Recipe, archs: list[str], images: Images) -> None:
+    """Write run.json at the start of a run.
+
+    Args:
+        run: the RUN, its checkpoints and images.
+        asked: the recipe as it was given, `auto` fields and all.
+        archs: of the backbones.
+        images: those that can be read.
+    """
+    about = made_from(run.ckpts, archs, run.data, images)
+    about |= {"asked": asked.model_dump(mode="json"), "sample": checksums(images)}
+    _write(run.out, {**about, "arch_given": run.arch, **made_by(run.ckpts)})
+
+
+def note_epochs(out: Path, epochs: int) -> None:
+    """Note in run.json that the run was prolonged, so that a later --resume need not say it again."""
+    _write(out, {**read_json(out / "run.json"), "epochs": epochs})
+
+
+def note_finished(out: Path, steps: int) -> None:
+    """Note in run.json that the run is complete, backbone and all."""
+    _write(out, {**read_json(out / "run.json"), "finished": steps, "ended": utc_now()})
+
+
+def finished_after(out: Path) -> int | None:
+    """The number of steps of a completed RUN; None if it is not complete."""
+    complete = (out / "clusters.parquet").exists() and (out / "backbone" / "model.safetensors").exists()
+    return read_json(out / "run.json").get("finished") if complete else None
+
+
+def _write(out: Path, about: dict[str, Any]) -> None:
+    write_text_atomically(out / "run.json", json.dumps(about, indent=2))
 
 
 def made_from(ckpts: list[str], archs: list[str], data: str, images: Images) -> dict[str, Any]:

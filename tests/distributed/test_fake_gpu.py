@@ -12,12 +12,12 @@ from odcft.clustering.clusters import Clusters
 from odcft.clustering.memory import Memory
 from odcft.data.augmentation import augment_batch, rotate_quarters
 from odcft.distributed.delayed_reader import DelayedReader
-from odcft.losses import losses
-from odcft.members import joint_features
-from odcft.model import Output
+from odcft.model.losses import losses
+from odcft.model.members import joint_features
+from odcft.model.neck_and_head import Output
+from odcft.model.views import Views
 from odcft.plan import CODCPlan, decided
 from odcft.recipe import AugmentRecipe, MemberRecipe, MemoryRecipe, Recipe
-from odcft.views import Views
 
 CUDA = torch.device("cuda", 0)
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal")

@@ -9,8 +9,8 @@ import sys
 import pytest
 from stopped_runs import at_step, outcome, quick
 
-from odcft import members
 from odcft.errors import OdcftError
+from odcft.model import members
 from odcft.run import snapshot_files
 
 

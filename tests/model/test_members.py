@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from odcft.errors import OdcftError
-from odcft.losses import losses
-from odcft.members import joint_features
-from odcft.model import Output
+from odcft.model.losses import losses
+from odcft.model.members import joint_features
+from odcft.model.neck_and_head import Output
+from odcft.model.views import Views, with_copies
 from odcft.plan import CODCPlan
 from odcft.recipe import MemberRecipe, load_recipe
 from odcft.train import fine_tune
-from odcft.views import Views, with_copies
 
 QUICK = ["optim.batch_size=4", "log.interval=1", "log.tensorboard=false", "neck.hidden=16", "neck.dim=8"]
 ALL_KINDS = "codc.members=[{cluster: 1}, {cluster: 1, rotation: 0.5}, {cluster: 0, mixup: 1}]"

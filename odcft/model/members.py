@@ -28,10 +28,10 @@ from odcft.data.augmentation import augment_batch
 from odcft.data.batches import Batch
 from odcft.data.feature_extraction import to_float
 from odcft.distributed import dist
-from odcft.losses import losses
-from odcft.model import Model, Output, make_neck
+from odcft.model.losses import losses
+from odcft.model.neck_and_head import Model, Output, make_neck
+from odcft.model.views import Views, with_copies
 from odcft.plan import Plan
-from odcft.views import Views, with_copies
 
 
 class Members(nn.Module):

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from odcft.model import Output
+from odcft.model.neck_and_head import Output
+from odcft.model.views import Views
 from odcft.plan import CODCPlan
 from odcft.recipe import MemberRecipe
-from odcft.views import Views
 
 
 def losses(
