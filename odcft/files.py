@@ -144,10 +144,10 @@ def create_unfinished(path: Path) -> Path:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Write several files of a folder: into a hidden folder, moved to their places once all of them are complete.
 
-    The hidden folder is inside `folder`: beside it may be another disk, or a place without write permission.
+    The hidden folder is inside `folder`, because its parent may be on another disk or not be writable.
 
     Args:
-        folder: created if it does not exist, and removed again on an error; files that are not written anew stay.
+        folder: created if it does not exist, and removed again on an error; files that are not rewritten stay.
 
     Yields:
         The hidden folder to write into.

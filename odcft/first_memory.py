@@ -1,4 +1,4 @@
-"""The program `init-memory`: features of all images, K-Means, both memories on disk."""
+"""The program behind `odcft init-memory`: extract features, run K-Means, write both memories."""
 
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,22 @@ def init_memory(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Features of all images, K-Means, both memories on disk (INTERFACE: DIR).
+    """Extract features of all images, cluster them by K-Means, and write both memories to a folder.
 
     Args:
         ckpt: what `load_backbone` takes.
         data: what `find_images` takes.
         out: the folder to write.
         recipe: its `auto` fields are decided here.
-        arch: a timm name, where the checkpoint's own is not to be followed.
+        arch: a timm name, to override the checkpoint's own.
         overwrite: replace an earlier memory.
-        progress: where to speak.
+        progress: where to report.
 
     Returns:
-        What was made: out, images, unreadable, clusters, smallest, largest.
+        A summary: out, images, unreadable, clusters, smallest, largest.
 
     Raises:
-        OdcftError: for anything the user can fix; nothing has been written by then.
+        OdcftError: for anything the user can fix; nothing has been written yet.
     """
     progress, run = progress or Progress(), Run(out, [ckpt], data, arch)
     refuse_non_empty(out, MEMORY_FILES, overwrite)

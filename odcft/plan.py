@@ -1,6 +1,6 @@
-"""The plan: a recipe with every `auto` decided, and every refusal of what cannot work.
+"""The plan: a recipe with every `auto` decided. What cannot work is refused here.
 
-It is made once, when checkpoints and images are known and before anything slow is done. A plan has the fields of a
+The plan is made once, when checkpoints and images are known and before anything slow starts. It has the fields of a
 recipe, so `recipe.yaml` in a RUN is the plan written out.
 """
 
@@ -32,10 +32,10 @@ from odcft.recipe import (
 )
 from odcft.text import count_of
 
-IMAGES_PER_CLUSTER = 128  # that `auto` aims at
-MOST_CLUSTERS = 10_000  # that `auto` chooses (paper, sec. 3.4)
+IMAGES_PER_CLUSTER = 128  # what `auto` aims at
+MAX_AUTO_CLUSTERS = 10_000  # the most that `auto` chooses (paper, sec. 3.4)
 FEW_IMAGES = 20  # per cluster: with fewer, DC's classifier has little to learn from
-FEW_STEPS, LARGE_BATCH = 200, 256  # fewer steps an epoch with larger batches: the recipe is meant for more images
+FEW_STEPS, LARGE_BATCH = 200, 256  # fewer steps an epoch with such a batch: the recipe is meant for more images
 
 
 class DataPlan(DataRecipe):
@@ -63,7 +63,7 @@ class OptimPlan(OptimRecipe):
 
 
 class Plan(Recipe):
-    """A recipe in which nothing is left to decide."""
+    """A recipe with no `auto` left."""
 
     data: DataPlan
     memory: MemoryPlan
@@ -73,13 +73,13 @@ class Plan(Recipe):
 
     @property
     def view(self) -> View:
-        """How images are seen where they are not augmented."""
+        """How images are prepared when they are not augmented."""
         intensity = None if self.data.range == "full" else self.data.range
         return View(self.data.size, self.data.crop_fraction, intensity=intensity)
 
     @property
     def batch_of_rank(self) -> int:
-        """Images of a batch on each rank."""
+        """Images per batch on each rank."""
         return max(1, self.optim.batch_size // dist.world_size())
 
     def allow_rounding(self) -> None:
@@ -97,10 +97,10 @@ def make_plan(
     """Decide every `auto` of a recipe.
 
     Args:
-        recipe: what was asked for; it is not changed.
+        recipe: as the user gave it; not changed.
         backbones: one for each member.
         images: all that were found.
-        clustered: whether the images will be clustered; a pretext task does not.
+        clustered: whether the images will be clustered; for a pretext task they are not.
 
     Returns:
         The plan, and notes on its decisions for the user.
@@ -115,7 +115,7 @@ def make_plan(
     batch = min(recipe.optim.batch_size, len(images))
     if batch < 2 * dist.world_size():
         raise OdcftError(
-            f"A batch of {batch} for {dist.world_size()} processes is less than 2 images each. "
+            f"A batch of {batch} for {dist.world_size()} processes is fewer than 2 images each. "
             "Raise optim.batch_size, or use fewer processes."
         )
     size = _decide_size(recipe, backbones, images)
@@ -140,15 +140,15 @@ def decided(
     members: int = 1,
     min_cluster: int | None = None,
 ) -> Plan:
-    """The plan of a recipe: these values wherever it says `auto`, and for the rest what suits this machine.
+    """The plan of a recipe: fill in these values wherever it says `auto`, and what suits this machine for the rest.
 
     Args:
         recipe: not changed.
         clusters: K.
         size: pixels of the input.
         intensity: `data.range`.
-        members: how many networks; each gets the plain losses where the recipe does not list them.
-        min_cluster: instead of the recipe's.
+        members: how many networks; each gets the plain loss if the recipe does not list them.
+        min_cluster: overrides the recipe's.
     """
     gpu, device = torch.cuda.is_available(), dist.this_device()
     choices: dict[str, dict[str, Any]] = {
@@ -164,7 +164,7 @@ def decided(
     fields = recipe.model_dump()
     for group, values in choices.items():
         fields[group] |= {name: value for name, value in values.items() if fields[group][name] == "auto"}
-    if isinstance(recipe.data.range, str):  # also "full": its numbers are known now
+    if isinstance(recipe.data.range, str):  # also for "full": its numbers are known now
         fields["data"]["range"] = intensity
     if min_cluster is not None:
         fields["memory"]["min_cluster"] = min_cluster
@@ -172,12 +172,12 @@ def decided(
 
 
 def with_clusters_for(plan: Plan, recipe: Recipe, count: int) -> tuple[Plan, list[str]]:
-    """The plan where some of the images turned out to be unreadable: K follows those that are left.
+    """Update the plan after some images turned out to be unreadable: K depends on those that are left.
 
     Args:
         plan: made for all images that were found.
         recipe: what it was made from.
-        count: images that can be read.
+        count: how many images can be read.
 
     Returns:
         The plan, and notes for the user.
@@ -191,10 +191,10 @@ def with_clusters_for(plan: Plan, recipe: Recipe, count: int) -> tuple[Plan, lis
 
 
 def decide_members(recipe: Recipe, ckpts: list[str]) -> Recipe:
-    """The recipe with a member for every checkpoint.
+    """The recipe with one member for each checkpoint.
 
     Raises:
-        OdcftError: several checkpoints for a method that takes one, or another number than the recipe lists.
+        OdcftError: several checkpoints for a method that takes one, or not as many as the recipe lists.
     """
     members = recipe.codc.members if recipe.method == "codc" else "auto"
     if recipe.method != "codc" and len(ckpts) > 1:
@@ -205,8 +205,8 @@ def decide_members(recipe: Recipe, ckpts: list[str]) -> Recipe:
     if members != "auto" and len(members) != len(ckpts):
         raise OdcftError(
             f"The recipe lists {len(members)} members under codc.members, and {len(ckpts)} "
-            f"checkpoint{'s were' if len(ckpts) > 1 else ' was'} given. Give one for each (the same one may come "
-            "twice, scratch:NAME starts from random weights), or --set codc.members=auto."
+            f"checkpoint{'s were' if len(ckpts) > 1 else ' was'} given. Give one for each (you may repeat one; "
+            "scratch:NAME starts from random weights), or pass --set codc.members=auto."
         )
     if len(ckpts) > MAX_MEMBERS:
         raise OdcftError(f"codc takes at most {MAX_MEMBERS} checkpoints, not {len(ckpts)}.")
@@ -219,26 +219,26 @@ def decide_members(recipe: Recipe, ckpts: list[str]) -> Recipe:
 
 
 def decide_clusters(recipe: Recipe, count: int) -> tuple[int, int, list[str]]:
-    """How many clusters, and from which size on one is small.
+    """Decide how many clusters there are, and up to which size a cluster counts as small.
 
-    `auto` is images / 128, at least 2, at most 10,000 (the paper's number for ImageNet), and no more than leaves every
-    cluster above the threshold of small clusters. Where even two clusters would be below it, the threshold is lowered.
+    `auto` is images / 128, at least 2, at most 10,000 (the paper's number for ImageNet), and few enough that every
+    cluster can be larger than the threshold. If even two clusters could not be, the threshold is lowered.
 
     Args:
-        recipe: what was asked for.
-        count: images.
+        recipe: as the user gave it.
+        count: how many images there are.
 
     Returns:
         K, the threshold (`memory.min_cluster`), and notes for the user.
 
     Raises:
-        OdcftError: a given K that leaves some clusters small whatever happens, or hardly any images.
+        OdcftError: there are hardly any images, or so many clusters were requested that some would always be small.
     """
     if count < 4:
         few = f"{count_of(count, 'image')} {'is' if count == 1 else 'are'}"
         raise OdcftError(f"{few} too few to cluster; give at least 4, better thousands.")
     K, notes = recipe.memory.clusters, []
-    # DC takes clusters as K-Means finds them; it only leaves none empty.
+    # DC uses the clusters as K-Means finds them, except that none is left empty.
     min_cluster = 0 if recipe.method == "dc" else recipe.memory.min_cluster
     if count < 2 * (min_cluster + 1):
         lowered = count // 4 - 1
@@ -248,7 +248,7 @@ def decide_clusters(recipe: Recipe, count: int) -> tuple[int, int, list[str]]:
         )
         min_cluster = lowered
     most = count // (min_cluster + 1) if min_cluster >= 0 else count
-    automatic = max(2, min(count // IMAGES_PER_CLUSTER, MOST_CLUSTERS, most))
+    automatic = max(2, min(count // IMAGES_PER_CLUSTER, MAX_AUTO_CLUSTERS, most))
     if K == "auto":
         return automatic, min_cluster, notes
     if most < K:
@@ -257,16 +257,16 @@ def decide_clusters(recipe: Recipe, count: int) -> tuple[int, int, list[str]]:
         )
         raise OdcftError(
             f"{K:,} clusters for {count:,} images cannot work: {why}. "
-            f"--clusters auto would use {automatic}; {most} is the most."
+            f"--clusters auto would use {automatic}; {most} is the maximum."
         )
     if recipe.method == "dc" and count < K * FEW_IMAGES:
         notes.append(
-            f"{count:,} images leave {count // K} for each of {K:,} clusters, few to learn from: "
+            f"{count:,} images leave only {count // K} for each of {K:,} clusters, too few to learn well: "
             f"--clusters auto would use {automatic}. For thousands of images: --recipe dc_small."
         )
     elif K * 2 * (min_cluster + 1) > count:
         notes.append(
-            f"{count:,} images leave {count // K} for each of {K:,} clusters, little more than "
+            f"{count:,} images leave only {count // K} for each of {K:,} clusters, little more than "
             f"memory.min_cluster={min_cluster}: many will be refilled again and again."
         )
     return K, min_cluster, notes
@@ -276,20 +276,21 @@ def decide_clusters(recipe: Recipe, count: int) -> tuple[int, int, list[str]]:
 
 
 def automatic_size(backbone: Backbone, side: int) -> int:
-    """Pixels of the input by default: the network's own size, or the images' where they are smaller.
+    """The default input size in pixels: the network's own, or that of the images if they are smaller.
 
-    Small images are not blown up, but brought to the next multiple of 8, unless the network takes one size only.
+    Small images are not enlarged to the network's size, only rounded up to a multiple of 8 (at least 32), unless the
+    network accepts one size only.
 
     Args:
-        backbone: of the images.
-        side: the usual shorter side of the images (`usual_side`), 0 if unknown.
+        backbone: the network.
+        side: the median shorter side of the images (`median_shorter_side`), 0 if unknown.
     """
     own = backbone.size
     return own if backbone.fixed_size or side == 0 else min(own, max(32, -(-side // 8) * 8))
 
 
 def _decide_size(recipe: Recipe, backbones: Sequence[Backbone], images: Images) -> int:
-    """`data.size`, where it is `auto` the smallest that some member would get."""
+    """Decide `data.size`; `auto` is the smallest of the sizes that suit the members."""
     if recipe.data.size != "auto":
         return recipe.data.size
     side = median_shorter_side(images)
@@ -300,7 +301,7 @@ def _refuse_size(backbone: Backbone, size: int) -> None:
     if backbone.fixed_size and size != backbone.size:
         raise OdcftError(
             f"{backbone.arch} takes images of {backbone.size} pixels only, not {size}. "
-            f"Pass --set data.size={backbone.size}, or auto; members of codc all see the same images."
+            f"Pass --set data.size={backbone.size} or data.size=auto; all members of codc see the same images."
         )
     if not backbone.accepts_size(size):
         raise OdcftError(
@@ -310,33 +311,32 @@ def _refuse_size(backbone: Backbone, size: int) -> None:
 
 
 def _decide_range(recipe: Recipe, images: Images) -> tuple[Literal["full"] | tuple[float, float], str]:
-    """`data.range` by the images, the same on every rank, and a note for the user.
+    """Decide `data.range` from the images, the same on every rank; also returns a note for the user.
 
-    Numbers are written even for the full range of a type, so that nobody who sees the backbone's images later has to
-    guess; "full" is left where no image has more than 8 bits.
+    The full range of a type is written as numbers, too, so that whoever uses the backbone later need not guess it;
+    "full" stays only if no image has more than 8 bits a channel.
     """
     if not isinstance(recipe.data.range, str):
         return recipe.data.range, ""
-    looked = {0: choose_range(images, recipe.data.range == "full")} if dist.rank() == 0 else {}
-    found, note = dist.gather_dict(looked)[0]
-    return found or "full", note
+    mine = {0: choose_range(images, recipe.data.range == "full")} if dist.rank() == 0 else {}
+    intensity, note = dist.gather_dict(mine)[0]
+    return intensity or "full", note
 
 
 def view_for_evaluation(loaded: Loaded, images: Images, size: int | None, run: View | None = None) -> View:
-    """How labelled images are seen: as the recipe that trained the backbone says, where its file tells.
+    """How labelled images are prepared: as in training, if the checkpoint records that.
 
-    A network that was made for larger images is not shown small ones enlarged, but whole and as they are, unless its
-    file says otherwise.
+    If it does not, images smaller than the network's size are used whole and not enlarged to it.
 
     Args:
         loaded: the backbone.
-        images: those to see.
+        images: the labelled images.
         size: given by the user.
-        run: how the RUN that it belongs to saw its images.
+        run: the view of the RUN that the backbone belongs to.
     """
     backbone = loaded.backbone
     view = run or backbone.input.view
-    if view.intensity is None:  # it was trained on images of 8 bits, or somewhere else
+    if view.intensity is None:  # trained on 8-bit images, or by other code
         view = replace(view, intensity=choose_range(images)[0])
     if size is not None or run is not None or loaded.states_view:
         return replace(view, size=size or view.size)
@@ -348,24 +348,24 @@ def view_for_evaluation(loaded: Loaded, images: Images, size: int | None, run: V
 
 
 def _workers(gpu: bool) -> int:
-    """Data loader processes for each rank: a share of this machine's cores where a GPU trains, else none."""
+    """Data loader processes for each rank: its share of this machine's cores if a GPU trains, else none."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
     return min(16, cores // ranks_here) if gpu else 0
 
 
-# ---------------------------------------------------------------- which recipe suits
+# ---------------------------------------------------------------- which recipe fits
 
 
 def suitable_recipe(backbones: Sequence[Backbone], count: int) -> str | None:
-    """The shipped recipe that suits such networks and so many images; None for the default."""
+    """The shipped recipe that fits these networks and this many images; None for the default."""
     if any(backbone.is_transformer for backbone in backbones):
         return "odc_vit"
     return "small" if count < FEW_STEPS * load_recipe().optim.batch_size else None
 
 
 def unsuitable(backbones: Sequence[Backbone], count: int, recipe: Recipe) -> list[str]:
-    """A sentence wherever another shipped recipe is made for such networks or so few images."""
+    """Notes for the user if another shipped recipe fits these networks, or so few images, better."""
     notes = []
     transformers = [backbone.arch for backbone in backbones if backbone.is_transformer]
     if transformers and recipe.optim.optimizer == "sgd":

@@ -1,5 +1,4 @@
-"""What training starts from: checkpoints loaded, images found, the plan made, both memories filled; and the state of a
-run, new or resumed.
+"""Get ready to train: load checkpoints, find images, make the plan, fill both memories; start or resume a run.
 
 Shapes: N images, S of them on this rank, K clusters, D embedding.
 """
@@ -36,15 +35,15 @@ from odcft.text import count_of, duration
 
 @dataclass
 class Start:
-    """What is there before the first step: the same on every rank but for the rows of the memory."""
+    """What training starts from. The same on every rank, except for the rows of the samples memory."""
 
     plan: Plan
     loaded: list[Loaded]  # one for each member
     necks: list[nn.Module]
-    dim: int  # D, the length of what a neck gives
+    dim: int  # D, the length of a neck's output
     images: Images  # those that can be read
     clusters: Clusters
-    unreadable: dict[str, str]  # the other images: name to reason
+    unreadable: dict[str, str]  # the images that cannot be read: name to reason
 
     @property
     def backbones(self) -> list[Backbone]:
@@ -60,13 +59,13 @@ def begin(run: Run, recipe: Recipe, progress: Progress, *, memory: Path | None =
 
     Args:
         run: checkpoints and images.
-        recipe: what was asked for.
-        progress: where to speak.
-        memory: a folder of `init-memory`.
-        training: whether training follows, for what is said.
+        recipe: as the user gave it; its `auto` fields are decided here.
+        progress: where to report.
+        memory: a folder written by `init-memory`.
+        training: whether training follows; if not, nothing about training is reported.
     """
     images = find_images(run.data)
-    asked = recipe = decide_members(recipe, run.ckpts)
+    requested = recipe = decide_members(recipe, run.ckpts)
     stored = memory_folder.read_memory(memory, run.ckpts, images) if memory is not None else None
     if stored is not None:
         recipe, images = memory_folder.recipe_for_memory(recipe, stored), stored.images
@@ -82,14 +81,14 @@ def begin(run: Run, recipe: Recipe, progress: Progress, *, memory: Path | None =
     features_SD, unreadable = _extract(backbones, necks, images, plan, progress)
     if unreadable:
         images = images.without(set(unreadable))
-        plan, notes = with_clusters_for(plan, asked, len(images))
+        plan, notes = with_clusters_for(plan, requested, len(images))
         _say_notes(notes, progress)
     clusters = _cluster(features_SD, len(images), plan, progress)
     return Start(plan, loaded, necks, dim, images, clusters, dict(unreadable.values()))
 
 
 def _load(run: Run, recipe: Recipe, progress: Progress) -> list[Loaded]:
-    """The checkpoint of each member, taken as the recipe says."""
+    """Load the checkpoint of each member, with the options of the recipe."""
     with progress.waiting(f"Loading     {', '.join(run.ckpts)} …"):
         return [
             load_backbone(ckpt, run.arch, **load_options(recipe), seed=recipe.seed, member=member)
@@ -100,14 +99,14 @@ def _load(run: Run, recipe: Recipe, progress: Progress) -> list[Loaded]:
 def _describe(
     loaded: list[Loaded], images: Images, plan: Plan, notes: list[str], progress: Progress, training: bool
 ) -> None:
-    """Say what was found and what will be done, before anything slow is."""
+    """Report what was found and what will be done, before anything slow starts."""
     for one in loaded:
-        found = one.match
-        cover = f"{len(found.tensors)}/{found.expected} tensors under {found.where}" if found else one.source
-        progress.say(f"Checkpoint  {one.family} · {one.backbone.arch} · {one.backbone.input.color}, {cover}")
+        match = one.match
+        source = f"{len(match.tensors)}/{match.expected} tensors under {match.where}" if match else one.source
+        progress.say(f"Checkpoint  {one.family} · {one.backbone.arch} · {one.backbone.input.color}, {source}")
         _say_notes(one.notes, progress)
     if plan.method == "codc" and plan.codc.members == [MemberRecipe()]:
-        progress.say("Note        A single plain member has no one to collaborate with: this is ODC.")
+        progress.say("Note        A single plain member has nobody to collaborate with: this is ODC.")
     progress.say(f"Images      {len(images):,} in {images.source}")
     if images.skipped:
         progress.say(f"Not read    {images.skipped_summary()}")
@@ -128,7 +127,7 @@ def _say_notes(notes: list[str], progress: Progress) -> None:
 def _extract(
     backbones: list[Backbone], necks: list[nn.Module], images: Images, plan: Plan, progress: Progress
 ) -> tuple[Tensor, dict[int, tuple[str, str]]]:
-    """Features (S, D) of this rank's share of the readable images; and the others: number to name and reason."""
+    """Features (S, D) of this rank's readable images; and all unreadable ones: index to name and reason."""
     device = dist.this_device()
     networks = [nn.Sequential(*parts).to(device).eval() for parts in zip(backbones, necks, strict=True)]
 
@@ -137,7 +136,7 @@ def _extract(
 
     crops = Crops(images, plan.view)
     features_SD, mine = extract(network, crops, plan.batch_of_rank, plan.data.workers, device, progress)
-    unreadable = {number: (images.names[number], why) for number, why in sorted(dist.gather_dict(mine).items())}
+    unreadable = {index: (images.names[index], why) for index, why in sorted(dist.gather_dict(mine).items())}
     if len(unreadable) == len(images):
         name, why = next(iter(unreadable.values()))
         raise OdcftError(
@@ -168,7 +167,7 @@ def _cluster(features_SD: Tensor, count: int, plan: Plan, progress: Progress) ->
 
 
 def _from_memory(stored: memory_folder.StoredMemory, plan: Plan, loaded: Loaded, neck: nn.Module, dim: int) -> Clusters:
-    """Both memories, from a folder of `init-memory`; the neck gets the weights its features were made with."""
+    """Both memories, from a folder of `init-memory`; load the weights that made its features into the neck."""
     random_weights = loaded.match is None or bool(loaded.match.missing)
     memory_folder.refuse_other_features(stored, plan, dim, random_weights)
     try:
@@ -187,7 +186,7 @@ def _from_memory(stored: memory_folder.StoredMemory, plan: Plan, loaded: Loaded,
 
 
 def new_run(run: Run, recipe: Recipe, progress: Progress, *, memory: Path | None = None) -> tuple[Start, State]:
-    """The start of a RUN, and what is written of it before its first state."""
+    """Start a run: prepare it, and write the files that must exist before its first state."""
     start = begin(run, recipe, progress, memory=memory)
     if dist.rank() == 0:
         output_checks.clear_folder(run.out, RUN_FILES)
@@ -199,23 +198,23 @@ def new_run(run: Run, recipe: Recipe, progress: Progress, *, memory: Path | None
 
 
 def resumed_run(run: Run, recipe: Recipe, epochs: int | None, progress: Progress) -> tuple[Start, State]:
-    """Where a RUN that was interrupted continues: its own recipe, images and checkpoint, and its newest state.
+    """Resume an interrupted run from its newest state, with its own recipe, images and checkpoint.
 
     Args:
         run: checkpoints and images as given now.
         recipe: as given now.
-        epochs: how many in all, to prolong the run.
-        progress: where to speak.
+        epochs: the new total, to prolong the run.
+        progress: where to report.
 
     Raises:
-        OdcftError: no intact state; another recipe, checkpoint or data than the run was started with.
+        OdcftError: no state is intact, or recipe, checkpoint or data differ from those the run was started with.
     """
     snapshot = snapshot_files.load(snapshot_files.newest(run.out, progress.say))
     resume_checks.refuse_malformed_state(run.out, snapshot.about)
     about = resume_checks.read_run_json(run.out)
     recipe = resume_checks.resumed_recipe(recipe, epochs, run.out, about, snapshot.about)
     if dist.rank() == 0 and recipe.optim.epochs != snapshot.about["recipe"]["optim"]["epochs"]:
-        note_epochs(run.out, recipe.optim.epochs)
+        note_epochs(run.out, recipe.optim.epochs)  # so that a later --resume need not repeat --epochs
     resume_checks.refuse_other_checkpoint(run.ckpts, run.out, about)
     arch = run.arch or about.get("arch_given")
     loaded = _load(Run(run.out, run.ckpts, run.data, arch), recipe, progress)
@@ -224,25 +223,25 @@ def resumed_run(run: Run, recipe: Recipe, epochs: int | None, progress: Progress
     plan, _ = make_plan(recipe, backbones, images)
     plan.allow_rounding()
     necks, dim = make_necks(backbones, plan)
-    clusters = _no_clusters_yet(len(images), len(necks) * dim, plan)
+    clusters = _empty_clusters(len(images), len(necks) * dim, plan)
     unreadable = dict.fromkeys(resume_checks.read_quarantine(run.out), "")
     state = new_state(make_members(backbones, necks, dim, plan), clusters, plan)
     restore(state, snapshot, steps_per_epoch(len(images), plan.optim.batch_size))
     progress.say(f"Resuming    {run.out} after {snapshot.about['step']:,} steps")
-    _say_notes([*_new_rate(snapshot, plan), *_other_versions(snapshot)], progress)
+    _say_notes([*_rate_notes(snapshot, plan), *_version_notes(snapshot)], progress)
     return Start(plan, loaded, necks, dim, images, clusters, unreadable), state
 
 
-def _no_clusters_yet(images: int, dim: int, plan: Plan) -> Clusters:
-    """Clusters of the right sizes, to restore those of a snapshot into."""
+def _empty_clusters(images: int, dim: int, plan: Plan) -> Clusters:
+    """Clusters with tensors of the right shapes, for a snapshot to be restored into."""
     rows, device = len(ownership.my_images(images)), dist.this_device()
     labels_S = torch.zeros(rows, dtype=torch.int32, device=device)
     clusters: Clusters = METHODS[plan.method].start(torch.zeros(rows, dim, device=device), labels_S, plan)
     return clusters
 
 
-def _new_rate(snapshot: Snapshot, plan: Plan) -> list[str]:
-    """How the learning rate continues where the run was prolonged."""
+def _rate_notes(snapshot: Snapshot, plan: Plan) -> list[str]:
+    """How the learning rate continues if the run was prolonged."""
     about, then = snapshot.about, make_recipe(snapshot.about["recipe"]).optim
     if then.epochs == plan.optim.epochs:
         return []
@@ -252,7 +251,10 @@ def _new_rate(snapshot: Snapshot, plan: Plan) -> list[str]:
     return [f"{plan.optim.epochs} epochs instead of {then.epochs}: the learning rate {rate}."]
 
 
-def _other_versions(snapshot: Snapshot) -> list[str]:
+def _version_notes(snapshot: Snapshot) -> list[str]:
+    """Which packages have changed since the state was saved."""
     then = snapshot.about["versions"]
-    changed = [f"{name} {then[name]} then, {now} now" for name, now in versions().items() if then.get(name, now) != now]
-    return [f"{'; '.join(changed)}: the run continues, but perhaps not to the same bits."] if changed else []
+    changed = [
+        f"{name} was {then[name]}, is now {now}" for name, now in versions().items() if then.get(name, now) != now
+    ]
+    return [f"{'; '.join(changed)}: the run continues, but may not end with the same bits."] if changed else []

@@ -72,7 +72,7 @@ class AugmentRecipe(_Group):
 
 
 class BackboneRecipe(_Group):
-    """How to load the checkpoint, if not as it says itself."""
+    """How to load the checkpoint, to override what its file says or odcft detects."""
 
     input: Literal["rgb", "bgr", "gray", "lab_l", "sobel"] | None = None  # the colours it expects
     allow_partial: bool = False  # accept less than 90 % of the backbone; the rest starts from random weights

@@ -1,4 +1,4 @@
-"""Everything that changes from one step to the next: what a snapshot stores, and what a resumed run restores."""
+"""Everything that changes from step to step: what a snapshot stores, and what a resumed run restores."""
 
 import math
 import time
@@ -18,7 +18,7 @@ from odcft.plan import Plan
 
 
 class Window:
-    """Sums over the steps between two log lines, on the device, so that no step has to wait for its figures."""
+    """Sums over the steps between two log lines, on the device, so that no step waits for its figures."""
 
     def __init__(self, device: torch.device) -> None:
         self.loss = torch.zeros((), device=device)
@@ -28,14 +28,14 @@ class Window:
         self.opened = time.perf_counter()
 
     def add(self, loss: Tensor, change_ratio: Tensor, images: int) -> None:
-        """The figures of a step: two tensors of no dimension on the device, and the images of all ranks."""
+        """Add the figures of a step: two scalar tensors on the device, and the number of images on all ranks."""
         self.loss += loss
         self.change += change_ratio
         self.steps += 1
         self.images += images
 
     def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """For a snapshot: what is this rank's own, and what JSON can hold."""
+        """What a snapshot keeps: this rank's own tensors, and what goes into JSON."""
         counts = {"steps": self.steps, "images": self.images, "waited": self.waited}
         return {"loss": self.loss, "change": self.change}, {
             **counts,
@@ -50,7 +50,7 @@ class Window:
         self.opened = time.perf_counter() - counts["seconds"]
 
     def close(self, K: int) -> dict[str, float]:
-        """Means over the steps and all ranks; then it starts anew."""
+        """Return means over the steps and all ranks, and start a new window."""
         sums = torch.stack([self.loss, self.change]) / self.steps
         dist.all_sum_(sums)
         loss, change = (sums / dist.world_size()).tolist()
@@ -68,16 +68,16 @@ class Window:
 
 @dataclass
 class State:
-    """A run between two steps. Random numbers are no part of it: they depend on seed and step alone (seeds.py)."""
+    """A run between two steps. It holds no random generator: random numbers depend only on seed and step (seeds.py)."""
 
     network: Members
     optimizer: torch.optim.Optimizer
     clusters: Clusters
-    window: Window  # the log's sums since its last line
-    labels_before_S: Tensor  # those of the epoch before, for its NMI
-    step: int = 0  # how many are done
-    logged: int = 0  # the lines in metrics.jsonl of so many steps count: `step`, as the ranks of then counted
-    skipped: int = 0  # how many of the last in a row were skipped, as a gradient was not finite
+    window: Window  # the sums since the last log line
+    labels_before_S: Tensor  # the labels at the end of the previous epoch, for the NMI
+    step: int = 0  # how many steps are done
+    logged: int = 0  # lines of metrics.jsonl up to this step are kept: `step` as counted by the ranks that saved it
+    skipped: int = 0  # how many of the last steps in a row were skipped because a gradient was not finite
 
 
 def new_state(network: Members, clusters: Clusters, plan: Plan) -> State:
@@ -93,18 +93,20 @@ class Snapshot:
 
     same: dict[str, Tensor]  # the same on every rank: weights, optimizer, centroids
     rows: dict[str, Tensor]  # of this rank's images, (S, ...), in row order
-    own: dict[str, Tensor] = field(default_factory=dict)  # all else of this rank alone; floats whose mean makes sense
-    about: dict[str, Any] = field(default_factory=dict)  # what JSON can hold: step, images, recipe …
+    own: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # other tensors of this rank; floats, because another number of ranks gets their mean
+    about: dict[str, Any] = field(default_factory=dict)  # goes into JSON: step, images, recipe …
 
 
 def stored(state: State, plan: Plan, images: int, steps_per_epoch: int) -> Snapshot:
-    """What a snapshot keeps of a state.
+    """The snapshot of a state.
 
     Args:
         state: only read.
         plan: of the run.
         images: N.
-        steps_per_epoch: with another number of ranks it may be another one.
+        steps_per_epoch: stored because another number of ranks may have a different one.
     """
     rows, clusters = clusters_module.stored(state.clusters)
     own, counts = state.window.stored()
@@ -125,17 +127,17 @@ def restore(state: State, snapshot: Snapshot, steps_per_epoch: int) -> None:
     clusters_module.restore(state.clusters, snapshot.rows, under("method.", snapshot.same))
     state.window.restore(snapshot.own, snapshot.about["window"])
     state.labels_before_S.copy_(snapshot.rows["labels_before"])
-    # In the same epoch and equally far, where an epoch has another number of steps now.
+    # The same epoch, and as far into it, even if an epoch has a different number of steps now.
     epoch, rest = divmod(snapshot.about["step"], snapshot.about["steps_per_epoch"])
     state.step = epoch * steps_per_epoch + rest * steps_per_epoch // snapshot.about["steps_per_epoch"]
     state.logged, state.skipped = snapshot.about["step"], snapshot.about["skipped"]
 
 
 def versions() -> dict[str, str]:
-    """Of odcft and of what its bits depend on."""
+    """The versions of odcft and of the packages that affect its results."""
     return {name: version(name) for name in ("odcft", "torch", "timm", "safetensors")}
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names start with a prefix, without it."""
+    """The tensors whose names start with a prefix, by the rest of the name."""
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

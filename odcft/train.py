@@ -1,4 +1,4 @@
-"""The program `finetune`: the loop, and what it leaves behind.
+"""The program behind `odcft finetune`: the training loop, and the files that a finished run leaves.
 
 Shapes: S images of this rank, B batch, K clusters, D embedding, F backbone.
 """
@@ -54,33 +54,33 @@ def fine_tune(
     progress: Progress | None = None,
     epochs: int | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune a checkpoint on unlabelled images, and write a RUN with the backbone.
+    """Fine-tune a checkpoint on unlabelled images, and write a RUN folder with the fine-tuned backbone.
 
     Args:
         ckpt: what `load_backbone` takes; for `codc` a list, with a checkpoint for each member.
         data: what `find_images` takes; labels are never read.
-        out: the RUN to write.
-        recipe: its `auto` fields are decided here. A resumed run keeps its own, and refuses another.
-        arch: a timm name, where the checkpoint's own is not to be followed.
-        memory: a folder of `init_memory`, instead of filling the memories here.
-        resume: continue the RUN in `out`, or begin it where there is no state yet.
-        overwrite: replace the RUN in `out`.
-        progress: where to speak.
-        epochs: instead of the recipe's; a resumed run may be prolonged by it.
+        out: the RUN folder to write.
+        recipe: its `auto` fields are decided here. A resumed run keeps its own recipe and refuses a different one.
+        arch: a timm name, to override the checkpoint's own.
+        memory: a folder written by `init_memory` to take both memories from, instead of filling them here.
+        resume: continue the run in `out`, or start it if nothing has been saved yet.
+        overwrite: replace the run in `out`.
+        progress: where to report.
+        epochs: overrides the recipe's; with `resume` it can prolong the run.
 
     Returns:
-        Of the run: out, backbone, load (a line of Python), images, clusters, epochs, steps, loss, change_ratio,
-        seconds.
+        A summary of the run: out, backbone, load (a line of Python), images, unreadable, clusters, epochs, steps, loss,
+        change_ratio, seconds.
 
     Raises:
         OdcftError: for anything the user can fix, and for a loss that is not finite (the last good state is kept).
-        Stopped: within `stop_signals.handling_signals()`, asked to stop by a signal; the state is saved.
+        Stopped: a signal asked for it, inside `stop_signals.handling_signals()`; the state is saved.
     """
     progress, run = progress or Progress(), Run(out, [ckpt] if isinstance(ckpt, str) else ckpt, data, arch)
     if epochs is not None:
         recipe = recipe.model_copy(deep=True)
         recipe.optim.epochs = epochs
-    resume = _refuse_output(out, resume, overwrite, progress)
+    resume = _check_output(out, resume, overwrite, progress)
     require_parquet()
     try:
         with locked(out, progress.say), explain_failures(recipe):
@@ -89,14 +89,14 @@ def fine_tune(
                 start, state = resumed_run(run, recipe, epochs, progress)
             else:
                 start, state = new_run(run, recipe, progress, memory=memory)
-            if dist.rank() == 0:  # also if resumed: the epochs may be others
+            if dist.rank() == 0:  # also when resumed: the number of epochs may have changed
                 write_recipe(out, start.plan)
             steps = training_order(start).steps
             if resume and finished_after(out) == steps:
-                progress.say(f"Finished    {out} has all of its {steps:,} steps; nothing is left to do.")
+                progress.say(f"Finished    {out} has done all of its {steps:,} steps; nothing is left to do.")
             else:
                 train(start, state, run, progress)
-                leave_behind(start, state, run)
+                write_results(start, state, run)
             return _result(start, out, steps, time.monotonic() - began)
     except Stopped as stopped:
         if not stopped.args:
@@ -105,20 +105,20 @@ def fine_tune(
         raise
 
 
-def _refuse_output(out: Path, resume: bool, overwrite: bool, progress: Progress) -> bool:
-    """Refuse a folder that may not be written to; whether there is a run in it to resume, if that was asked for."""
+def _check_output(out: Path, resume: bool, overwrite: bool, progress: Progress) -> bool:
+    """Refuse an output folder that may not be written to; return whether it holds a run to resume."""
     output_checks.refuse_invalid_path(out)
     if resume and not output_checks.has_no_progress(out):
         output_checks.refuse_foreign_files(out, RUN_FILES, resumed=True)
         return True
     output_checks.refuse_non_empty(out, RUN_FILES, overwrite or resume)
     if resume:
-        progress.say(f"Note        {out} has no state to resume from yet, so the run begins.")
+        progress.say(f"Note        {out} has no state to resume from yet, so the run starts from the beginning.")
     return False
 
 
 def train(start: Start, state: State, run: Run, progress: Progress) -> None:
-    """Train from `state.step` to the last step. 1 to 4 are the steps of the paper's fig. 2."""
+    """Train from `state.step` to the last step. The numbers 1. to 4. are the steps of the paper's fig. 2."""
     plan, method, network, clusters = start.plan, METHODS[start.plan.method], state.network, state.clusters
     device, optim, order = dist.this_device(), plan.optim, training_order(start, first_step=state.step)
     batches = TrainingBatches(training_crops(start), order, plan.data.workers, device)
@@ -135,9 +135,9 @@ def train(start: Start, state: State, run: Run, progress: Progress) -> None:
     with stop_signals.deferred(), saver.on_stop(), closing(batches), phase as advance:
         for epoch in range(state.step // order.steps_per_epoch, optim.epochs):
             if state.step % order.steps_per_epoch == 0 and method.begin_epoch(clusters, epoch, embed):
-                network.new_heads(state.optimizer, state.step)  # dc: the labels mean something else now
-                batches.draw_again()
-            for batch in log.timed(_readable(batches.of_epoch(state.step), state, start, progress.say)):
+                network.new_heads(state.optimizer, state.step)  # dc: new labels
+                batches.discard_prefetched()
+            for batch in log.timed(_report_unreadable(batches.of_epoch(state.step), state, start, progress.say)):
                 set_lr(state.optimizer, lr_at(state.step, order.steps_per_epoch, optim))
                 torch.manual_seed(seeds.seed(plan.seed, "dropout", dist.rank(), state.step))
                 row_B = ownership.row_of(batch.index_B).to(device, non_blocking=True)
@@ -145,43 +145,49 @@ def train(start: Start, state: State, run: Run, progress: Progress) -> None:
                 guard.before_forward()
                 with plan.autocast(device):
                     outputs = model(views.images, views.rotated, views.mixed)  # 1. forward
-                label_B, weight_K = method.targets(clusters, row_B)  # 2. the labels, read before they move
-                loss, shown = network.losses(outputs, views, label_B, weight_K)  # eq. 1
+                label_B, weight_K = method.targets(clusters, row_B)  # 2. labels, before step 3 changes them
+                loss, logged_loss = network.losses(outputs, views, label_B, weight_K)  # eq. 1
                 state.optimizer.zero_grad()
                 loss.backward()
-                if taken := guard.allows_step():
+                if step_taken := guard.allows_step():
                     state.optimizer.step()
                     features_BD = joint_features([output.features_BD.detach().float() for output in outputs])
-                    moved = method.update(clusters, row_B, features_BD, state.step)  # 3. samples, 4. centroids memory
-                    log.add(shown, moved, batch)
+                    change = method.update(clusters, row_B, features_BD, state.step)  # 3. samples, 4. centroids memory
+                    log.add(logged_loss, change, batch)
                 state.step += 1
-                agreed = ranks.after_step(loss.detach() if taken else torch.zeros_like(loss), saver.due())
+                agreed = ranks.after_step(loss.detach() if step_taken else torch.zeros_like(loss), saver.due())
                 if agreed.broken:
                     raise guard.error(state.step - 1 - ranks.delay(device))
                 advance(len(batch.index_B) * dist.world_size(), log.line())
                 if agreed.stop:
-                    raise Stopped  # saved on its way out
+                    raise Stopped  # `saver.on_stop` saves the state
                 if agreed.save:
                     saver.save()
     saver.save_last()
     if asked_anywhere(device):
-        raise Stopped("All steps are done and saved; the backbone is still to be written.")
+        raise Stopped("All steps are done and saved, but the backbone has not been written yet.")
 
 
 def training_order(start: Start, first_step: int = 0) -> TrainingOrder:
-    """Which images make a batch, by what the method draws from its clusters."""
+    """The batches of the run, in the order that the method draws from its clusters."""
     plan, draw = start.plan, partial(METHODS[start.plan.method].draw, start.clusters)
     batch = plan.optim.batch_size // dist.world_size()
     return TrainingOrder(len(start.images), batch, plan.optim.epochs, plan.seed, first_step, draw)
 
 
 def training_crops(start: Start) -> Crops:
-    """The images as training crops them."""
+    """The images with the random crops of training."""
     return Crops(start.images, start.plan.view, start.plan.augment, start.plan.seed)
 
 
-def _readable(batches: Iterator[Batch], state: State, start: Start, say: Callable[[str], None]) -> Iterator[Batch]:
-    """The batches; images that have become unreadable are named, and a batch without any ends the run."""
+def _report_unreadable(
+    batches: Iterator[Batch], state: State, start: Start, say: Callable[[str], None]
+) -> Iterator[Batch]:
+    """The batches; report images that can no longer be read, and end the run if hardly any image of a batch can.
+
+    Raises:
+        OdcftError: fewer than 2 images of a batch can be read.
+    """
     for batch in batches:
         if batch.unreadable:
             names = ", ".join(start.images.names[i] for i in batch.unreadable)
@@ -189,7 +195,7 @@ def _readable(batches: Iterator[Batch], state: State, start: Start, say: Callabl
         if len(batch.index_B) < 2:
             raise OdcftError(
                 f"Step {state.step}: hardly any image can still be read. Is {start.images.source} still there? "
-                "--resume continues."
+                "Continue with --resume."
             )
         yield batch
 
@@ -198,13 +204,13 @@ def _embed(start: Start, network: Any, device: torch.device) -> Tensor:
     """Backbone features (S, F) of this rank's images without augmentation, in evaluation mode.
 
     Raises:
-        Stopped: asked to stop meanwhile.
+        Stopped: some rank was asked to stop in the meantime.
     """
-    (only,), plan = network, start.plan
+    (model,), plan = network, start.plan
     network.eval()
     with plan.autocast(device):
         features_SF, _ = extract(
-            *(only.backbone, Crops(start.images, plan.view), plan.batch_of_rank, plan.data.workers, device),
+            *(model.backbone, Crops(start.images, plan.view), plan.batch_of_rank, plan.data.workers, device),
             Progress(quiet=True),
             stop=stop_signals.stop_requested,
         )
@@ -214,16 +220,16 @@ def _embed(start: Start, network: Any, device: torch.device) -> Tensor:
     return features_SF
 
 
-# ---------------------------------------------------------------- what a run leaves behind
+# ---------------------------------------------------------------- the files of a finished run
 
 
-def leave_behind(start: Start, state: State, run: Run) -> None:
+def write_results(start: Start, state: State, run: Run) -> None:
     """Write the backbones and clusters.parquet, and note in run.json that the run is finished."""
     out, names = run.out, BACKBONES[: len(run.ckpts)]
     if dist.rank() == 0:
-        for number, (model, name) in enumerate(zip(state.network, names, strict=True)):
+        for member, (model, name) in enumerate(zip(state.network, names, strict=True)):
             model.backbone.set_view(start.plan.view)
-            write_timm(model.backbone, out / name, about_run(out, number))
+            write_timm(model.backbone, out / name, about_run(out, member))
     write_clusters(state.clusters.memory, start.images, out / "clusters.parquet")
     if dist.rank() == 0:
         note_finished(out, state.step)
@@ -232,7 +238,7 @@ def leave_behind(start: Start, state: State, run: Run) -> None:
 
 def _result(start: Start, out: Path, steps: int, seconds: float) -> dict[str, Any]:
     """What `fine_tune` returns."""
-    last, members = (read_lines(out / "metrics.jsonl") or [{}])[-1], len(start.loaded)
+    last_line, members = (read_lines(out / "metrics.jsonl") or [{}])[-1], len(start.loaded)
     return {
         "out": str(out),
         "backbone": str(out / "backbone"),
@@ -243,7 +249,7 @@ def _result(start: Start, out: Path, steps: int, seconds: float) -> dict[str, An
         "clusters": start.plan.memory.clusters,
         "epochs": start.plan.optim.epochs,
         "steps": steps,
-        "loss": last.get("loss"),
-        "change_ratio": last.get("change_ratio"),
+        "loss": last_line.get("loss"),
+        "change_ratio": last_line.get("change_ratio"),
         "seconds": round(seconds, 1),
     }

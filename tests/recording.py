@@ -1,13 +1,13 @@
-"""A recording of 30 steps of every method on one rank and two, which a change of structure must leave as it is.
+"""Record 30 steps of every method on one rank and on two, which refactoring must not change.
 
-    python tests/recording.py                 compare with the recording in tests/data, and say what differs
-    python tests/recording.py --write FILE    record anew, for this machine (a commit of its own says why)
+    python tests/recording.py                 compare with the recording in tests/data, and print what differs
+    python tests/recording.py --write FILE    make a new recording for this machine (in a separate commit that says why)
 
-Bits are compared with the recording that was made on such a processor with this torch, if there is one; values with
-tests/data/recording.json elsewhere.
+Bits are compared if there is a recording of this kind of processor with this version of torch; elsewhere values are
+compared with tests/data/recording.json.
 
-Images and weights are made here from numpy's generator, whose numbers do not depend on its version. Images are PNG
-files, which every library reads alike.
+Images and weights come from numpy's generator, whose numbers do not depend on its version. Images are PNG files, which
+every library decodes to the same pixels.
 """
 
 import argparse
@@ -30,7 +30,7 @@ DATA = Path(__file__).parent / "data"
 RECORDING = DATA / "recording.json"
 METHODS = ("odc", "dc", "codc")
 RANKS = (1, 2)
-# Ten steps an epoch; clusters become small and are refilled; half of what the neck gives is dropped.
+# Ten steps an epoch; clusters become small and are refilled; dropout in the neck is 0.5.
 SETTINGS = (
     *("optim.epochs=3", "optim.batch_size=8", "optim.lr=0.05", "neck.hidden=24", "neck.dim=8", "neck.dropout=0.5"),
     *("memory.clusters=6", "memory.min_cluster=7", "memory.centroid_interval=4", "memory.momentum=0.5", "dc.pca=6"),
@@ -63,15 +63,15 @@ def write_inputs(folder: Path) -> None:
 
 
 def digest(*tensors: torch.Tensor) -> str:
-    """A few letters that change with any bit of any tensor."""
-    found = hashlib.sha256()
+    """A short hash of all bits of the tensors."""
+    sha256 = hashlib.sha256()
     for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return found.hexdigest()[:16]
+        sha256.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return sha256.hexdigest()[:16]
 
 
 def train(method: str, folder: Path, out: Path) -> None:
-    """30 steps in this process, one of several perhaps; what it saw goes to OUT-RANK.json."""
+    """Train 30 steps in this process, which may be one of several, and write what was recorded to OUT-RANK.json."""
     from odcft.clustering.methods import METHODS as modules
     from odcft.distributed import dist
     from odcft.recipe import load_recipe
@@ -82,12 +82,12 @@ def train(method: str, folder: Path, out: Path) -> None:
     seen: dict[str, list[str]] = {"memory": [], "weights": []}
     update = modules[method].update
 
-    def watched(state: Any, *args: Any) -> Any:
-        stats = update(state, *args)
+    def recorded(state: Any, *args: Any) -> Any:
+        change_ratio = update(state, *args)
         seen["memory"].append(digest(state.memory.features_SD, state.memory.labels_S, state.memory.centroids_KD))
-        return stats
+        return change_ratio
 
-    modules[method].update = watched  # type: ignore[attr-defined]
+    modules[method].update = recorded  # type: ignore[attr-defined]
     register_optimizer_step_post_hook(
         lambda optimizer, *args: seen["weights"].append(
             digest(*(p for group in optimizer.param_groups for p in group["params"]))
@@ -105,7 +105,7 @@ def train(method: str, folder: Path, out: Path) -> None:
 
 
 def record(method: str, ranks: int, folder: Path) -> dict[str, Any]:
-    """What each rank saw: values of rank 0, and hashes of every rank."""
+    """Run a method, and return the values of rank 0 and the hashes of every rank."""
     out = folder / f"seen-{method}-{ranks}"
     command = [sys.executable, __file__, "--train", method, str(ranks), str(folder), str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -127,7 +127,7 @@ def machine() -> dict[str, str]:
 
 
 def of_this_machine() -> dict[str, Any] | None:
-    """The recording that was made on such a processor with this torch, whose bits are to be the same."""
+    """The recording made on this kind of processor with this version of torch, whose bits must match."""
     here = machine()
     for path in sorted(DATA.glob("recording*.json")):
         kept: dict[str, Any] = json.loads(path.read_text())

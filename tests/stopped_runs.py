@@ -1,4 +1,4 @@
-"""Runs that are interrupted in the middle of a step, for the tests of resuming and of faults."""
+"""Helpers that interrupt runs in the middle of a step, for the tests of resuming and of faults."""
 
 import json
 import os
@@ -23,19 +23,19 @@ def quick(*overrides):
 
 
 def forget():
-    """As in a new process."""
+    """Forget the signal, as a new process would."""
     stop_signals._asked = ""
 
 
-def at_step(monkeypatch, wanted, do):
-    """Have something happen in the middle of a step."""
-    whole, calls = train.lr_at, []
+def at_step(monkeypatch, steps, do):
+    """Call `do` in the middle of these steps; returns the list of all steps taken."""
+    real, calls = train.lr_at, []
 
     def lr_at(step, *args):
         calls.append(step)
-        if step in wanted:
+        if step in steps:
             do()
-        return whole(step, *args)
+        return real(step, *args)
 
     monkeypatch.setattr(train, "lr_at", lr_at)
     return calls
@@ -46,7 +46,7 @@ def ask_to_stop(number=signal.SIGTERM):
 
 
 def outcome(run):
-    """What must not depend on what happened on the way."""
+    """The results of a run that must not depend on interruptions: tensors, figures, number of steps."""
     state = snapshot_files.load(sorted((run / "checkpoints").glob("step-*"))[-1])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     figures = [{name: value for name, value in line.items() if name not in TIMES} for line in lines]

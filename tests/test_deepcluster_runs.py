@@ -1,4 +1,4 @@
-"""Whole runs of DeepCluster: labels that stand still within an epoch, and a classifier that starts anew with them."""
+"""Whole runs of DeepCluster: labels are fixed within an epoch, and new ones come with a reinitialised classifier."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ def test_labels_stand_still_within_an_epoch_and_change_between(tmp_path, checkpo
     assert load_recipe(tmp_path / "run" / "recipe.yaml").method == "dc"
 
 
-def test_the_classifier_starts_anew_with_the_labels(tmp_path, checkpoint, images, monkeypatch):
+def test_new_labels_reinitialise_the_classifier(tmp_path, checkpoint, images, monkeypatch):
     from odcft.model.neck_and_head import Model
 
     heads = []

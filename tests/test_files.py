@@ -68,7 +68,7 @@ def written(metrics):
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("kind", ["link", "hard link"])
 @pytest.mark.parametrize("place", ["{}", ".{}.unfinished"])
-def test_files_are_written_anew_and_through_nothing(tmp_path, outside, name, kind, place):
+def test_files_are_created_afresh_and_never_written_through_links(tmp_path, outside, name, kind, place):
     path = tmp_path / place.format(name)
     path.symlink_to(outside / "precious") if kind == "link" else os.link(outside / "precious", path)
     WRITERS[name](tmp_path)

@@ -1,4 +1,4 @@
-"""The rules of docs/architecture.md: who may import whom. A broken one names the offender, the line and the rule."""
+"""The rules of docs/architecture.md: which module may import which. A violation names module, line and rule."""
 
 import ast
 import subprocess
@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "odcft"
 
-# From the top floor down: a module imports from its own room and from the floors below its own, and from nowhere else.
-# What stands on one floor does not know each other, unless it is in one room.
+# From the top floor down: a module imports only from its own room (a folder of odcft/) and from the floors below.
+# Modules on the same floor do not import each other, unless they are in the same room.
 FLOORS = [
     {"__main__"},
     {"cli"},
@@ -31,7 +31,7 @@ FLOORS = [
     {"errors", "text", "seeds", "precision", "__init__"},
     {"torchvision_on_cpu"},
 ]
-# A library that only some may import, and where.
+# Libraries that only some modules may import, and which those are.
 ONLY_IN = {
     "timm": ("backbone/", "distributed/dist.py"),  # dist: timm's own conversion to SyncBN
     "PIL": ("data/", "demo.py"),  # images are opened in data/; the demo writes some
@@ -65,11 +65,11 @@ def floor_of(place):
     for number, floor in enumerate(reversed(FLOORS)):
         if name in floor:
             return number
-    raise AssertionError(f"{place} stands on no floor: put {name} into FLOORS")
+    raise AssertionError(f"{place} is on no floor: add {name} to FLOORS")
 
 
-def broken(place, source):
-    """The rules that a module breaks, in words."""
+def violations(place, source):
+    """Messages for the rules that a module breaks."""
     room = place.split("/")[0]
     for line, module, name in imports(source):
         for library, where in ONLY_IN.items():
@@ -80,10 +80,10 @@ def broken(place, source):
         if module.split(".")[0] != "odcft":
             continue
         if name.startswith("_") and not name.startswith("__"):
-            yield f"{place}, line {line}: takes {name}, a private name, from {module}"
+            yield f"{place}, line {line}: imports {name}, a private name, from {module}"
         other = [*module.split(".")[1:], name][0]
         if other and other != room.removesuffix(".py") and floor_of(other) >= floor_of(place):
-            yield f"{place}, line {line}: imports {other}, which does not stand below {room.removesuffix('.py')}"
+            yield f"{place}, line {line}: imports {other}, which is not on a floor below {room.removesuffix('.py')}"
         if other in ("train", "first_memory", "exports") and place not in ("cli.py", "demo.py"):
             yield f"{place}, line {line}: calls a program ({other}), which only cli.py and demo.py may"
 
@@ -93,50 +93,54 @@ def modules():
 
 
 def test_no_module_breaks_a_rule():
-    found = [rule for place, source in modules().items() for rule in broken(place, source)]
+    found = [rule for place, source in modules().items() for rule in violations(place, source)]
     assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize(
     ("place", "source", "rule"),
     [
-        ("data/sources.py", "from odcft.backbone.load import load_backbone", "imports backbone, which does not stand"),
-        ("plan.py", "from odcft.model import members", "imports model, which does not stand below plan"),
-        ("optim.py", "from odcft.progress import Progress", "imports progress, which does not stand below optim"),
-        ("evaluation/svm.py", "from odcft.prepare import begin", "imports prepare, which does not stand below"),
+        (
+            "data/sources.py",
+            "from odcft.backbone.load import load_backbone",
+            "imports backbone, which is not on a floor below",
+        ),
+        ("plan.py", "from odcft.model import members", "imports model, which is not on a floor below plan"),
+        ("optim.py", "from odcft.progress import Progress", "imports progress, which is not on a floor below optim"),
+        ("evaluation/svm.py", "from odcft.prepare import begin", "imports prepare, which is not on a floor below"),
         ("evaluation/svm.py", "from odcft.train import fine_tune", "calls a program"),
         ("exports.py", "import timm.models", "imports timm, which only backbone/"),
         ("evaluation/knn.py", "def f():\n    import faiss", "line 2: imports faiss"),
         ("clustering/odc.py", "import torch\ntorch.distributed.barrier()", "imports torch.distributed"),
         ("pretexts/jigsaw.py", "from PIL import Image", "imports PIL, which only data/"),
-        ("prepare.py", "from odcft.files import _new", "takes _new, a private name, from odcft.files"),
-        ("kitchen/sink.py", "from odcft import files", "stands on no floor"),
+        ("prepare.py", "from odcft.files import _new", "imports _new, a private name, from odcft.files"),
+        ("kitchen/sink.py", "from odcft import files", "is on no floor"),
     ],
 )
 def test_a_broken_rule_names_the_offender(place, source, rule):
     try:
-        found = "\n".join(broken(place, source))
-    except AssertionError as error:  # a room that nobody knows
+        found = "\n".join(violations(place, source))
+    except AssertionError as error:  # an unknown room
         found = str(error)
     assert rule in found
     assert place in found
 
 
-def test_the_memory_knows_no_files_and_no_ranks():
+def test_the_memory_depends_on_no_files_and_no_ranks():
     assert not [module for _, module, _ in imports(modules()["clustering/memory.py"]) if module.startswith("odcft")]
 
 
-def test_every_room_says_what_it_is_and_hands_nothing_on():
-    """No re-exports: a name has one place."""
+def test_every_room_has_a_docstring_and_no_re_exports():
+    """A name is imported from one place only."""
     for path in PACKAGE.glob("*/__init__.py"):
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), path
-        assert len(tree.body) == 1, f"{path} does more than say what the room is"
+        assert len(tree.body) == 1, f"{path} has more in it than a docstring"
 
 
-def test_every_test_file_stands_where_its_module_does():
-    """tests/ mirrors odcft/: tests/ROOM/test_X.py tests odcft/ROOM/X.py, or several of the room together."""
-    whole_rooms = {  # tests of several modules of a room together
+def test_the_folders_of_tests_mirror_those_of_odcft():
+    """tests/ROOM/test_X.py tests odcft/ROOM/X.py, or several modules of the room together."""
+    several_modules = {  # tests of several modules of a room together
         *(
             "backbone/checkpoint_layouts",
             "backbone/malicious_files",
@@ -147,16 +151,18 @@ def test_every_test_file_stands_where_its_module_does():
         "run/run_faults",
     }
     for path in (ROOT / "tests").glob("*/test_*.py"):
-        room = path.parent.name.removesuffix("_tests")  # data_tests: tests/data has what tests read
+        room = path.parent.name.removesuffix("_tests")  # data_tests: tests/data holds the files that tests read
         module = f"{room}/{path.stem.removeprefix('test_')}"
-        stands = (PACKAGE / f"{module}.py").exists() or module in whole_rooms
-        assert stands, f"{path.relative_to(ROOT)} tests no module of odcft/{room}: call it as the module it tests"
+        known = (PACKAGE / f"{module}.py").exists() or module in several_modules
+        assert known, (
+            f"{path.relative_to(ROOT)} is not named after a module of odcft/{room}: rename it after the one it tests"
+        )
 
 
-def test_the_drawing_is_what_the_code_says():
+def test_the_drawing_is_up_to_date():
     script = ROOT / "tools" / "draw_architecture.py"
     done = subprocess.run([sys.executable, str(script), "--check"], check=False)
-    assert done.returncode == 0, f"Draw it again: python {script.relative_to(ROOT)}"
+    assert done.returncode == 0, f"The drawing is outdated. Draw it again: python {script.relative_to(ROOT)}"
 
 
 LONG_FUNCTIONS = {  # where most of the lines are options or documentation

@@ -101,7 +101,7 @@ def step(body, head, optimizer, images):
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_what_is_stored_and_restored_goes_on_as_if_nothing_had_happened(kind):
+def test_a_restored_optimizer_continues_as_if_nothing_had_happened(kind):
     body, head, optimizer, images = stepped(kind)
     kept = {name: tensor.clone() for name, tensor in optimizer_state(optimizer).items()}
     slots = {"sgd": {"momentum_buffer"}, "adamw": {"exp_avg", "exp_avg_sq", "step"}}[kind]

@@ -1,4 +1,4 @@
-"""The plan: every `auto` of a recipe decided once, and what cannot work refused."""
+"""The plan decides every `auto` of a recipe once, and refuses what cannot work."""
 
 from types import SimpleNamespace
 
@@ -22,7 +22,9 @@ def test_automatic_clusters_are_the_papers_on_imagenet_and_work_for_any_set(reci
 
 def test_too_many_clusters_are_refused_with_a_number_that_works():
     recipe = load_recipe("odc_r50_finetune", ["memory.clusters=10000"])
-    with pytest.raises(OdcftError, match=r"10,000 clusters for 1,300 images cannot work.*would use 10; 61 is the most"):
+    with pytest.raises(
+        OdcftError, match=r"10,000 clusters for 1,300 images cannot work.*would use 10; 61 is the maximum"
+    ):
         decide_clusters(recipe, 1300)
     recipe.memory.clusters = 61
     assert decide_clusters(recipe, 1300)[0] == 61
@@ -34,7 +36,7 @@ def test_tiny_sets_lower_the_threshold():
     assert notes == ["12 images cannot make two clusters of more than 20: memory.min_cluster lowered to 2."]
 
 
-def test_another_recipe_is_named_before_a_run_that_it_suits_better():
+def test_a_recipe_that_fits_better_is_suggested():
     transformer, convolutions = (load_backbone(f"scratch:{name}").backbone for name in ("test_vit", "test_resnet"))
     (note,) = unsuitable([transformer], 20_000, load_recipe("small"))
     assert "test_vit is a transformer" in note
@@ -49,16 +51,16 @@ def test_another_recipe_is_named_before_a_run_that_it_suits_better():
     assert not unsuitable([convolutions], 2_000, load_recipe("small"))
 
 
-def test_dc_says_when_clusters_would_have_few_images():
+def test_dc_notes_when_clusters_would_have_few_images():
     (note,) = decide_clusters(load_recipe("dc_r50_finetune", ["memory.clusters=10000"]), 20_000)[2]
-    assert "leave 2 for each of 10,000 clusters, few to learn from: --clusters auto would use 156" in note
+    assert "leave only 2 for each of 10,000 clusters, too few to learn well: --clusters auto would use 156" in note
     assert decide_clusters(load_recipe("dc_r50_finetune"), 1_281_167)[2] == []
     assert decide_clusters(load_recipe("dc_small"), 20_000)[2] == []
 
 
-def test_odc_says_when_clusters_would_be_refilled_all_the_time():
+def test_odc_notes_when_clusters_would_be_refilled_all_the_time():
     (note,) = decide_clusters(load_recipe("small", ["memory.clusters=60"]), 2_000)[2]
-    assert "2,000 images leave 33 for each of 60 clusters, little more than memory.min_cluster=20" in note
+    assert "2,000 images leave only 33 for each of 60 clusters, little more than memory.min_cluster=20" in note
 
 
 def test_a_plan_has_nothing_left_to_decide_and_is_what_recipe_yaml_says(make_images, tmp_path):
@@ -68,7 +70,7 @@ def test_a_plan_has_nothing_left_to_decide_and_is_what_recipe_yaml_says(make_ima
     assert "auto" not in dump(plan)
     assert Recipe.model_validate(yaml.safe_load(dump(plan))).model_dump() == plan.model_dump()
     assert (plan.data.size, plan.memory.clusters, plan.optim.final_epochs) == (32, 2, 20)
-    assert recipe.data.size == "auto"  # what was asked for stays as it was
+    assert recipe.data.size == "auto"  # the given recipe is not changed
 
 
 def test_what_the_recipe_says_is_not_decided_again(make_images, tmp_path):
@@ -88,7 +90,7 @@ def test_clusters_follow_the_images_that_can_be_read():
     assert (plan.memory.clusters, notes) == (10, [])
 
 
-def test_members_see_the_same_images_of_a_size_that_all_can_take(make_images, tmp_path):
+def test_members_share_an_image_size_that_all_accept(make_images, tmp_path):
     backbones = [load_backbone(f"scratch:{name}").backbone for name in ("test_vit", "test_resnet")]
     images = find_images(make_images(tmp_path, side=200))
     recipe = load_recipe("small", ["data.size=auto", "optim.batch_size=4"])
@@ -100,5 +102,5 @@ def test_members_see_the_same_images_of_a_size_that_all_can_take(make_images, tm
 @pytest.mark.parametrize(
     ("fixed", "side", "size"), [(False, 40, 40), (False, 20, 32), (False, 500, 224), (True, 40, 224)]
 )
-def test_size_follows_small_images_but_not_beyond_the_network(fixed, side, size):
+def test_input_size_follows_small_images_up_to_the_networks_own(fixed, side, size):
     assert automatic_size(SimpleNamespace(size=224, fixed_size=fixed), side) == size

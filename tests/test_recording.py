@@ -1,4 +1,4 @@
-"""30 steps of every method are what they were: bits on the machine of the recording, values elsewhere."""
+"""30 steps of every method match the recording: bit by bit on the machine that made it, by value elsewhere."""
 
 import json
 
@@ -20,7 +20,7 @@ def test_thirty_steps_are_as_recorded(inputs, method, ranks):
     assert len(now["values"]) == len(now["weights"][0]) == 30
     if same_machine := recording.of_this_machine():
         assert now == same_machine[f"{method} {ranks}"]
-    else:  # rounding differs, and label by label runs part: the first steps are near, the rest of a size
+    else:  # rounding differs, and changes more and more labels: only the first steps are close
         then = json.loads(recording.RECORDING.read_text())[f"{method} {ranks}"]
         for step, (was, is_now) in enumerate(zip(then["values"], now["values"], strict=True)):
             assert is_now == pytest.approx(was, rel=0.02, abs=0.02) if step < 3 else is_now[0] < 3 * was[0] + 1

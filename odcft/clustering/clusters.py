@@ -1,4 +1,4 @@
-"""What a method carries from step to step: the memory, and whether some cluster has become small."""
+"""What a method keeps from step to step: the memory, and the watch for small clusters."""
 
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ from odcft.plan import Plan
 
 @dataclass
 class Clusters:
-    """The images' clusters, as ODC or DC keeps them."""
+    """The clusters of the images, as ODC and DC use them."""
 
     memory: Memory
     plan: Plan
@@ -21,7 +21,7 @@ class Clusters:
 
     @property
     def rules(self) -> Rules:
-        """Of the variant that the plan asks for."""
+        """The rules of the variant that the plan selects."""
         return VARIANTS[self.plan.memory.variant]
 
 
@@ -32,7 +32,7 @@ def stored(clusters: Clusters) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         clusters: only read.
 
     Returns:
-        By name: rows of this rank's images, (S, ...) each; and what is the same on every rank.
+        Tensors by name: the rows of this rank's images, (S, ...) each; and what is the same on every rank.
     """
     kept, pending = clusters.memory, clusters.watch.reader.pending()
     same = {"centroids": kept.centroids_KD} | ({} if pending is None else {"small_pending": pending})
@@ -40,10 +40,10 @@ def stored(clusters: Clusters) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def restore(clusters: Clusters, rows: dict[str, Tensor], same: dict[str, Tensor]) -> None:
-    """Put back what was `stored`; sums and counts follow from it, exactly.
+    """Put back what was `stored`; sums and counts are recomputed from it, exactly.
 
     Args:
-        clusters: with features of the dtype and on the device that they are to have; changed in place.
+        clusters: changed in place; its features already have the right dtype and device.
         rows: this rank's.
         same: the same on every rank.
     """

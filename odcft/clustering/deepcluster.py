@@ -1,7 +1,7 @@
-"""DeepCluster (Caron et al., ECCV 2018; here as Zhan et al., sec. 3.1, compare with it): labels from K-Means over the
-whole set, again at the start of every epoch; a classifier that starts anew each time; fixed labels in between.
+"""DeepCluster (Caron et al., ECCV 2018), as Zhan et al. compare with it (sec. 3.1): at the start of every epoch K-Means
+over the whole set gives new labels and the classifier is reinitialised; within an epoch labels do not change.
 
-Shapes: N images, S of them on this rank, B batch, K clusters, F backbone, D what is left of it for K-Means.
+Shapes: N images, S of them on this rank, B batch, K clusters, F backbone, D after PCA.
 """
 
 from collections.abc import Callable
@@ -21,15 +21,15 @@ from odcft.distributed import dist
 from odcft.plan import Plan
 from odcft.precision import exact_products
 
-HAS_NECK = False  # the classifier stands on the backbone's features
+HAS_NECK = False  # the classifier uses the backbone's features
 
 
 def features_for_kmeans(features_SF: Tensor, plan: Plan) -> Tensor:
-    """What K-Means sees: PCA, whitening, unit length.
+    """Reduce the features by PCA, whiten them and normalise them to unit length for K-Means.
 
     Args:
         features_SF: (S, F) float, this rank's.
-        plan: `dc.pca` components are kept, fewer where there are not as many.
+        plan: `dc.pca` components are kept, or all if there are fewer.
 
     Returns:
         (S, D) float32.
@@ -39,13 +39,13 @@ def features_for_kmeans(features_SF: Tensor, plan: Plan) -> Tensor:
 
 @exact_products()
 def start(features_SD: Tensor, labels_S: Tensor, plan: Plan, epoch: int = 0) -> Clusters:
-    """The clusters that K-Means found. An empty one takes half of the largest.
+    """Fill the memories with the clusters that K-Means found. An empty cluster gets half of the largest.
 
     Args:
-        features_SD: (S, D) float, as K-Means saw them; the memory takes them over.
+        features_SD: (S, D) float, as K-Means saw them; the memory takes ownership and may change them.
         labels_S: (S,) integers in 0..K-1.
         plan: of the run.
-        epoch: before which K-Means ran.
+        epoch: the epoch that K-Means ran for.
     """
     dtype = getattr(torch, plan.memory.dtype)
     clusters = Clusters(memory.new_memory(features_SD, labels_S, plan.memory.clusters, dtype), plan)
@@ -57,15 +57,15 @@ def start(features_SD: Tensor, labels_S: Tensor, plan: Plan, epoch: int = 0) -> 
 
 
 def begin_epoch(clusters: Clusters, epoch: int, embed: Callable[[], Tensor]) -> bool:
-    """Cluster anew, every `dc.interval` epochs; the first time was before training.
+    """Cluster again, every `dc.interval` epochs; not in epoch 0, as `start` has just done it.
 
     Args:
         clusters: changed in place.
         epoch: counted from 0.
-        embed: gives the backbone features (S, F) of this rank's images, without augmentation, in evaluation mode.
+        embed: returns the backbone features (S, F) of this rank's images, without augmentation, in evaluation mode.
 
     Returns:
-        Whether labels are new, and mean nothing to the old classifier.
+        Whether the labels are new, so that the classifier must be reinitialised.
     """
     plan = clusters.plan
     if epoch == 0 or epoch % plan.dc.interval:
@@ -78,10 +78,10 @@ def begin_epoch(clusters: Clusters, epoch: int, embed: Callable[[], Tensor]) -> 
 
 
 def draw(clusters: Clusters, generator: torch.Generator) -> Tensor:
-    """The order of an epoch: uniform over clusters, or each image once where the loss is re-weighted instead.
+    """The order of images in an epoch: uniform over clusters, or each image once if the loss is re-weighted instead.
 
-    Clusters come equally often, to within one image on a rank; of a large one not every image is drawn, of a small one
-    some are drawn several times.
+    All clusters are drawn equally often, to within one image per rank: some images of a large cluster are not drawn,
+    some of a small one several times.
 
     Args:
         clusters: only read.
@@ -97,21 +97,21 @@ def draw(clusters: Clusters, generator: torch.Generator) -> Tensor:
     labels_S = clusters.memory.labels_S.cpu().long()
     by_cluster_S = shuffled_S[labels_S[shuffled_S].argsort(stable=True)]
     share_S = clusters.memory.sizes_K.cpu().double().reciprocal()[labels_S[by_cluster_S]]
-    # S points at equal distances along the clusters laid end to end, each as long as its share of this rank.
+    # S equally spaced points along the clusters laid end to end, each as long as this rank's share of its images.
     points_S = (torch.arange(S, dtype=torch.float64) + torch.rand((), generator=generator)) / S * share_S.sum()
     drawn_S = by_cluster_S[torch.searchsorted(share_S.cumsum(0), points_S).clamp(max=S - 1)]
     return drawn_S[torch.randperm(S, generator=generator)]
 
 
 def targets(clusters: Clusters, row_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The batch's labels, and the weights of all clusters.
+    """Read the labels of the batch and the loss weights of all clusters.
 
     Args:
         clusters: only read.
         row_B: (B,) int64, rows of this rank.
 
     Returns:
-        (B,) int64 labels and (K,) float32 weights: 1 / sqrt(N_c) (sec. 3.2), or all the same where clusters are drawn
+        (B,) int64 labels and (K,) float32 weights: 1 / sqrt(N_c) (sec. 3.2), or all 1 if clusters are drawn
         uniformly.
     """
     weight_K = loss_weights.loss_weights(clusters.memory.sizes_K, VARIANTS["paper"])
@@ -120,5 +120,5 @@ def targets(clusters: Clusters, row_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def update(clusters: Clusters, row_B: Tensor, features_BD: Tensor, step: int) -> Tensor:
-    """Nothing moves within an epoch: no share of the batch changes its label."""
+    """Nothing to do: labels do not change within an epoch. Returns the share that changed, 0."""
     return torch.zeros((), device=row_B.device)

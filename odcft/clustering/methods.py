@@ -1,8 +1,8 @@
-"""The fine-tuning methods by name: each a module with the same functions, in the order of a run.
+"""The fine-tuning methods by name. Each is a module with the same functions.
 
-`HAS_NECK`, `features_for_kmeans` and `start` before it; `begin_epoch` and `draw` at the start of an epoch; `targets`
-and `update` in every step. What a snapshot keeps is the same for all (clusters.py). Collaborative ODC is ODC over the
-joint features of several networks (members.py).
+Before training `HAS_NECK`, `features_for_kmeans` and `start` are used; at the start of an epoch `begin_epoch` and
+`draw`; in every step `targets` and `update`. A snapshot keeps the same for all (clusters.py). Collaborative ODC is ODC
+over the joint features of several networks (model/members.py).
 """
 
 from types import ModuleType

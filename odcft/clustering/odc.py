@@ -17,21 +17,21 @@ from odcft.distributed import dist
 from odcft.plan import Plan
 from odcft.precision import exact_products
 
-HAS_NECK = True  # {fc-bn-relu-dropout-fc-relu} stands between backbone and head
+HAS_NECK = True  # {fc-bn-relu-dropout-fc-relu} between backbone and head
 
 
 def features_for_kmeans(features_SD: Tensor, plan: Plan) -> Tensor:
-    """What K-Means sees: features of unit length, (S, D); in place, for there may be no room for two."""
+    """Normalise the features (S, D) to unit length for K-Means; in place, as memory may not hold two copies."""
     return F.normalize(features_SD, dim=1, eps=1e-10, out=features_SD)
 
 
 def start(features_SD: Tensor, labels_S: Tensor, plan: Plan) -> Clusters:
-    """Both memories, from the features of this rank's images and their K-Means labels.
+    """Fill both memories from the features of this rank's images and their K-Means labels.
 
     Args:
-        features_SD: (S, D) float; the memory takes it over.
+        features_SD: (S, D) float; the memory takes ownership and may change it.
         labels_S: (S,) integers in 0..K-1.
-        plan: its seed is that of the random halves.
+        plan: of the run.
 
     Returns:
         The clusters; their centroids are the means of the normalised features.
@@ -44,17 +44,17 @@ def start(features_SD: Tensor, labels_S: Tensor, plan: Plan) -> Clusters:
 
 
 def begin_epoch(clusters: Clusters, epoch: int, embed: Callable[[], Tensor]) -> bool:
-    """Labels evolve steadily: no epoch starts with new ones."""
+    """Nothing to do: labels evolve in every step, not at the start of an epoch. Returns False."""
     return False
 
 
 def draw(clusters: Clusters, generator: torch.Generator) -> Tensor:
-    """The order of an epoch: (S,) int64 rows of this rank, each image once."""
+    """The order of images in an epoch: (S,) int64 rows of this rank, each image once."""
     return torch.randperm(len(clusters.memory.labels_S), generator=generator)
 
 
 def targets(clusters: Clusters, row_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Step 2 of an iteration: read the batch's labels, and the weights of all clusters.
+    """Step 2 of an iteration: read the labels of the batch and the loss weights of all clusters.
 
     Args:
         clusters: only read.
@@ -70,16 +70,16 @@ def targets(clusters: Clusters, row_B: Tensor) -> tuple[Tensor, Tensor]:
 
 @exact_products()
 def update(clusters: Clusters, row_B: Tensor, features_BD: Tensor, step: int) -> Tensor:
-    """Steps 3 and 4 of an iteration: the samples memory, then the centroids memory, then the small clusters.
+    """Steps 3 and 4 of an iteration: update the samples memory, then the centroids memory, then handle small clusters.
 
     Args:
         clusters: changed in place.
         row_B: (B,) int64, rows of this rank.
-        features_BD: (B, D) from the step's own forward pass, as they leave the neck.
+        features_BD: (B, D) output of the neck in this step's forward pass.
         step: counted from 0.
 
     Returns:
-        The share of this rank's batch that changed its label (fig. 5), a tensor on the device.
+        The share of this rank's batch whose label changed (fig. 5), a tensor on the device.
     """
     settings, rules = clusters.plan.memory, clusters.rules
     moved_B = memory.update_samples(clusters.memory, row_B, features_BD, settings.momentum, rules)
@@ -93,5 +93,5 @@ def update(clusters: Clusters, row_B: Tensor, features_BD: Tensor, step: int) ->
 
 
 def refresh_centroids(clusters: Clusters) -> None:
-    """Every centroid becomes the mean of its images over all ranks (the K x D sums travel)."""
+    """Set every centroid to the mean of its images over all ranks (which exchange the K x D sums)."""
     memory.set_centroids(clusters.memory, dist.all_sum(clusters.memory.sums_KD))

@@ -94,17 +94,23 @@ def collate(items: list[tuple[Tensor | str, int]]) -> Batch:
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
-    """How many steps every rank takes in an epoch over `count` images, with batches of so many over all ranks."""
+    """Steps per epoch over `count` images; `batch_size` counts the images of all ranks."""
     share = count // dist.world_size()
     return max(1, share // min(batch_size // dist.world_size(), share))
 
 
 class TrainingOrder:
-    """The batches of a run, from a step on: every rank shuffles its own images anew each epoch,
-    and takes as many steps.
+    """The batches of a run from some step on: every rank reshuffles its own images each epoch; all take as many steps.
 
-    It is a pure function of seed and step, so a run can go on anywhere. `draw` gives the rows of an epoch where they
-    are not to be each image once.
+    The order is a pure function of seed and step, so a run can resume anywhere.
+
+    Args:
+        count: N, the images of all ranks.
+        batch: images per batch on this rank.
+        epochs: in the whole run.
+        seed: of the run.
+        first_step: the first step to yield a batch for.
+        draw: the rows of an epoch, in order; by default each image once, shuffled.
     """
 
     def __init__(
@@ -144,33 +150,32 @@ class TrainingOrder:
 
 
 class TrainingBatches:
-    """The batches of a run, an epoch at a time, from loader processes that live as long as the run does.
+    """The batches of a run, an epoch at a time, from loader processes that live as long as the run.
 
-    They read ahead into the next epoch; only where the order has to be drawn again (dc: labels are new) do they start
-    from there.
+    They read ahead into the next epoch. If the order of that epoch changes (dc: new labels), call `discard_prefetched`.
 
     Args:
         crops: the images, with augmentation.
         order: which images make a batch.
         workers: loader processes.
-        device: where the batches are going.
+        device: the device that the batches will be moved to.
     """
 
-    def __init__(self, crops: "Crops", order: TrainingOrder, workers: int, device: torch.device) -> None:
+    def __init__(self, crops: Crops, order: TrainingOrder, workers: int, device: torch.device) -> None:
         self.order = order
-        self._loader = make_loader(crops, order, workers, device, stay=True)
+        self._loader = make_loader(crops, order, workers, device, persistent=True)
         self._running: Iterator[Batch] | None = None
 
-    def draw_again(self) -> None:
-        """Forget what was read ahead."""
+    def discard_prefetched(self) -> None:
+        """Throw away what was read ahead; the next `of_epoch` draws the order again."""
         self._running = None
 
     def close(self) -> None:
-        """End the loader processes."""
+        """Stop the loader processes."""
         self._running = self._loader._iterator = None
 
     def of_epoch(self, step: int) -> Iterator[Batch]:
-        """The batches of an epoch from a step of the run on."""
+        """The batches from a step of the run to the end of its epoch."""
         if self._running is None:
             self.order.first_step = step
             self._running = iter(self._loader)
@@ -184,7 +189,7 @@ def sequential_batches(indices: range, batch: int) -> list[list[tuple[int, int]]
 
 
 def make_loader(
-    crops: Crops, batches: object, workers: int, device: torch.device, *, stay: bool = False
+    crops: Crops, batches: object, workers: int, device: torch.device, *, persistent: bool = False
 ) -> torch.utils.data.DataLoader:
     """A loader of `Batch`es.
 
@@ -192,8 +197,8 @@ def make_loader(
         crops: the images.
         batches: lists of (epoch, index).
         workers: loader processes.
-        device: where the batches are going.
-        stay: whether the processes stay for the next iteration.
+        device: the device that the batches will be moved to.
+        persistent: whether to keep the processes for the next iteration.
     """
     workers = shared_memory.usable_workers(workers)
     return torch.utils.data.DataLoader(
@@ -203,7 +208,7 @@ def make_loader(
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
-        persistent_workers=stay and workers > 0,
+        persistent_workers=persistent and workers > 0,
         worker_init_fn=_init_worker,
     )
 

@@ -18,20 +18,20 @@ class Agreed(NamedTuple):
 
 
 class Agreement:
-    """Collects, step by step, what one rank alone knows and all have to act on.
+    """Shares, in every step, what one rank alone knows and all must act on.
 
-    On a CPU the answer is that of this step, on an accelerator that of the step before.
+    On a CPU the answer is about this step, on an accelerator about the step before.
     """
 
     def __init__(self) -> None:
-        self._late = DelayedReader()
+        self._reader = DelayedReader()
 
     def after_step(self, loss: Tensor, save: bool) -> Agreed:
-        """What all ranks agree on.
+        """Tell the other ranks about this step, and return what all agree on.
 
         Args:
-            loss: this rank's, on the device; zero where the step was skipped.
-            save: whether a state is due by this rank's clock; rank 0's counts.
+            loss: this rank's, on the device; zero if the step was skipped.
+            save: whether a state is due by this rank's clock; only rank 0's counts.
         """
         flags = torch.stack(
             [
@@ -41,16 +41,16 @@ class Agreement:
             ]
         )
         dist.all_sum_(flags)
-        answer = self._late.read(flags)
+        answer = self._reader.read(flags)
         return Agreed(*map(bool, answer.tolist())) if answer is not None else Agreed(False, False, False)
 
     def delay(self, device: torch.device) -> int:
-        """How many steps late an answer is."""
-        return self._late.delay(device)
+        """How many steps late the answer is."""
+        return self._reader.delay(device)
 
 
 def asked_anywhere(device: torch.device) -> bool:
-    """Whether some rank was asked to stop. The host waits for the device."""
+    """Whether any rank was asked to stop. The host waits for the device."""
     asked = torch.full((), float(bool(stop_signals.stop_requested())), device=device)
     dist.all_sum_(asked)
     return bool(asked)

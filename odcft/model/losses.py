@@ -16,18 +16,18 @@ from odcft.recipe import MemberRecipe
 def losses(
     outputs: list[Output], codc: CODCPlan, label_B: Tensor, weight_K: Tensor, views: Views
 ) -> tuple[Tensor, Tensor]:
-    """What is minimised, and what is logged of it.
+    """The loss to minimise, and the loss to log.
 
     Args:
-        outputs: of each member.
-        codc: the members' weights.
+        outputs: one for each member.
+        codc: the weights of the members' losses.
         label_B: (B,) labels from the joint memory.
-        weight_K: (K,) weights of the clusters.
+        weight_K: (K,) loss weights of the clusters.
         views: what the members saw.
 
     Returns:
-        The sum of the members' losses, each with its weights (eq. 1 for one plain member); and the mean cross-entropy
-        of the members' clusterings, without weights, so that it can be compared with ln K.
+        The weighted sum of the members' losses (eq. 1 for one plain member); and the mean cross-entropy of the members
+        with the pseudo-labels, without the members' weights, so that it can be compared with ln K.
     """
     terms, clusterings = [], []
     for output, member in zip(outputs, codc.members, strict=True):
@@ -43,7 +43,7 @@ def losses(
 def _losses_of_copies(
     output: Output, member: MemberRecipe, label_B: Tensor, weight_K: Tensor, views: Views
 ) -> list[Tensor]:
-    """The weighted losses of a member that learns from rotated or mixed copies."""
+    """The weighted losses of one member on rotated and mixed copies; empty for a plain member."""
     terms = []
     if member.rotation:
         assert output.rotation_logits_B4 is not None

@@ -1,16 +1,16 @@
 """One network, or several that share one clustering and so constrain each other (Collaborative ODC).
 
-The slides of Zhan et al. ("Collaborative Online Deep Clustering") name the members and what they reach: DC, ROT (also
-predicts rotations), CLS (classifies mixed images by the clustering). They do not give the mechanism, so this one is
-ours:
+The slides of Zhan et al. ("Collaborative Online Deep Clustering") name the members and their results: DC, ROT (also
+predicts rotations), CLS (classifies mixed images by the clustering). They do not say how the members work together, so
+this design is ours:
 
-- The samples memory holds the members' features side by side, each of unit length over the square root of their number:
-  every member has the same say in what is near. From there on it is ODC: one K-Means, one label an image, updated in
-  every step.
-- The label supervises the head of every member. A member with `rotation` also tells by how many quarters a copy of the
-  image was rotated; one with `mixup` also classifies mixtures of two images by both labels.
+- The samples memory holds the members' features side by side, each normalised and divided by the square root of their
+  number, so that every member has the same weight in distances. From there on it is ODC: one K-Means, one label per
+  image, updated in every step.
+- The label supervises the head of every member. A member with `rotation` also predicts by how many quarter turns a
+  copy of the image was rotated; one with `mixup` also classifies mixtures of two images by both labels.
 
-One member without either is ODC, bit for bit; every run of ODC and DC is a run with one member.
+A single member with neither is ODC, bit for bit; every run of ODC and DC is a run with one member.
 
 Shapes: B batch, K clusters, F backbone, D a member's embedding, M members.
 """
@@ -59,38 +59,38 @@ class Members(nn.Module):
         return [parameter for model in self for parameter in model.heads()]
 
     def new_heads(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Start all heads anew before a step: the labels mean something else now."""
-        for number, model in enumerate(self):
-            model.new_head(optimizer, self.plan.seed, number, step)
+        """Reinitialise all heads before a step, because the labels have changed their meaning."""
+        for member, model in enumerate(self):
+            model.new_head(optimizer, self.plan.seed, member, step)
 
     def views(self, batch: Batch, step: int, device: torch.device) -> Views:
-        """A batch as the members see it in a step: augmented on the device, with the copies that some member needs."""
-        plan, place = self.plan, (dist.rank(), step)
+        """A batch as the members see it: augmented on the device, with the copies that any of them needs."""
+        plan, stream = self.plan, (dist.rank(), step)
         images = to_float(batch.pixels, device)
-        images = augment_batch(images, plan.augment, seeds.generator(plan.seed, "augmentation", *place))
+        images = augment_batch(images, plan.augment, seeds.generator(plan.seed, "augmentation", *stream))
         if plan.optim.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        return with_copies(images, plan.codc, seeds.generator(plan.seed, "copies", *place))
+        return with_copies(images, plan.codc, seeds.generator(plan.seed, "copies", *stream))
 
     def forward(self, images: Tensor, rotated: Tensor | None = None, mixed: Tensor | None = None) -> list[Output]:
-        """What each member says."""
+        """The output of each member."""
         return [member(images, rotated, mixed) for member in self.members]
 
     def losses(self, outputs: list[Output], views: Views, label_B: Tensor, weight_K: Tensor) -> tuple[Tensor, Tensor]:
-        """`losses` with the plan's weights."""
+        """Call `losses` with the weights from the plan."""
         return losses(outputs, self.plan.codc, label_B, weight_K, views)
 
 
-# ---------------------------------------------------------------- how they are made
+# ---------------------------------------------------------------- making the networks
 
 
 def make_necks(backbones: list[Backbone], plan: Plan) -> tuple[list[nn.Module], int]:
-    """A neck for each member, and the length D of what each gives; DC has none, and D is the backbone's width."""
+    """A neck for each member, and the length D of its output; for DC the identity, and D is the backbone's width."""
     if not METHODS[plan.method].HAS_NECK:
         return [nn.Identity() for _ in backbones], backbones[0].width
     necks: list[nn.Module] = []
-    for number, backbone in enumerate(backbones):
-        with seeds.seeded_init(plan.seed, "neck", number):
+    for member, backbone in enumerate(backbones):
+        with seeds.seeded_init(plan.seed, "neck", member):
             necks.append(make_neck(backbone.width, plan.neck))
     return necks, plan.neck.dim
 
@@ -98,8 +98,8 @@ def make_necks(backbones: list[Backbone], plan: Plan) -> tuple[list[nn.Module], 
 def make_members(backbones: list[Backbone], necks: list[nn.Module], dim: int, plan: Plan) -> Members:
     """Backbones and necks with new heads, as one network on the device."""
     models = []
-    for number, (backbone, neck, weights) in enumerate(zip(backbones, necks, plan.codc.members, strict=True)):
-        with seeds.seeded_init(plan.seed, "head", number):
+    for member, (backbone, neck, weights) in enumerate(zip(backbones, necks, plan.codc.members, strict=True)):
+        with seeds.seeded_init(plan.seed, "head", member):
             models.append(Model(backbone, neck, dim, plan.memory.clusters, weights))
     network = Members(models, plan).to(dist.this_device())
     if plan.optim.channels_last:
@@ -108,17 +108,18 @@ def make_members(backbones: list[Backbone], necks: list[nn.Module], dim: int, pl
 
 
 def on_all_ranks(network: Members, device: torch.device) -> nn.Module:
-    """The network as all ranks train it together.
+    """Wrap the network for data-parallel training on all ranks.
 
-    With several ranks it has one throwaway backward pass: the first one decides how torch sorts the gradients into the
-    buckets that travel, and so in which order three ranks and more add them up. A resumed run must have had it as well.
+    With several ranks this does a throwaway backward pass. After the first one, torch sorts the gradients into the
+    buckets it exchanges, which decides in which order three or more ranks add them up. A resumed run must start from
+    the same buckets as an uninterrupted one.
     """
     model, plan = dist.data_parallel(network, device), network.plan
     if dist.world_size() == 1:
         return model
     images = torch.zeros(2, 3, plan.data.size, plan.data.size, device=device)
     views = with_copies(images, plan.codc, torch.Generator())
-    model.eval()  # leaves the running statistics alone
+    model.eval()  # so that the running statistics do not change
     with plan.autocast(device):
         outputs = model(views.images, views.rotated, views.mixed)
     label_B, weight_K = (
@@ -131,11 +132,11 @@ def on_all_ranks(network: Members, device: torch.device) -> nn.Module:
     return model
 
 
-# ---------------------------------------------------------------- what they see, and what they learn
+# ---------------------------------------------------------------- their joint features
 
 
 def joint_features(features: list[Tensor]) -> Tensor:
-    """The members' features side by side: M of (B, D), as they leave their necks, to (B, M * D). A single one stays."""
+    """Normalise and concatenate the members' neck outputs, M of (B, D), to (B, M * D); a single one is not changed."""
     if len(features) == 1:
         return features[0]
     return torch.cat([F.normalize(features_BD.float(), dim=1, eps=1e-10) for features_BD in features], 1)

@@ -1,4 +1,4 @@
-"""What is trained: backbone, neck and head."""
+"""The network that is trained: backbone, neck and head."""
 
 from typing import NamedTuple
 
@@ -32,23 +32,23 @@ def make_neck(width: int, recipe: NeckRecipe) -> nn.Sequential:
 
 
 class Output(NamedTuple):
-    """What a model says about a batch."""
+    """The output of a model for a batch."""
 
-    features_BD: Tensor  # as they leave the neck
+    features_BD: Tensor  # the output of the neck
     logits_BK: Tensor
     rotation_logits_B4: Tensor | None = None  # of rotated copies
     mixed_logits_BK: Tensor | None = None  # of mixed copies
 
 
 class Model(nn.Module):
-    """Backbone, neck and head; for a member of CODC that predicts rotations, a second head on the backbone.
+    """Backbone, neck and head, and a second head on the backbone for a member of CODC that predicts rotations.
 
     Args:
         backbone: images to features of `backbone.width`.
-        neck: from those to `dim`; the identity for DC.
+        neck: maps those features to `dim`; the identity for DC.
         dim: D.
         clusters: K.
-        member: which losses a member of CODC has; without, only that of the clusters.
+        member: which losses a member of CODC has; by default only the clustering loss.
     """
 
     def __init__(
@@ -60,20 +60,20 @@ class Model(nn.Module):
         self.head = nn.Linear(dim, clusters)
         self._init_head()
         self.turn_head = nn.Linear(backbone.width, 4) if member and member.rotation else None
-        self.mixes = bool(member and member.mixup)
+        self.uses_mixup = bool(member and member.mixup)
 
     def _init_head(self) -> None:
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
     def new_head(self, optimizer: torch.optim.Optimizer, seed: int, member: int, step: int) -> None:
-        """Start the head anew, and let the optimizer forget it: the labels mean something else now.
+        """Reinitialise the head and drop its optimizer state, because the labels have changed their meaning.
 
         Args:
             optimizer: of the run.
             seed: of the run.
-            member: which of the networks this is.
-            step: before which the labels changed.
+            member: the index of this network.
+            step: the first step with the new labels.
         """
         with seeds.seeded_init(seed, "new head", member, step):
             self._init_head()
@@ -81,23 +81,23 @@ class Model(nn.Module):
             optimizer.state.pop(parameter, None)
 
     def heads(self) -> list[nn.Parameter]:
-        """The parameters of what stands on backbone and neck."""
+        """The parameters of the heads."""
         rotation = self.turn_head.parameters() if self.turn_head else ()
         return [*self.head.parameters(), *rotation]
 
     def body(self) -> list[nn.Parameter]:
-        """All other parameters."""
+        """The parameters of backbone and neck."""
         return [*self.backbone.parameters(), *self.neck.parameters()]
 
     def forward(self, images: Tensor, rotated: Tensor | None = None, mixed: Tensor | None = None) -> Output:
-        """Images (B, 3, H, W), RGB in 0..1, and copies of them in the same pass.
+        """Run images, RGB in 0..1, and copies of them through the network in one pass.
 
         Args:
             images: (B, 3, H, W).
-            rotated: as many, for a member with a head for them.
-            mixed: as many, for a member that classifies such.
+            rotated: as many; ignored without a rotation head.
+            mixed: as many; ignored by a member without mixup.
         """
-        rotated, mixed = rotated if self.turn_head else None, mixed if self.mixes else None
+        rotated, mixed = rotated if self.turn_head else None, mixed if self.uses_mixup else None
         if rotated is None and mixed is None:
             features_BD = self.neck(self.backbone(images))
             return Output(features_BD, self.head(features_BD))

@@ -1,4 +1,4 @@
-"""What the members see of a batch: the augmented images, and rotated or mixed copies for the losses that need some.
+"""What the members see of a batch: the augmented images, and rotated or mixed copies for the losses that need them.
 
 Shapes: B batch.
 """
@@ -13,23 +13,23 @@ from odcft.plan import CODCPlan
 
 
 class Views(NamedTuple):
-    """A batch as the members see it: the augmented images, and copies for the losses that need some."""
+    """A batch as the members see it: the augmented images, and copies for the losses that need them."""
 
     images: Tensor  # (B, 3, H, W), RGB in 0..1
     rotated: Tensor | None = None  # (B, 3, H, H)
-    quarters_B: Tensor | None = None  # by how many each was rotated
+    quarters_B: Tensor | None = None  # by how many quarter turns each was rotated
     mixed: Tensor | None = None  # (B, 3, H, W)
-    partner_B: Tensor | None = None  # with which image of the batch
-    share: float = 1.0  # of the image itself in the mixture
+    partner_B: Tensor | None = None  # which image of the batch each was mixed with
+    share: float = 1.0  # weight of the image itself in the mixture
 
 
 def with_copies(images: Tensor, codc: CODCPlan, generator: torch.Generator) -> Views:
-    """Images with the copies that some member learns from.
+    """Add the copies that any member needs.
 
     Args:
         images: (B, 3, H, W) float, augmented.
-        codc: its members, and `alpha` of mixup's Beta distribution.
-        generator: of the draws, on the CPU.
+        codc: the members, and `alpha` of mixup's Beta distribution.
+        generator: for the random draws, on the CPU.
 
     Returns:
         Rotated copies (Gidaris et al., ICLR 2018) and mixed ones (Zhang et al., ICLR 2018), each only if needed.

@@ -1,22 +1,22 @@
-"""Warnings that a run collapses, and its one-line summary, from the figures in metrics.jsonl.
+"""Warnings that a run is collapsing, and its one-line summary, from the figures in metrics.jsonl.
 
 Shapes: S images of this rank, K clusters.
 """
 
 from typing import Any
 
-# Thresholds beyond which a run looks collapsed. The closest that healthy runs came (docs/reliability.md) were 0.79 K
-# effective clusters, a largest cluster of 3.7 times the even share, a spread of 0.06, and three epochs above 0.93 ln K.
-CHANCE, CHANCE_EPOCHS = 0.98, 3.0  # of ln K, the loss of guessing; and for how many epochs
+# Thresholds beyond which a run looks collapsed. The closest that healthy runs came to them (docs/reliability.md):
+# 0.79 K effective clusters, a largest cluster 3.7 times the even share, a spread of 0.06, three epochs above 0.93 ln K.
+CHANCE, CHANCE_EPOCHS = 0.98, 3.0  # of ln K, the loss of guessing; for this many epochs
 DIVERGED = 1.5  # of ln K: far worse than guessing
 EFFECTIVE = 0.5  # of K; the effective number of clusters is exp(entropy of the sizes)
-SHARE, TIMES_EVEN = 0.1, 10.0  # of the largest cluster, both exceeded: of all images, and of the even share 1 / K
-SPREAD = 0.02  # the cosines between centroids are then about 0.98
-SETTLED = 50  # steps, or five centroid updates: a new neck's centroids are nearly one point at first
+SHARE, TIMES_EVEN = 0.1, 10.0  # of all images, and times the even share 1 / K: the largest cluster exceeds both
+SPREAD = 0.02  # between centroids; their cosines are then about 0.98
+SETTLED = 50  # steps (five centroid updates): at first the centroids of a new neck are nearly one point
 
 
 def warnings(lines: list[dict[str, Any]], K: int, method: str = "odc") -> dict[str, str]:
-    """What the figures say is wrong with a run, and what helps.
+    """What is wrong with a run according to its figures, and what helps.
 
     Args:
         lines: of metrics.jsonl, the newest last.
@@ -24,7 +24,7 @@ def warnings(lines: list[dict[str, Any]], K: int, method: str = "odc") -> dict[s
         method: DeepCluster ("dc") stays at chance for other reasons than ODC.
 
     Returns:
-        For each problem a word, and a sentence or two that explain it; empty for a healthy run.
+        Keyword of each problem to a sentence or two that explain it; empty for a healthy run.
     """
     now, found = lines[-1], {}
     recent = [line for line in lines if line["epoch"] > now["epoch"] - CHANCE_EPOCHS]
@@ -32,7 +32,7 @@ def warnings(lines: list[dict[str, Any]], K: int, method: str = "odc") -> dict[s
     if now["loss_over_ln_k"] > DIVERGED:
         found["diverging"] = (
             f"the loss is {now['loss_over_ln_k']:.1f} ln K, worse than guessing: the learning rate is too high. "
-            "Try --set optim.lr at a third, or optim.warmup_epochs=1."
+            "Try --set optim.lr at a third of its value, or --set optim.warmup_epochs=1."
         )
     elif now["epoch"] >= CHANCE_EPOCHS and all(line["loss_over_ln_k"] >= CHANCE for line in recent):
         why = f"the labels carry no signal. Try {gentler}."
@@ -42,12 +42,12 @@ def warnings(lines: list[dict[str, Any]], K: int, method: str = "odc") -> dict[s
                 "--set optim.head_lr, or --set dc.interval=2."
             )
         found["chance"] = f"the loss has stayed at ln K for {CHANCE_EPOCHS:.0f} epochs: {why}"
-    if now["epoch"] < 1:  # clusters and centroids are still those of K-Means and an untrained neck
+    if now["epoch"] < 1:  # clusters and centroids still come from K-Means and an untrained neck
         return found
     effective = K ** now["entropy"]
     if effective < EFFECTIVE * K or now["largest_share"] > max(SHARE, TIMES_EVEN / K):
         found["uneven"] = (
-            f"the clusters are as uneven as if there were {effective:,.0f} of them, not {K:,}; the largest has "
+            f"the clusters are as uneven as if there were only {effective:,.0f} instead of {K:,}; the largest has "
             f"{now['largest_share']:.0%} of the images. Try fewer --clusters, or {gentler}."
         )
     if now["centroid_spread"] < SPREAD and now["step"] + 1 >= SETTLED:
@@ -59,7 +59,7 @@ def warnings(lines: list[dict[str, Any]], K: int, method: str = "odc") -> dict[s
 
 
 def summary(figures: dict[str, Any], method: str) -> str:
-    """One line that sums up the figures of a line of metrics.jsonl; dc's labels change only between epochs."""
+    """Sum up a line of metrics.jsonl as text; for dc without label changes, which only happen between epochs."""
     moving = "" if method == "dc" else f"labels moving {figures['change_ratio']:.0%} · "
     early = "too early to tell" if figures["centroid_spread"] < SPREAD else "healthy"
     condition = "not learning yet" if figures["loss_over_ln_k"] >= CHANCE else early

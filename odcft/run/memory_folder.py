@@ -22,8 +22,8 @@ from odcft.run.folder import MEMORY_FILES, Run, write_image_lists
 from odcft.run.output_checks import clear_folder
 from odcft.run.run_json import made_by, made_from
 
-# What the features in a memory depend on, besides checkpoint and images; `dc.pca` for dc, the neck for odc.
-FEATURES = (
+# Recipe fields that the features in a memory depend on, besides checkpoint and images: `dc.pca` for dc, `neck` for odc.
+FEATURE_FIELDS = (
     *("method", "data.size", "data.crop_fraction", "data.range", "data.mean", "data.std", "backbone.input"),
     *("backbone.arch_args", "neck.hidden", "neck.dim", "dc.pca"),
 )
@@ -31,7 +31,7 @@ FEATURES = (
 
 @dataclass
 class StoredMemory:
-    """What a folder of `init-memory` holds, checked against a checkpoint and images.
+    """The contents of a folder written by `init-memory`, checked against a checkpoint and images.
 
     Attributes:
         folder: where it is.
@@ -40,7 +40,7 @@ class StoredMemory:
         clusters: K.
         neck: the neck's tensors.
         images: those it was made from.
-        unreadable: the others: name to reason.
+        unreadable: the images that could not be read: name to reason.
     """
 
     folder: Path
@@ -64,13 +64,13 @@ def write_memory(
     """Write the folder, replacing an earlier one; every rank takes part, rank 0 writes.
 
     Args:
-        run: where to, and from which checkpoint and images.
-        plan: of the features.
+        run: the folder to write, the checkpoint and the images.
+        plan: what the features were made with.
         arch: of the backbone.
         images: those that could be read.
         unreadable: the others: name to reason.
-        memory: this rank's.
-        neck: tensors of the neck.
+        memory: this rank's part.
+        neck: the neck's state dict.
     """
     tensors = {
         "features": ownership.in_dataset_order(memory.features_SD, len(images)),
@@ -91,7 +91,7 @@ def write_memory(
 
 
 def read_memory(folder: Path, ckpts: list[str], images: Images) -> StoredMemory:
-    """What `write_memory` wrote, for the same checkpoint and images.
+    """Read a folder written by `write_memory`, and check that it was made from this checkpoint and these images.
 
     Raises:
         OdcftError: the folder is incomplete, or was made from another checkpoint or other images.
@@ -103,7 +103,7 @@ def read_memory(folder: Path, ckpts: list[str], images: Images) -> StoredMemory:
     try:
         about, tensors, neck = _read_files(folder)
         names = files.read_column(folder / "images.csv", "path")
-        _refuse_odd_tensors(tensors, len(names))
+        _check_tensors(tensors, len(names))
         made_from, sha256 = str(about["checkpoint"]), str(about["sha256"])
         made_with = make_recipe(about["recipe"], str(folder / "memory.json"))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -120,10 +120,10 @@ def read_memory(folder: Path, ckpts: list[str], images: Images) -> StoredMemory:
     images = images.without({i for i, name in enumerate(images.names) if name not in known})
     if images.names != names:
         raise OdcftError(
-            f"{folder} was made from {len(names):,} images, which are not those of {images.source} now. "
+            f"{folder} was made from {len(names):,} images, which are not those in {images.source} now. "
             "Make it again with `odcft init-memory`."
         )
-    if made_with.data.range == "auto":  # written before there was a range: all of the type's
+    if made_with.data.range == "auto":  # written before this field existed: the full range of the type
         made_with.data.range = choose_range(images, full=True)[0] or "full"
     return StoredMemory(
         folder, made_with, tensors["features"], tensors["labels"], len(tensors["centroids"]), neck, images, unreadable
@@ -131,6 +131,7 @@ def read_memory(folder: Path, ckpts: list[str], images: Images) -> StoredMemory:
 
 
 def _read_files(folder: Path) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+    """The contents of memory.json, memory.safetensors and neck.safetensors."""
     for name in ("memory.safetensors", "neck.safetensors"):
         if (folder / name).exists() and not (folder / name).is_file():
             raise ValueError(f"{name} is not a file")
@@ -138,23 +139,24 @@ def _read_files(folder: Path) -> tuple[dict, dict[str, Tensor], dict[str, Tensor
     return about, load_file(folder / "memory.safetensors"), load_file(folder / "neck.safetensors")
 
 
-def _refuse_odd_tensors(tensors: dict[str, Tensor], images: int) -> None:
+def _check_tensors(tensors: dict[str, Tensor], images: int) -> None:
+    """Raise a ValueError if these are not the tensors of a memory of so many images."""
     (count, length), (clusters, _) = tensors["features"].shape, tensors["centroids"].shape
     if tensors["labels"].dtype != torch.int32 or tensors["features"].dtype not in (torch.float16, torch.float32):
-        raise ValueError("its tensors have other dtypes")
+        raise ValueError("its tensors have the wrong dtypes")
     if not (tensors["labels"].shape == (count,) == (images,) and tensors["centroids"].shape[1] == length):
-        raise ValueError("the shapes of its tensors do not fit each other")
+        raise ValueError("the shapes of its tensors do not match")
     if not (count and 0 <= int(tensors["labels"].min()) <= int(tensors["labels"].max()) < clusters):
-        raise ValueError("its labels are not those of its clusters")
+        raise ValueError("its labels do not match its clusters")
     if not tensors["features"].isfinite().all():
         raise ValueError("its features are not finite")
 
 
 def recipe_for_memory(recipe: Recipe, stored: StoredMemory) -> Recipe:
-    """The recipe with what the memory decides: K, and `data.range` where it is `auto`.
+    """The recipe with what the memory determines: K, and `data.range` if it is `auto`.
 
     Raises:
-        OdcftError: another K is asked for.
+        OdcftError: the recipe asks for a different K.
     """
     if recipe.memory.clusters not in ("auto", stored.clusters):
         raise OdcftError(
@@ -174,12 +176,12 @@ def refuse_other_features(stored: StoredMemory, plan: Plan, dim: int, random_wei
     Args:
         stored: the memory.
         plan: of the run.
-        dim: D, the length of what the neck gives.
+        dim: D, the length of the neck's output.
         random_weights: whether some weights of the backbone depend on the seed.
     """
     then, now = flatten(stored.made_with.model_dump(mode="json")), flatten(plan.model_dump(mode="json"))
     others = "neck." if plan.method == "dc" else "dc."
-    names = [name for name in FEATURES if name in then and not name.startswith(others)]
+    names = [name for name in FEATURE_FIELDS if name in then and not name.startswith(others)]
     for name in [*names, *(["seed"] if random_weights else [])]:
         if then[name] != now[name]:
             raise OdcftError(

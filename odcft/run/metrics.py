@@ -13,7 +13,7 @@ from odcft.text import utc_now
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard event files of a RUN; writes nothing on other ranks than 0."""
+    """Writes metrics.jsonl and the TensorBoard event files of a RUN; only rank 0 writes."""
 
     def __init__(self, run: Path, tensorboard: bool, first_step: int = 0) -> None:
         self._lines: list[dict[str, Any]] = []
@@ -23,7 +23,7 @@ class Metrics:
         if dist.rank() > 0:
             return
         path = run / "metrics.jsonl"
-        # Resumed: what was written after the state that is gone on from does not count, nor does half a line.
+        # When resuming, drop lines written after the state the run resumes from, and a half-written last line.
         self._lines = [line for line in read_lines(path) if _step(line) < first_step]
         files.write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in self._lines))
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
@@ -33,7 +33,7 @@ class Metrics:
             self._events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step or None)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One JSON object of figures of a step; the numbers among them to TensorBoard, too."""
+        """Write the figures of a step as one JSON object; the numbers among them go to TensorBoard, too."""
         if self._file is None:
             return
         self._lines.append({"step": step, "time": utc_now(), **values})
@@ -46,10 +46,12 @@ class Metrics:
                     if isinstance(value, int | float):
                         self._events.add_scalar(name, value, step)
             except OSError:
-                self._events = None  # TensorBoard's writer does not get over a full disk; metrics.jsonl has everything
+                self._events = (
+                    None  # TensorBoard's writer does not recover from a full disk; metrics.jsonl has everything
+                )
 
     def lines(self) -> list[dict[str, Any]]:
-        """All lines of the run so far, those before it was resumed too; none on other ranks than 0."""
+        """All lines of the run so far, including those from before it was resumed; empty except on rank 0."""
         return self._lines
 
     def last(self) -> dict[str, Any]:
@@ -57,7 +59,7 @@ class Metrics:
         return self._lines[-1] if self._lines else {}
 
     def sync(self) -> None:
-        """Have every line on the disk.
+        """Flush every line to disk.
 
         Raises:
             OSError: the disk is full.
@@ -70,7 +72,7 @@ class Metrics:
             self._events.flush()
 
     def close(self) -> None:
-        """Write out what is held back."""
+        """Write the lines that are still pending, and close the files."""
         if self._file is not None:
             with suppress(OSError):
                 self._drain()
@@ -81,13 +83,14 @@ class Metrics:
                 self._events.close()
 
     def _drain(self) -> None:
+        """Write the pending lines to the file."""
         while self._unwritten:
             assert self._file is not None
             self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl says, without half a line that a killed run may have left."""
+    """The lines of metrics.jsonl, without a half-written one that a killed run may have left."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with suppress(ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: skipped where the recipe allows it, the end of the run elsewhere."""
+"""Steps whose loss or gradient is not finite: skipped if the recipe allows it, otherwise the run ends with an error."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -12,35 +12,35 @@ from odcft.state import State
 
 
 class NonFiniteGuard:
-    """Watches over the steps of a run.
+    """Checks the gradients of every step, and skips the step if they are not finite.
 
     Args:
         state: of the run.
-        most: how many steps in a row may be skipped (`optim.skip_non_finite`); with 0 no gradient is looked at.
-        out: the RUN.
-        say: told of every step that is skipped.
+        max_skipped: how many steps in a row may be skipped (`optim.skip_non_finite`); with 0 gradients are not checked.
+        out: the RUN folder.
+        say: called with a warning for every skipped step.
     """
 
-    def __init__(self, state: State, most: int, out: Path, say: Callable[[str], None]) -> None:
-        self.state, self.most, self.out, self.say = state, most, out, say
+    def __init__(self, state: State, max_skipped: int, out: Path, say: Callable[[str], None]) -> None:
+        self.state, self.max_skipped, self.out, self.say = state, max_skipped, out, say
         self._buffers: list[Tensor] = []
 
     def before_forward(self) -> None:
-        """Keep what the forward pass changes (running statistics), if the step may be skipped."""
-        self._buffers = [buffer.clone() for buffer in self.state.network.buffers()] if self.most else []
+        """Keep a copy of what the forward pass changes (running statistics) if the step may be skipped."""
+        self._buffers = [buffer.clone() for buffer in self.state.network.buffers()] if self.max_skipped else []
 
     def allows_step(self) -> bool:
-        """Whether the gradients are fit for the optimizer. If steps may be skipped, the host waits for the device here.
+        """Whether the optimizer may take its step. If steps may be skipped, the host waits for the device here.
 
         Raises:
-            OdcftError: too many steps in a row were not.
+            OdcftError: too many steps in a row had gradients that are not finite.
         """
         state = self.state
-        if not self.most or finite_gradients(state.network):
+        if not self.max_skipped or finite_gradients(state.network):
             state.skipped = 0
             return True
         state.skipped += 1
-        if state.skipped > self.most:
+        if state.skipped > self.max_skipped:
             raise self.error(state.step)
         self.say(f"Warning     Step {state.step}: a gradient is not finite; the step is skipped.")
         for buffer, before in zip(state.network.buffers(), self._buffers, strict=True):
@@ -48,11 +48,11 @@ class NonFiniteGuard:
         return False
 
     def error(self, step: int) -> OdcftError:
-        """What to say when the loss of a step, or a weight after it, is not finite."""
+        """The error for a step whose loss, or a weight after it, is not finite."""
         lr = self.state.optimizer.param_groups[0]["lr"]
         return OdcftError(
             f"The loss is not finite at step {step} (learning rate {lr:.3g}). The states in "
-            f"{self.out / 'checkpoints'} are from before, and finite. Start again with a lower rate "
+            f"{self.out / 'checkpoints'} are from before that step, and finite. Start again with a lower learning rate "
             "(--set optim.lr=…) or a warm-up (--set optim.warmup_epochs=1), or allow single steps to be skipped "
             "(--set optim.skip_non_finite=3)."
         )

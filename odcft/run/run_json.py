@@ -1,4 +1,4 @@
-"""run.json and memory.json: from which checkpoint, images and recipe a folder was made, and by whom."""
+"""What a RUN or a memory was made from: checkpoint, images, recipe, machine; recorded in run.json or memory.json."""
 
 import json
 import socket
@@ -17,18 +17,18 @@ from odcft.run.folder import Run
 from odcft.text import utc_now
 
 METHODS = ("odc", "dc", "codc")
-LINE = 1 << 16  # bytes that a line of the log has at most
+MAX_LINE = 1 << 16  # bytes in a line of the log, at most
 
 
 def about_run(run: Path, member: int = 0) -> dict[str, Any]:
-    """What a RUN's files say of its backbone; nothing for any other source.
+    """What the files of a RUN say about its backbone; {} for anything that is not a RUN.
 
     Args:
         run: the folder.
-        member: which of several networks.
+        member: the index of the network, if there are several.
 
     Returns:
-        `checkpoint` and `data` (their names, not where they lie on this machine), `sha256`, `images`, `method`,
+        `checkpoint` and `data` (their names, without their folders on this machine), `sha256`, `images`, `method`,
         `clusters`, `epochs`, `seed`; the recipe's text under `recipe` and the last line of the log under `figures`.
     """
     try:
@@ -53,12 +53,12 @@ def about_run(run: Path, member: int = 0) -> dict[str, Any]:
 
 
 def _last_line(path: Path) -> dict[str, Any]:
-    """The last object of a log of any length; {} where there is none."""
+    """The last line of a log of any length, parsed; {} if there is none."""
     with suppress(OSError, ValueError, TypeError, IndexError, RecursionError):
         if path.is_file():
             with path.open("rb") as file:
-                file.seek(max(0, path.stat().st_size - LINE))
-                return dict(json.loads(file.read(LINE).splitlines()[-1]))
+                file.seek(max(0, path.stat().st_size - MAX_LINE))
+                return dict(json.loads(file.read(MAX_LINE).splitlines()[-1]))
     return {}
 
 
@@ -97,7 +97,7 @@ def _write(out: Path, about: dict[str, Any]) -> None:
 
 
 def made_from(ckpts: list[str], archs: list[str], data: str, images: Images) -> dict[str, Any]:
-    """Where a folder came from, by which it is recognised again: of one checkpoint, or lists of several."""
+    """The checkpoint and images that a folder is made from, to recognise them again; lists for several checkpoints."""
     several = {"checkpoint": ckpts, "sha256": [checkpoint_sha256(ckpt) for ckpt in ckpts], "arch": archs}
     return {
         **(several if len(ckpts) > 1 else {name: values[0] for name, values in several.items()}),
@@ -107,13 +107,13 @@ def made_from(ckpts: list[str], archs: list[str], data: str, images: Images) -> 
 
 
 def checksums(images: Images, count: int = 64) -> dict[str, str]:
-    """Checksums of a few images spread over the set, by which changed contents are noticed: name to SHA-256."""
+    """Checksums of a sample of the images, spread over the set, to notice changed contents: name to SHA-256."""
     names = images.names[:: max(1, len(images) // count)]
     return {name: file_sha256(images.root / name) for name in names if (images.root / name).is_file()}
 
 
 def made_by(ckpts: list[str]) -> dict[str, Any]:
-    """By which, where, when and from which files something is made: for run.json and memory.json."""
+    """The version, machine, time and checkpoint files that something was made with, for run.json and memory.json."""
     paths = [str(Path(ckpt).absolute()) if Path(ckpt).exists() else ckpt for ckpt in ckpts]
     return {
         "odcft": version("odcft"),

@@ -1,4 +1,4 @@
-"""When the state of a run is saved, and what is said when it cannot be."""
+"""Save the state of a run when it is due, and warn if that fails."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,36 +15,41 @@ from odcft.run.non_finite import NonFiniteGuard, all_finite
 from odcft.state import State, stored
 
 
-class Pace:
-    """When to write the next state: every few minutes and at the end of an epoch, but never so often that it costs."""
+class SaveTimer:
+    """Decides when to save: at intervals and at the end of an epoch, but never so often that it slows training down.
+
+    Args:
+        minutes: between two states.
+        share: of the time that may be spent on saving.
+    """
 
     def __init__(self, minutes: float, share: float) -> None:
         self.minutes, self.share = minutes, share
-        self.took = 0.0
+        self.last_took = 0.0
         self.last = time.monotonic()
 
     def due(self, epoch_ends: bool) -> bool:
-        """Whether a state should be written now."""
+        """Whether to save now."""
         since = time.monotonic() - self.last
-        return since >= self.took / self.share and (epoch_ends or since >= 60 * self.minutes)
+        return since >= self.last_took / self.share and (epoch_ends or since >= 60 * self.minutes)
 
-    def wrote(self, began: float) -> None:
-        """A state was written, or could not be, since `began` (time.monotonic)."""
+    def saved(self, began: float) -> None:
+        """Note that a state was saved, or that saving failed; it began at `began` (time.monotonic)."""
         self.last = time.monotonic()
-        self.took = self.last - began
+        self.last_took = self.last - began
 
 
 class Saver:
     """Saves the state of a run.
 
     Args:
-        out: the RUN.
-        plan: how often to save; it is part of what is saved.
+        out: the RUN folder.
+        plan: says how often to save, and is saved with the state.
         state: of the run.
-        order: how many steps there are.
-        metrics: brought onto the disk before every state.
-        guard: its words for weights that are not finite.
-        say: told of what could not be saved.
+        order: says how many steps there are.
+        metrics: flushed to disk before every state.
+        guard: makes the error for weights that are not finite.
+        say: called with a warning if a state could not be saved.
     """
 
     def __init__(
@@ -60,45 +65,45 @@ class Saver:
     ) -> None:
         self.out, self.plan, self.state, self.order = out, plan, state, order
         self.metrics, self.guard, self.say = metrics, guard, say
-        self.pace = Pace(plan.log.snapshot_minutes, plan.log.snapshot_share)
+        self.timer = SaveTimer(plan.log.snapshot_minutes, plan.log.snapshot_share)
         self.saved_step = state.step
 
     def due(self) -> bool:
-        """Whether a state should be written after this step."""
-        return self.pace.due(self.state.step % self.order.steps_per_epoch == 0)
+        """Whether to save after this step."""
+        return self.timer.due(self.state.step % self.order.steps_per_epoch == 0)
 
     def save(self) -> bool:
-        """Write the state, or say why that failed; nothing is lost by it.
+        """Save the state; if that fails, warn and keep the earlier ones. Returns whether it was saved.
 
         Raises:
-            OdcftError: it holds numbers that are not finite.
+            OdcftError: the state holds numbers that are not finite.
         """
         began, step = time.monotonic(), self.state.step
         snapshot = stored(self.state, self.plan, self.order.count, self.order.steps_per_epoch)
         if not all_finite(snapshot.same.values()):
             raise self.guard.error(step - 1)
-        failed = snapshot_files.together(self.metrics.sync) or snapshot_files.save(self.out, snapshot)
-        self.pace.wrote(began)
+        failed = snapshot_files.try_on_all_ranks(self.metrics.sync) or snapshot_files.save(self.out, snapshot)
+        self.timer.saved(began)
         if failed:
             self.say(
                 f"Warning     Step {step}: the state could not be saved ({failed}). The run continues; earlier states "
-                "are kept, and it will try again."
+                "are kept, and saving will be tried again."
             )
         else:
             self.saved_step = step
         return not failed
 
     def save_first(self) -> None:
-        """Write the state before the first step: from then on there is something to resume from.
+        """Save the state before the first step, so that there is always something to resume from.
 
         Raises:
-            OdcftError: there is no room for it.
+            OdcftError: it could not be saved.
         """
         if not self.save():
             raise OdcftError(f"{self.out} cannot hold a state to resume from. Make room, or choose another --out.")
 
     def save_last(self) -> None:
-        """Write the state after the last step, unless it is there, and close the log."""
+        """Save the state after the last step, unless that is done already, and close the log."""
         if self.saved_step < self.order.steps:
             self.save()
         self.metrics.sync()
@@ -106,7 +111,7 @@ class Saver:
 
     @contextmanager
     def on_stop(self) -> Iterator[None]:
-        """Within, a `Stopped` saves the state before it goes on its way, and says after how many steps that was."""
+        """On a `Stopped` inside this context, save the state, and raise it again with the number of steps saved."""
         try:
             yield
         except Stopped:

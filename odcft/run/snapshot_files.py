@@ -1,13 +1,13 @@
-"""Snapshots: the state of a run on disk, enough to continue as if it had never stopped. Safetensors and JSON only.
+"""Snapshots: the state of a run on disk, enough to resume as if it had never stopped. Safetensors and JSON only.
 
     RUN/checkpoints/step-000001200/
         same.safetensors          what is the same on every rank; rank 0 writes it
-        rank-0-of-2.safetensors   what one rank has of its own; each writes its own, nothing is gathered
+        rank-0-of-2.safetensors   what one rank alone has; every rank writes its own, nothing is gathered
         state.json                step, recipe, versions, SHA-256 of the files and of itself
 
-The place of a row in the samples memory tells which image it belongs to (distributed/ownership.py), so a run may
-continue on another number of ranks. Random numbers depend on the seed and the step alone (seeds.py): no generator is
-saved.
+The position of a row in the samples memory determines which image it belongs to (distributed/ownership.py), so a run
+can resume on another number of ranks. Random numbers depend only on the seed and the step (seeds.py), so no generator
+is saved.
 """
 
 import hashlib
@@ -29,19 +29,19 @@ from odcft.files import file_sha256, fsync, remove, save_file, write_text_atomic
 from odcft.run.folder import STEP
 from odcft.state import Snapshot, under
 
-KEPT = 2  # newest states
-PIECE = 65536  # rows read at a time
+KEPT = 2  # newest states that stay on disk
+ROWS_AT_A_TIME = 65536  # read from the file of another rank
 
 
 def save(run: Path, snapshot: Snapshot) -> str:
-    """Write `checkpoints/step-N`, whole or not at all; older states but one go once it has been read back.
+    """Write `checkpoints/step-N`, completely or not at all; after reading it back, remove all older states but one.
 
     Args:
         run: the RUN folder.
-        snapshot: its `about` has `step`, how many are done, and `images`, N.
+        snapshot: its `about` has `step`, the number of steps done, and `images`, N.
 
     Returns:
-        Why it could not be written, on every rank, or "". What was there before is there still, then.
+        Why it could not be written, or "", the same on every rank. If it could not, earlier states are kept.
     """
     ranks = dist.world_size()
     folder = run / "checkpoints" / f"step-{snapshot.about['step']:09d}"
@@ -66,15 +66,15 @@ def save(run: Path, snapshot: Snapshot) -> str:
     def finish() -> None:
         if dist.rank() == 0:
             text = json.dumps({**snapshot.about, "ranks": ranks, "files": all_sums})
-            write_text_atomically(unfinished / "state.json", json.dumps({"sha256": _sum_of(text), "state": text}))
-            if folder.exists():  # left by an earlier attempt, which got further than the state this one resumed from
+            write_text_atomically(unfinished / "state.json", json.dumps({"sha256": _sha256(text), "state": text}))
+            if folder.exists():  # left by an earlier attempt that got further than the state this one resumed from
                 remove(folder)
             unfinished.rename(folder)
             fsync(folder.parent)
 
-    failed = together(begin) or together(write)
+    failed = try_on_all_ranks(begin) or try_on_all_ranks(write)
     all_sums = {} if failed else dist.gather_dict(sums)
-    failed = failed or together(finish)
+    failed = failed or try_on_all_ranks(finish)
     if failed and dist.rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
     failed = failed or _keep_newest(run, folder)
@@ -83,68 +83,68 @@ def save(run: Path, snapshot: Snapshot) -> str:
 
 
 def _keep_newest(run: Path, folder: Path) -> str:
-    """Read the state that was just written back, and remove older ones but one; why it is damaged, or ""."""
+    """Read back the new state, and if it is intact remove all older ones but one; return why it is damaged, or ""."""
     states = _states(run)
     newest_two = [path for path in states if path <= folder][-KEPT:]
-    found = [damage(path, from_disk=path == folder) for path in newest_two]
-    if dist.rank() == 0 and not any(found):
+    reasons = [damage(path, from_disk=path == folder) for path in newest_two]
+    if dist.rank() == 0 and not any(reasons):
         for other in set(states) - set(newest_two):
             shutil.rmtree(other, ignore_errors=True)
-    elif dist.rank() == 0 and found[-1]:
+    elif dist.rank() == 0 and reasons[-1]:
         shutil.rmtree(folder, ignore_errors=True)
-    return found[-1]
+    return reasons[-1]
 
 
 def exists(run: Path) -> bool:
-    """Whether a RUN has a state, in whatever condition."""
+    """Whether a RUN has a state, intact or not."""
     return any((run / "checkpoints").glob(STEP))
 
 
 def newest(run: Path, say: Callable[[str], None]) -> Path:
-    """The newest state of a RUN that is as it was written.
+    """The newest intact state of a RUN.
 
-    Damaged ones are said and set aside as `damaged-step-N`: they are not the newest any more.
+    Damaged ones that are newer are reported and renamed to `damaged-step-N`, so that they are not tried again.
 
     Raises:
-        OdcftError: there is none.
+        OdcftError: no state is intact.
     """
     states = _states(run)
     for folder in reversed(states):
         reason = damage(folder)
         if not reason:
             return folder
-        say(f"Warning     {folder} is damaged ({reason}); set aside, the state before it is tried.")
+        say(f"Warning     {folder} is damaged ({reason}). It is set aside, and the state before it is tried.")
         if dist.rank() == 0:
             aside = folder.with_name(f"damaged-{folder.name}")
             remove(aside)
             folder.rename(aside)
     what = "none of its states is intact" if states else "it has no state"
-    raise OdcftError(f"{run} cannot be resumed: {what}. Start anew with --overwrite, or with another --out.")
+    raise OdcftError(f"{run} cannot be resumed: {what}. Start again with --overwrite, or with another --out.")
 
 
 def damage(folder: Path, from_disk: bool = True) -> str:
-    """What is wrong with a state on disk, or "": the same on every rank, each having read its part of the files.
+    """What is wrong with a state on disk, or "": the ranks share the reading, and all get the same answer.
 
     Args:
         folder: `checkpoints/step-N`.
-        from_disk: do not be content with what memory still holds of the files.
+        from_disk: read the disk itself, not the operating system's cache of the files.
     """
 
     def check() -> None:
-        names = sorted(_about(folder)["files"].items())
+        names = sorted(_read_about(folder)["files"].items())
         for name, expected in names[dist.rank() :: dist.world_size()]:
             if file_sha256(folder / name, from_disk) != expected:
                 raise OSError(f"{name} is not what was written")
 
-    return together(check)
+    return try_on_all_ranks(check)
 
 
 def load(folder: Path) -> Snapshot:
-    """A state in host memory: this rank's rows, whatever the number of ranks that wrote them.
+    """Read a state into host memory, with the rows of this rank, however many ranks wrote it.
 
-    Of `own`, a rank gets back its own where the ranks are as many as they were, else the mean over those that wrote.
+    If the number of ranks is the same, each gets back its `own` tensors; if not, their mean over the ranks that wrote.
     """
-    about = _about(folder)
+    about = _read_about(folder)
     before, now = about["ranks"], dist.world_size()
     same = load_file(folder / "same.safetensors")
     if before == now:
@@ -154,19 +154,19 @@ def load(folder: Path) -> Snapshot:
     means: dict[str, Tensor] = {}
     for rank in range(before):
         with safe_open(folder / _shard(rank, before), "pt") as shard:
-            for name in shard.keys():  # noqa: SIM118, it is no dict
+            for name in shard.keys():  # noqa: SIM118, not a dict
                 part = shard.get_slice(name)
                 if name.startswith("own."):
                     means[name[4:]] = means.get(name[4:], 0) + shard.get_tensor(name) / before
-                elif (rank - dist.rank()) % math.gcd(before, now) == 0:  # else they have no image in common
+                elif (rank - dist.rank()) % math.gcd(before, now) == 0:  # otherwise the two ranks share no image
                     _take_rows(rows, name[5:], part, rank, before, about["images"])
     return Snapshot(same, rows, means, about)
 
 
 def _take_rows(rows: dict[str, Tensor], name: str, part: Any, rank: int, before: int, images: int) -> None:
-    """Put those rows of another rank's share that are this rank's now where they belong."""
-    for start in range(0, part.get_shape()[0], PIECE):
-        piece = part[start : start + PIECE]
+    """Copy those rows of a file that belong to this rank now to their new positions."""
+    for start in range(0, part.get_shape()[0], ROWS_AT_A_TIME):
+        piece = part[start : start + ROWS_AT_A_TIME]
         image = ownership.image_of(torch.arange(start, start + len(piece)), rank, before)
         mine = ownership.is_mine(image)
         if name not in rows:
@@ -175,26 +175,27 @@ def _take_rows(rows: dict[str, Tensor], name: str, part: Any, rank: int, before:
 
 
 def _states(run: Path) -> list[Path]:
-    """The states of a RUN, oldest first, as rank 0 sees them: on a network disk others may see yesterday's folder."""
+    """The states of a RUN, oldest first, as rank 0 sees them: others may see an outdated folder on a network disk."""
     names = [path.name for path in sorted((run / "checkpoints").glob(STEP))] if dist.rank() == 0 else []
     return [run / "checkpoints" / name for name in dist.gather_dict({0: names} if dist.rank() == 0 else {})[0]]
 
 
-def _about(folder: Path) -> dict[str, Any]:
+def _read_about(folder: Path) -> dict[str, Any]:
+    """The contents of state.json; an OSError if they are not what `save` wrote."""
     try:
         sealed = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if _sum_of(sealed["state"]) != sealed["sha256"]:
+        if _sha256(sealed["state"]) != sealed["sha256"]:
             raise ValueError
         about = json.loads(sealed["state"])
-        if not _is_ours(about):
+        if not _is_valid(about):
             raise ValueError
         return about
     except (ValueError, KeyError, TypeError, RecursionError):
         raise OSError("state.json is not what was written") from None
 
 
-def _is_ours(about: Any) -> bool:
-    """Whether the words of a state are such as `save` writes: above all, of no files but its own."""
+def _is_valid(about: Any) -> bool:
+    """Whether state.json has the form that `save` writes; above all, whether it names no files but those of a state."""
     if not isinstance(about, dict):
         return False
     ranks, files = about.get("ranks"), about.get("files")
@@ -205,8 +206,8 @@ def _is_ours(about: Any) -> bool:
     return all(isinstance(about.get(name), int) and about[name] >= 0 for name in ("step", "images"))
 
 
-def together(work: Callable[[], None]) -> str:
-    """Let every rank do its part of something; why some rank could not do its part, or "": the same on every rank."""
+def try_on_all_ranks(work: Callable[[], None]) -> str:
+    """Let every rank do its part of some work; return why a rank failed, or "", the same on every rank."""
     reason = ""
     try:
         work()
@@ -216,7 +217,7 @@ def together(work: Callable[[], None]) -> str:
     return reasons[min(reasons)] if reasons else ""
 
 
-def _sum_of(text: str) -> str:
+def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The log of a run: figures of the steps, a line now and then, warnings."""
+"""The training log: collects the figures of the steps, writes a line of them at intervals, and warns of trouble."""
 
 import math
 import time
@@ -22,12 +22,12 @@ class TrainingLog:
     """Collects the figures of the steps, and writes a line of them at intervals and at the end of every epoch.
 
     Args:
-        metrics: where the lines go.
-        plan: how often.
-        state: of the run; its window has the sums since the last line.
+        metrics: where the lines are written.
+        plan: says how often.
+        state: of the run; its window holds the sums since the last line.
         steps_per_epoch: of this run.
-        guard: its words for a loss that is not finite.
-        say: told of warnings.
+        guard: makes the error for a loss that is not finite.
+        say: called with each warning.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class TrainingLog:
         self.steps_per_epoch, self.guard, self.say = steps_per_epoch, guard, say
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches; how long each was waited for is counted."""
+        """Yield the batches, and add up how long training waited for them."""
         while True:
             began = time.perf_counter()
             batch = next(batches, None)
@@ -53,12 +53,12 @@ class TrainingLog:
             self.state.window.waited += time.perf_counter() - began
             yield batch
 
-    def add(self, loss: Tensor, moved: Tensor, batch: Batch) -> None:
-        """The figures of a step: its loss, the share of labels that moved (tensors on the device), and its images."""
-        self.state.window.add(loss.detach(), moved, len(batch.index_B) * dist.world_size())
+    def add(self, loss: Tensor, change_ratio: Tensor, batch: Batch) -> None:
+        """Add a step: its loss and the share of labels that changed (scalars on the device), and its batch."""
+        self.state.window.add(loss.detach(), change_ratio, len(batch.index_B) * dist.world_size())
 
     def line(self) -> str:
-        """After a step: a line of figures where one is due, in words; else "".
+        """After a step: write a line to metrics.jsonl if one is due, and return it as text for the terminal; else "".
 
         Raises:
             OdcftError: the loss is not finite.
@@ -76,7 +76,7 @@ class TrainingLog:
         if not math.isfinite(figures["loss"]):
             raise self.guard.error(last)
         figures["lr"] = state.optimizer.param_groups[0]["lr"]
-        # DC's first labels have none before them.
+        # DC's labels of the first epoch have no previous ones to compare with.
         if epoch_ends and not (plan.method == "dc" and torch.equal(state.labels_before_S, clusters.labels_S)):
             figures["nmi_previous"] = nmi(state.labels_before_S, clusters.labels_S)
             state.labels_before_S = clusters.labels_S.clone()
@@ -85,11 +85,11 @@ class TrainingLog:
         return f"epoch {math.ceil(figures['epoch'])}/{plan.optim.epochs} · {summary(figures, plan.method)}"
 
     def _warn(self, step: int, figures: dict[str, Any]) -> None:
-        """Say what looks wrong, once while it lasts, and put it into the line."""
+        """Warn of whatever looks wrong, once as long as it lasts, and note it in the line."""
         lines = [*self.metrics.lines(), {"step": step, **figures}]
-        troubles = warnings(lines, self.plan.memory.clusters, self.plan.method)
-        for trouble, what in troubles.items():
-            if trouble not in self.metrics.last().get("warnings", []):
-                self.say(f"Warning     Step {step}: {what}")
-        if troubles:
-            figures["warnings"] = sorted(troubles)
+        problems = warnings(lines, self.plan.memory.clusters, self.plan.method)
+        for problem, explanation in problems.items():
+            if problem not in self.metrics.last().get("warnings", []):
+                self.say(f"Warning     Step {step}: {explanation}")
+        if problems:
+            figures["warnings"] = sorted(problems)

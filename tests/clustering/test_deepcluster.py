@@ -1,4 +1,4 @@
-"""DeepCluster's parts: whitening, clusters drawn uniformly, K-Means anew before an epoch."""
+"""DeepCluster's parts: whitening, clusters drawn uniformly, K-Means again before an epoch."""
 
 import pytest
 import torch
@@ -162,7 +162,7 @@ def test_features_are_kept_in_the_recipe_s_dtype(dtype):
     assert torch.allclose(kept.float(), torch.tensor([[0.6, 0.8], [0, 1]]), atol=1e-3)
 
 
-def test_clusters_are_found_anew_every_so_many_epochs():
+def test_clusters_are_found_again_every_interval_epochs():
     """The state had every second row in one cluster; features have two bunches, so that is what comes of K-Means."""
     features, asked = bunches(), []
     state = deepcluster.start(torch.randn(32, 2), torch.arange(32) % 2, plan(2, interval=3, pca=2))
@@ -186,7 +186,7 @@ def test_clusters_are_found_anew_every_so_many_epochs():
     assert len(asked) == 2
 
 
-def test_clusters_are_found_anew_every_epoch_but_the_first():
+def test_clusters_are_found_again_every_epoch_but_the_first():
     state = deepcluster.start(bunches(), torch.arange(32) % 2, plan(2))
     assert [deepcluster.begin_epoch(state, epoch, bunches) for epoch in range(4)] == [False, True, True, True]
 

@@ -61,7 +61,7 @@ def test_rules_are_those_of_the_variant_in_the_plan():
     assert start(variant="official").rules is VARIANTS["official"]
 
 
-def test_labels_evolve_steadily_so_no_epoch_begins_anew():
+def test_labels_evolve_in_every_step_so_no_epoch_begins_with_new_ones():
     def embed():
         raise AssertionError("nothing is extracted")
 

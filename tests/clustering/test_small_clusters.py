@@ -85,7 +85,7 @@ def test_no_cluster_is_small_afterwards(seed):
 
 
 def test_identical_images_are_cut_too():
-    """A collapsed network gives one feature for all; K-Means finds nothing to cut, and the run must still go on."""
+    """A collapsed network gives all images the same feature; K-Means cannot split them, but the run must continue."""
     mem = make([[1.0, 0.0]] * 30, [0] * 30, 3)
     handle_small_clusters(mem, 5, PAPER, generator())
     assert int(mem.sizes_K.min()) > 5

@@ -167,7 +167,7 @@ def test_memory_run_backbone_evaluation_and_export_see_the_same_pixels(tmp_path,
     made = json.loads((tmp_path / "memory" / "memory.json").read_text())["recipe"]["data"]["range"]
     assert made == list(choose_range(images)[0])
 
-    darker = np.array(Image.open(images.path(0))) // 8  # would give another range if it were chosen anew
+    darker = np.array(Image.open(images.path(0))) // 8  # would give another range if it were chosen again
     fine_tune(checkpoint, data, tmp_path / "run", load_recipe("small", QUICK), memory=tmp_path / "memory")
     fine_tune(checkpoint, data, tmp_path / "run", load_recipe("small", QUICK), resume=True, epochs=2)
     assert "% of their range" not in capfd.readouterr().err

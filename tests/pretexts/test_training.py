@@ -71,7 +71,7 @@ def test_the_command(odcft_command, tmp_path, make_images):
         ("not ours", "was not written by `odcft pretext`"),
         ("other task", "holds rotation of test_resnet, not jigsaw"),
         ("enough epochs", "has already been trained for 1 epochs"),
-        ("one image", "is less than 2"),
+        ("one image", "is fewer than 2"),
         ("no feature maps", "colorization needs feature maps"),
         ("no patches", "test_vit cannot process patches of 46 pixels"),
         ("other size", "was trained at 32 pixels, not at 64"),

@@ -11,7 +11,7 @@ from odcft.train import fine_tune
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A checkpoint, 12 images, and the outcome of a run of two epochs of three steps that nothing happens to."""
+    """A checkpoint, 12 images, and an uninterrupted run of two epochs of three steps."""
     import numpy as np
     import timm
     from PIL import Image
@@ -47,6 +47,6 @@ def go(inputs, tmp_path):
 
 @pytest.fixture
 def listening():
-    """The signals are heeded, as on the command line."""
+    """Handle signals, as on the command line."""
     with stop_signals.handling_signals():
         yield

@@ -1,4 +1,4 @@
-"""clusters.parquet needs pyarrow, and says so before a run begins."""
+"""A missing pyarrow, which clusters.parquet needs, is reported before a run begins."""
 
 import sys
 

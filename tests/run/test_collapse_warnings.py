@@ -1,4 +1,4 @@
-"""What the figures of a run say about it."""
+"""Warnings about collapsing runs, and the one-line summary."""
 
 import json
 
@@ -15,7 +15,7 @@ def lines(count=9, **figures):
 
 
 @pytest.mark.parametrize(
-    ("figures", "trouble"),
+    ("figures", "problems"),
     [
         ({}, []),
         ({"loss_over_ln_k": 0.99}, ["chance"]),
@@ -25,11 +25,11 @@ def lines(count=9, **figures):
         ({"centroid_spread": 0.01}, ["alike"]),
     ],
 )
-def test_troubles_are_told_by_their_figures(figures, trouble):
-    assert list(warnings(lines(**figures), K=156)) == trouble
+def test_figures_of_a_collapsing_run_are_recognised(figures, problems):
+    assert list(warnings(lines(**figures), K=156)) == problems
 
 
-def test_centroids_of_a_new_neck_are_no_collapse_in_the_first_steps_of_few_images():
+def test_close_centroids_of_a_new_neck_are_no_collapse_in_the_first_steps():
     new = {"centroid_spread": 0.01, "loss": 0.5, "change_ratio": 0.1, "smallest": 3, "largest": 4, "data_wait": 0.0}
     early = {**lines(1, **new)[0], "step": 4, "epoch": 5.0}  # five images: a step an epoch
     assert not warnings([early], K=2)
@@ -37,24 +37,24 @@ def test_centroids_of_a_new_neck_are_no_collapse_in_the_first_steps_of_few_image
     assert list(warnings([{**early, "step": 49}], K=2)) == ["alike"]
 
 
-def test_a_loss_at_chance_is_no_trouble_at_first_nor_once_it_has_fallen():
+def test_a_loss_at_chance_is_no_problem_at_first_nor_once_it_has_fallen():
     assert not warnings(lines(5, loss_over_ln_k=1.0), K=156)
     history = lines(loss_over_ln_k=1.0)
     history[-3]["loss_over_ln_k"] = 0.9
     assert not warnings(history, K=156)
 
 
-def test_a_classifier_that_is_always_new_is_at_chance_for_another_reason():
+def test_a_classifier_that_is_reinitialised_stays_at_chance_for_another_reason():
     assert "labels carry no signal" in warnings(lines(loss_over_ln_k=1.0), K=156)["chance"]
     assert "is re-initialised" in warnings(lines(loss_over_ln_k=1.0), K=156, method="dc")["chance"]
 
 
-def test_collapsing_run_is_told_and_a_healthy_one_is_left_in_peace(go, tmp_path, make_images):
+def test_a_collapsing_run_is_warned_about_and_a_healthy_one_is_not(go, tmp_path, make_images):
     images = make_images(tmp_path / "kinds", 48)
     base = ("memory.clusters=6", "optim.batch_size=8", "optim.schedule=step", "optim.final_epochs=0", "neck.dropout=0")
     go(quick(*base, "optim.epochs=4", "memory.min_cluster=-1", "optim.lr=5"), data=images)
     said = "".join(go.said)
-    assert "the clusters are as uneven as if there were" in said
+    assert "the clusters are as uneven as if there were only" in said
     assert "the loss is" in said
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert "uneven" in last["warnings"]

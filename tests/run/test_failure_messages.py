@@ -1,4 +1,4 @@
-"""Disks that fail are explained in a sentence; faults of odcft's own are not."""
+"""Disk failures are explained in a sentence; bugs of odcft itself are not."""
 
 import errno
 import os
@@ -21,12 +21,12 @@ from odcft.run import failure_messages
         (errno.ESTALE, "a", "a: Stale file handle. Fix it"),
     ],
 )
-def test_a_disk_that_fails_is_told_of_in_a_sentence(number, name, sentence):
+def test_a_disk_failure_is_explained_in_a_sentence(number, name, sentence):
     with pytest.raises(OdcftError, match=sentence), failure_messages.explain_failures(load_recipe("small")):
         raise OSError(number, os.strerror(number), name)
 
 
-def test_a_fault_of_ours_is_not_taken_for_the_disks():
+def test_a_bug_is_not_mistaken_for_a_disk_failure():
     with pytest.raises(OSError, match="odd"), failure_messages.explain_failures(load_recipe("small")):
         raise OSError("odd")
     with pytest.raises(OSError, match="Read-only"), failure_messages.explain_failures(load_recipe("small")):

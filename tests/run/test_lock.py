@@ -17,7 +17,7 @@ from odcft.run import output_checks
 from odcft.run.lock import _holder, locked
 
 
-def test_lock_is_a_file_of_ours_and_goes(tmp_path):
+def test_lock_names_the_process_and_is_removed_afterwards(tmp_path):
     with locked(tmp_path / "run", print):
         text = (tmp_path / "run" / "lock").read_text()
         assert text == f"process {os.getpid()} on {socket.gethostname()}"
@@ -52,7 +52,7 @@ def test_something_else_called_lock_is_left_alone(tmp_path, outside, case):
     assert (outside / "precious").read_text() == "mine"
 
 
-def test_lock_that_has_a_second_name_is_made_anew(tmp_path):
+def test_lock_with_a_second_hard_link_is_replaced(tmp_path):
     """As in a copy by hard links (cp -al) of a run that was killed."""
     (tmp_path / "kept").write_text("process 1 on vm")
     (tmp_path / "run").mkdir()
@@ -79,7 +79,7 @@ def holding(folder):
     return other
 
 
-def test_lock_keeps_others_out_even_when_it_has_a_second_name(tmp_path):
+def test_lock_keeps_others_out_even_with_a_second_hard_link(tmp_path):
     other = holding(tmp_path / "run")
     try:
         os.link(tmp_path / "run" / "lock", tmp_path / "kept")
@@ -95,7 +95,7 @@ def test_lock_keeps_others_out_even_when_it_has_a_second_name(tmp_path):
     assert (tmp_path / "kept").read_text().startswith(f"process {other.pid}")
 
 
-def test_lock_that_its_holder_removed_meanwhile_is_made_anew(tmp_path, monkeypatch):
+def test_lock_that_its_holder_removed_meanwhile_is_created_again(tmp_path, monkeypatch):
     """Between our opening it and locking it, the last run ends; then a third begins."""
     real, calls = fcntl.lockf, []
 
@@ -117,7 +117,7 @@ def test_lock_that_its_holder_removed_meanwhile_is_made_anew(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("number", "held"), [(errno.EACCES, True), (errno.EAGAIN, True), (errno.ENOLCK, False)])
-def test_file_system_that_cannot_lock_is_told_of(tmp_path, monkeypatch, number, held):
+def test_file_system_that_cannot_lock_is_reported(tmp_path, monkeypatch, number, held):
     def lockf(file, how):
         raise OSError(number, os.strerror(number))
 
@@ -132,7 +132,7 @@ def test_file_system_that_cannot_lock_is_told_of(tmp_path, monkeypatch, number, 
     assert "cannot be locked (No locks available): make sure that no other run writes to it" in said[0]
 
 
-def test_full_disk_does_not_hinder_locking(tmp_path, monkeypatch):
+def test_full_disk_does_not_prevent_locking(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     real = os.fdopen
 

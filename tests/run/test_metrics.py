@@ -1,11 +1,11 @@
-"""metrics.jsonl and what a resumed run makes of it."""
+"""metrics.jsonl, and which of its lines a resumed run keeps."""
 
 import json
 
 from odcft.run.metrics import Metrics
 
 
-def test_half_a_line_of_metrics_does_not_count(tmp_path):
+def test_a_resumed_run_drops_later_lines_and_half_a_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 3}\n{"step": 5}\n{"ste')
     metrics = Metrics(tmp_path, False, first_step=4)
     metrics.write(5, {"loss": 1.0})

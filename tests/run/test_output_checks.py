@@ -1,4 +1,4 @@
-"""Outputs: only what odcft wrote is replaced, and links and other people's files stay as they are wherever they are."""
+"""Outputs: only what odcft wrote is replaced; links and other people's files are left alone, wherever they are."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ PLACES = [  # of files and folders in a RUN
 
 @pytest.fixture
 def run(tmp_path):
-    """A RUN with everything in it that can be."""
+    """A RUN with every file that it can hold."""
     for place in PLACES:
         (tmp_path / "run" / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / place).write_text("process 1 on vm" if place == "lock" else place)
@@ -40,7 +40,7 @@ def run(tmp_path):
 
 
 def refused(run, message, resumed=True):
-    """Both ways to write into a RUN say the same, and nothing has changed."""
+    """Resuming and overwriting a RUN are refused with the same message, and nothing changes."""
     before = tree(run)
     if resumed:
         with pytest.raises(OdcftError, match=message):
@@ -52,14 +52,14 @@ def refused(run, message, resumed=True):
     assert tree(run) == before
 
 
-# ---------------------------------------------------------------- what is there
+# ---------------------------------------------------------------- existing folders
 
 
-def test_a_run_of_ours_is_replaced_and_gone_on_with(run):
+def test_a_run_of_ours_can_be_replaced_and_resumed(run):
     output_checks.refuse_foreign_files(run, RUN_FILES, resumed=True)
     output_checks.refuse_non_empty(run, RUN_FILES, overwrite=True)
     output_checks.clear_folder(run, RUN_FILES)
-    assert list(tree(run)) == ["lock"]  # which whoever clears holds
+    assert list(tree(run)) == ["lock"]  # held by whoever clears the folder
     output_checks.clear_folder(run / "new" / "folder", RUN_FILES)
     assert (run / "new" / "folder").is_dir()
 
@@ -82,7 +82,7 @@ def test_a_link_under_a_name_of_ours_is_refused_by_name(run, outside, place, tar
     assert tree(outside) == before
 
 
-# What is left of a killed process may be either.
+# What a killed process left may be a file or a folder.
 @pytest.mark.parametrize("place", [place for place in [*TOP, *INSIDE] if not place.endswith(".unfinished")])
 def test_another_kind_under_a_name_of_ours_is_refused_by_name(run, place):
     folder = (run / place).is_dir()
@@ -112,7 +112,7 @@ FOREIGN = [
 
 @pytest.mark.parametrize("name", FOREIGN)
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
-def test_what_odcft_did_not_write_is_not_overwritten_and_does_not_hinder_resuming(run, outside, name, kind):
+def test_what_odcft_did_not_write_is_not_overwritten_and_does_not_prevent_resuming(run, outside, name, kind):
     path = run / name
     path.symlink_to(outside) if kind == "link" else path.mkdir() if kind == "folder" else path.write_text("mine")
     refused(run, rf"holds files odcft did not write \({name}\), so --overwrite will not touch it", resumed=False)
@@ -128,7 +128,7 @@ def test_a_folder_that_holds_something_is_not_empty(tmp_path, name):
         output_checks.refuse_non_empty(tmp_path, MEMORY_FILES, overwrite=False)
 
 
-def test_what_a_killed_process_left_is_nothing(tmp_path):
+def test_leftovers_of_a_killed_process_count_as_empty(tmp_path):
     for name in (".metrics.jsonl.unfinished", "lock"):
         (tmp_path / name).write_text("")
     (tmp_path / ".unfinished").mkdir()
@@ -139,7 +139,7 @@ def test_what_a_killed_process_left_is_nothing(tmp_path):
     assert has_no_progress(tmp_path)
 
 
-def test_only_what_has_no_state_and_no_step_is_only_begun(tmp_path):
+def test_a_run_without_a_state_and_a_log_line_has_no_progress(tmp_path):
     for name in ("recipe.yaml", "run.json", "images.csv", "metrics.jsonl"):
         (tmp_path / name).write_text("")
     assert has_no_progress(tmp_path)
@@ -158,7 +158,7 @@ def test_only_what_has_no_state_and_no_step_is_only_begun(tmp_path):
     assert not has_no_progress(tmp_path)
 
 
-def test_an_output_that_is_no_folder_is_refused(tmp_path):
+def test_an_output_that_is_not_a_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OdcftError, match=r"file is a file. Choose a folder"):
         output_checks.refuse_non_empty(tmp_path / "file", RUN_FILES, overwrite=True)
@@ -257,11 +257,11 @@ def test_other_links_for_checkpoints_are_refused(run, outside, tmp_path, monkeyp
 
 
 def other_owner(found, other):
-    """What stat says, of another owner's."""
+    """A stat result with another owner."""
     return os.stat_result([*found[:4], found.st_uid + 2 * other, *found[5:]])
 
 
-def test_what_lies_in_a_folder_of_another_owner_may_lead_to_that_owners_folders(run, tmp_path, monkeypatch):
+def test_links_in_a_folder_of_another_owner_may_lead_to_that_owners_folders(run, tmp_path, monkeypatch):
     """As root in a container, whose volumes belong to the user outside."""
     shutil.move(run / "checkpoints", tmp_path / "scratch")
     (run / "checkpoints").symlink_to(tmp_path / "scratch")
@@ -276,7 +276,7 @@ def test_a_memory_has_no_folders_on_another_disk(tmp_path, outside):
         output_checks.refuse_non_empty(tmp_path / "memory", MEMORY_FILES, overwrite=True)
 
 
-def test_a_file_is_tried_before_it_is_needed(tmp_path, outside):
+def test_an_output_file_is_tried_before_it_is_needed(tmp_path, outside):
     output_checks.refuse_unwritable(tmp_path / "a" / "b" / "c.pth")
     (tmp_path / ".c.pth.unfinished").symlink_to(outside / "precious")
     output_checks.refuse_unwritable(tmp_path / "c.pth")
@@ -293,10 +293,10 @@ def test_a_file_is_tried_before_it_is_needed(tmp_path, outside):
             output_checks.refuse_unwritable(path)
 
 
-def test_a_place_that_may_not_be_looked_at_is_refused(tmp_path, monkeypatch):
+def test_a_path_that_cannot_be_looked_up_is_refused(tmp_path, monkeypatch):
     output_checks.refuse_invalid_path(tmp_path / "new" / "run")
     (tmp_path / "file").write_text("")
-    output_checks.refuse_invalid_path(tmp_path / "file" / "run")  # that is told of by what comes next
+    output_checks.refuse_invalid_path(tmp_path / "file" / "run")  # the next check reports that
     for refuse in (
         output_checks.refuse_invalid_path,
         lambda path: output_checks.refuse_non_empty(path, RUN_FILES, True),
@@ -319,7 +319,7 @@ THEIRS = {
     "list": lambda path: torch.save([1, 2], path),
     "old checkpoint": lambda path: torch.save({"task": 1}, path, _use_new_zipfile_serialization=False),
     "safetensors": lambda path: save_privately({"a": torch.ones(2)}, path, {"format": "pt"}),
-    "safetensors without words": lambda path: save_privately({"a": torch.ones(2)}, path),
+    "safetensors without metadata": lambda path: save_privately({"a": torch.ones(2)}, path),
 }
 
 
@@ -334,14 +334,14 @@ def test_a_file_that_odcft_did_not_write_is_not_replaced(tmp_path, kind):
 OURS = {
     "pretext": pretext_file,
     "safetensors": lambda path: save_privately({"a": torch.ones(2)}, path, {"architecture": "x", "input": "{}"}),
-    "torchvision": lambda path: torch.save(with_words({"odcft": {}}), path),
+    "torchvision": lambda path: torch.save(with_metadata({"odcft": {}}), path),
 }
 
 
-def with_words(words):
-    named = OrderedDict(a=torch.ones(2))
-    named._metadata = words
-    return named
+def with_metadata(metadata):
+    state = OrderedDict(a=torch.ones(2))
+    state._metadata = metadata
+    return state
 
 
 @pytest.mark.parametrize("kind", OURS)
@@ -356,7 +356,7 @@ class Evil:
         return os.mkdir, ("HACKED",)
 
 
-def test_to_look_at_a_file_of_others_runs_no_code(tmp_path, monkeypatch):
+def test_checking_a_file_of_others_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({**dict.fromkeys(("task", "arch", "epoch"), 1), "optimizer": Evil()}, tmp_path / "evil.pth")
     assert not output_checks.written_by_odcft(tmp_path / "evil.pth")

@@ -63,11 +63,11 @@ def tree(folder):
     }
 
 
-def rights_below(folder):
+def permissions_below(folder):
     return {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
 
 
-# ---------------------------------------------------------------- folders of another's making
+# ---------------------------------------------------------------- folders that others have prepared
 
 
 @pytest.mark.parametrize("flags", [["--resume"], ["--overwrite"], ["--resume", "--epochs", "2"]])
@@ -110,7 +110,9 @@ def test_checkpoints_on_another_disk_are_written_resumed_and_overwritten(odcft_c
     assert (run / "backbone" / "model.safetensors").exists()
 
 
-def test_link_that_comes_while_features_are_made_is_met_before_anything_goes(inputs, run, outside, monkeypatch):
+def test_link_created_while_features_are_extracted_is_noticed_before_anything_is_removed(
+    inputs, run, outside, monkeypatch
+):
     from odcft import prepare
 
     def assign(*args):
@@ -149,7 +151,7 @@ MISTAKES = {
     "pretext of no network": ("pretext", "rotation", "{images}", "--arch", "resnet19", "--out", "{out}"),
     "export": ("export", "{broken}", "{out}"),
     "export of a file": ("export", "{broken}", "{out}", "--format", "safetensors"),
-    "export of what torchvision has not": ("export", "{ckpt}", "{out}", "--format", "torchvision"),
+    "export of what torchvision lacks": ("export", "{ckpt}", "{out}", "--format", "torchvision"),
     "evaluate": ("evaluate", "{broken}", "{images}"),
 }
 
@@ -181,7 +183,7 @@ IMPOSSIBLE = ["/proc/out", "/proc/new/out", "{file}/out", "{long}"]
         ("demo", "--out", "{out}"),
     ],
 )
-def test_output_that_cannot_be_is_refused_in_a_sentence_before_anything_is_done(
+def test_impossible_output_is_refused_in_a_sentence_before_anything_is_done(
     odcft_command, inputs, tmp_path, monkeypatch, command, place
 ):
     from odcft import exports, prepare
@@ -204,17 +206,17 @@ def test_output_that_cannot_be_is_refused_in_a_sentence_before_anything_is_done(
     assert err.count("\n") == 1, err
 
 
-def test_without_pyarrow_nothing_begins(inputs, tmp_path, monkeypatch):
+def test_without_pyarrow_nothing_is_written(inputs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(OdcftError, match=r"clusters.parquet needs pyarrow"):
         fine_tune(str(inputs / "c.pth"), str(inputs / "images"), tmp_path / "run", quick())
     assert tree(tmp_path) == {}
 
 
-# ---------------------------------------------------------------- rights
+# ---------------------------------------------------------------- permissions
 
 
-def test_every_file_has_the_rights_of_the_umask(inputs, tmp_path):
+def test_every_file_has_the_permissions_of_the_umask(inputs, tmp_path):
     before = os.umask(0o002)
     try:
         ckpt, images = str(inputs / "c.pth"), str(inputs / "images")
@@ -224,7 +226,7 @@ def test_every_file_has_the_rights_of_the_umask(inputs, tmp_path):
             export(ckpt, tmp_path / "export" / format, format)
     finally:
         os.umask(before)
-    assert rights_below(tmp_path) == {0o664}
+    assert permissions_below(tmp_path) == {0o664}
 
 
 # ---------------------------------------------------------------- only what odcft wrote is replaced
@@ -286,7 +288,7 @@ def test_a_folder_of_others_is_not_replaced_by_an_export(inputs, tmp_path, outsi
 
 
 def test_an_export_goes_into_a_folder_that_is_a_link_or_another_disk(inputs, tmp_path, monkeypatch):
-    """A volume that is mounted: what is beside it is another file system."""
+    """As with a mounted volume: files beside the folder are on another file system."""
     (tmp_path / "volume").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "volume")
     real = os.rename
@@ -358,11 +360,11 @@ def test_demo_that_leads_elsewhere_is_refused_by_name(odcft_command, tmp_path, o
     assert (outside / "precious").exists()
 
 
-# ---------------------------------------------------------------- disks that fail on the way
+# ---------------------------------------------------------------- disks that fail during a run
 
 
 @pytest.mark.parametrize("which", ["save_file", "save_checkpoint"])
-def test_disk_that_is_full_at_the_end_is_told_of(odcft_command, inputs, tmp_path, monkeypatch, which):
+def test_disk_that_is_full_at_the_end_is_reported(odcft_command, inputs, tmp_path, monkeypatch, which):
     def full(tree, path, *more, **words):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 

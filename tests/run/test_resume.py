@@ -25,7 +25,7 @@ from odcft.train import fine_tune
 ROOT = Path(__file__).parent.parent.parent
 
 
-# ---------------------------------------------------------------- stopped and gone on with
+# ---------------------------------------------------------------- stopped and resumed
 
 
 @pytest.mark.parametrize("steps", [(0,), (1,), (2,), (1, 3, 4), (5,)])  # three steps an epoch, two a log line
@@ -43,7 +43,9 @@ def test_run_that_was_stopped_anywhere_ends_with_the_same_bits(inputs, go, tmp_p
     assert not [path.name for path in (tmp_path / "run").iterdir() if path.name == "lock" or path.name[0] == "."]
 
 
-def test_run_that_is_asked_before_its_first_step_begins_again(inputs, go, tmp_path, monkeypatch, listening):
+def test_run_that_is_stopped_before_its_first_step_starts_from_the_beginning(
+    inputs, go, tmp_path, monkeypatch, listening
+):
     def interrupted(*args):
         ask_to_stop()
         time.sleep(1)
@@ -59,7 +61,7 @@ def test_run_that_is_asked_before_its_first_step_begins_again(inputs, go, tmp_pa
     assert outcome(tmp_path / "run") == outcome(inputs / "whole")
 
 
-def test_run_that_was_killed_while_its_first_state_was_written_begins_again(inputs, go, tmp_path, monkeypatch):
+def test_run_killed_while_its_first_state_was_written_starts_from_the_beginning(inputs, go, tmp_path, monkeypatch):
     def killed(*args):
         raise RuntimeError("killed")
 
@@ -142,7 +144,7 @@ def test_finished_run_is_left_alone(go, tmp_path):
     assert (tmp_path / "run" / "clusters.parquet").exists()
 
 
-# ---------------------------------------------------------------- only what was started goes on
+# ---------------------------------------------------------------- what may change when resuming
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +186,7 @@ def test_edited_recipe_in_the_run_is_noticed(stopped_run, inputs, odcft_command)
     assert "optim.lr=0.03, not 0.04" in err
 
 
-def test_epochs_prolong_and_workers_and_lines_may_change(stopped_run, go):
+def test_epochs_and_workers_and_log_interval_may_change(stopped_run, go):
     summary = go(quick("log.interval=1", "data.workers=1"), resume=True, epochs=3)
     assert summary["steps"] == 9
     assert load_recipe(stopped_run / "recipe.yaml").optim.epochs == 3
@@ -192,7 +194,7 @@ def test_epochs_prolong_and_workers_and_lines_may_change(stopped_run, go):
         go(resume=True, epochs=2)
 
 
-def test_a_prolonged_run_that_is_stopped_goes_on_without_being_told_again(stopped_run, go, monkeypatch, listening):
+def test_a_prolonged_run_that_is_stopped_resumes_without_repeating_epochs(stopped_run, go, monkeypatch, listening):
     at_step(monkeypatch, (5,), ask_to_stop)
     monkeypatch.setattr(
         snapshot_files, "save", lambda *args: "No space left on device"

@@ -1,4 +1,4 @@
-"""Which changes a resumed run may have, and how its schedule continues."""
+"""Which changes a resumed run accepts, and how its learning rate schedule continues."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from stopped_runs import quick
 
 
 def prolonged(recipe, epochs, step, steps_per_epoch=3):
-    """The recipe of a run that has done so many steps and is to have so many epochs."""
+    """The optimizer settings of a run that is prolonged to so many epochs after so many steps."""
     from odcft.run.resume_checks import resumed_recipe
 
     asked = recipe.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""Full disks, numbers that are not finite, dead workers: nothing is lost, and what happened is said."""
+"""Full disks, numbers that are not finite, dead workers: nothing is lost, and the failure is reported."""
 
 import errno
 import os
@@ -68,7 +68,7 @@ def test_non_finite_step_ends_the_run_and_is_named(go, tmp_path, monkeypatch):
     assert all(t.isfinite().all() for t in (*state.same.values(), *state.rows.values()))
 
 
-def test_non_finite_step_is_skipped_where_that_is_wanted(go, tmp_path, monkeypatch):
+def test_non_finite_step_is_skipped_if_the_recipe_allows_it(go, tmp_path, monkeypatch):
     broken_image(monkeypatch, {1, 4})
     go(quick("optim.skip_non_finite=1"))
     state = snapshot_files.load(snapshot_files.newest(tmp_path / "run", print))
@@ -123,4 +123,4 @@ def test_two_runs_cannot_write_to_one_folder(go, tmp_path):
             go(**options)
     other.kill()
     other.wait()
-    go()  # what a killed run leaves does not lock
+    go()  # the lock of a killed run does not count

@@ -1,4 +1,4 @@
-"""What a run was made from: its checkpoints and a sample of its images."""
+"""What run.json records: checkpoints, and checksums of a sample of the images."""
 
 from odcft import files
 from odcft.data.sources import Images

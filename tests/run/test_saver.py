@@ -5,38 +5,38 @@ import time
 from odcft.run import saver
 
 
-def test_states_wait_until_they_cost_little(monkeypatch):
+def test_saving_waits_until_it_costs_little(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    pace = saver.Pace(minutes=10, share=0.02)
+    timer = saver.SaveTimer(minutes=10, share=0.02)
     clock[0] += 1
-    assert pace.due(epoch_ends=True)
-    assert not pace.due(epoch_ends=False)
+    assert timer.due(epoch_ends=True)
+    assert not timer.due(epoch_ends=False)
     clock[0] += 3
-    pace.wrote(began=clock[0] - 3)
+    timer.saved(began=clock[0] - 3)
     clock[0] += 149
-    assert not pace.due(epoch_ends=True)  # 3 seconds are 2 % of 150
+    assert not timer.due(epoch_ends=True)  # 3 seconds are 2 % of 150
     clock[0] += 1
-    assert pace.due(epoch_ends=True)
+    assert timer.due(epoch_ends=True)
     clock[0] += 450
-    assert pace.due(epoch_ends=False)
+    assert timer.due(epoch_ends=False)
 
 
 def test_a_state_that_took_long_is_not_the_reason_for_the_next(monkeypatch):
-    """What counts is the time since a state was there, and how long that one took from its beginning to its end."""
+    """What counts is the time since the last state was complete, and how long saving that one took."""
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    pace = saver.Pace(minutes=2, share=0.5)
+    timer = saver.SaveTimer(minutes=2, share=0.5)
     clock[0] = 119.9
-    assert not pace.due(epoch_ends=False)
+    assert not timer.due(epoch_ends=False)
     clock[0] = 120
-    assert pace.due(epoch_ends=False)
+    assert timer.due(epoch_ends=False)
     clock[0] = 160
-    pace.wrote(began=120)  # 40 seconds
+    timer.saved(began=120)  # 40 seconds
     clock[0] = 239
-    assert not pace.due(epoch_ends=True)
+    assert not timer.due(epoch_ends=True)
     clock[0] = 240
-    assert pace.due(epoch_ends=True)
-    assert not pace.due(epoch_ends=False)
+    assert timer.due(epoch_ends=True)
+    assert not timer.due(epoch_ends=False)
     clock[0] = 280
-    assert pace.due(epoch_ends=False)
+    assert timer.due(epoch_ends=False)

@@ -1,4 +1,4 @@
-"""States on disk: whole or not at all, checked, kept in pairs, and read back on any number of ranks."""
+"""States on disk: written completely or not at all, verified, two of them kept, readable on any number of ranks."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ def make_state(step, value=1.0):
 
 @pytest.mark.parametrize("file", ["same.safetensors", "rank-0-of-1.safetensors", "state.json"])
 @pytest.mark.parametrize("how", ["cut", "flipped", "gone", "empty"])
-def test_damaged_state_is_noticed_and_the_one_before_is_taken(tmp_path, file, how):
+def test_damaged_state_is_noticed_and_the_one_before_is_used(tmp_path, file, how):
     for step in (1, 2):
         assert snapshot_files.save(tmp_path, make_state(step, float(step))) == ""
     path = tmp_path / "checkpoints" / "step-000000002" / file
@@ -44,7 +44,7 @@ def test_damaged_state_is_noticed_and_the_one_before_is_taken(tmp_path, file, ho
     assert snapshot_files.load(snapshot_files.newest(tmp_path, said.append)).same["weight"][0, 0] == 5
 
 
-def test_every_bit_of_a_state_is_guarded(tmp_path):
+def test_a_flip_of_any_bit_of_a_state_is_noticed(tmp_path):
     assert snapshot_files.save(tmp_path, make_state(1)) == ""
     folder = tmp_path / "checkpoints" / "step-000000001"
     for path in folder.iterdir():
@@ -58,7 +58,7 @@ def test_every_bit_of_a_state_is_guarded(tmp_path):
     assert snapshot_files.damage(folder) == ""
 
 
-def test_two_states_are_kept_and_none_goes_before_the_new_one_is_proven(tmp_path, monkeypatch):
+def test_two_states_are_kept_and_none_is_removed_before_the_new_one_is_verified(tmp_path, monkeypatch):
     for step in range(1, 6):
         assert snapshot_files.save(tmp_path, make_state(step)) == ""
     assert [path.name[-1] for path in sorted((tmp_path / "checkpoints").iterdir())] == ["4", "5"]
@@ -93,8 +93,8 @@ def test_rows_find_their_images_on_any_number_of_ranks(tmp_path, monkeypatch, be
     save_file({"weight": torch.ones(2)}, folder / "same.safetensors")
     files = dict.fromkeys((path.name for path in folder.iterdir()), "")
     text = json.dumps({"step": 1, "images": images, "ranks": before, "files": files})
-    (folder / "state.json").write_text(json.dumps({"sha256": snapshot_files._sum_of(text), "state": text}))
-    monkeypatch.setattr(snapshot_files, "PIECE", 7)
+    (folder / "state.json").write_text(json.dumps({"sha256": snapshot_files._sha256(text), "state": text}))
+    monkeypatch.setattr(snapshot_files, "ROWS_AT_A_TIME", 7)
     monkeypatch.setattr(dist, "world_size", lambda: now)
     for rank in range(now):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
@@ -105,7 +105,7 @@ def test_rows_find_their_images_on_any_number_of_ranks(tmp_path, monkeypatch, be
 
 
 def steps(run):
-    """What is in a run's folder of states."""
+    """The names in the checkpoints folder of a run, shortened."""
     return [path.name.replace("step-00000000", "") for path in sorted((run / "checkpoints").iterdir())]
 
 
@@ -121,7 +121,7 @@ def test_whether_there_is_a_state_at_all(tmp_path):
     snapshot_files.save(tmp_path, make_state(1))
     assert snapshot_files.exists(tmp_path)
     spoil(tmp_path, 1)
-    assert snapshot_files.exists(tmp_path)  # in whatever condition
+    assert snapshot_files.exists(tmp_path)  # intact or not
     with pytest.raises(OdcftError, match="it has no state"):
         snapshot_files.newest(tmp_path / "other", print)
 
@@ -139,7 +139,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert found.about["ranks"] == 1
 
 
-def test_a_state_of_the_same_step_is_replaced_and_later_ones_of_an_earlier_life_go(tmp_path):
+def test_a_state_of_the_same_step_is_replaced_and_later_ones_of_an_earlier_attempt_are_removed(tmp_path):
     for step in (1, 3, 7):
         assert snapshot_files.save(tmp_path, make_state(step)) == ""
     assert snapshot_files.save(tmp_path, make_state(3, 2.0)) == ""
@@ -149,7 +149,7 @@ def test_a_state_of_the_same_step_is_replaced_and_later_ones_of_an_earlier_life_
     assert steps(tmp_path) == ["3", "5"]
 
 
-def test_what_a_killed_process_left_half_written_goes_with_the_next_state(tmp_path):
+def test_half_written_states_of_a_killed_process_are_removed_by_the_next_save(tmp_path):
     for step in (2, 4):
         left = tmp_path / "checkpoints" / f".step-{step:09d}.unfinished"
         left.mkdir(parents=True)
@@ -158,7 +158,7 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next_state(tmp_pa
     assert steps(tmp_path) == ["4"]
 
 
-def test_no_state_goes_while_the_one_before_the_new_one_is_damaged(tmp_path):
+def test_no_state_is_removed_while_the_one_before_the_new_one_is_damaged(tmp_path):
     for step in (1, 2):
         assert snapshot_files.save(tmp_path, make_state(step)) == ""
     spoil(tmp_path, 2)
@@ -169,7 +169,7 @@ def test_no_state_goes_while_the_one_before_the_new_one_is_damaged(tmp_path):
     assert steps(tmp_path) == ["3", "4"]
 
 
-def test_files_are_on_the_disk_before_the_state_has_its_name_and_its_name_before_older_ones_go(tmp_path, monkeypatch):
+def test_files_are_synced_before_the_rename_and_the_rename_before_older_states_are_removed(tmp_path, monkeypatch):
     done, remove = [], snapshot_files.shutil.rmtree
     new = ".step-000000003.unfinished"
     for step in (1, 2):
@@ -192,14 +192,14 @@ def test_files_are_on_the_disk_before_the_state_has_its_name_and_its_name_before
         *written,
         ("rename", new),
         ("sync", "checkpoints"),
-        *[("read", "step-000000002")] * 2,  # the disk has shown it once
+        *[("read", "step-000000002")] * 2,  # it was read from the disk when it was written
         *[("disk", "step-000000003")] * 2,
         ("gone", "step-000000001"),
         ("barrier", ""),
     ]
 
 
-def test_a_disk_that_fails_is_told_and_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_disk_failure_is_reported_and_leaves_earlier_states(tmp_path, monkeypatch):
     snapshot_files.save(tmp_path, make_state(1))
 
     def full(tensors, path):
@@ -252,13 +252,13 @@ def test_a_state_that_is_damaged_twice_is_set_aside_twice(tmp_path):
 
 
 def state_of_rank(step):
-    """What a rank of several has: rows of its own of seven images, and the same weights."""
+    """The state of one of several ranks: its rows of seven images, and the same weights."""
     mine = torch.tensor(list(ownership.my_images(7)))
     own = {"loss": torch.tensor(float(dist.rank()))}
     return Snapshot({"weight": torch.ones(2)}, {"labels": mine}, own, {"step": step, "images": 7})
 
 
-def test_ranks_write_and_read_their_own_and_the_first_does_the_rest(tmp_path, on_threads):
+def test_ranks_write_and_read_their_own_files_and_the_first_does_the_rest(tmp_path, on_threads):
     def work():
         failed = [snapshot_files.save(tmp_path, state_of_rank(step)) for step in (1, 2, 3)]
         state = snapshot_files.load(snapshot_files.newest(tmp_path, print))
@@ -287,7 +287,7 @@ def test_ranks_agree_on_what_is_damaged_whoever_read_it(tmp_path, on_threads, fi
     assert steps(tmp_path) == ["damaged-2", "1"]
 
 
-def test_one_rank_s_disk_fails_all_ranks_alike(tmp_path, on_threads, monkeypatch):
+def test_a_disk_failure_on_one_rank_fails_on_all(tmp_path, on_threads, monkeypatch):
     write = snapshot_files.save_file
 
     def full(tensors, path):
@@ -301,7 +301,7 @@ def test_one_rank_s_disk_fails_all_ranks_alike(tmp_path, on_threads, monkeypatch
     assert steps(tmp_path) == []
 
 
-def test_ranks_see_the_states_that_the_first_sees(tmp_path, on_threads, monkeypatch):
+def test_all_ranks_see_the_states_that_rank_0_sees(tmp_path, on_threads, monkeypatch):
     """On a network disk another machine may not see the newest folder yet."""
     glob = Path.glob
     monkeypatch.setattr(Path, "glob", lambda path, pattern: glob(path, pattern) if dist.rank() == 0 else iter(()))
