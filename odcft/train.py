@@ -127,33 +127,41 @@ def train(start: Start, state: State, run: Run, progress: Progress) -> None:
     log = TrainingLog(metrics, plan, state, order.steps_per_epoch, guard=guard, say=progress.say)
     saver = Saver(run.out, plan, state, order, metrics=metrics, guard=guard, say=progress.say)
     ranks, embed = Agreement(), partial(_embed, start, network, device)
-    model = on_all_ranks(network, device).train()
+    parallel_network = on_all_ranks(network, device).train()  # the same network; gradients are averaged over the ranks
     if not snapshot_files.exists(run.out):
         saver.save_first()
 
     phase = progress.phase("Fine-tuning", order.images_left())
     with stop_signals.deferred(), saver.on_stop(), closing(batches), phase as advance:
         for epoch in range(state.step // order.steps_per_epoch, optim.epochs):
-            if state.step % order.steps_per_epoch == 0 and method.begin_epoch(clusters, epoch, embed):
-                network.new_heads(state.optimizer, state.step)  # dc: new labels
+            at_epoch_start = state.step % order.steps_per_epoch == 0  # if not, the run was resumed inside the epoch
+            # DeepCluster only: new labels, so new heads. ODC's labels change in every step, and this is always False.
+            if at_epoch_start and method.begin_epoch(clusters, epoch, embed):
+                network.new_heads(state.optimizer, state.step)
                 batches.discard_prefetched()
-            for batch in log.timed(_report_unreadable(batches.of_epoch(state.step), state, start, progress.say)):
+            readable = _report_unreadable(batches.of_epoch(state.step), state, start, progress.say)
+            for batch in log.timed(readable):
                 set_lr(state.optimizer, lr_at(state.step, order.steps_per_epoch, optim))
                 torch.manual_seed(seeds.seed(plan.seed, "dropout", dist.rank(), state.step))
+                # Each rank draws only images it owns, so the rows of the samples memory it needs are its own.
                 row_B = ownership.row_of(batch.index_B).to(device, non_blocking=True)
-                views = network.views(batch, state.step, device)
+                views = network.views(batch, state.step, device)  # augmented (sec. 3.4)
                 guard.before_forward()
+                # 1. The forward pass gives features and predictions.
                 with plan.autocast(device):
-                    outputs = model(views.images, views.rotated, views.mixed)  # 1. forward
-                label_B, weight_K = method.targets(clusters, row_B)  # 2. labels, before step 3 changes them
-                loss, logged_loss = network.losses(outputs, views, label_B, weight_K)  # eq. 1
+                    outputs = parallel_network(views.images, views.rotated, views.mixed)
+                # 2. Read the labels, and back-propagate eq. 1, re-weighted by cluster size (sec. 3.2).
+                label_B, weight_K = method.targets(clusters, row_B)
+                loss, logged_loss = network.losses(outputs, views, label_B, weight_K)
                 state.optimizer.zero_grad()
                 loss.backward()
-                if step_taken := guard.allows_step():
+                if step_taken := guard.allows_step():  # a skipped step leaves network and memories as they were
                     state.optimizer.step()
+                    # 3. The samples memory, with the features of this very pass (eq. 2, 3). 4. Every k-th step the
+                    # centroids memory; then small clusters (sec. 3.2).
                     features_BD = joint_features([output.features_BD.detach().float() for output in outputs])
-                    change = method.update(clusters, row_B, features_BD, state.step)  # 3. samples, 4. centroids memory
-                    log.add(logged_loss, change, batch)
+                    change_ratio = method.update(clusters, row_B, features_BD, state.step)
+                    log.add(logged_loss, change_ratio, batch)
                 state.step += 1
                 agreed = ranks.after_step(loss.detach() if step_taken else torch.zeros_like(loss), saver.due())
                 if agreed.broken:
@@ -228,7 +236,7 @@ def write_results(start: Start, state: State, run: Run) -> None:
     out, names = run.out, BACKBONES[: len(run.ckpts)]
     if dist.rank() == 0:
         for member, (model, name) in enumerate(zip(state.network, names, strict=True)):
-            model.backbone.set_view(start.plan.view)
+            model.backbone.set_view(start.plan.view)  # neck and head stay behind (sec. 3.2)
             write_timm(model.backbone, out / name, about_run(out, member))
     write_clusters(state.clusters.memory, start.images, out / "clusters.parquet")
     if dist.rank() == 0:

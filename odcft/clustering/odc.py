@@ -49,7 +49,7 @@ def begin_epoch(clusters: Clusters, epoch: int, embed: Callable[[], Tensor]) -> 
 
 
 def draw(clusters: Clusters, generator: torch.Generator) -> Tensor:
-    """The order of images in an epoch: (S,) int64 rows of this rank, each image once."""
+    """The order of images in an epoch: (S,) int64 rows of this rank, each once; batches that are not full are left out."""
     return torch.randperm(len(clusters.memory.labels_S), generator=generator)
 
 
@@ -71,6 +71,8 @@ def targets(clusters: Clusters, row_B: Tensor) -> tuple[Tensor, Tensor]:
 @exact_products()
 def update(clusters: Clusters, row_B: Tensor, features_BD: Tensor, step: int) -> Tensor:
     """Steps 3 and 4 of an iteration: update the samples memory, then the centroids memory, then handle small clusters.
+
+    Small clusters are handled in this step on a CPU, one step later on an accelerator (small_clusters.py).
 
     Args:
         clusters: changed in place.

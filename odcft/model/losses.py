@@ -26,18 +26,19 @@ def losses(
         views: what the members saw.
 
     Returns:
-        The weighted sum of the members' losses (eq. 1 for one plain member); and the mean cross-entropy of the members
-        with the pseudo-labels, without the members' weights, so that it can be compared with ln K.
+        The sum of the members' losses, each with the member's weights: for one plain member eq. 1 with the weights of
+        sec. 3.2, sum(w l) / sum(w) over this rank's batch. And the mean over the members of this cross-entropy, before
+        the members' own weights, so that it can be compared with ln K.
     """
-    terms, clusterings = [], []
+    terms, cluster_losses = [], []
     for output, member in zip(outputs, codc.members, strict=True):
-        clustering = F.cross_entropy(output.logits_BK.float(), label_B, weight_K)  # eq. 1
-        terms += [member.cluster * clustering] if member.cluster else []
+        cluster_loss = F.cross_entropy(output.logits_BK.float(), label_B, weight_K)  # eq. 1
+        terms += [member.cluster * cluster_loss] if member.cluster else []
         terms += _losses_of_copies(output, member, label_B, weight_K, views)
-        clusterings.append(clustering.detach())
+        cluster_losses.append(cluster_loss.detach())
     if len(terms) == 1:
-        return terms[0], clusterings[0]
-    return torch.stack(terms).sum(), torch.stack(clusterings).mean()
+        return terms[0], cluster_losses[0]
+    return torch.stack(terms).sum(), torch.stack(cluster_losses).mean()
 
 
 def _losses_of_copies(

@@ -136,7 +136,10 @@ def on_all_ranks(network: Members, device: torch.device) -> nn.Module:
 
 
 def joint_features(features: list[Tensor]) -> Tensor:
-    """Normalise and concatenate the members' neck outputs, M of (B, D), to (B, M * D); a single one is not changed."""
+    """Concatenate the members' neck outputs, each normalised: M of (B, D) to (B, M * D). A single one is not changed.
+
+    Eq. 2 normalises the whole, so that each member's part has length 1 / sqrt(M).
+    """
     if len(features) == 1:
         return features[0]
     return torch.cat([F.normalize(features_BD.float(), dim=1, eps=1e-10) for features_BD in features], 1)

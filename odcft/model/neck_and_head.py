@@ -1,4 +1,7 @@
-"""The network that is trained: backbone, neck and head."""
+"""The network that is trained: backbone, neck and head.
+
+In the paper's words, f is backbone and neck (its "head layer", sec. 3.2), and g_w, the linear classifier, is our head.
+"""
 
 from typing import NamedTuple
 
