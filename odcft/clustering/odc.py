@@ -49,7 +49,7 @@ def begin_epoch(clusters: Clusters, epoch: int, embed: Callable[[], Tensor]) -> 
 
 
 def draw(clusters: Clusters, generator: torch.Generator) -> Tensor:
-    """The order of images in an epoch: (S,) int64 rows of this rank, each once; batches that are not full are left out."""
+    """The order of images in an epoch: (S,) int64 rows of this rank, each once; incomplete batches are left out."""
     return torch.randperm(len(clusters.memory.labels_S), generator=generator)
 
 
