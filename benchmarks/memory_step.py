@@ -24,7 +24,7 @@ from odcft.clustering.memory import VARIANTS
 from odcft.clustering.small_clusters import is_small
 from odcft.distributed import dist, ownership
 from odcft.distributed.launch import run_ranks
-from odcft.plan import decided
+from odcft.plan import fill_autos
 from odcft.recipe import MemoryRecipe, Recipe
 
 INTERVAL = 10  # steps between two refreshes of the centroids, as in the paper
@@ -52,7 +52,7 @@ def start(args: argparse.Namespace) -> Clusters:
         dtype=args.dtype,
         min_cluster=args.min_cluster,
     )
-    return odc.start(features_SD, labels_S, decided(Recipe(memory=recipe)))
+    return odc.start(features_SD, labels_S, fill_autos(Recipe(memory=recipe)))
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:

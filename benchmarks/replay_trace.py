@@ -19,7 +19,7 @@ import torch
 from odcft.clustering import odc
 from odcft.distributed import dist, ownership
 from odcft.distributed.launch import run_ranks
-from odcft.plan import decided
+from odcft.plan import fill_autos
 from odcft.recipe import MemoryRecipe, Recipe
 
 
@@ -50,7 +50,7 @@ def replay(path: Path, variant: str) -> dict[str, float]:
     state = odc.start(
         torch.from_numpy(trace["init_features"][mine]),
         torch.from_numpy(trace["init_labels"][mine]),
-        decided(Recipe(memory=recipe)),
+        fill_autos(Recipe(memory=recipe)),
     )
 
     mismatches, weight_error = 0, 0.0

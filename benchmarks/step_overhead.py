@@ -27,7 +27,7 @@ from odcft.data.sources import find_images
 from odcft.data.view import View
 from odcft.model.neck_and_head import Model, make_neck
 from odcft.optim import make_optimizer
-from odcft.plan import decided
+from odcft.plan import fill_autos
 from odcft.recipe import AugmentRecipe, MemoryRecipe, NeckRecipe, OptimRecipe, Recipe
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     optimizer = make_optimizer(network.body(), network.head.parameters(), OptimRecipe())
     labels_S = torch.randint(args.clusters, (args.images,), device=device)
     features_SD = torch.randn(args.images, neck_recipe.dim, device=device)
-    plan = decided(Recipe(memory=MemoryRecipe(clusters=args.clusters, dtype="float32")))
+    plan = fill_autos(Recipe(memory=MemoryRecipe(clusters=args.clusters, dtype="float32")))
     state = odc.start(features_SD, labels_S, plan)
     weight_K = torch.ones(args.clusters, device=device)
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from odcft.prepare import begin
+from odcft.prepare import prepare_start
 from odcft.progress import Progress
 from odcft.recipe import Recipe
 from odcft.run.failure_messages import explain_failures
@@ -43,7 +43,7 @@ def init_memory(
     progress, run = progress or Progress(), Run(out, [ckpt], data, arch)
     refuse_non_empty(out, MEMORY_FILES, overwrite)
     with locked(out, progress.say), explain_failures(recipe):
-        start = begin(run, recipe, progress, training=False)
+        start = prepare_start(run, recipe, progress, training=False)
         memory, (backbone,), (neck,) = start.clusters.memory, start.backbones, start.necks
         write_memory(run, start.plan, backbone.arch, start.images, start.unreadable, memory, neck.state_dict())
     return {

@@ -122,7 +122,7 @@ def make_plan(
     intensity, note = _decide_range(recipe, images)
     for backbone in backbones:
         _refuse_size(backbone, size)
-    plan = decided(recipe, clusters, size, intensity, len(backbones), min_cluster)
+    plan = fill_autos(recipe, clusters, size, intensity, len(backbones), min_cluster)
     optim = plan.optim
     if optim.schedule == "step" and optim.final_epochs >= optim.epochs:
         raise OdcftError(
@@ -132,7 +132,7 @@ def make_plan(
     return plan, [note, *notes] if note else notes
 
 
-def decided(
+def fill_autos(
     recipe: Recipe,
     clusters: int = 2,
     size: int = 224,
@@ -364,7 +364,7 @@ def suitable_recipe(backbones: Sequence[Backbone], count: int) -> str | None:
     return "small" if count < FEW_STEPS * load_recipe().optim.batch_size else None
 
 
-def unsuitable(backbones: Sequence[Backbone], count: int, recipe: Recipe) -> list[str]:
+def recipe_suggestions(backbones: Sequence[Backbone], count: int, recipe: Recipe) -> list[str]:
     """Notes for the user if another shipped recipe fits these networks, or so few images, better."""
     notes = []
     transformers = [backbone.arch for backbone in backbones if backbone.is_transformer]

@@ -22,7 +22,7 @@ from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
 from odcft.model.members import joint_features, make_members, make_necks
 from odcft.optim import lr_at
-from odcft.plan import Plan, decide_members, make_plan, unsuitable, with_clusters_for
+from odcft.plan import Plan, decide_members, make_plan, recipe_suggestions, with_clusters_for
 from odcft.progress import Progress
 from odcft.recipe import MemberRecipe, Recipe, load_options, make_recipe
 from odcft.run import memory_folder, output_checks, resume_checks, snapshot_files
@@ -54,7 +54,9 @@ class Start:
 # ---------------------------------------------------------------- checkpoints, images, memories
 
 
-def begin(run: Run, recipe: Recipe, progress: Progress, *, memory: Path | None = None, training: bool = True) -> Start:
+def prepare_start(
+    run: Run, recipe: Recipe, progress: Progress, *, memory: Path | None = None, training: bool = True
+) -> Start:
     """Load the checkpoints, find the images, and fill both memories, by K-Means or from a folder of `init-memory`.
 
     Args:
@@ -116,7 +118,7 @@ def _describe(
     progress.say(f"Plan        {' · '.join(parts)}")
     _say_notes(notes, progress)
     if training:
-        _say_notes(unsuitable([one.backbone for one in loaded], len(images), plan), progress)
+        _say_notes(recipe_suggestions([one.backbone for one in loaded], len(images), plan), progress)
 
 
 def _say_notes(notes: list[str], progress: Progress) -> None:
@@ -187,7 +189,7 @@ def _from_memory(stored: memory_folder.StoredMemory, plan: Plan, loaded: Loaded,
 
 def new_run(run: Run, recipe: Recipe, progress: Progress, *, memory: Path | None = None) -> tuple[Start, State]:
     """Start a run: prepare it, and write the files that must exist before its first state."""
-    start = begin(run, recipe, progress, memory=memory)
+    start = prepare_start(run, recipe, progress, memory=memory)
     if dist.rank() == 0:
         output_checks.clear_folder(run.out, RUN_FILES)
         write_run_json(run, recipe, [backbone.arch for backbone in start.backbones], start.images)

@@ -19,7 +19,7 @@ from odcft.distributed import dist, ownership, stop_signals
 from odcft.distributed.launch import run_ranks
 from odcft.errors import OdcftError
 from odcft.model import members
-from odcft.plan import decided
+from odcft.plan import fill_autos
 from odcft.recipe import MemoryRecipe, Recipe, load_recipe
 from odcft.train import fine_tune
 
@@ -69,7 +69,7 @@ def leaving():
 
 def steps():
     features_ND, labels_N = features_and_labels()
-    plan = decided(Recipe(memory=MemoryRecipe(clusters=K, min_cluster=20, centroid_interval=3, dtype="float32")))
+    plan = fill_autos(Recipe(memory=MemoryRecipe(clusters=K, min_cluster=20, centroid_interval=3, dtype="float32")))
     state = odc.start(mine(features_ND), mine(labels_N), plan)
     draw = torch.Generator().manual_seed(5)
     for step in range(40):

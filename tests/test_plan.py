@@ -8,7 +8,7 @@ import yaml
 from odcft.backbone.load import load_backbone
 from odcft.data.sources import find_images
 from odcft.errors import OdcftError
-from odcft.plan import automatic_size, decide_clusters, decided, make_plan, unsuitable, with_clusters_for
+from odcft.plan import automatic_size, decide_clusters, fill_autos, make_plan, recipe_suggestions, with_clusters_for
 from odcft.recipe import Recipe, dump, flatten, load_recipe, shipped
 
 
@@ -38,17 +38,17 @@ def test_tiny_sets_lower_the_threshold():
 
 def test_a_recipe_that_fits_better_is_suggested():
     transformer, convolutions = (load_backbone(f"scratch:{name}").backbone for name in ("test_vit", "test_resnet"))
-    (note,) = unsuitable([transformer], 20_000, load_recipe("small"))
+    (note,) = recipe_suggestions([transformer], 20_000, load_recipe("small"))
     assert "test_vit is a transformer" in note
     assert "--recipe odc_vit" in note
-    assert not unsuitable([transformer], 20_000, load_recipe("odc_vit"))
-    (note,) = unsuitable([convolutions], 20_000, load_recipe())
+    assert not recipe_suggestions([transformer], 20_000, load_recipe("odc_vit"))
+    (note,) = recipe_suggestions([convolutions], 20_000, load_recipe())
     assert "20,000 images make 39 steps an epoch with batches of 512: --recipe small" in note
-    (note,) = unsuitable([convolutions], 300, load_recipe("dc_r50_finetune"))
+    (note,) = recipe_suggestions([convolutions], 300, load_recipe("dc_r50_finetune"))
     assert "300 images make 1 step an epoch" in note
     assert "--recipe dc_small" in note
-    assert not unsuitable([convolutions], 1_281_167, load_recipe())
-    assert not unsuitable([convolutions], 2_000, load_recipe("small"))
+    assert not recipe_suggestions([convolutions], 1_281_167, load_recipe())
+    assert not recipe_suggestions([convolutions], 2_000, load_recipe("small"))
 
 
 def test_dc_notes_when_clusters_would_have_few_images():
@@ -86,7 +86,7 @@ def test_what_the_recipe_says_is_not_decided_again(make_images, tmp_path):
 
 def test_clusters_follow_the_images_that_can_be_read():
     recipe = load_recipe("small")
-    plan, notes = with_clusters_for(decided(recipe, clusters=200), recipe, 1280)
+    plan, notes = with_clusters_for(fill_autos(recipe, clusters=200), recipe, 1280)
     assert (plan.memory.clusters, notes) == (10, [])
 
 

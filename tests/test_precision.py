@@ -5,7 +5,7 @@ import torch
 
 from odcft.clustering import deepcluster, kmeans, memory, odc
 from odcft.clustering.memory import VARIANTS
-from odcft.plan import decided
+from odcft.plan import fill_autos
 from odcft.precision import allow_tf32, exact_products, has_bfloat16
 from odcft.recipe import MemoryRecipe, Recipe
 
@@ -59,7 +59,7 @@ def test_labels_are_decided_by_exact_products(monkeypatch):
     watched(memory, "nearest_centroid")
     features_SD = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
     labels_S = kmeans.assign(features_SD, kmeans.kmeans(features_SD, 4, 0))[0]
-    plan = decided(Recipe(memory=MemoryRecipe(clusters=4, dtype="float32", min_cluster=20)))
+    plan = fill_autos(Recipe(memory=MemoryRecipe(clusters=4, dtype="float32", min_cluster=20)))
     state = odc.start(features_SD.clone(), labels_S, plan)
     odc.update(state, torch.arange(10), features_SD[:10].flip(1), 0)
     deepcluster.start(features_SD.clone(), labels_S, plan)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from odcft.backbone.model_card import base_name
+from odcft.clustering.methods import METHODS
 from odcft.data.sources import Images
 from odcft.errors import OdcftError
 from odcft.files import checkpoint_sha256, file_sha256, read_json, read_text, write_text_atomically
@@ -16,7 +17,6 @@ from odcft.recipe import Recipe, parse_yaml
 from odcft.run.folder import Run
 from odcft.text import utc_now
 
-METHODS = ("odc", "dc", "codc")
 MAX_LINE = 1 << 16  # bytes in a line of the log, at most
 
 

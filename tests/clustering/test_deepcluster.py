@@ -7,13 +7,13 @@ from odcft.clustering import deepcluster
 from odcft.clustering.clusters import restore, stored
 from odcft.clustering.memory import new_memory
 from odcft.distributed import dist, ownership
-from odcft.plan import decided
+from odcft.plan import fill_autos
 from odcft.recipe import DCRecipe, MemoryRecipe, Recipe
 
 
 def plan(clusters, dtype="float32", **options):
     recipe = Recipe(method="dc", memory=MemoryRecipe(clusters=clusters, dtype=dtype), dc=DCRecipe(**options))
-    return decided(recipe)
+    return fill_autos(recipe)
 
 
 def state_of(labels, clusters, balance="sampling"):

@@ -9,7 +9,7 @@ from odcft.clustering import memory, odc
 from odcft.clustering.clusters import restore, stored
 from odcft.clustering.memory import VARIANTS
 from odcft.distributed import dist, ownership
-from odcft.plan import decided
+from odcft.plan import fill_autos
 from odcft.recipe import MemoryRecipe, Recipe
 
 # Four images around east, two around north.
@@ -19,7 +19,7 @@ LABELS = [0, 0, 0, 0, 1, 1]
 
 def plan(clusters=2, min_cluster=-1, dtype="float32", seed=0, **options):
     memory = MemoryRecipe(clusters=clusters, min_cluster=min_cluster, dtype=dtype, **options)
-    return decided(Recipe(seed=seed, memory=memory))
+    return fill_autos(Recipe(seed=seed, memory=memory))
 
 
 def start(features=FEATURES, labels=LABELS, **options):

@@ -16,7 +16,7 @@ from odcft.model.losses import losses
 from odcft.model.members import joint_features
 from odcft.model.neck_and_head import Output
 from odcft.model.views import Views
-from odcft.plan import CODCPlan, decided
+from odcft.plan import CODCPlan, fill_autos
 from odcft.recipe import AugmentRecipe, MemberRecipe, MemoryRecipe, Recipe
 
 CUDA = torch.device("cuda", 0)
@@ -56,7 +56,7 @@ def fake_state(variant, dtype, method="odc", S=200, K=20, D=16):
         torch.empty(K, D, device=CUDA),
         torch.empty(K, device=CUDA),
     )
-    return Clusters(memory, decided(Recipe(method=method, memory=MemoryRecipe(clusters=K, variant=variant))))
+    return Clusters(memory, fill_autos(Recipe(method=method, memory=MemoryRecipe(clusters=K, variant=variant))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
