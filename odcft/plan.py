@@ -4,6 +4,7 @@ It is made once, when checkpoints and images are known and before anything slow 
 recipe, so `recipe.yaml` in a RUN is the plan written out.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,6 +35,7 @@ from odcft.text import count_of
 
 IMAGES_PER_CLUSTER = 128  # that `auto` aims at
 MOST_CLUSTERS = 10_000  # that `auto` chooses (paper, sec. 3.4)
+USUAL_SIZE = 224  # pixels that `auto` gives transformers made for more, and those made for it
 FEW_IMAGES = 20  # per cluster: with fewer, DC's classifier has little to learn from
 FEW_STEPS, LARGE_BATCH = 200, 256  # fewer steps an epoch with larger batches: the recipe is meant for more images
 
@@ -118,6 +120,11 @@ def make_plan(
     intensity, note = _decide_range(recipe, images)
     for backbone in backbones:
         _refuse_size(backbone, size)
+        if backbone.fixed_size and size != backbone.size:
+            notes.append(
+                f"{backbone.arch} was made for images of {backbone.size} pixels: it is built for {size}, "
+                "and its position embedding is resampled."
+            )
     plan = decided(recipe, clusters, size, intensity, len(backbones), min_cluster)
     optim = plan.optim
     if optim.schedule == "step" and optim.final_epochs >= optim.epochs:
@@ -274,34 +281,44 @@ def decide_clusters(recipe: Recipe, count: int) -> tuple[int, int, list[str]]:
 def automatic_size(backbone: Backbone, side: int) -> int:
     """Pixels of the input by default: the network's own size, or the images' where they are smaller.
 
-    Small images are not blown up, but brought to the next multiple of 8, unless the network takes one size only.
+    Small images are not blown up, but brought to the next multiple of 8, or of what suits a transformer (its patch). A
+    transformer made for more than 224 pixels gets 224, because its cost grows faster than the pixels. A network that
+    timm cannot build for another size keeps its own.
 
     Args:
         backbone: of the images.
-        side: the usual shorter side of the images (`usual_side`), 0 if unknown.
+        side: their usual shorter side (`median_shorter_side`), 0 if unknown.
     """
     own = backbone.size
-    return own if backbone.fixed_size or side == 0 else min(own, max(32, -(-side // 8) * 8))
+    if not backbone.fixed_size:
+        return own if side == 0 else min(own, max(32, _round_up(side, 8)))
+    most = min(own, USUAL_SIZE)
+    size = min(own, _round_up(min(most, max(32, side)) if side else most, backbone.size_step))
+    return size if size == own or not backbone.why_not(size) else own
+
+
+def _round_up(pixels: int, step: int) -> int:
+    return -(-pixels // step) * step
 
 
 def _decide_size(recipe: Recipe, backbones: Sequence[Backbone], images: Images) -> int:
-    """`data.size`, where it is `auto` the smallest that some member would get."""
+    """`data.size`, where it is `auto` the smallest that some member would get and all transformers can be built for."""
     if recipe.data.size != "auto":
         return recipe.data.size
     side = median_shorter_side(images)
-    return min({b.size for b in backbones if b.fixed_size} or {automatic_size(b, side) for b in backbones})
+    size = min(automatic_size(b, side) for b in backbones)
+    fixed = [b for b in backbones if b.fixed_size]
+    if len(backbones) > 1 and any(size != b.size for b in fixed):
+        size = _round_up(size, math.lcm(*(b.size_step for b in fixed)))
+        return min((b.size for b in fixed if b.why_not(size)), default=size)
+    return size
 
 
 def _refuse_size(backbone: Backbone, size: int) -> None:
-    if backbone.fixed_size and size != backbone.size:
+    if why := backbone.why_not(size):
         raise OdcftError(
-            f"{backbone.arch} takes images of {backbone.size} pixels only, not {size}. "
-            f"Pass --set data.size={backbone.size}, or auto; members of codc all see the same images."
-        )
-    if not backbone.accepts_size(size):
-        raise OdcftError(
-            f"{backbone.arch} cannot process images of {size} pixels. "
-            f"It was made for {backbone.size}: try --set data.size={backbone.size}."
+            f"{why.rstrip('.')} (or --set data.size={backbone.size}, its own size, or auto). "
+            "Members of codc all see the same images."
         )
 
 
@@ -336,8 +353,8 @@ def view_for_evaluation(loaded: Loaded, images: Images, size: int | None, run: V
         view = replace(view, intensity=choose_range(images)[0])
     if size is not None or run is not None or loaded.states_view:
         return replace(view, size=size or view.size)
-    size = automatic_size(backbone, median_shorter_side(images))
-    return replace(view, size=size, crop_fraction=1.0 if size < view.size else view.crop_fraction)
+    size, usual = automatic_size(backbone, median_shorter_side(images)), automatic_size(backbone, 0)
+    return replace(view, size=size, crop_fraction=1.0 if size < usual else view.crop_fraction)
 
 
 # ---------------------------------------------------------------- the machine

@@ -77,6 +77,8 @@ def begin(run: Run, recipe: Recipe, progress: Progress, *, memory: Path | None =
     backbones = [one.backbone for one in loaded]
     plan, notes = make_plan(recipe, backbones, images)
     allow_tf32(plan.optim.tf32)
+    for backbone in backbones:
+        backbone.resize(plan.data.size)
     _describe(loaded, images, plan, notes, progress, training)
     necks, dim = make_necks(backbones, plan)
     if stored is not None:
@@ -232,6 +234,8 @@ def resumed_run(run: Run, recipe: Recipe, epochs: int | None, progress: Progress
     backbones = [one.backbone for one in loaded]
     plan, _ = make_plan(recipe, backbones, images)
     allow_tf32(plan.optim.tf32)
+    for backbone in backbones:
+        backbone.resize(plan.data.size)
     necks, dim = make_necks(backbones, plan)
     clusters = _no_clusters_yet(len(images), len(necks) * dim, plan)
     unreadable = dict.fromkeys(resume_checks.read_quarantine(run.out), "")

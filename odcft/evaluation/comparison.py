@@ -152,8 +152,7 @@ def _extract_features(
     from odcft.data.feature_extraction import extract
 
     backbone = loaded.backbone
-    if backbone.fixed_size and view.size != backbone.size:
-        raise OdcftError(f"{backbone.arch} takes images of {backbone.size} pixels only, not {view.size}.")
+    backbone.resize(view.size)
     if not backbone.accepts_size(view.size):
         raise OdcftError(f"{backbone.arch} cannot process images of {view.size} pixels. Try --size {backbone.size}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

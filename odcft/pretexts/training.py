@@ -132,6 +132,7 @@ def _prepare(task: str, data: str, arch: str, out: Path, recipe: Recipe, resume:
     for note in notes:
         progress.say(f"Note        {note}")
     allow_tf32(plan.optim.tf32)
+    backbone.resize(plan.data.size)
     device, optim = dist.this_device(), plan.optim
     if state:
         _refuse_other_settings(out, state, backbone, plan)
