@@ -76,6 +76,7 @@ class BackboneRecipe(_Group):
 
     input: Literal["rgb", "bgr", "gray", "lab_l", "sobel"] | None = None  # the colours it expects
     allow_partial: bool = False  # accept less than 90 % of the backbone; the rest starts from random weights
+    part: Annotated[str, Field(max_length=300)] | None = None  # of a file with several backbones: where one of them is
     arch_args: dict[str, Any] | None = None  # arguments to build the network with: {patch_size: 8}
 
 
