@@ -178,17 +178,22 @@ def inspect(
     """Show what a checkpoint is: its origin, architecture, input, and how much of the backbone it contains."""
     from odcft.backbone.inspection import describe
     from odcft.backbone.load import load_backbone
+    from odcft.progress import Progress
 
     loaded = load_backbone(
         ckpt, arch, input, allow_partial, arch_args=_parse_arch_args(arch_args), finite=False, part=part
     )
-    values, lines = describe(loaded)
+    values, drawing = describe(loaded)
     recipe = "odc_vit" if loaded.backbone.is_transformer else None
     given = {"arch": arch, "arch_args": arch_args, "input": input, "allow_partial": allow_partial, "recipe": recipe}
     given |= {"part": part}
-    if not loaded.not_finite:
-        lines.append(f"Fine-tune it:   {command('finetune', ckpt, 'IMAGES/', out='RUN', **given)}")
-    _report(values, as_json, lines)
+    line = f"Fine-tune it:   {command('finetune', ckpt, 'IMAGES/', out='RUN', **given)}"
+    if loaded.not_finite:
+        line = (
+            "It cannot be fine-tuned, because weights that are not finite give no features. Use an earlier checkpoint."
+        )
+    Progress().draw(drawing)
+    _report(values, as_json, [line])
 
 
 @app.command("init-memory")

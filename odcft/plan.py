@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from odcft.backbone.input_resizing import USUAL_SIZE
 from odcft.backbone.load import Loaded
 from odcft.backbone.network import Backbone
 from odcft.data.intensity_range import choose_range, median_shorter_side
@@ -35,7 +36,6 @@ from odcft.text import count_of
 
 IMAGES_PER_CLUSTER = 128  # that `auto` aims at
 MOST_CLUSTERS = 10_000  # that `auto` chooses (paper, sec. 3.4)
-USUAL_SIZE = 224  # pixels that `auto` gives transformers made for more, and those made for it
 FEW_IMAGES = 20  # per cluster: with fewer, DC's classifier has little to learn from
 FEW_STEPS, LARGE_BATCH = 200, 256  # fewer steps an epoch with larger batches: the recipe is meant for more images
 

@@ -14,6 +14,8 @@ from odcft.backbone.non_timm_networks import SkipRandomInit, timm_builds
 from odcft.errors import OdcftError, ran_out_of_memory
 from odcft.text import short_repr
 
+USUAL_SIZE = 224  # pixels that `data.size: auto` gives transformers made for more
+
 
 def patch_side(net: nn.Module) -> int:
     """Pixels that the side of an image must be a multiple of: a transformer's patch, or how much it shrinks images."""
