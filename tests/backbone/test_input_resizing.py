@@ -149,3 +149,37 @@ def test_dinov2_small_at_any_size(tmp_path, make_images, odcft_command, size):
 def test_vit_tiny_at_any_size(tmp_path, make_images, odcft_command, size):
     timm_file(tmp_path / "c.pth", "vit_tiny_patch16_224")
     _fine_tune_and_load_in_timm(tmp_path, make_images, odcft_command, tmp_path / "c.pth", size)
+
+
+@pytest.mark.slow
+def test_memory_resume_evaluation_and_members_at_another_size(tmp_path, make_images, make_checkpoint, odcft_command):
+    def run(*args):
+        code, out, err = odcft_command(*args)
+        assert code == 0, err
+        return out
+
+    timm_file(tmp_path / "vit.pth", "test_vit")
+    ckpt, data, few = tmp_path / "vit.pth", make_images(tmp_path / "data", count=24, side=64), FINE_TUNE
+    run("init-memory", ckpt, data, "--out", tmp_path / "memory", *few[:2], *few[4:])
+    run("finetune", ckpt, data, "--memory", tmp_path / "memory", "--out", tmp_path / "run", *few)
+    run("finetune", ckpt, data, "--out", tmp_path / "run", "--resume", "--epochs", 2)
+    told = json.loads(run("evaluate", tmp_path / "run", data, "--protocol", "knn", "--json"))
+    assert told["view"]["size"] == 64
+    alone = json.loads(run("evaluate", ckpt, data, "--protocol", "knn", "--json", "--size", 64))
+    assert told["before"]["knn"]["top1"] == alone["knn"]["top1"]
+    other = make_checkpoint(tmp_path / "resnet.pth")
+    run("finetune", ckpt, other, data, "--method", "codc", "--out", tmp_path / "codc", *few)
+    assert load_backbone(tmp_path / "codc" / "backbone").backbone.size == 64
+
+
+@pytest.mark.slow
+def test_a_pretext_task_at_another_size_is_resumed_and_fine_tuned(tmp_path, make_images, odcft_command):
+    data = make_images(tmp_path / "data")
+    task = ("pretext", "rotation", data, "--arch", "test_vit", "--out", tmp_path / "p.pth")
+    size = ("--set", "data.size=48", "--set", "optim.batch_size=4")
+    assert odcft_command(*task, "--epochs", 1, *size)[0] == 0
+    assert odcft_command(*task, "--epochs", 2, "--resume", *size)[0] == 0
+    assert load_backbone(tmp_path / "p.pth").backbone.arch_args == {"img_size": 48}
+    code, _, err = odcft_command("finetune", tmp_path / "p.pth", data, "--out", tmp_path / "run", *FINE_TUNE)
+    assert code == 0, err
+    assert "built for 32" in err
