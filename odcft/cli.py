@@ -51,6 +51,14 @@ Input = Annotated[
         help="Colours the network expects: rgb, bgr, gray, lab_l or sobel; detected by default.",
     ),
 ]
+Part = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        metavar="PATH",
+        help="Which backbone to take where a file holds several, for example student; `inspect` lists them.",
+    ),
+]
 Partial = Annotated[
     bool,
     typer.Option(
@@ -94,11 +102,13 @@ def _load_recipe(
     input: str | None = None,
     allow_partial: bool = False,
     arch_args: str | None = None,
+    part: str | None = None,
 ) -> Any:
     from odcft.recipe import load_recipe
 
     given = {"memory.clusters": clusters, "seed": seed, "backbone.input": input}
     given["backbone.allow_partial"] = "true" if allow_partial else None
+    given["backbone.part"] = None if part is None else json.dumps(part)
     given["backbone.arch_args"] = None if arch_args is None else json.dumps(_parse_arch_args(arch_args))
     return load_recipe(name, [*(overrides or []), *(f"{k}={v}" for k, v in given.items() if v is not None)])
 
@@ -161,20 +171,29 @@ def inspect(
     arch: Arch = None,
     arch_args: ArchArgs = None,
     input: Input = None,
+    part: Part = None,
     allow_partial: Partial = False,
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint is: its origin, architecture, input, and how much of the backbone it contains."""
     from odcft.backbone.inspection import describe
     from odcft.backbone.load import load_backbone
+    from odcft.progress import Progress
 
-    loaded = load_backbone(ckpt, arch, input, allow_partial, arch_args=_parse_arch_args(arch_args), finite=False)
-    values, lines = describe(loaded)
+    loaded = load_backbone(
+        ckpt, arch, input, allow_partial, arch_args=_parse_arch_args(arch_args), finite=False, part=part
+    )
+    values, drawing = describe(loaded)
     recipe = "odc_vit" if loaded.backbone.is_transformer else None
     given = {"arch": arch, "arch_args": arch_args, "input": input, "allow_partial": allow_partial, "recipe": recipe}
-    if not loaded.not_finite:
-        lines.append(f"Fine-tune it:   {command('finetune', ckpt, 'IMAGES/', out='RUN', **given)}")
-    _report(values, as_json, lines)
+    given |= {"part": part}
+    line = f"Fine-tune it:   {command('finetune', ckpt, 'IMAGES/', out='RUN', **given)}"
+    if loaded.not_finite:
+        line = (
+            "It cannot be fine-tuned, because weights that are not finite give no features. Use an earlier checkpoint."
+        )
+    Progress().draw(drawing)
+    _report(values, as_json, [line])
 
 
 @app.command("init-memory")
@@ -189,13 +208,14 @@ def init_memory(
     arch: Arch = None,
     arch_args: ArchArgs = None,
     input: Input = None,
+    part: Part = None,
     allow_partial: Partial = False,
     devices: Devices = 1,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Extract features of all images, cluster them by K-Means, and save the memories that `finetune` starts from."""
-    resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args)
+    resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args, part)
     _start_processes(devices)
     from odcft.first_memory import init_memory as run
 
@@ -207,7 +227,7 @@ def init_memory(
         )
     ]
     given = {"recipe": recipe if recipe != DEFAULT_RECIPE else None, "set": overrides, "seed": seed, "arch": arch}
-    given |= {"arch_args": arch_args, "input": input, "allow_partial": allow_partial}
+    given |= {"arch_args": arch_args, "input": input, "allow_partial": allow_partial, "part": part}
     lines.append(f"Next:       {command('finetune', ckpt, data, memory=out, out='RUN', **given)}")
     _report(values, as_json, lines)
 
@@ -251,6 +271,7 @@ def finetune(
     arch: Arch = None,
     arch_args: ArchArgs = None,
     input: Input = None,
+    part: Part = None,
     allow_partial: Partial = False,
     as_json: Json = False,
 ) -> None:
@@ -263,7 +284,7 @@ def finetune(
         usual = DC_RECIPE if "method=dc" in overrides else DEFAULT_RECIPE
         own = out / "recipe.yaml"
         recipe = str(own) if resume and os.path.isfile(own) and not os.path.islink(own) else usual
-    resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args)
+    resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args, part)
     _start_processes(devices)
     from odcft.text import duration
     from odcft.train import fine_tune
@@ -314,6 +335,7 @@ def export(
     arch: Arch = None,
     arch_args: ArchArgs = None,
     input: Input = None,
+    part: Part = None,
     allow_partial: Partial = False,
     size: Annotated[
         int | None,
@@ -326,7 +348,7 @@ def export(
     from odcft.backbone.model_card import loading_code
     from odcft.exports import export as run
 
-    backbone = run(source, out, format, arch, overwrite, input, allow_partial, size, _parse_arch_args(arch_args))
+    backbone = run(source, out, format, arch, overwrite, input, allow_partial, size, _parse_arch_args(arch_args), part)
     seen = backbone.input
     lines = [f"Wrote {out} ({format}), read back and compared.", f"Images      {seen.describe_view()}"]
     if format != "onnx":
@@ -370,6 +392,7 @@ def evaluate(
     arch: Arch = None,
     arch_args: ArchArgs = None,
     input: Input = None,
+    part: Part = None,
     allow_partial: Partial = False,
     as_json: Json = False,
 ) -> None:
@@ -390,7 +413,7 @@ def evaluate(
         from odcft.evaluation.comparison import evaluate as run
 
         args = _parse_arch_args(arch_args)
-        results = run(ckpt, data, test, protocols, arch, size, input, allow_partial, arch_args=args)
+        results = run(ckpt, data, test, protocols, arch, size, input, allow_partial, arch_args=args, part=part)
     members = results.get("members", [])
     report = [summary(results)]
     if members:

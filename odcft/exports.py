@@ -34,6 +34,7 @@ def export(
     allow_partial: bool = False,
     size: int | None = None,
     arch_args: dict[str, Any] | None = None,
+    part: str | None = None,
 ) -> Backbone:
     """Export the backbone of a RUN or of anybody's checkpoint.
 
@@ -47,6 +48,7 @@ def export(
         allow_partial: accept a checkpoint that covers less than 90 % of the backbone.
         size: image size in pixels, if different from what the source says.
         arch_args: arguments to build the network with, besides its name.
+        part: where in the checkpoint to look, if it holds several backbones.
 
     Returns:
         The backbone that was written.
@@ -58,7 +60,7 @@ def export(
         raise OdcftError(f"--format {format}: no such format. Choose from {', '.join(FORMATS)}.")
     _refuse_existing(out, format, overwrite)
     output_checks.refuse_unwritable(out / "model.safetensors" if format == "timm" else out)
-    backbone = load_backbone(source, arch, input, allow_partial, arch_args=arch_args).backbone
+    backbone = load_backbone(source, arch, input, allow_partial, arch_args=arch_args, part=part).backbone
     if size is not None:
         backbone.set_view(replace(backbone.input.view, size=size))
     try:

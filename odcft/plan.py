@@ -4,6 +4,7 @@ The plan is made once, when checkpoints and images are known and before anything
 recipe, so `recipe.yaml` in a RUN is the plan written out.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from odcft.backbone.input_resizing import USUAL_SIZE
 from odcft.backbone.load import Loaded
 from odcft.backbone.network import Backbone
 from odcft.data.intensity_range import choose_range, median_shorter_side
@@ -122,6 +124,11 @@ def make_plan(
     intensity, note = _decide_range(recipe, images)
     for backbone in backbones:
         _refuse_size(backbone, size)
+        if backbone.fixed_size and size != backbone.size:
+            notes.append(
+                f"{backbone.arch} was made for images of {backbone.size} pixels: it is built for {size}, "
+                "and its position embedding is resampled."
+            )
     plan = fill_autos(recipe, clusters, size, intensity, len(backbones), min_cluster)
     optim = plan.optim
     if optim.schedule == "step" and optim.final_epochs >= optim.epochs:
@@ -278,35 +285,44 @@ def decide_clusters(recipe: Recipe, count: int) -> tuple[int, int, list[str]]:
 def automatic_size(backbone: Backbone, side: int) -> int:
     """The default input size in pixels: the network's own, or that of the images if they are smaller.
 
-    Small images are not enlarged to the network's size, only rounded up to a multiple of 8 (at least 32), unless the
-    network accepts one size only.
+    Small images are not enlarged to the network's size, only rounded up to a multiple of 8 (at least 32), or of what
+    suits a transformer (its patch). A transformer made for more than 224 pixels gets 224, because its cost grows faster
+    than the number of pixels. A network that timm cannot build for another size keeps its own.
 
     Args:
         backbone: the network.
         side: the median shorter side of the images (`median_shorter_side`), 0 if unknown.
     """
     own = backbone.size
-    return own if backbone.fixed_size or side == 0 else min(own, max(32, -(-side // 8) * 8))
+    if not backbone.fixed_size:
+        return own if side == 0 else min(own, max(32, _round_up(side, 8)))
+    most = min(own, USUAL_SIZE)
+    size = min(own, _round_up(min(most, max(32, side)) if side else most, backbone.size_step))
+    return size if size == own or not backbone.why_not(size) else own
+
+
+def _round_up(pixels: int, step: int) -> int:
+    return -(-pixels // step) * step
 
 
 def _decide_size(recipe: Recipe, backbones: Sequence[Backbone], images: Images) -> int:
-    """Decide `data.size`; `auto` is the smallest of the sizes that suit the members."""
+    """Decide `data.size`; `auto` is the smallest size that suits the members and that all transformers can have."""
     if recipe.data.size != "auto":
         return recipe.data.size
     side = median_shorter_side(images)
-    return min({b.size for b in backbones if b.fixed_size} or {automatic_size(b, side) for b in backbones})
+    size = min(automatic_size(b, side) for b in backbones)
+    fixed = [b for b in backbones if b.fixed_size]
+    if len(backbones) > 1 and any(size != b.size for b in fixed):
+        size = _round_up(size, math.lcm(*(b.size_step for b in fixed)))
+        return min((b.size for b in fixed if b.why_not(size)), default=size)
+    return size
 
 
 def _refuse_size(backbone: Backbone, size: int) -> None:
-    if backbone.fixed_size and size != backbone.size:
+    if why := backbone.why_not(size):
         raise OdcftError(
-            f"{backbone.arch} takes images of {backbone.size} pixels only, not {size}. "
-            f"Pass --set data.size={backbone.size} or data.size=auto; all members of codc see the same images."
-        )
-    if not backbone.accepts_size(size):
-        raise OdcftError(
-            f"{backbone.arch} cannot process images of {size} pixels. "
-            f"It was made for {backbone.size}: try --set data.size={backbone.size}."
+            f"{why.rstrip('.')} (or --set data.size={backbone.size}, its own size, or auto). "
+            "Members of codc all see the same images."
         )
 
 
@@ -340,8 +356,8 @@ def view_for_evaluation(loaded: Loaded, images: Images, size: int | None, run: V
         view = replace(view, intensity=choose_range(images)[0])
     if size is not None or run is not None or loaded.states_view:
         return replace(view, size=size or view.size)
-    size = automatic_size(backbone, median_shorter_side(images))
-    return replace(view, size=size, crop_fraction=1.0 if size < view.size else view.crop_fraction)
+    size, usual = automatic_size(backbone, median_shorter_side(images)), automatic_size(backbone, 0)
+    return replace(view, size=size, crop_fraction=1.0 if size < usual else view.crop_fraction)
 
 
 # ---------------------------------------------------------------- the machine

@@ -75,6 +75,8 @@ def prepare_start(
     backbones = [one.backbone for one in loaded]
     plan, notes = make_plan(recipe, backbones, images)
     plan.allow_rounding()
+    for backbone in backbones:
+        backbone.resize(plan.data.size)
     _describe(loaded, images, plan, notes, progress, training)
     necks, dim = make_necks(backbones, plan)
     if stored is not None:
@@ -224,6 +226,8 @@ def resumed_run(run: Run, recipe: Recipe, epochs: int | None, progress: Progress
     backbones = [one.backbone for one in loaded]
     plan, _ = make_plan(recipe, backbones, images)
     plan.allow_rounding()
+    for backbone in backbones:
+        backbone.resize(plan.data.size)
     necks, dim = make_necks(backbones, plan)
     clusters = _empty_clusters(len(images), len(necks) * dim, plan)
     unreadable = dict.fromkeys(resume_checks.read_quarantine(run.out), "")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from odcft.distributed import dist
-from odcft.text import duration, printable
+from odcft.text import Branch, duration, printable
 
 SILENCE = 5.0  # seconds before a task without a progress bar is announced
 
@@ -28,6 +28,23 @@ class Progress:
         """Print one line, with anything in it that could harm the terminal escaped."""
         if not self.quiet:
             self.console.print(printable(line), markup=False)
+
+    def draw(self, branch: Branch) -> None:
+        """Print a tree: drawn on a terminal, otherwise as plain lines."""
+        from rich.text import Text
+        from rich.tree import Tree
+
+        if not self.console.is_terminal:
+            for line in branch.lines():
+                self.say(line)
+        elif not self.quiet:
+
+            def grow(tree: Tree, branches: list[Branch]) -> Tree:
+                for one in branches:
+                    grow(tree.add(Text(printable(one.text))), one.branches)
+                return tree
+
+            self.console.print(grow(Tree(Text(printable(branch.text), "bold")), branch.branches), soft_wrap=False)
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:

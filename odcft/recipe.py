@@ -39,7 +39,7 @@ def _black_to_white(pair: tuple[float, float]) -> tuple[float, float]:
 class DataRecipe(_Group):
     """The pixels that the network sees: size, crop, value range and normalisation."""
 
-    # pixels; auto: the network's own size, or the images' if they are smaller
+    # pixels; auto: the network's own size (224 for transformers made for more), or the images' if they are smaller
     size: Auto | Annotated[int, Field(ge=8, le=MAX_IMAGE_SIZE)] = 224
     # without augmentation: the image is resized to size / crop_fraction and its centre cropped
     crop_fraction: float = Field(0.875, gt=0, le=1)
@@ -76,6 +76,7 @@ class BackboneRecipe(_Group):
 
     input: Literal["rgb", "bgr", "gray", "lab_l", "sobel"] | None = None  # the colours it expects
     allow_partial: bool = False  # accept less than 90 % of the backbone; the rest starts from random weights
+    part: Annotated[str, Field(max_length=300)] | None = None  # of a file with several backbones: where one of them is
     arch_args: dict[str, Any] | None = None  # arguments to build the network with: {patch_size: 8}
 
 

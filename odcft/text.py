@@ -6,6 +6,8 @@ as they are become Python escapes.
 
 import re
 import reprlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
 # Control characters (C0, DEL, C1), line separators, bidirectional and zero-width characters, surrogates.
@@ -29,6 +31,25 @@ def _escape(found: re.Match[str]) -> str:
     if "\udc80" <= char <= "\udcff":  # a byte of a file name that is not UTF-8
         return f"\\x{ord(char) - 0xDC00:02x}"
     return char.encode("unicode_escape", "backslashreplace").decode("ascii")
+
+
+@dataclass
+class Branch:
+    """A line of text with others below it: `progress.Progress.draw` shows it as a tree."""
+
+    text: str
+    branches: list["Branch"] = field(default_factory=list)
+
+    def add(self, text: str) -> "Branch":
+        """Add a line below this one, and return it."""
+        self.branches.append(Branch(text))
+        return self.branches[-1]
+
+    def lines(self, depth: int = 0) -> Iterator[str]:
+        """The same as plain lines, each indented by its depth."""
+        yield "  " * depth + self.text
+        for branch in self.branches:
+            yield from branch.lines(depth + 1)
 
 
 def short_repr(value: object, most: int = 60, quotes: bool = True) -> str:

@@ -204,8 +204,8 @@ def test_size_and_crop_are_stored_in_every_format(tmp_path, format):
 
 
 def test_a_size_that_a_network_cannot_take_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(OdcftError, match=r"takes images of 160 pixels only, not 64"):
-        export("scratch:test_vit", tmp_path / "out", size=64)
+    with pytest.raises(OdcftError, match=r"a multiple of 16 pixels, not 60: try 48 or 64"):
+        export("scratch:test_vit", tmp_path / "out", size=60)
     assert not (tmp_path / "out").exists()
 
 

@@ -95,12 +95,60 @@ def test_members_share_an_image_size_that_all_accept(make_images, tmp_path):
     images = find_images(make_images(tmp_path, side=200))
     recipe = load_recipe("small", ["data.size=auto", "optim.batch_size=4"])
     assert make_plan(recipe, backbones, images)[0].data.size == backbones[0].size
-    with pytest.raises(OdcftError, match="takes images of 160 pixels only, not 32"):
-        make_plan(load_recipe("small", ["data.size=32", "optim.batch_size=4"]), backbones, images)
+    asked = load_recipe("small", ["data.size=40", "optim.batch_size=4"])
+    with pytest.raises(OdcftError, match="a multiple of 16 pixels, not 40: try 32 or 48"):
+        make_plan(asked, backbones, images)
+
+
+def network(size, step=0, only=False):
+    """What the plan asks of a network: step 0 for one that takes any size, `only` where timm cannot resample it."""
+    return SimpleNamespace(
+        size=size,
+        fixed_size=step > 0,
+        size_step=step,
+        why_not=lambda s: "no" if s != size and (only or (step and s % step)) else "",
+    )
 
 
 @pytest.mark.parametrize(
-    ("fixed", "side", "size"), [(False, 40, 40), (False, 20, 32), (False, 500, 224), (True, 40, 224)]
+    ("backbone", "side", "size"),
+    [
+        (network(224), 40, 40),
+        (network(224), 20, 32),
+        (network(224), 500, 224),
+        (network(288), 0, 288),
+        (network(518, 14), 500, 224),
+        (network(518, 14), 32, 42),
+        (network(518, 14), 0, 224),
+        (network(518, 14), 100, 112),
+        (network(224, 16), 500, 224),
+        (network(224, 16), 33, 48),
+        (network(384, 32), 32, 32),
+        (network(160, 16), 500, 160),
+        (network(224, 32, only=True), 40, 224),
+        (network(384, 32, only=True), 500, 384),
+    ],
 )
-def test_input_size_follows_small_images_up_to_the_networks_own(fixed, side, size):
-    assert automatic_size(SimpleNamespace(size=224, fixed_size=fixed), side) == size
+def test_input_size_follows_small_images_up_to_the_networks_own(backbone, side, size):
+    assert automatic_size(backbone, side) == size
+
+
+def test_a_transformer_of_another_size_is_announced(make_images, tmp_path):
+    backbone, images = load_backbone("scratch:test_vit").backbone, find_images(make_images(tmp_path))
+    plan, notes = make_plan(load_recipe("odc_vit", ["optim.batch_size=4"]), [backbone], images)
+    assert plan.data.size == 32
+    assert "test_vit was made for images of 160 pixels: it is built for 32" in notes[0] + notes[1]
+
+
+def test_members_with_different_patches_meet_at_a_size_that_both_take(make_images, tmp_path):
+    images = find_images(make_images(tmp_path))
+    recipe = load_recipe("odc_vit", ["optim.batch_size=4"])
+    assert _decided_for(recipe, [network(518, 14), network(224, 16)], images) == 112
+    assert _decided_for(recipe, [network(518, 14), network(224, 16, only=True)], images) == 224
+    assert _decided_for(recipe, [network(518, 14), network(288)], images) == 42
+
+
+def _decided_for(recipe, backbones, images):
+    for number, backbone in enumerate(backbones):
+        backbone.arch = f"network {number}"
+    return make_plan(recipe, backbones, images)[0].data.size

@@ -11,6 +11,7 @@ from torch import nn
 
 from odcft import seeds
 from odcft.backbone.architecture_recognition import nearest_name, recognise
+from odcft.backbone.backbone_parts import Part, complete_parts, only_part, why_taken
 from odcft.backbone.checkpoint_files import Contents, read
 from odcft.backbone.checkpoint_metadata import check_arguments
 from odcft.backbone.family_recognition import recognise_family
@@ -44,6 +45,8 @@ class Loaded:
     notes: list[str] = field(default_factory=list)  # what the user should know: odd tensors, missing parts
     states_view: bool = False  # whether the source itself says which image size and crop its network expects
     not_finite: list[str] = field(default_factory=list)  # tensors that hold NaN or infinity
+    parts: list[Part] = field(default_factory=list)  # complete backbones in the file, first the one that was taken
+    why: str = ""  # it was taken, where there are several
 
 
 def load_backbone(
@@ -57,6 +60,7 @@ def load_backbone(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     finite: bool = True,
+    part: str | None = None,
 ) -> Loaded:
     """Load the backbone of a checkpoint.
 
@@ -74,6 +78,7 @@ def load_backbone(
         arch_args: arguments to build the network with (`metadata.Arguments`), to override the file's own.
         mean, std: for each channel, in 0..1 of the input's range, to override what the file says or odcft guesses.
         finite: refuse weights that are not finite; otherwise only list them.
+        part: where in the file to look (`only_part`), if it holds several backbones and another one is wanted.
 
     Returns:
         The backbone on the CPU, in evaluation mode, and what was matched.
@@ -89,9 +94,11 @@ def load_backbone(
         _refuse_unknown_input(input)
     with seeds.seeded_init(seed, "backbone", member):
         if scheme in ("timm", "torchvision", "scratch") and rest:
+            if part is not None:
+                raise OdcftError(f"--part {part}: {name} is not a file, so it has no parts. Drop --part.")
             loaded = _load_named(name, scheme, rest, input, arch_args)
         else:
-            loaded = _load_file(name, Path(ckpt), arch, allow_partial, arch_args)
+            loaded = _load_file(name, Path(ckpt), arch, allow_partial, arch_args, part)
         if input is not None:
             _apply_input(loaded, input, allow_partial)
     if mean is not None or std is not None:
@@ -104,13 +111,16 @@ def load_backbone(
     return loaded
 
 
-def _load_file(name: str, path: Path, arch: str | None, allow_partial: bool, arch_args: dict[str, Any]) -> Loaded:
+def _load_file(
+    name: str, path: Path, arch: str | None, allow_partial: bool, arch_args: dict[str, Any], part: str | None
+) -> Loaded:
     try:
         if (path / "backbone" / "config.json").exists():  # a RUN
             path = path / "backbone"
     except OSError as error:
         raise OdcftError(f"{short_repr(name, 200, quotes=False)} cannot be read: {error.strerror}.") from None
-    contents = read(path)
+    whole = read(path)
+    contents = whole if part is None else only_part(whole, part)
     arch, kwargs, found = recognise(contents, arch, arch_args)
     if not allow_partial:
         _refuse_partial(path, arch, found)
@@ -118,6 +128,7 @@ def _load_file(name: str, path: Path, arch: str | None, allow_partial: bool, arc
     backbone = Backbone(arch, random=bool(found.missing), **kwargs)
     _set_input(backbone, contents, found)
     backbone.net.load_state_dict({**backbone.net.state_dict(), **found.tensors})
+    parts = complete_parts(whole, backbone.net.state_dict(), found)
     return Loaded(
         backbone.eval(),
         name,
@@ -126,6 +137,8 @@ def _load_file(name: str, path: Path, arch: str | None, allow_partial: bool, arc
         _notes(contents, found),
         states_view=contents.metadata.architecture is not None or contents.metadata.input is not None,
         not_finite=not_finite(backbone.net.state_dict()),
+        parts=parts,
+        why=why_taken(parts, part) if len(parts) > 1 else "",
     )
 
 

@@ -1,12 +1,14 @@
 """The backbone: a network without its classifier, and the adapter that converts images to the input it expects."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from odcft.backbone.input_recognition import input_from_cfg
+from odcft.backbone.input_resizing import resized, size_step
 from odcft.backbone.network_input import Adapter, Input
 from odcft.backbone.non_timm_networks import NETWORKS, SkipRandomInit, build
 from odcft.data.view import View
@@ -23,7 +25,7 @@ class Backbone(nn.Module):
         input: its size, colours, range and normalisation.
         width: F, the length of a feature.
         size: side in pixels of the images it was made for.
-        fixed_size: whether it takes no other size.
+        fixed_size: whether it is built for that size; `resize` builds it for another, if timm can.
     """
 
     def __init__(self, arch: str, input: Input | None = None, random: bool = True, **kwargs: Any) -> None:
@@ -56,11 +58,48 @@ class Backbone(nn.Module):
         Raises:
             OdcftError: the network does not take images of that size.
         """
-        if self.fixed_size and view.size != self.size:
-            raise OdcftError(f"{self.arch} takes images of {self.size} pixels only, not {view.size}.")
+        self.resize(view.size)
         if not self.accepts_size(view.size):
             raise OdcftError(f"{self.arch} cannot process images of {view.size} pixels. It was made for {self.size}.")
         self.adapter = Adapter(self.input.with_view(view)).to(next(self.parameters()).device)
+
+    def resize(self, size: int) -> None:
+        """Build a network of fixed size for images of `size` pixels; do nothing where it takes any size.
+
+        Its weights stay, and timm resamples those of positions. At its own size nothing changes.
+
+        Raises:
+            OdcftError: timm cannot build it for this size.
+        """
+        if not self.fixed_size or size == self.size:
+            return
+        device = next(self.parameters()).device
+        self.net = resized(self.net, self.arch, self.arch_args, size).to(device)
+        self.arch_args = {**self.arch_args, "img_size": size}
+        self.adapter = Adapter(replace(self.input, size=size)).to(device)
+
+    def why_not(self, size: int) -> str:
+        """Why the network takes no images of size x size pixels, not even after `resize`; "" if it does.
+
+        It is found out by trying, on a copy.
+        """
+        copy = self
+        if self.fixed_size and size != self.size:
+            try:
+                net = resized(self.net, self.arch, self.arch_args, size)
+            except OdcftError as error:
+                return str(error)
+            copy = Backbone.__new__(Backbone)
+            nn.Module.__init__(copy)
+            copy.net, copy.adapter = net, self.adapter
+        if not copy.accepts_size(size):
+            return f"{self.arch} cannot process images of {size} pixels. It was made for {self.size}."
+        return ""
+
+    @property
+    def size_step(self) -> int:
+        """Pixels between two sizes that suit it: a transformer's patch, times how much later stages shrink the map."""
+        return size_step(self.net)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), RGB in 0..1, to pooled features (B, F)."""

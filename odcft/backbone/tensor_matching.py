@@ -13,9 +13,9 @@ from odcft.backbone.checkpoint_files import Contents
 from odcft.backbone.tensor_renames import RENAMES
 
 # Where several state dicts hold the same backbone, the path says which is the better copy: the moving average beats the
-# live weights, the teacher the student, and the query encoder the key encoder.
+# live weights, the teacher the student, the query encoder the key encoder, and BYOL's online network its target.
 _PREFERRED = (
-    *("teacher", "target_encoder", "encoder_q", "online", "base_encoder", "backbone", "encoder", "trunk"),
+    *("teacher", "online", "target_encoder", "encoder_q", "base_encoder", "backbone", "encoder", "trunk"),
     *("model", "state_dict"),
 )
 _SECOND_BEST = ("student", "encoder_k", "momentum", "optimizer", "predictor", "target_net")
@@ -63,6 +63,24 @@ def match(contents: Contents, network: Mapping[str, Tensor]) -> Match:
         The match, which may be empty.
     """
     best: tuple[tuple[int, int, int], str, str, dict[str, str]] | None = None
+    for count, number, path, prefix, names in _places(contents, network):
+        rank = (count, preference(f"{path}/{prefix}"), -number)
+        if best is None or rank > best[0]:
+            best = rank, path, prefix, names
+    if best is None:
+        return Match({}, "", len(network), list(network), [], [], {}, [])
+    return _match_under(contents, *best[1:], network)
+
+
+def complete_matches(contents: Contents, network: Mapping[str, Tensor], count: int) -> Iterator[Match]:
+    """Yield the match of every place in a file where at least `count` of the network's tensors fit."""
+    for fitting, _, path, prefix, names in _places(contents, network):
+        if fitting >= count:
+            yield _match_under(contents, path, prefix, names, network)
+
+
+def _places(contents: Contents, network: Mapping[str, Tensor]) -> Iterator[tuple[int, int, str, str, dict[str, str]]]:
+    """Yield how many tensors fit at each place: the count, the renaming's number, path, prefix, and renamed keys."""
     for path, tensors in contents.state_dicts.items():
         for number, names in enumerate(renamings(tensors)):
             fitting = Counter(
@@ -72,12 +90,7 @@ def match(contents: Contents, network: Mapping[str, Tensor]) -> Match:
                 if name[len(prefix) :] in network and fits(tensors[key], network[name[len(prefix) :]])
             )
             for prefix, count in fitting.items():
-                rank = (count, preference(f"{path}/{prefix}"), -number)
-                if best is None or rank > best[0]:
-                    best = rank, path, prefix, names
-    if best is None:
-        return Match({}, "", len(network), list(network), [], [], {}, [])
-    return _match_under(contents, *best[1:], network)
+                yield count, number, path, prefix, names
 
 
 def _match_under(

@@ -33,6 +33,7 @@ def evaluate(
     allow_partial: bool = False,
     progress: Any = None,
     arch_args: dict[str, Any] | None = None,
+    part: str | None = None,
 ) -> dict[str, Any]:
     """Run every protocol on the features of labelled images.
 
@@ -48,6 +49,7 @@ def evaluate(
         allow_partial: accept a checkpoint that covers less than 90 % of the backbone.
         progress: where to report.
         arch_args: arguments to build the network with, besides its name.
+        part: where in the checkpoint to look, if it holds several backbones.
 
     Returns:
         The dict of `evaluate_arrays`; for a RUN also `before`, the same for its starting checkpoint, and `change`. For
@@ -68,7 +70,7 @@ def evaluate(
     if "knn" in protocols:  # fail before anything slow starts
         class_numbers(labels.targets[labels.targets.any(1)])
     sources = ckpt if isinstance(ckpt, list) else _members(ckpt)
-    after = [load_backbone(source, arch, input, allow_partial, arch_args=arch_args) for source in sources]
+    after = [load_backbone(source, arch, input, allow_partial, arch_args=arch_args, part=part) for source in sources]
     before = [] if isinstance(ckpt, list) else _load_starting_checkpoints(ckpt, len(sources), progress)
     run_view = None if isinstance(ckpt, list) else view_of_run(ckpt)
     views = [view_for_evaluation(one, labels.images, size, run_view) for one in after]
@@ -152,8 +154,7 @@ def _extract_features(
     from odcft.data.feature_extraction import extract
 
     backbone = loaded.backbone
-    if backbone.fixed_size and view.size != backbone.size:
-        raise OdcftError(f"{backbone.arch} takes images of {backbone.size} pixels only, not {view.size}.")
+    backbone.resize(view.size)
     if not backbone.accepts_size(view.size):
         raise OdcftError(f"{backbone.arch} cannot process images of {view.size} pixels. Try --size {backbone.size}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -131,6 +131,7 @@ def _prepare(task: str, data: str, arch: str, out: Path, recipe: Recipe, resume:
     for note in notes:
         progress.say(f"Note        {note}")
     plan.allow_rounding()
+    backbone.resize(plan.data.size)
     device, optim = dist.this_device(), plan.optim
     if state:
         _refuse_other_settings(out, state, backbone, plan)

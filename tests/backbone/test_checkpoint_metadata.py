@@ -56,9 +56,9 @@ def answer(ckpt, **asked):
         assert len(refusal) < 1500
         return refusal
     backbone = loaded.backbone
-    values, lines = describe(loaded)
+    values, drawing = describe(loaded)
     json.dumps(values)
-    assert not any("\n" in line or "\x1b" in line for line in lines)
+    assert not any("\n" in line or "\x1b" in line for line in drawing.lines())
     assert backbone.input.channels in (1, 2, 3, 4)
     assert 8 <= backbone.size <= 4096
     assert all(map(math.isfinite, (*backbone.input.mean, *backbone.input.std)))

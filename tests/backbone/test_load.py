@@ -97,9 +97,10 @@ def test_replaced_classes_are_named_where_they_can_matter(tmp_path, state):
 def test_other_state_dicts_are_listed_by_name(tmp_path, state):
     whole = {f"encoder_q.{name}": tensor for name, tensor in state.items()}
     torch.save({"teacher": whole, "extra": torch.zeros(2)}, tmp_path / "c.pth")
-    _, lines = describe(load_backbone(tmp_path / "c.pth"))
-    (beside,) = (line for line in lines if "also found" in line)
-    assert beside.split("also found")[1].strip() == "the file itself"
+    _, drawing = describe(load_backbone(tmp_path / "c.pth"))
+    lines = [line.strip() for line in drawing.lines()]
+    assert "left out   2 tensors and 1 other state dict" in lines
+    assert "other (no part of this network): the file itself" in lines
 
 
 def test_the_author_of_a_plain_vision_transformer_is_not_guessed(tmp_path):

@@ -73,7 +73,7 @@ def test_the_command(odcft_command, tmp_path, make_images):
         ("enough epochs", "has already been trained for 1 epochs"),
         ("one image", "is fewer than 2"),
         ("no feature maps", "colorization needs feature maps"),
-        ("no patches", "test_vit cannot process patches of 46 pixels"),
+        ("no patches", "test_vit cannot process patches of 14 pixels"),
         ("other size", "was trained at 32 pixels, not at 64"),
         ("only broken images", "can be read"),
         ("folder that cannot be", "cannot be written"),
