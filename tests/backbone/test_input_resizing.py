@@ -108,10 +108,20 @@ def test_other_channels_survive(tmp_path):
     assert backbone(torch.rand(1, 3, 64, 64)).shape == (1, backbone.width)
 
 
-def test_patches_and_stages_say_which_sizes_suit():
+@pytest.mark.parametrize(
+    ("arch", "own", "patch", "step"),
+    [
+        ("vit_small_patch14_dinov2", 518, 14, 14),
+        ("vit_base_patch14_dinov2", 384, 14, 14),  # SigLIP's has 384 pixels, of which the last 6 are in no patch
+        ("swin_tiny_patch4_window7_224", 224, 4, 32),
+        ("maxvit_nano_rw_256", 256, 32, 32),
+        ("crossvit_9_240", 240, 1, 1),  # timm says it shrinks images 17 times
+    ],
+)
+def test_patches_and_stages_say_which_sizes_suit(arch, own, patch, step):
     with torch.device("meta"):
-        nets = [timm.create_model(name) for name in ("vit_small_patch14_dinov2", "swin_tiny_patch4_window7_224")]
-    assert [(patch_side(net), size_step(net)) for net in nets] == [(14, 14), (4, 32)]
+        net = timm.create_model(arch)
+    assert (patch_side(net, own), size_step(net, own)) == (patch, step)
 
 
 def _fine_tune_and_load_in_timm(tmp_path, make_images, odcft_command, ckpt, size):
