@@ -7,6 +7,7 @@ import torch
 
 from odcft.backbone.input_resizing import patch_side, resized, size_step
 from odcft.backbone.load import load_backbone
+from odcft.backbone.network import Backbone
 from odcft.data.view import View
 from odcft.errors import OdcftError
 
@@ -74,6 +75,16 @@ def test_its_own_size_changes_nothing(tmp_path):
     assert backbone.arch_args == {}
     again = resized(net, "test_vit", {}, 160).state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
+
+
+def test_a_tag_of_timms_weights_asks_no_hub(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **more: pytest.fail("asked the hub"))
+    backbone = Backbone("test_vit.r160_in1k").eval()
+    small = resized(backbone.net, backbone.arch, {}, 64)
+    assert torch.equal(small.patch_embed.proj.weight, backbone.net.patch_embed.proj.weight)
+    assert "state_dict" not in {name for name, value in small.pretrained_cfg.items() if value}
 
 
 def test_a_network_of_any_size_is_left_alone():
