@@ -17,17 +17,23 @@ from odcft.text import short_repr
 USUAL_SIZE = 224  # pixels that `data.size: auto` gives transformers made for more
 
 
-def patch_side(net: nn.Module) -> int:
-    """Pixels that the side of an image must be a multiple of: a transformer's patch, or how much it shrinks images."""
+def patch_side(net: nn.Module, own: int) -> int:
+    """Pixels that the side of an image must be a multiple of: a transformer's patch, or how much it shrinks images.
+
+    Args:
+        net: the network.
+        own: side of the images it is built for. Only a patch counts if that is not a multiple of it.
+    """
     embedding: Any = getattr(net, "patch_embed", None)
     if hasattr(embedding, "feat_ratio"):
         return int(embedding.feat_ratio())
-    return _shrinks_by(net)
+    return 1 if own % _shrinks_by(net) else _shrinks_by(net)
 
 
-def size_step(net: nn.Module) -> int:
+def size_step(net: nn.Module, own: int) -> int:
     """Pixels between two sizes that suit a network: a transformer's patch, or how much all its stages shrink it."""
-    return max(patch_side(net), _shrinks_by(net))
+    patch, all_stages = patch_side(net, own), _shrinks_by(net)
+    return patch if own % all_stages else max(patch, all_stages)
 
 
 def _shrinks_by(net: nn.Module) -> int:
@@ -53,7 +59,8 @@ def resized(net: Any, arch: str, arch_args: dict[str, Any], size: int) -> nn.Mod
     """
     if not timm_builds(arch, arch_args):
         raise OdcftError(f"{arch} cannot be built for images of {size} pixels.")
-    if size % (patch := patch_side(net)):
+    own = arch_args.get("img_size", net.pretrained_cfg["input_size"][-1])
+    if size % (patch := patch_side(net, own)):
         below, above = size // patch * patch, -(-size // patch) * patch
         nearest = f"{below} or {above}" if below else str(above)
         raise OdcftError(f"{arch} takes images whose side is a multiple of {patch} pixels, not {size}: try {nearest}.")
@@ -74,7 +81,6 @@ def resized(net: Any, arch: str, arch_args: dict[str, Any], size: int) -> nn.Mod
     except Exception as error:  # timm's networks refuse sizes and weights with many kinds of errors
         if ran_out_of_memory(error):
             raise
-        own = arch_args.get("img_size", net.pretrained_cfg["input_size"][-1])
         why = short_repr(str(error).strip().partition("\n")[0], 90, quotes=False)
         raise OdcftError(
             f"{arch} takes images of {own} pixels only, not {size}: timm cannot build it for other sizes ({why})."

@@ -99,7 +99,7 @@ class Backbone(nn.Module):
     @property
     def size_step(self) -> int:
         """Pixels between two sizes that suit it: a transformer's patch, times how much later stages shrink the map."""
-        return size_step(self.net)
+        return size_step(self.net, self.size)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), RGB in 0..1, to pooled features (B, F)."""

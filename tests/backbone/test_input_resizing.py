@@ -7,6 +7,7 @@ import torch
 
 from odcft.backbone.input_resizing import patch_side, resized, size_step
 from odcft.backbone.load import load_backbone
+from odcft.backbone.network import Backbone
 from odcft.data.view import View
 from odcft.errors import OdcftError
 
@@ -76,6 +77,16 @@ def test_its_own_size_changes_nothing(tmp_path):
     assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
 
 
+def test_a_tag_of_timms_weights_asks_no_hub(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **more: pytest.fail("asked the hub"))
+    backbone = Backbone("test_vit.r160_in1k").eval()
+    small = resized(backbone.net, backbone.arch, {}, 64)
+    assert torch.equal(small.patch_embed.proj.weight, backbone.net.patch_embed.proj.weight)
+    assert "state_dict" not in {name for name, value in small.pretrained_cfg.items() if value}
+
+
 def test_a_network_of_any_size_is_left_alone():
     backbone = load_backbone("scratch:test_resnet").backbone
     net = backbone.net
@@ -108,10 +119,20 @@ def test_other_channels_survive(tmp_path):
     assert backbone(torch.rand(1, 3, 64, 64)).shape == (1, backbone.width)
 
 
-def test_patches_and_stages_say_which_sizes_suit():
+@pytest.mark.parametrize(
+    ("arch", "own", "patch", "step"),
+    [
+        ("vit_small_patch14_dinov2", 518, 14, 14),
+        ("vit_base_patch14_dinov2", 384, 14, 14),  # SigLIP's has 384 pixels, of which the last 6 are in no patch
+        ("swin_tiny_patch4_window7_224", 224, 4, 32),
+        ("maxvit_nano_rw_256", 256, 32, 32),
+        ("crossvit_9_240", 240, 1, 1),  # timm says it shrinks images 17 times
+    ],
+)
+def test_patches_and_stages_say_which_sizes_suit(arch, own, patch, step):
     with torch.device("meta"):
-        nets = [timm.create_model(name) for name in ("vit_small_patch14_dinov2", "swin_tiny_patch4_window7_224")]
-    assert [(patch_side(net), size_step(net)) for net in nets] == [(14, 14), (4, 32)]
+        net = timm.create_model(arch)
+    assert (patch_side(net, own), size_step(net, own)) == (patch, step)
 
 
 def _fine_tune_and_load_in_timm(tmp_path, make_images, odcft_command, ckpt, size):
