@@ -5,7 +5,6 @@ other networks have. A network whose hashes are all found in the file is compare
 """
 
 import json
-import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
@@ -13,11 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from odcft.backbone.arch_arguments import Kwargs, match_adjusted, may_be_first_convolution, with_hidden_arguments
 from odcft.backbone.checkpoint_files import Contents
 from odcft.backbone.non_timm_networks import NETWORKS, is_network, shapes
-from odcft.backbone.tensor_matching import Match, match, renamings
+from odcft.backbone.tensor_matching import Match, renamings
 from odcft.errors import OdcftError
 
 # Tried when nothing in the index fits: the file may be incomplete, or hold a network of another width.
@@ -32,7 +30,6 @@ COMMON_ARCHITECTURES = (
 MIN_TENSORS = 10  # every backbone has at least as many
 MAX_COMPARED = 100  # networks compared in full
 
-Kwargs = dict[str, Any]
 NamedShapes = set[tuple[str, tuple[int, ...]]]
 
 
@@ -59,7 +56,7 @@ def recognise(
     certain = arch or contents.metadata.architecture
     for candidate, kwargs in islice(_candidates(contents, arch), MAX_COMPARED):
         try:
-            found = candidate, *_adjusted(contents, candidate, {**kwargs, **user_args}, user_args)
+            found = candidate, *match_adjusted(contents, candidate, {**kwargs, **user_args}, user_args)
         except OdcftError:  # not every candidate takes the user's arguments
             if certain:
                 raise
@@ -74,7 +71,7 @@ def recognise(
             f"{contents.path} fits no backbone that odcft knows. If you know its timm architecture, pass --arch NAME."
         )
     name, kwargs, found_match = best
-    return name, {**_with_hidden_arguments(contents, name, kwargs, found_match), **user_args}, found_match
+    return name, {**with_hidden_arguments(contents, name, kwargs, found_match), **user_args}, found_match
 
 
 def _rank(found: Match) -> tuple[bool, int, float]:
@@ -157,67 +154,14 @@ def _index() -> dict[str, list[int]]:
 def _matching_timm_names(named_shapes: NamedShapes) -> list[str]:
     """timm's networks whose fingerprints are all in a file, those with most tensors first."""
     found = {fingerprint(name, shape) for name, shape in named_shapes}
-    found |= {fingerprint(name, without_input_channels(shape)) for name, shape in named_shapes if _may_be_first(shape)}
+    found |= {
+        fingerprint(name, without_input_channels(shape))
+        for name, shape in named_shapes
+        if may_be_first_convolution(shape)
+    }
     matching = [name for name, (_, *prints) in _index().items() if all(one in found for one in prints)]
     common = {name: place for place, name in enumerate(COMMON_ARCHITECTURES)}
     return sorted(matching, key=lambda name: (-_index()[name][0], common.get(name, 99), len(name), name))
-
-
-def _may_be_first(shape: tuple[int, ...]) -> bool:
-    """Whether this is a convolution of few enough input channels to be the first."""
-    return len(shape) == 4 and shape[1] < 8
-
-
-def _adjusted(contents: Contents, arch: str, kwargs: Kwargs, user_args: Kwargs) -> tuple[Kwargs, Match]:
-    """Match a network, adjusted to the file's input channels, stem and position embedding where that fits better.
-
-    Returns:
-        The arguments to build it with, and its match.
-
-    Raises:
-        OdcftError: the network does not take these arguments.
-    """
-    network = shapes(arch, **kwargs)
-    found, adjusted = match(contents, network), kwargs
-    for name, tensor in found.misfits.items():
-        adjusted = {**adjusted, **_explaining(arch, network, name, tensor)}
-    adjusted = {**adjusted, **user_args}
-    if adjusted == kwargs:
-        return kwargs, found
-    try:
-        better = match(contents, shapes(arch, **adjusted))
-    except OdcftError:  # not all of timm's networks take these arguments
-        return kwargs, found
-    return (adjusted, better) if len(better.tensors) > len(found.tensors) else (kwargs, found)
-
-
-def _explaining(arch: str, network: Mapping[str, Tensor], name: str, tensor: Tensor) -> Kwargs:
-    """Arguments that would give a network's tensor the shape it has in the file; none if nothing explains it."""
-    own = network[name]
-    if tensor.ndim == own.ndim == 4 and tensor.shape[0] == own.shape[0] and tensor.shape[2:] == own.shape[2:]:
-        first = tensor.shape[1] > 0 and _may_be_first(tensor.shape) and _may_be_first(own.shape)
-        return {"in_chans": tensor.shape[1]} if first else {}
-    if arch.startswith("resnet") and name == "conv1.weight" and tensor.shape[2:] == (3, 3):
-        channels = {"in_chans": tensor.shape[1]} if tensor.shape[1] != 3 else {}
-        return {"small_stem": True, **channels}
-    if name.endswith("pos_embed") and tensor.ndim == own.ndim == 3 and tensor.shape[2] == own.shape[2]:
-        patches = network.get(name.replace("pos_embed", "patch_embed.proj.weight"))
-        extra = own.shape[1] - math.isqrt(own.shape[1]) ** 2  # tokens that are not patches (class, registers)
-        side = math.isqrt(max(0, tensor.shape[1] - extra))
-        patch = 0 if patches is None else patches.shape[-1]
-        if side * side + extra == tensor.shape[1] and 8 <= side * patch <= 4096:
-            return {"img_size": side * patch}
-    return {}
-
-
-def _with_hidden_arguments(contents: Contents, arch: str, kwargs: Kwargs, found: Match) -> Kwargs:
-    """Add arguments that change no tensor's shape, so that only the code that wrote the file tells them."""
-    if arch.startswith("vit_small") and "base_encoder." in found.where:
-        return {**kwargs, "num_heads": 12}  # MoCo v3; timm's has 6
-    goyal = contents.container == "pickle" or "_feature_blocks." in found.where
-    if arch == "resnet50" and kwargs.get("in_chans") == 1 and goyal:
-        return {**kwargs, "last_stride": 1}
-    return kwargs
 
 
 def nearest_name(arch: str) -> str:
