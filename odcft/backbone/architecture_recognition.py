@@ -15,6 +15,7 @@ from typing import Any
 from odcft.backbone.arch_arguments import Kwargs, match_adjusted, may_be_first_convolution, with_hidden_arguments
 from odcft.backbone.checkpoint_files import Contents
 from odcft.backbone.non_timm_networks import NETWORKS, is_network, shapes
+from odcft.backbone.structure_recognition import Structure, recognise_structure
 from odcft.backbone.tensor_matching import Match, renamings
 from odcft.errors import OdcftError
 
@@ -28,8 +29,10 @@ COMMON_ARCHITECTURES = (
 )
 
 MIN_TENSORS = 10  # every backbone has at least as many
+MIN_COVERAGE = 0.9  # share of the backbone's tensors that a checkpoint must have
 MAX_COMPARED = 100  # networks compared in full
 
+Found = tuple[str, Kwargs, Match]
 NamedShapes = set[tuple[str, tuple[int, ...]]]
 
 
@@ -52,9 +55,31 @@ def recognise(
     user_args = dict(arch_args or {})
     if arch is not None and not is_network(arch):
         raise OdcftError(f"--arch {arch}: timm has no such network{nearest_name(arch)}.")
-    best: tuple[str, Kwargs, Match] | None = None
     certain = arch or contents.metadata.architecture
-    for candidate, kwargs in islice(_candidates(contents, arch), MAX_COMPARED):
+    named = list(islice(_candidates(contents, arch), MAX_COMPARED))
+    best = _best_of(contents, named, user_args, bool(certain))
+    if best is None or best[2].coverage < 1:
+        structure = recognise_structure(contents, certain, {**(named[0][1] if certain else {}), **user_args})
+        if structure.fitting is None and not certain and {name for name, _ in named} <= set(contents.arch_hints):
+            best = _best_of(contents, _fallbacks(contents), user_args, False, best)
+        best = structure.fitting or _incomplete(contents, best, structure)
+    name, kwargs, found_match = best
+    return name, {**with_hidden_arguments(contents, name, kwargs, found_match), **user_args}, found_match
+
+
+def _best_of(
+    contents: Contents,
+    candidates: Iterable[tuple[str, Kwargs]],
+    user_args: Kwargs,
+    certain: bool,
+    best: Found | None = None,
+) -> Found | None:
+    """The best match by names among candidates, and one that was found before.
+
+    Raises:
+        OdcftError: the candidate is certain, and does not take the user's arguments.
+    """
+    for candidate, kwargs in candidates:
         try:
             found = candidate, *match_adjusted(contents, candidate, {**kwargs, **user_args}, user_args)
         except OdcftError:  # not every candidate takes the user's arguments
@@ -66,12 +91,29 @@ def recognise(
             best = found
         if found[2].coverage == 1 and candidate not in NETWORKS:
             break
-    if best is None or not best[2].tensors:
+    return best
+
+
+def _incomplete(contents: Contents, by_names: Found | None, structure: Structure) -> Found:
+    """What names found, if neither they nor shapes lead to one complete network.
+
+    Raises:
+        OdcftError: several networks fit equally by their shapes, or nothing fits at all.
+    """
+    covered = by_names is not None and by_names[2].coverage >= MIN_COVERAGE
+    if structure.equal and not covered:
         raise OdcftError(
-            f"{contents.path} fits no backbone that odcft knows. If you know its timm architecture, pass --arch NAME."
+            f"{contents.path}: the names of its tensors are unknown, and their shapes fit networks that compute "
+            f"different features: {', '.join(structure.equal)}. Pass --arch NAME with the right one."
         )
-    name, kwargs, found_match = best
-    return name, {**with_hidden_arguments(contents, name, kwargs, found_match), **user_args}, found_match
+    if by_names is None or not by_names[2].tensors:
+        near = f" The shapes of its tensors come closest to {structure.nearest}." if structure.nearest else ""
+        raise OdcftError(
+            f"{contents.path} fits no backbone that odcft knows.{near} "
+            "If you know its timm architecture, pass --arch NAME."
+        )
+    by_names[2].nearest = structure.nearest
+    return by_names
 
 
 def _rank(found: Match) -> tuple[bool, int, float]:
@@ -83,7 +125,7 @@ def _candidates(contents: Contents, arch: str | None) -> Iterator[tuple[str, Kwa
     """Names to try with their arguments, likeliest first.
 
     The user's or the file's own architecture is the only candidate; otherwise hints in the file, then networks its
-    tensors point to, and where there are none, common architectures.
+    tensors point to.
     """
     seen: set[str] = set()
     if name := arch or contents.metadata.architecture:
@@ -102,11 +144,14 @@ def _candidates(contents: Contents, arch: str | None) -> Iterator[tuple[str, Kwa
         if name not in seen:
             seen.add(name)
             yield name, {}
-    if not by_tensors and not own and sum(map(len, contents.state_dicts.values())) >= MIN_TENSORS:
-        for name in (*hints, *COMMON_ARCHITECTURES):
-            if name not in seen:
-                seen.add(name)
-                yield name, {}
+
+
+def _fallbacks(contents: Contents) -> list[tuple[str, Kwargs]]:
+    """Names to try where the tensors point to none: other hints in the file, and common architectures."""
+    if sum(map(len, contents.state_dicts.values())) < MIN_TENSORS:
+        return []
+    hints = [hint for hint in contents.arch_hints if is_network(hint)]
+    return [(name, {}) for name in dict.fromkeys((*hints, *COMMON_ARCHITECTURES))]
 
 
 def _looks_like(named_shapes: NamedShapes, name: str) -> bool:
@@ -147,8 +192,8 @@ def without_input_channels(shape: Iterable[int]) -> tuple[int, ...]:
 @cache
 def _index() -> dict[str, list[int]]:
     """By timm name: its number of tensors, then the fingerprints of its first convolution and of four more tensors."""
-    index: dict[str, list[int]] = json.loads((Path(__file__).parent / "timm_index.json").read_text())
-    return index
+    index = json.loads((Path(__file__).parent / "timm_index.json").read_text())
+    return {name: entry[:-1] for name, entry in index.items()}
 
 
 def _matching_timm_names(named_shapes: NamedShapes) -> list[str]:

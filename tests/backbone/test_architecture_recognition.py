@@ -95,6 +95,10 @@ def candidates(file, arch=None):
     return list(architecture_recognition._candidates(file, arch))
 
 
+def fallbacks(file):
+    return [name for name, _ in architecture_recognition._fallbacks(file)]
+
+
 def test_the_users_architecture_comes_before_the_files():
     told = Metadata("test_vit", {"img_size": 32})
     assert candidates(contents({}, metadata=told)) == [("test_vit", {"img_size": 32})]
@@ -117,10 +121,12 @@ def few(count):
 
 def test_common_networks_are_tried_where_nothing_matches_and_there_are_enough_tensors(index):
     index(resnet50=(10, ("a", (2, 2))))
-    tried = [name for name, _ in candidates(contents(few(10), hints=["resnet50", "test_vit"]))]
-    assert tried == ["test_vit", "resnet50", *(name for name in COMMON_ARCHITECTURES if name != "resnet50")]
-    assert candidates(contents(few(9), hints=["resnet50", "test_vit"])) == [("test_vit", {})]
-    assert [name for name, _ in candidates(contents(few(5), few(5)))] == list(COMMON_ARCHITECTURES)
+    hints = ["resnet50", "test_vit", "nosuch"]
+    assert candidates(contents(few(10), hints=hints)) == [("test_vit", {})]
+    others = [name for name in COMMON_ARCHITECTURES if name != "resnet50"]
+    assert fallbacks(contents(few(10), hints=hints)) == ["resnet50", "test_vit", *others]
+    assert fallbacks(contents(few(9), hints=hints)) == []
+    assert fallbacks(contents(few(5), few(5))) == list(COMMON_ARCHITECTURES)
     index(one=(10, ("a0", (2,))))
     assert candidates(contents(few(10))) == [("one", {})]
 
