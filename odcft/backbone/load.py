@@ -135,8 +135,8 @@ def _refuse_partial(path: Path, arch: str, found: Match) -> None:
         near = f" Whatever the names, its shapes come closest to {found.nearest}." if found.nearest else ""
         raise OdcftError(
             f"{path} has only {len(found.tensors)} of the {found.expected} tensors of {arch}, the closest backbone "
-            f"({found.coverage:.0%}; missing: {missing}).{near} "
-            f"At least {MIN_COVERAGE:.0%} are needed: if it is another network, pass --arch NAME; to start the rest from random weights, pass --allow-partial."
+            f"({found.coverage:.0%}; missing: {missing}).{near} At least {MIN_COVERAGE:.0%} are needed: if it is "
+            "another network, pass --arch NAME; to start the rest from random weights, pass --allow-partial."
         )
     first = _first_convolution(arch)
     if first in found.misfits:

@@ -1,0 +1,144 @@
+"""Backbones under unknown names: found to the bit by the shapes, order and grouping of their tensors, or refused."""
+
+import random
+import re
+from collections import Counter
+
+import pytest
+import timm
+import torch
+from backbone_helpers import contents
+
+from odcft.backbone.architecture_recognition import recognise
+from odcft.backbone.non_timm_networks import shapes
+from odcft.errors import OdcftError
+
+# Small networks, one or a few of each of timm's families.
+QUICK = ("resnet18", "test_vit", "regnetx_002", "mobilevit_xxs")
+SLOW = (
+    *("test_resnet", "resnet10t", "resnet26", "resnext50_32x4d", "wide_resnet50_2", "resnetv2_18", "res2net50_14w_8s"),
+    *("test_convnext", "convnext_atto", "convnextv2_atto", "test_efficientnet", "efficientnet_lite0", "tinynet_e"),
+    *("mobilenetv2_050", "mobilenetv3_small_050", "lcnet_035", "mnasnet_small", "semnasnet_075", "fbnetc_100"),
+    *("vit_tiny_patch16_224", "vit_small_patch14_dinov2", "vit_small_patch16_224", "deit_tiny_distilled_patch16_224"),
+    *("vit_tiny_r_s16_p8_224", "test_vit_relpos", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3"),
+    *("swin_tiny_patch4_window7_224", "swin_s3_tiny_224", "swinv2_tiny_window8_256", "beit_base_patch16_224"),
+    *("regnety_002", "densenet121", "dla46x_c", "dpn48b", "edgenext_xx_small", "efficientformer_l1", "ghostnet_050"),
+    *("efficientformerv2_s0", "efficientvit_b0", "efficientvit_m0", "fastvit_t8", "gcvit_xxtiny", "hardcorenas_b"),
+    *("hgnetv2_b0", "hrnet_w18_small", "inception_next_atto", "levit_128s", "test_coatnet", "test_maxvit"),
+    *("poolformer_s12", "resmlp_12_224", "gmlp_ti16_224", "mixer_s32_224", "mobilevitv2_050", "pit_ti_224"),
+    *("pvt_v2_b0", "repghostnet_050", "repvit_m1", "resnest14d", "rexnet_100", "skresnet18", "legacy_seresnet18"),
+    *("starnet_s050", "tiny_vit_5m_224", "ese_vovnet19b_dw", "xcit_nano_12_p16_224", "cait_xxs24_224", "coat_tiny"),
+    *("convit_tiny", "crossvit_tiny_240", "cs3darknet_s", "visformer_tiny", "nf_regnet_b0", "volo_d1_224", "vgg11_bn"),
+    *("convmixer_768_32", "twins_svt_small", "test_mambaout", "test_byobnet", "swiftformer_xs", "mvitv2_tiny"),
+)
+
+
+def random_weights(arch, seed=0, **kwargs):
+    """A state dict of random numbers that no two tensors share."""
+    draw = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, own in shapes(arch, **kwargs).items():
+        values = torch.randn(own.shape, generator=draw)
+        if name.endswith("running_var"):
+            values = values.abs()
+        state[name] = values if own.is_floating_point() else (100 * values.abs()).to(own.dtype)
+    return state
+
+
+def by_position(state):
+    """Names of `nn.Sequential(*children())`: the place of each module in its parent; torch's words at the end stay."""
+    places = {}
+    renamed = {}
+    for name, tensor in state.items():
+        *path, leaf = name.split(".")
+        new = []
+        for depth, word in enumerate(path):
+            siblings = places.setdefault(tuple(path[:depth]), {})
+            new.append(str(siblings.setdefault(word, len(siblings))))
+        renamed[".".join([*new, leaf])] = tensor
+    return renamed
+
+
+def by_random_words(state, seed=1):
+    """Every word replaced by another, but numbers, which stay."""
+    draw, words = random.Random(seed), {}
+
+    def other(word):
+        if word.isdecimal():
+            return word
+        return words.setdefault(word, "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=7)))
+
+    return {".".join(other(word) for word in name.split(".")): tensor for name, tensor in state.items()}
+
+
+def under_a_deep_prefix(state):
+    return {f"learner.module.parts.0.{name}": tensor for name, tensor in by_random_words(state, 2).items()}
+
+
+def flat(state):
+    return {f"param_{number}": tensor for number, tensor in enumerate(state.values())}
+
+
+def with_company(state):
+    """A queue before, a projector and a momentum copy of both after a network under random words."""
+    own = by_random_words(state, 3)
+    draw = torch.Generator().manual_seed(9)
+
+    def projector(prefix):
+        sizes = {"0.weight": (512, 777), "0.bias": (512,), "2.weight": (128, 512), "2.bias": (128,)}
+        return {f"{prefix}.{name}": torch.randn(size, generator=draw) for name, size in sizes.items()}
+
+    copy = {f"zeta.{name}": tensor + 1 for name, tensor in own.items()}
+    return {
+        "queue": torch.randn(128, 4096, generator=draw),
+        "queue_ptr": torch.zeros(1, dtype=torch.int64),
+        **{f"alpha.{name}": tensor for name, tensor in own.items()},
+        **projector("beta"),
+        **copy,
+        **projector("eta"),
+    }
+
+
+RENAMINGS = (by_position, by_random_words, under_a_deep_prefix, flat, with_company)
+
+
+def outcome(arch, state, renamed, container="torch"):
+    """What becomes of a file: "exact", "named" (refused, the network is among those named), "refused" or "wrong"."""
+    try:
+        found_arch, kwargs, found = recognise(contents(renamed, container=container))
+    except OdcftError as error:
+        return "named" if arch in re.findall(r"\w+", str(error)) else "refused"
+    if found.coverage < 0.9:  # load_backbone refuses it
+        return "named" if arch in re.findall(r"\w+", f"{found_arch} {found.nearest}") else "refused"
+    exact = set(found.tensors) == set(state) and all(torch.equal(found.tensors[name], state[name]) for name in state)
+    return "exact" if exact and shapes(found_arch, **kwargs).keys() == state.keys() else "wrong"
+
+
+@pytest.mark.parametrize("arch", QUICK)
+def test_names_do_not_matter(arch):
+    state = random_weights(arch)
+    for rename in RENAMINGS:
+        assert outcome(arch, state, rename(state)) == "exact", rename.__name__
+    found = recognise(contents(by_random_words(state)))[2]
+    assert "recognised by the shapes and order of its tensors, names unknown" in found.notes[0]
+
+
+@pytest.mark.slow
+def test_no_network_of_timms_is_mistaken_for_another():
+    shares = {}
+    for arch in (*QUICK, *SLOW):
+        state = random_weights(arch)
+        for rename in RENAMINGS:
+            for container in ("torch", "safetensors"):
+                renamed = rename(state)
+                if container == "safetensors":
+                    renamed = dict(sorted(renamed.items()))
+                result = outcome(arch, state, renamed, container)
+                shares.setdefault((rename.__name__, container), {}).setdefault(result, []).append(arch)
+    families = {timm.get_pretrained_cfg(arch).architecture.split("_")[0] for arch in (*QUICK, *SLOW)}
+    print(f"\n{len((*QUICK, *SLOW))} networks of {len(families)} families")
+    for (how, container), results in shares.items():
+        print(how, container, dict(Counter({result: len(names) for result, names in results.items()})))
+        print("   ", {result: names for result, names in results.items() if result != "exact"})
+    assert not [names for results in shares.values() for result, names in results.items() if result == "wrong"]
+    assert not [names for results in shares.values() for result, names in results.items() if result == "refused"]
