@@ -6,7 +6,7 @@ other networks have. A network whose hashes are all found in the file is compare
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -61,7 +61,7 @@ def recognise(
     if best is None or best[2].coverage < 1:
         structure = recognise_structure(contents, certain, {**(named[0][1] if certain else {}), **user_args})
         if structure.fitting is None and not certain and {name for name, _ in named} <= set(contents.arch_hints):
-            best = _best_of(contents, _fallbacks(contents), user_args, False, best)
+            best = _best_of(contents, _fallbacks(contents, structure.near), user_args, False, best)
         best = structure.fitting or _incomplete(contents, best, structure)
     name, kwargs, found_match = best
     return name, {**with_hidden_arguments(contents, name, kwargs, found_match), **user_args}, found_match
@@ -146,12 +146,12 @@ def _candidates(contents: Contents, arch: str | None) -> Iterator[tuple[str, Kwa
             yield name, {}
 
 
-def _fallbacks(contents: Contents) -> list[tuple[str, Kwargs]]:
-    """Names to try where the tensors point to none: other hints in the file, and common architectures."""
+def _fallbacks(contents: Contents, near: Sequence[str] = ()) -> list[tuple[str, Kwargs]]:
+    """Names to try where the tensors point to none: hints in the file, and networks near by shapes or else common."""
     if sum(map(len, contents.state_dicts.values())) < MIN_TENSORS:
         return []
     hints = [hint for hint in contents.arch_hints if is_network(hint)]
-    return [(name, {}) for name in dict.fromkeys((*hints, *COMMON_ARCHITECTURES))]
+    return [(name, {}) for name in dict.fromkeys((*hints, *(near or COMMON_ARCHITECTURES)))]
 
 
 def _looks_like(named_shapes: NamedShapes, name: str) -> bool:

@@ -6,7 +6,7 @@ several parts have the same shapes, the numbers in their names give their order 
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -47,6 +47,17 @@ def canonical_order(tensors: Mapping[str, Tensor], sort: bool) -> dict[str, Tens
 def natural(name: str) -> list[tuple[int, int, str]]:
     """Sort key by which layer10 comes after layer9."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)|\.", name) if part]
+
+
+def is_numbered(keys: Iterable[str]) -> bool:
+    """Whether numbers in the names, and torch's words for the tensors of a layer, tell the order of all tensors."""
+    stems: dict[str, set[str]] = defaultdict(set)
+    for key in keys:
+        words = key.split(".")
+        for depth, word in enumerate(words):
+            last = depth == len(words) - 1
+            stems[".".join(words[:depth])].add("" if last and word in _RANK else re.sub(r"\d+", "", word))
+    return all(len(one) == 1 for one in stems.values())
 
 
 def _layer(key: str) -> str:

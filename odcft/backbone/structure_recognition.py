@@ -10,7 +10,7 @@ Legend: N tensors in a network, S in a state dict.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from odcft.backbone.arch_arguments import Kwargs, arguments_explaining
 from odcft.backbone.checkpoint_files import Contents
-from odcft.backbone.layer_order import canonical_order, in_network_order
+from odcft.backbone.layer_order import canonical_order, in_network_order, is_numbered
 from odcft.backbone.non_timm_networks import NETWORKS, shapes
 from odcft.backbone.structure_index import general_shape, is_counter, nearby_networks, summary, twins
 from odcft.backbone.tensor_matching import Match, fits, preference
@@ -43,6 +43,7 @@ class Structure:
     fitting: tuple[str, Kwargs, Match] | None = None  # the network it holds
     equal: tuple[str, ...] = ()  # networks that fit equally well, if there are several
     nearest: str = ""  # the network that comes closest, and what differs
+    near: tuple[str, ...] = ()  # networks that have half of their shapes in the file
 
 
 class _Unordered(Exception):
@@ -84,7 +85,9 @@ def recognise_structure(contents: Contents, arch: str | None, kwargs: Mapping[st
                 nearest.append(_difference(state_dicts, name, network))
         except _Unordered as why:
             nearest.append((len(network), f"{name}, with tensors of all its shapes, but {why}"))
-    return _decide(contents, found, nearest)
+    structure = _decide([arch, *contents.arch_hints] if arch else contents.arch_hints, found, nearest)
+    structure.near = (*complete[:MAX_NEAR], *half[:MAX_NEAR])
+    return structure
 
 
 @cache
@@ -93,8 +96,10 @@ def _own_summaries() -> dict[str, tuple[int, int, int]]:
     return {name: summary(shapes(name)) for name in NETWORKS}
 
 
-def _decide(contents: Contents, found: list[tuple[str, Kwargs, Match]], nearest: list[tuple[int, str]]) -> Structure:
-    """Choose among networks that fit: the largest, if it is the only one of its size."""
+def _decide(
+    hints: Sequence[str | None], found: list[tuple[str, Kwargs, Match]], nearest: list[tuple[int, str]]
+) -> Structure:
+    """Choose among networks that fit: the largest, if it is the only one of its size or a hint names it."""
     if not found:
         return Structure(nearest=max(nearest)[1] if nearest else "")
     most = max(match.expected for _, _, match in found)
@@ -102,9 +107,9 @@ def _decide(contents: Contents, found: list[tuple[str, Kwargs, Match]], nearest:
     fewest = min(len(kwargs) for _, kwargs, _ in best)
     best = [one for one in best if len(one[1]) == fewest]
     names = dict.fromkeys(name for first, _, _ in best for name in (first, *twins(first)))
-    by_hint = [one for one in best if one[0] in contents.arch_hints]
+    by_hint = [(hint, *one[1:]) for hint in hints if hint for one in best if hint in (one[0], *twins(one[0]))][:1]
     plain = dict.fromkeys(_without_anti_aliasing(name) for name in names)
-    if len(by_hint) == 1:
+    if by_hint:
         best, names = by_hint, {by_hint[0][0]: None}
     elif len(plain) > 1:
         return Structure(equal=tuple(names))
@@ -221,7 +226,7 @@ def _rows(is_sorted: bool, tensors: Mapping[str, Tensor], arch: str, network: di
         _Unordered: a part has the shapes, but nothing tells its layers apart.
     """
     keys = list(tensors)
-    if is_sorted:
+    if is_sorted and not is_numbered(keys):
         rows = _rows_of_sorted(tensors, network)
     else:
         table = _comparison(tensors, arch, network)
@@ -369,7 +374,7 @@ def _rows_of_sorted(tensors: Mapping[str, Tensor], network: dict[str, Tensor]) -
             continue
         row, unclear = in_network_order({key[len(prefix) :]: tensors[key] for key in keys}, network)
         if unclear:
-            raise _Unordered(f"nothing tells the order of {' and '.join(unclear)} in a file that is sorted by name")
+            raise _Unordered(f"nothing tells the order of {' and '.join(unclear[:2])} in a file that is sorted by name")
         if row:
             done.append(prefix)
             rows.append([prefix + key for key in row])

@@ -3,6 +3,7 @@
 import random
 import re
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import timm
@@ -142,3 +143,170 @@ def test_no_network_of_timms_is_mistaken_for_another():
         print("   ", {result: names for result, names in results.items() if result != "exact"})
     assert not [names for results in shares.values() for result, names in results.items() if result == "wrong"]
     assert not [names for results in shares.values() for result, names in results.items() if result == "refused"]
+
+
+# ---------------------------------------------------------------- what else is found
+
+
+def exact(state, found):
+    return set(found.tensors) == set(state) and all(torch.equal(found.tensors[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    ("arch", "kwargs"),
+    [
+        ("resnet18", {"in_chans": 2}),
+        ("resnet18", {"small_stem": True}),
+        ("test_vit", {"img_size": 96}),
+        ("test_vit", {"img_size": 64, "in_chans": 1}),
+    ],
+)
+def test_arguments_are_inferred_without_names_too(arch, kwargs):
+    state = random_weights(arch, **kwargs)
+    name, told, found = recognise(contents(by_random_words(state)))
+    assert (name, told) == (arch, kwargs)
+    assert exact(state, found)
+
+
+def test_files_without_batch_counters_are_found():
+    state = {name: t for name, t in random_weights("resnet18").items() if not name.endswith("num_batches_tracked")}
+    name, _, found = recognise(contents(by_random_words(state)))
+    assert name == "resnet18"
+    assert exact(state, found)
+    assert found.coverage == 1
+
+
+def test_a_classifier_and_tokens_between_the_layers_are_left_out():
+    state = random_weights("test_vit")
+    words = by_random_words(state)
+    tensors = list(words.items())
+    middle = len(tensors) // 2
+    place = next(
+        n for n in range(middle, len(tensors)) if tensors[n][0].split(".")[1] != tensors[n - 1][0].split(".")[1]
+    )
+    between = {
+        **dict(tensors[:1]),
+        "mask": torch.ones(1, 64),
+        **dict(tensors[1:place]),
+        "head.a": torch.ones(10, 64),
+        "head.b": torch.ones(10),
+        **dict(tensors[place:]),
+    }
+    name, _, found = recognise(contents(between))
+    assert name == "test_vit"
+    assert exact(state, found)
+    assert found.dropped == ["mask", "head.a", "head.b"]
+
+
+def test_of_several_copies_the_path_tells_the_better():
+    state = random_weights("test_vit")
+    words = by_random_words(state)
+    both = {
+        **{f"student.{name}": tensor + 1 for name, tensor in words.items()},
+        **{f"teacher.{name}": tensor for name, tensor in words.items()},
+    }
+    found = recognise(contents(both))[2]
+    assert found.where == "teacher."
+    assert exact(state, found)
+
+
+def test_equal_networks_are_all_named_and_arch_decides():
+    state = random_weights("efficientnet_lite0")
+    with pytest.raises(OdcftError, match=r"efficientnet_lite0, tf_efficientnet_lite0\. Pass --arch"):
+        recognise(contents(by_random_words(state)))
+    for arch in ("efficientnet_lite0", "tf_efficientnet_lite0"):
+        name, _, found = recognise(contents(by_random_words(state)), arch)
+        assert name == arch
+        assert exact(state, found)
+        assert recognise(contents(by_random_words(state), hints=[arch]))[0] == arch
+
+
+def test_blurred_twins_of_a_plain_network_are_named_in_a_note():
+    notes = recognise(contents(by_random_words(random_weights("resnet18"))))[2].notes
+    assert "the same tensors also fit resnetblur18: if that is the right network, pass --arch NAME" in notes
+
+
+# ---------------------------------------------------------------- wrong on purpose
+
+
+def refusal(renamed, container="torch"):
+    """The text of the refusal, or what was nearly found."""
+    try:
+        name, _, found = recognise(contents(renamed, container=container))
+    except OdcftError as error:
+        return str(error)
+    assert found.coverage < 0.9, f"taken for {name}"
+    return found.nearest
+
+
+def without(state, name):
+    return {key: tensor for key, tensor in state.items() if key != name}
+
+
+@pytest.mark.parametrize("rename", [by_position, by_random_words, flat])
+@pytest.mark.parametrize("arch", ["resnet18", "test_vit"])
+def test_a_tensor_too_few_is_refused_with_what_is_nearest(arch, rename):
+    state = random_weights(arch)
+    weights = [name for name, tensor in state.items() if tensor.ndim > 1]
+    for lacking in (weights[3], list(state)[-2]):
+        assert arch in refusal(rename(without(state, lacking)))
+
+
+def test_a_shape_that_is_off_is_refused():
+    state = random_weights("resnet18")
+    state["layer3.0.conv2.weight"] = torch.ones(256, 255, 3, 3)
+    told = refusal(by_random_words(state))
+    assert "resnet18, which needs 1 other tensors, such as layer3" in told
+
+
+def test_swapped_layers_of_different_shapes_are_refused():
+    state = random_weights("resnet18")
+    swapped = ("layer2.0.conv1", "layer2.0.conv2")
+    names = [re.sub("|".join(swapped), lambda found: swapped[found[0] == swapped[0]], name) for name in state]
+    told = refusal(by_random_words({name: state[name] for name in names}))
+    assert "resnet18, with the same shapes in another order or grouping" in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rename", [by_position, by_random_words, flat])
+def test_a_deeper_network_is_not_taken_for_a_shallower(rename):
+    for depth in (13, 14, 18):
+        deeper = timm.create_model("vit_tiny_patch16_224", depth=depth, num_classes=0)
+        refusal(rename(deeper.state_dict()))
+    layers = timm.models.resnet.BasicBlock, [2, 2, 2, 3]
+    deeper = timm.models.resnet.ResNet(*layers, num_classes=0).state_dict()
+    refusal(rename(deeper))
+    refusal(rename({re.sub(r"layer(\d)\.(\d)", r"l\1b\2", name): tensor for name, tensor in deeper.items()}))
+
+
+def test_a_negative_variance_shows_that_the_order_is_another():
+    state = random_weights("resnet18")
+    swapped = {
+        name: state[name.replace("running_var", "running_mean")] if name.endswith("running_var") else state[name]
+        for name in state
+    }
+    assert "resnet18" in refusal(by_random_words(swapped))
+
+
+def test_a_sorted_file_whose_words_say_nothing_is_refused():
+    renamed = dict(sorted(by_random_words(random_weights("resnet18")).items()))
+    assert "nothing tells the order" in refusal(renamed, "safetensors")
+
+
+@pytest.mark.slow
+def test_other_kinds_of_networks_are_refused():
+    sizes = (3, 64, 128, 256)
+    unet = {}
+    for depth, (here, there) in enumerate(pairwise(sizes)):
+        for side, (a, b) in {"down": (here, there), "up": (2 * there, there)}.items():
+            for number, (i, o) in enumerate(((a, b), (b, b))):
+                unet[f"{side}.{depth}.{number}.weight"] = torch.ones(o, i, 3, 3)
+                unet[f"{side}.{depth}.{number}.bias"] = torch.ones(o)
+    layers = {"ln": (64,), "qkv": (192, 64), "proj": (64, 64), "up": (256, 64), "down": (64, 256)}
+    language = {"wte": torch.ones(5000, 64), "wpe": torch.ones(128, 64)}
+    for block in range(4):
+        for name, shape in layers.items():
+            language |= {f"h.{block}.{name}.w": torch.ones(shape), f"h.{block}.{name}.b": torch.ones(shape[0])}
+    for other in (unet, language):
+        refusal(other)
+        refusal(dict(sorted(other.items())), "safetensors")
