@@ -167,13 +167,20 @@ def _fit(
         return None
     if not all(fits(tensors[key], network[name]) for name, key in named.items()):
         return None
-    return kwargs, _as_match(contents, path, network, named)
+    return kwargs, _as_match(contents, path, list(state_dicts[path]), network, named)
 
 
-def _as_match(contents: Contents, path: str, network: Mapping[str, Tensor], named: dict[str, str]) -> Match:
-    """The match of a network with the keys found for its tensors, and with the batch counters beside them."""
+def _as_match(
+    contents: Contents, path: str, keys: list[str], network: Mapping[str, Tensor], named: dict[str, str]
+) -> Match:
+    """The match of a network with the keys found for its tensors, and with the batch counters beside them.
+
+    Args:
+        contents, path: the file, and which of its state dicts.
+        keys: those of the state dict, in order.
+        network, named: the network's state dict, and the key of each of its tensors.
+    """
     tensors = contents.state_dicts[path]
-    keys = list(tensors)
     if any(is_counter(tensor) for tensor in tensors.values()):
         place = {key: number for number, key in enumerate(keys)}
         for name in network:
