@@ -44,9 +44,12 @@ def canonical_order(tensors: Mapping[str, Tensor], sort: bool) -> dict[str, Tens
     return ordered
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
+def natural(name: str) -> list[list[tuple[int, int, str]]]:
     """Sort key by which layer10 comes after layer9."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)|\.", name) if part]
+    return [
+        [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", word) if part]
+        for word in name.split(".")
+    ]
 
 
 def is_numbered(keys: Iterable[str]) -> bool:

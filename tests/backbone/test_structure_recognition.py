@@ -115,13 +115,24 @@ def outcome(arch, state, renamed, container="torch"):
     return "exact" if exact and shapes(found_arch, **kwargs).keys() == state.keys() else "wrong"
 
 
+@pytest.mark.parametrize("rename", RENAMINGS)
 @pytest.mark.parametrize("arch", QUICK)
-def test_names_do_not_matter(arch):
+def test_names_do_not_matter(arch, rename):
     state = random_weights(arch)
-    for rename in RENAMINGS:
-        assert outcome(arch, state, rename(state)) == "exact", rename.__name__
-    found = recognise(contents(by_random_words(state)))[2]
-    assert "recognised by the shapes and order of its tensors, names unknown" in found.notes[0]
+    assert outcome(arch, state, rename(state)) == "exact"
+
+
+@pytest.mark.parametrize(("rename", "result"), [(by_position, "exact"), (flat, "exact"), (with_company, "named")])
+def test_in_a_sorted_file_numbers_tell_the_order_or_it_is_refused(rename, result):
+    state = random_weights("resnet18")
+    assert outcome("resnet18", state, dict(sorted(rename(state).items())), "safetensors") == result
+
+
+def test_a_note_says_that_names_were_unknown():
+    state = random_weights("test_vit")
+    notes = recognise(contents(by_random_words(state)))[2].notes
+    assert "recognised by the shapes and order of its tensors, names unknown" in notes[0]
+    assert recognise(contents(state))[2].notes == []
 
 
 @pytest.mark.slow
