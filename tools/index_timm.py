@@ -5,7 +5,8 @@
 The fingerprints are of the four tensors that the fewest other networks have, and of the first convolution, whatever its
 number of channels. Networks with the same tensors share one entry, under the name that is in `COMMON`, or else the
 shortest. Tensors that depend on the input size are left out. Last in an entry is what odcft/backbone/structure_index.py
-keeps of the shapes of all tensors, then the names of networks that share the entry and compute something else.
+keeps of the shapes of all tensors, then the names of networks that have the same tensors and compute something else.
+Networks that share an entry but for tensors that depend on the input size have an entry with only this.
 """
 
 import json
@@ -62,6 +63,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     found: dict[str, tuple[int, list[int], list[int]]] = {}
     same: dict[tuple[int, frozenset[int]], str] = {}
+    same_tensors: dict[tuple[tuple[str, tuple[int, ...]], ...], str] = {}
     computations: dict[str, str] = {}
     structures: dict[str, list[int | str]] = {}
     for name in sorted(sys.argv[1:] or timm.list_models(), key=lambda n: (n not in COMMON_ARCHITECTURES, len(n), n)):
@@ -72,22 +74,20 @@ def main() -> None:
         except Exception as error:  # some need other packages or network access
             print(f"{name} left out: {error!r:.100}", file=sys.stderr)
             continue
-        first = same.setdefault((count, frozenset(firsts + prints)), name)
-        if first == name:
+        tensors = net.state_dict()
+        twin = same_tensors.setdefault(tuple((key, tuple(one.shape)) for key, one in tensors.items()), name)
+        if twin != name:
+            if computation(net) != computations[twin]:
+                structures[twin].append(name)
+            continue
+        computations[name], structures[name] = computation(net), list(summary(tensors))
+        if same.setdefault((count, frozenset(firsts + prints)), name) == name:
             found[name] = count, firsts, prints
-            computations[name], structures[name] = computation(net), list(summary(net.state_dict()))
-        elif computation(net) != computations[first]:
-            structures[first].append(name)
     how_many = Counter(one for _, _, prints in found.values() for one in set(prints))
-    index = {
-        name: [
-            count,
-            *firsts[:1],
-            *sorted(dict.fromkeys(prints), key=lambda one: how_many[one])[:4],
-            structures[name],
-        ]
-        for name, (count, firsts, prints) in sorted(found.items())
-    }
+    index: dict[str, list[int | list[int | str]]] = {name: [own] for name, own in sorted(structures.items())}
+    for name, (count, firsts, prints) in found.items():
+        rarest = sorted(dict.fromkeys(prints), key=lambda one: how_many[one])[:4]
+        index[name] = [count, *firsts[:1], *rarest, structures[name]]
     lines = ",\n".join(f'"{name}": {json.dumps(entry)}' for name, entry in index.items())
     OUT.write_text(f"{{\n{lines}\n}}\n")
     print(f"{len(index)} networks in {OUT}")

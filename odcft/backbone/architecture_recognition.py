@@ -193,7 +193,7 @@ def without_input_channels(shape: Iterable[int]) -> tuple[int, ...]:
 def _index() -> dict[str, list[int]]:
     """By timm name: its number of tensors, then the fingerprints of its first convolution and of four more tensors."""
     index = json.loads((Path(__file__).parent / "timm_index.json").read_text())
-    return {name: entry[:-1] for name, entry in index.items()}
+    return {name: entry[:-1] for name, entry in index.items() if len(entry) > 1}
 
 
 def _matching_timm_names(named_shapes: NamedShapes) -> list[str]:

@@ -70,7 +70,7 @@ def recognise_structure(contents: Contents, arch: str | None, kwargs: Mapping[st
     else:
         complete, half = [arch], []
     found: list[tuple[str, Kwargs, Match]] = []
-    nearest: list[tuple[int, str]] = []
+    nearest: list[tuple[float, int, str]] = []
     for name in [*complete[:MAX_COMPLETE], *half[:MAX_NEAR]]:
         try:
             network = shapes(name, **kwargs)
@@ -84,7 +84,7 @@ def recognise_structure(contents: Contents, arch: str | None, kwargs: Mapping[st
             else:
                 nearest.append(_difference(state_dicts, name, network))
         except _Unordered as why:
-            nearest.append((len(network), f"{name}, with tensors of all its shapes, but {why}"))
+            nearest.append((1.0, len(network), f"{name}, with tensors of all its shapes, but {why}"))
     structure = _decide([arch, *contents.arch_hints] if arch else contents.arch_hints, found, nearest)
     structure.near = (*complete[:MAX_NEAR], *half[:MAX_NEAR])
     return structure
@@ -97,11 +97,11 @@ def _own_summaries() -> dict[str, tuple[int, int, int]]:
 
 
 def _decide(
-    hints: Sequence[str | None], found: list[tuple[str, Kwargs, Match]], nearest: list[tuple[int, str]]
+    hints: Sequence[str | None], found: list[tuple[str, Kwargs, Match]], nearest: list[tuple[float, int, str]]
 ) -> Structure:
     """Choose among networks that fit: the largest, if it is the only one of its size or a hint names it."""
     if not found:
-        return Structure(nearest=max(nearest)[1] if nearest else "")
+        return Structure(nearest=max(nearest)[-1] if nearest else "")
     most = max(match.expected for _, _, match in found)
     best = [one for one in found if one[2].expected == most]
     fewest = min(len(kwargs) for _, kwargs, _ in best)
@@ -447,20 +447,20 @@ def _outline(keys: list[str], tensors: Mapping[str, Tensor]) -> tuple[tuple[int,
 
 def _difference(
     state_dicts: Mapping[str, Mapping[str, Tensor]], arch: str, network: Mapping[str, Tensor]
-) -> tuple[int, str]:
-    """How many shapes of a network a file has, and in words what differs."""
+) -> tuple[float, int, str]:
+    """What share of a network's shapes a file has, how many they are, and in words what differs."""
     own = Counter(tuple(t.shape) for name, t in network.items() if not name.endswith("num_batches_tracked"))
-    best = (0, "")
+    best = (0.0, 0, "")
     for tensors in state_dicts.values():
         there = Counter(tuple(t.shape) for t in tensors.values() if not is_counter(t))
         lacking = own - there
         count = own.total() - lacking.total()
-        if count <= best[0]:
+        if count <= best[1]:
             continue
         if lacking:
             name = next(name for name, tensor in network.items() if tuple(tensor.shape) in lacking)
             what = f"which needs {lacking.total()} other tensors, such as {name} {tuple(network[name].shape)}"
         else:
             what = "with the same shapes in another order or grouping"
-        best = count, f"{arch}, {what}"
+        best = count / own.total(), count, f"{arch}, {what}"
     return best

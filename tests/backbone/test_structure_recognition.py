@@ -221,15 +221,19 @@ def test_of_several_copies_the_path_tells_the_better():
     assert exact(state, found)
 
 
-def test_equal_networks_are_all_named_and_arch_decides():
+def test_equal_networks_are_all_named():
     state = random_weights("efficientnet_lite0")
     with pytest.raises(OdcftError, match=r"efficientnet_lite0, tf_efficientnet_lite0\. Pass --arch"):
         recognise(contents(by_random_words(state)))
-    for arch in ("efficientnet_lite0", "tf_efficientnet_lite0"):
-        name, _, found = recognise(contents(by_random_words(state)), arch)
-        assert name == arch
-        assert exact(state, found)
-        assert recognise(contents(by_random_words(state), hints=[arch]))[0] == arch
+
+
+@pytest.mark.parametrize("arch", ["efficientnet_lite0", "tf_efficientnet_lite0"])
+def test_among_equal_networks_the_user_or_the_file_decides(arch):
+    renamed = by_random_words(state := random_weights("efficientnet_lite0"))
+    name, _, found = recognise(contents(renamed), arch)
+    assert name == arch
+    assert exact(state, found)
+    assert recognise(contents(renamed, hints=[arch]))[0] == arch
 
 
 def test_blurred_twins_of_a_plain_network_are_named_in_a_note():
