@@ -122,6 +122,11 @@ def _decide(
         match.notes.append(
             f"the same tensors also fit {', '.join(others)}: if that is the right network, pass --arch NAME"
         )
+    if "num_heads" not in kwargs and any(".attn." in own for own in match.tensors):
+        match.notes.append(
+            f"shapes do not tell the number of attention heads, so it is that of {name}: "
+            "if the network has another, pass --arch-args num_heads=N"
+        )
     return Structure((name, kwargs, match))
 
 

@@ -132,6 +132,7 @@ def test_a_note_says_that_names_were_unknown():
     state = random_weights("test_vit")
     notes = recognise(contents(by_random_words(state)))[2].notes
     assert "recognised by the shapes and order of its tensors, names unknown" in notes[0]
+    assert "so it is that of test_vit" in notes[1]
     assert recognise(contents(state))[2].notes == []
 
 
