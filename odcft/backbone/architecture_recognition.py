@@ -5,19 +5,18 @@ other networks have. A network whose hashes are all found in the file is compare
 """
 
 import json
-import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from odcft.backbone.arch_arguments import Kwargs, match_adjusted, may_be_first_convolution, with_hidden_arguments
 from odcft.backbone.checkpoint_files import Contents
 from odcft.backbone.non_timm_networks import NETWORKS, is_network, shapes
-from odcft.backbone.tensor_matching import Match, match, renamings
+from odcft.backbone.structure_recognition import Structure, recognise_structure
+from odcft.backbone.tensor_matching import Match, renamings
 from odcft.errors import OdcftError
 
 # Tried when nothing in the index fits: the file may be incomplete, or hold a network of another width.
@@ -30,9 +29,10 @@ COMMON_ARCHITECTURES = (
 )
 
 MIN_TENSORS = 10  # every backbone has at least as many
+MIN_COVERAGE = 0.9  # share of the backbone's tensors that a checkpoint must have
 MAX_COMPARED = 100  # networks compared in full
 
-Kwargs = dict[str, Any]
+Found = tuple[str, Kwargs, Match]
 NamedShapes = set[tuple[str, tuple[int, ...]]]
 
 
@@ -55,11 +55,33 @@ def recognise(
     user_args = dict(arch_args or {})
     if arch is not None and not is_network(arch):
         raise OdcftError(f"--arch {arch}: timm has no such network{nearest_name(arch)}.")
-    best: tuple[str, Kwargs, Match] | None = None
     certain = arch or contents.metadata.architecture
-    for candidate, kwargs in islice(_candidates(contents, arch), MAX_COMPARED):
+    named = list(islice(_candidates(contents, arch), MAX_COMPARED))
+    best = _best_of(contents, named, user_args, bool(certain))
+    if best is None or best[2].coverage < 1:
+        structure = recognise_structure(contents, certain, {**(named[0][1] if certain else {}), **user_args})
+        if structure.fitting is None and not certain and {name for name, _ in named} <= set(contents.arch_hints):
+            best = _best_of(contents, _fallbacks(contents, structure.near), user_args, False, best)
+        best = structure.fitting or _incomplete(contents, best, structure)
+    name, kwargs, found_match = best
+    return name, {**with_hidden_arguments(contents, name, kwargs, found_match), **user_args}, found_match
+
+
+def _best_of(
+    contents: Contents,
+    candidates: Iterable[tuple[str, Kwargs]],
+    user_args: Kwargs,
+    certain: bool,
+    best: Found | None = None,
+) -> Found | None:
+    """The best match by names among candidates, and one that was found before.
+
+    Raises:
+        OdcftError: the candidate is certain, and does not take the user's arguments.
+    """
+    for candidate, kwargs in candidates:
         try:
-            found = candidate, *_adjusted(contents, candidate, {**kwargs, **user_args}, user_args)
+            found = candidate, *match_adjusted(contents, candidate, {**kwargs, **user_args}, user_args)
         except OdcftError:  # not every candidate takes the user's arguments
             if certain:
                 raise
@@ -69,12 +91,29 @@ def recognise(
             best = found
         if found[2].coverage == 1 and candidate not in NETWORKS:
             break
-    if best is None or not best[2].tensors:
+    return best
+
+
+def _incomplete(contents: Contents, by_names: Found | None, structure: Structure) -> Found:
+    """What names found, if neither they nor shapes lead to one complete network.
+
+    Raises:
+        OdcftError: several networks fit equally by their shapes, or nothing fits at all.
+    """
+    covered = by_names is not None and by_names[2].coverage >= MIN_COVERAGE
+    if structure.equal and not covered:
         raise OdcftError(
-            f"{contents.path} fits no backbone that odcft knows. If you know its timm architecture, pass --arch NAME."
+            f"{contents.path}: the names of its tensors are unknown, and their shapes fit networks that compute "
+            f"different features: {', '.join(structure.equal)}. Pass --arch NAME with the right one."
         )
-    name, kwargs, found_match = best
-    return name, {**_with_hidden_arguments(contents, name, kwargs, found_match), **user_args}, found_match
+    if by_names is None or not by_names[2].tensors:
+        near = f" The shapes of its tensors come closest to {structure.nearest}." if structure.nearest else ""
+        raise OdcftError(
+            f"{contents.path} fits no backbone that odcft knows.{near} "
+            "If you know its timm architecture, pass --arch NAME."
+        )
+    by_names[2].nearest = structure.nearest
+    return by_names
 
 
 def _rank(found: Match) -> tuple[bool, int, float]:
@@ -86,7 +125,7 @@ def _candidates(contents: Contents, arch: str | None) -> Iterator[tuple[str, Kwa
     """Names to try with their arguments, likeliest first.
 
     The user's or the file's own architecture is the only candidate; otherwise hints in the file, then networks its
-    tensors point to, and where there are none, common architectures.
+    tensors point to.
     """
     seen: set[str] = set()
     if name := arch or contents.metadata.architecture:
@@ -105,11 +144,14 @@ def _candidates(contents: Contents, arch: str | None) -> Iterator[tuple[str, Kwa
         if name not in seen:
             seen.add(name)
             yield name, {}
-    if not by_tensors and not own and sum(map(len, contents.state_dicts.values())) >= MIN_TENSORS:
-        for name in (*hints, *COMMON_ARCHITECTURES):
-            if name not in seen:
-                seen.add(name)
-                yield name, {}
+
+
+def _fallbacks(contents: Contents, near: Sequence[str] = ()) -> list[tuple[str, Kwargs]]:
+    """Names to try where the tensors point to none: hints in the file, and networks near by shapes or else common."""
+    if sum(map(len, contents.state_dicts.values())) < MIN_TENSORS:
+        return []
+    hints = [hint for hint in contents.arch_hints if is_network(hint)]
+    return [(name, {}) for name in dict.fromkeys((*hints, *(near or COMMON_ARCHITECTURES)))]
 
 
 def _looks_like(named_shapes: NamedShapes, name: str) -> bool:
@@ -150,74 +192,21 @@ def without_input_channels(shape: Iterable[int]) -> tuple[int, ...]:
 @cache
 def _index() -> dict[str, list[int]]:
     """By timm name: its number of tensors, then the fingerprints of its first convolution and of four more tensors."""
-    index: dict[str, list[int]] = json.loads((Path(__file__).parent / "timm_index.json").read_text())
-    return index
+    index = json.loads((Path(__file__).parent / "timm_index.json").read_text())
+    return {name: entry[:-1] for name, entry in index.items() if len(entry) > 1}
 
 
 def _matching_timm_names(named_shapes: NamedShapes) -> list[str]:
     """timm's networks whose fingerprints are all in a file, those with most tensors first."""
     found = {fingerprint(name, shape) for name, shape in named_shapes}
-    found |= {fingerprint(name, without_input_channels(shape)) for name, shape in named_shapes if _may_be_first(shape)}
+    found |= {
+        fingerprint(name, without_input_channels(shape))
+        for name, shape in named_shapes
+        if may_be_first_convolution(shape)
+    }
     matching = [name for name, (_, *prints) in _index().items() if all(one in found for one in prints)]
     common = {name: place for place, name in enumerate(COMMON_ARCHITECTURES)}
     return sorted(matching, key=lambda name: (-_index()[name][0], common.get(name, 99), len(name), name))
-
-
-def _may_be_first(shape: tuple[int, ...]) -> bool:
-    """Whether this is a convolution of few enough input channels to be the first."""
-    return len(shape) == 4 and shape[1] < 8
-
-
-def _adjusted(contents: Contents, arch: str, kwargs: Kwargs, user_args: Kwargs) -> tuple[Kwargs, Match]:
-    """Match a network, adjusted to the file's input channels, stem and position embedding where that fits better.
-
-    Returns:
-        The arguments to build it with, and its match.
-
-    Raises:
-        OdcftError: the network does not take these arguments.
-    """
-    network = shapes(arch, **kwargs)
-    found, adjusted = match(contents, network), kwargs
-    for name, tensor in found.misfits.items():
-        adjusted = {**adjusted, **_explaining(arch, network, name, tensor)}
-    adjusted = {**adjusted, **user_args}
-    if adjusted == kwargs:
-        return kwargs, found
-    try:
-        better = match(contents, shapes(arch, **adjusted))
-    except OdcftError:  # not all of timm's networks take these arguments
-        return kwargs, found
-    return (adjusted, better) if len(better.tensors) > len(found.tensors) else (kwargs, found)
-
-
-def _explaining(arch: str, network: Mapping[str, Tensor], name: str, tensor: Tensor) -> Kwargs:
-    """Arguments that would give a network's tensor the shape it has in the file; none if nothing explains it."""
-    own = network[name]
-    if tensor.ndim == own.ndim == 4 and tensor.shape[0] == own.shape[0] and tensor.shape[2:] == own.shape[2:]:
-        first = tensor.shape[1] > 0 and _may_be_first(tensor.shape) and _may_be_first(own.shape)
-        return {"in_chans": tensor.shape[1]} if first else {}
-    if arch.startswith("resnet") and name == "conv1.weight" and tensor.shape[2:] == (3, 3):
-        channels = {"in_chans": tensor.shape[1]} if tensor.shape[1] != 3 else {}
-        return {"small_stem": True, **channels}
-    if name.endswith("pos_embed") and tensor.ndim == own.ndim == 3 and tensor.shape[2] == own.shape[2]:
-        patches = network.get(name.replace("pos_embed", "patch_embed.proj.weight"))
-        extra = own.shape[1] - math.isqrt(own.shape[1]) ** 2  # tokens that are not patches (class, registers)
-        side = math.isqrt(max(0, tensor.shape[1] - extra))
-        patch = 0 if patches is None else patches.shape[-1]
-        if side * side + extra == tensor.shape[1] and 8 <= side * patch <= 4096:
-            return {"img_size": side * patch}
-    return {}
-
-
-def _with_hidden_arguments(contents: Contents, arch: str, kwargs: Kwargs, found: Match) -> Kwargs:
-    """Add arguments that change no tensor's shape, so that only the code that wrote the file tells them."""
-    if arch.startswith("vit_small") and "base_encoder." in found.where:
-        return {**kwargs, "num_heads": 12}  # MoCo v3; timm's has 6
-    goyal = contents.container == "pickle" or "_feature_blocks." in found.where
-    if arch == "resnet50" and kwargs.get("in_chans") == 1 and goyal:
-        return {**kwargs, "last_stride": 1}
-    return kwargs
 
 
 def nearest_name(arch: str) -> str:

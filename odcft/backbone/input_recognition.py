@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from odcft.backbone.architecture_recognition import Kwargs
+from odcft.backbone.arch_arguments import Kwargs
 from odcft.backbone.checkpoint_files import Contents
 from odcft.backbone.network_input import IMAGENET, Input, default_input
 from odcft.backbone.non_timm_networks import NETWORKS

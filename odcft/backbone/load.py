@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from odcft import seeds
-from odcft.backbone.architecture_recognition import nearest_name, recognise
+from odcft.backbone.architecture_recognition import MIN_COVERAGE, nearest_name, recognise
 from odcft.backbone.backbone_parts import Part, complete_parts, only_part, why_taken
 from odcft.backbone.checkpoint_files import Contents, read
 from odcft.backbone.checkpoint_metadata import check_arguments
@@ -23,7 +23,6 @@ from odcft.backbone.tensor_matching import Match, constant, not_finite
 from odcft.errors import OdcftError
 from odcft.text import short_repr
 
-MIN_COVERAGE = 0.9  # share of the backbone's tensors that a checkpoint must have
 MAX_RANDOM_ELEMENTS = 1 << 27  # numbers a network may hold beyond those its file fills
 
 # Classes that often stand beside the weights and say nothing about the network.
@@ -146,10 +145,11 @@ def _refuse_partial(path: Path, arch: str, found: Match) -> None:
     """Refuse a file that lacks much of the backbone, or has a first convolution of another shape."""
     if found.coverage < MIN_COVERAGE:
         missing = ", ".join(found.missing[:3]) + (" …" if len(found.missing) > 3 else "")
+        near = f" Whatever the names, its shapes come closest to {found.nearest}." if found.nearest else ""
         raise OdcftError(
             f"{path} has only {len(found.tensors)} of the {found.expected} tensors of {arch}, the closest backbone "
-            f"({found.coverage:.0%}; missing: {missing}). At least {MIN_COVERAGE:.0%} are needed: if it is another "
-            "network, pass --arch NAME; to start the rest from random weights, pass --allow-partial."
+            f"({found.coverage:.0%}; missing: {missing}).{near} At least {MIN_COVERAGE:.0%} are needed: if it is "
+            "another network, pass --arch NAME; to start the rest from random weights, pass --allow-partial."
         )
     first = _first_convolution(arch)
     if first in found.misfits:
@@ -193,7 +193,7 @@ def _first_convolution(arch: str) -> str:
 
 
 def _notes(contents: Contents, found: Match) -> list[str]:
-    notes = []
+    notes = list(found.notes)
     if ignored := contents.metadata.ignored:
         notes.append(f"ignored in the file's own description: {first_few(ignored, '; ')}")
     if found.missing:

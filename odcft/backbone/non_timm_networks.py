@@ -176,6 +176,12 @@ NETWORKS: dict[str, tuple[Callable[[int], Layers], Input, bool]] = {
         Input("rgb", 227, *IMAGENET),
         False,
     ),
+    # Its authors normalise each tile of 75 pixels by the tile's own mean and std; ImageNet's come closest to that.
+    "alexnet_jigsaw_nobn": (
+        lambda c: _alexnet(c, _DEEPCLUSTER, 2, 0, groups=2, norms=(), lrn=True),
+        Input("rgb", 75, *IMAGENET),
+        False,
+    ),
     "alexnet_colorization": (lambda c: _alexnet(c, _DEEPCLUSTER, 4, 0, groups=2), GOYAL, False),
     "rotnet_nin3": (lambda c: _network_in_network(c, 3), Input("rgb", 32, *_CIFAR10), False),
     "rotnet_nin4": (lambda c: _network_in_network(c, 4), Input("rgb", 32, *_CIFAR10), False),

@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ _PREFERRED = (
     *("teacher", "online", "target_encoder", "encoder_q", "base_encoder", "backbone", "encoder", "trunk"),
     *("model", "state_dict"),
 )
-_SECOND_BEST = ("student", "encoder_k", "momentum", "optimizer", "predictor", "target_net")
+_SECOND_BEST = ("student", "encoder_k", "momentum", "optimizer", "predictor", "target_net", "feature_extractor_teacher")
 
 
 @dataclass
@@ -33,6 +33,8 @@ class Match:
     unexpected: list[str]  # keys under the prefix whose names fit the network and whose shapes do not
     misfits: dict[str, Tensor]  # the tensors of `unexpected`, by the network's names
     others: list[str]  # state dicts of the same file that were left out
+    notes: list[str] = field(default_factory=list)  # how it was recognised, unless by names
+    nearest: str = ""  # if it is incomplete: the network whose shapes come closest, and what differs
 
     @property
     def coverage(self) -> float:

@@ -87,6 +87,16 @@ def _mmpretrain(key: str) -> str:
     return re.sub(r"(^|\.)ln1\.", r"\1norm.", key)
 
 
+def _chunked_transformer(key: str) -> str:
+    """DINOv2's training code: blocks in chunks for FSDP, with the block's own number second."""
+    return re.sub(r"(^|\.)blocks\.\d+\.(\d+)\.(norm|attn|ls|mlp)", r"\1blocks.\2.\3", _strip_wrappers(key))
+
+
+def _jigsaw_pytorch(key: str) -> str:
+    """JigsawPuzzlePytorch's AlexNet, whose layers keep the names that Caffe gave them."""
+    return re.sub(r"(^|\.)conv\.(conv\d)_s1\.", r"\1\2.", _strip_wrappers(key))
+
+
 # Of these, the first that fits most tensors is used.
 RENAMES: tuple[Callable[[str], str], ...] = (
     lambda key: key,
@@ -97,6 +107,8 @@ RENAMES: tuple[Callable[[str], str], ...] = (
     _vgg,
     _huggingface_resnet,
     _mmpretrain,
+    _chunked_transformer,
+    _jigsaw_pytorch,
 )
 
 

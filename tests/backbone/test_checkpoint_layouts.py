@@ -32,6 +32,7 @@ QUICK = {
         "mocov3_vits16",
         "moco_v2_rn50",
         "rotnet_nin_cifar10",
+        "jigsaw_pytorch_alexnet",
         "timm_hf_dir_vit_small_safetensors",
     ),
     *("fair_caffe2_rn50_jigsaw", "torchvision_resnet50_2017_tar", "vissl_alexnet_rotnet", "openselfsup_odc_full"),

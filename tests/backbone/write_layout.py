@@ -1,6 +1,6 @@
 """Checkpoints as other people's code writes them, made from descriptions in tests/data/layouts.json.xz.
 
-The descriptions say for each of 50 public formats which tensors it has, under which names and how deep, in which
+The descriptions say for each of 54 public formats which tensors it has, under which names and how deep, in which
 container, with what beside them, and what each backbone tensor is called in the network it belongs to.
 """
 

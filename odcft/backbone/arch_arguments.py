@@ -1,0 +1,75 @@
+"""Tell a network's build arguments from a file's tensors: input channels, image size, stem, heads of attention.
+
+`in_chans` shows in the first convolution, `img_size` in the length of the position embedding, and a ResNet's
+`small_stem` in its first kernel. `num_heads` and `last_stride` show in no shape, only in whose code wrote the file.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from odcft.backbone.checkpoint_files import Contents
+from odcft.backbone.non_timm_networks import shapes
+from odcft.backbone.tensor_matching import Match, match
+from odcft.errors import OdcftError
+
+Kwargs = dict[str, Any]
+
+
+def match_adjusted(contents: Contents, arch: str, kwargs: Kwargs, user_args: Kwargs) -> tuple[Kwargs, Match]:
+    """Match a network, adjusted to the file's input channels, stem and position embedding where that fits better.
+
+    Returns:
+        The arguments to build it with, and its match.
+
+    Raises:
+        OdcftError: the network does not take these arguments.
+    """
+    network = shapes(arch, **kwargs)
+    found, adjusted = match(contents, network), kwargs
+    for name, tensor in found.misfits.items():
+        adjusted = {**adjusted, **arguments_explaining(arch, network, name, tensor)}
+    adjusted = {**adjusted, **user_args}
+    if adjusted == kwargs:
+        return kwargs, found
+    try:
+        better = match(contents, shapes(arch, **adjusted))
+    except OdcftError:  # not all of timm's networks take these arguments
+        return kwargs, found
+    return (adjusted, better) if len(better.tensors) > len(found.tensors) else (kwargs, found)
+
+
+def arguments_explaining(arch: str, network: Mapping[str, Tensor], name: str, tensor: Tensor) -> Kwargs:
+    """Arguments that would give a network's tensor the shape it has in the file; none if nothing explains it."""
+    own = network[name]
+    if tensor.ndim == own.ndim == 4 and tensor.shape[0] == own.shape[0] and tensor.shape[2:] == own.shape[2:]:
+        first = tensor.shape[1] > 0 and may_be_first_convolution(tensor.shape) and may_be_first_convolution(own.shape)
+        return {"in_chans": tensor.shape[1]} if first else {}
+    if arch.startswith("resnet") and name == "conv1.weight" and tensor.shape[2:] == (3, 3):
+        channels = {"in_chans": tensor.shape[1]} if tensor.shape[1] != 3 else {}
+        return {"small_stem": True, **channels}
+    if name.endswith("pos_embed") and tensor.ndim == own.ndim == 3 and tensor.shape[2] == own.shape[2]:
+        patches = network.get(name.replace("pos_embed", "patch_embed.proj.weight"))
+        extra = own.shape[1] - math.isqrt(own.shape[1]) ** 2  # tokens that are not patches (class, registers)
+        side = math.isqrt(max(0, tensor.shape[1] - extra))
+        patch = 0 if patches is None else patches.shape[-1]
+        if side * side + extra == tensor.shape[1] and 8 <= side * patch <= 4096:
+            return {"img_size": side * patch}
+    return {}
+
+
+def with_hidden_arguments(contents: Contents, arch: str, kwargs: Kwargs, found: Match) -> Kwargs:
+    """Add arguments that change no tensor's shape, so that only the code that wrote the file tells them."""
+    if arch.startswith("vit_small") and "base_encoder." in found.where:
+        return {**kwargs, "num_heads": 12}  # MoCo v3; timm's has 6
+    goyal = contents.container == "pickle" or "_feature_blocks." in found.where
+    if arch == "resnet50" and kwargs.get("in_chans") == 1 and goyal:
+        return {**kwargs, "last_stride": 1}
+    return kwargs
+
+
+def may_be_first_convolution(shape: tuple[int, ...]) -> bool:
+    """Whether this is a convolution of few enough input channels to be the first."""
+    return len(shape) == 4 and shape[1] < 8
