@@ -55,11 +55,13 @@ class Arguments(_Strict):
     depths: _Stages = []
     num_heads: _Depth | _Stages = 12
     mlp_ratio: Annotated[float, Field(ge=0.25, le=16)] = 4
-    init_values: Annotated[float, Field(ge=0, le=1)] = 1e-5
+    init_values: Annotated[float, Field(ge=0, le=1)] | None = 1e-5
+    ls_init_value: Annotated[float, Field(ge=0, le=1)] | None = 1e-6
     qkv_bias: bool = True
     qk_norm: bool = False
     class_token: bool = True
     reg_tokens: Annotated[int, Field(ge=0, le=64)] = 0
+    num_reg_tokens: Annotated[int, Field(ge=0, le=64)] = 0
     no_embed_class: bool = False
     pre_norm: bool = False
     fc_norm: bool = False
@@ -67,6 +69,10 @@ class Arguments(_Strict):
     dynamic_img_size: bool = False
     dynamic_img_pad: bool = False
     pos_embed: Literal["learn", "rope", "none"] = "learn"
+    use_abs_pos_emb: bool = True
+    use_rel_pos_bias: bool = False
+    use_shared_rel_pos_bias: bool = False
+    pretrained_window_sizes: Annotated[list[Annotated[int, Field(ge=0, le=64)]], Field(min_length=1, max_length=8)] = []
     global_pool: _Pool = "avg"
     act_layer: _Activation = "gelu"
     cardinality: Annotated[int, Field(ge=1, le=256)] = 1
@@ -137,6 +143,8 @@ class Metadata:
     cfg: dict[str, Any] = field(default_factory=dict)  # checked against PretrainedCfg
     input: Input | None = None  # the complete input, from files that odcft wrote
     from_odcft: bool = False  # whether odcft wrote the file
+    from_transformers: bool = False  # whether it is a folder of Hugging Face's transformers
+    notes: list[str] = field(default_factory=list)  # how the network built here differs from the file's
     ignored: list[str] = field(default_factory=list)  # what is not followed, and why
 
 
