@@ -224,10 +224,12 @@ def _read_transformers_folder(folder: Path, config: dict[str, Any], contents: Co
         contents.state_dicts[""] = twin.tensors
         metadata.from_transformers, metadata.notes = True, twin.notes
         metadata.architecture, metadata.arguments = twin.arch, twin.arguments
-        if not metadata.cfg:
+        if twin.fixed_size:  # config.json says it; preprocessor_config.json may mean images of another size
+            metadata.cfg.pop("input_size", None)
+        if "mean" not in metadata.cfg:
             metadata.notes.append(
-                f"without preprocessor_config.json, mean and std are those of timm's {twin.arch}; "
-                "pass --set data.mean=… and data.std=… if they were others"
+                f"without a preprocessor_config.json that tells mean and std, they are those of timm's {twin.arch}; "
+                "if they were others, pass --set data.mean=[…] and data.std=[…]"
             )
 
 

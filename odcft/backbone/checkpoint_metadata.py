@@ -55,8 +55,7 @@ class Arguments(_Strict):
     depths: _Stages = []
     num_heads: _Depth | _Stages = 12
     mlp_ratio: Annotated[float, Field(ge=0.25, le=16)] = 4
-    init_values: Annotated[float, Field(ge=0, le=1)] | None = 1e-5
-    ls_init_value: Annotated[float, Field(ge=0, le=1)] | None = 1e-6
+    init_values: Annotated[float, Field(ge=0, le=1)] = 1e-5
     qkv_bias: bool = True
     qk_norm: bool = False
     class_token: bool = True
@@ -144,6 +143,7 @@ class Metadata:
     input: Input | None = None  # the complete input, from files that odcft wrote
     from_odcft: bool = False  # whether odcft wrote the file
     from_transformers: bool = False  # whether it is a folder of Hugging Face's transformers
+    color: str = ""  # of its input, where the file says so without saying all of the input
     notes: list[str] = field(default_factory=list)  # how the network built here differs from the file's
     ignored: list[str] = field(default_factory=list)  # what is not followed, and why
 
@@ -168,9 +168,50 @@ def from_timm_config(config: Mapping[str, Any]) -> Metadata:
 def from_preprocessor_config(config: Mapping[str, Any]) -> Metadata:
     """Read the preprocessor_config.json of a folder of Hugging Face's transformers."""
     metadata = Metadata()
+    if config.get("do_normalize") is False:
+        config = {**config, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    fields = _view_fields(config)
     if "image_mean" in config and "image_std" in config:
-        _read_cfg(metadata, {"mean": config["image_mean"], "std": config["image_std"]})
+        fields |= {"mean": config["image_mean"], "std": config["image_std"]}
+    _read_cfg(metadata, fields)
+    factor = 1 if config.get("do_rescale") is False else config.get("rescale_factor", 1 / 255)
+    if (
+        "mean" in metadata.cfg
+        and isinstance(factor, int | float)
+        and 1e-5 < factor <= 1
+        and abs(255 * factor - 1) > 1e-6
+    ):
+        # They normalise other values than 0..1.
+        for name in ("mean", "std"):
+            metadata.cfg[name] = [value / (255 * factor) for value in metadata.cfg[name]]
+    if config.get("do_flip_channel_order") is True:
+        metadata.color = "bgr"
     return metadata
+
+
+def _view_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of timm's pretrained_cfg from a preprocessor's size, crop and interpolation, as far as it has them."""
+    fields: dict[str, Any] = {}
+    resized, side = _pixels(config.get("size")), None
+    if config.get("do_center_crop") is not False:
+        side = _pixels(config.get("crop_size"))
+    side = side or resized
+    if config.get("do_resize") is not False and side is not None:
+        fields["input_size"] = [3, side, side]
+        if resized is not None and 0 < side <= resized:
+            fields["crop_pct"] = config["crop_pct"] if "crop_pct" in config else side / resized
+    filters = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # as PIL numbers them
+    number = config.get("resample")
+    if isinstance(number, int) and 0 <= number < len(filters):
+        fields["interpolation"] = filters[number]
+    return fields
+
+
+def _pixels(size: Any) -> int | None:
+    """The side in pixels that a preprocessor's size means: a number, a square, or the shorter edge."""
+    if isinstance(size, dict):
+        size = size.get("shortest_edge", size.get("height"))
+    return size if isinstance(size, int) and not isinstance(size, bool) and 8 <= size <= 4096 else None
 
 
 def from_exported_fields(fields: Mapping[str, Any]) -> Metadata:

@@ -50,7 +50,8 @@ def recognise_input(contents: Contents, arch: str, kwargs: Kwargs, found: Match,
         if len(metadata.cfg.get("mean", cfg["mean"])) != 3:
             metadata.ignored.append("mean and std should have 3 numbers")
             metadata.cfg = {name: value for name, value in metadata.cfg.items() if name not in ("mean", "std")}
-        return input_from_cfg({**cfg, **metadata.cfg}, size)
+        input = input_from_cfg({**cfg, **metadata.cfg}, size)
+        return with_color(input, metadata.color) if metadata.color else input
     return input_from_cfg(cfg, size) if _has_timm_classifier(found, cfg) else Input("rgb", size, *IMAGENET)
 
 

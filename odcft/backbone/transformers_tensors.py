@@ -106,6 +106,31 @@ _REGNET: Table = (
     (r"\.convolution\.", ".conv."),
     (r"\.normalization\.", ".bn."),
 )
+_MOBILEVIT: Table = (
+    (r"^conv_stem\.", "stem."),
+    (r"^conv_1x1_exp\.", "final_conv."),
+    (r"^encoder\.layer\.(\d+)\.layer\.(\d+)\.", r"stages.\1.\2."),
+    (r"^encoder\.layer\.(\d+)\.downsampling_layer\.", r"stages.\1.0."),
+    (r"^encoder\.layer\.(\d+)\.", r"stages.\1.1."),
+    (r"\.expand_1x1\.", ".conv1_1x1."),
+    (r"\.conv_3x3\.", ".conv2_kxk."),
+    (r"\.reduce_1x1\.", ".conv3_1x1."),
+    (r"\.conv_1x1\.convolution\.", ".conv_1x1."),
+    (r"\.conv_projection\.", ".conv_proj."),
+    (r"\.fusion\.", ".conv_fusion."),
+    (r"\.transformer\.layer\.(\d+)\.", r".transformer.\1."),
+    (r"\.attention\.attention\.query\.", ".attn.q."),
+    (r"\.attention\.attention\.key\.", ".attn.k."),
+    (r"\.attention\.attention\.value\.", ".attn.v."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.layernorm\.", ".norm."),
+    (r"\.convolution\.", ".conv."),
+    (r"\.normalization\.", ".bn."),
+)
 TABLES: dict[str, Table] = {
     "vit": _VIT,
     "beit": _BEIT,
@@ -115,6 +140,7 @@ TABLES: dict[str, Table] = {
     "swin": _SWIN,
     "convnext": _CONVNEXT,
     "regnet": _REGNET,
+    "mobilevit": _MOBILEVIT,
 }
 
 
@@ -154,9 +180,7 @@ def _renamed(name: str, table: Iterable[tuple[str, str]]) -> str:
 
 def _renamed_regnet_block(name: str) -> str:
     """RegNet's layers: the one of squeeze and excitation, if there is one, is number 2 of 4."""
-    name = re.sub(
-        r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.", lambda m: f"s{int(m[1]) + 1}.b{int(m[2]) + 1}.", name
-    )
+    name = re.sub(r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.", lambda m: f"s{int(m[1]) + 1}.b{int(m[2]) + 1}.", name)
     name = re.sub(r"\.layer\.2\.se\.", ".se.", name)
     return re.sub(r"\.layer\.(\d)\.(conv|bn)\.", lambda m: f".conv{min(int(m[1]), 2) + 1}.{m[2]}.", name)
 
