@@ -17,6 +17,7 @@ from torch import Tensor
 
 from odcft.backbone.checkpoint_files import Contents
 from odcft.backbone.non_timm_networks import NETWORKS, is_network, shapes
+from odcft.backbone.original_layouts import hidden_arguments, may_be, twins_by_shape
 from odcft.backbone.tensor_matching import Match, match, renamings
 from odcft.errors import OdcftError
 
@@ -74,6 +75,11 @@ def recognise(
             f"{contents.path} fits no backbone that odcft knows. If you know its timm architecture, pass --arch NAME."
         )
     name, kwargs, found_match = best
+    if certain is None and "act_layer" not in user_args and (equal := twins_by_shape(contents.layout, name)):
+        raise OdcftError(
+            f"{contents.path} fits {' and '.join(equal)}, which differ in their activation only, and nothing in it "
+            "says which. Pass --arch with one of them: OpenAI's weights have the quick GELU."
+        )
     return name, {**_with_hidden_arguments(contents, name, kwargs, found_match), **user_args}, found_match
 
 
@@ -95,7 +101,7 @@ def _candidates(contents: Contents, arch: str | None) -> Iterator[tuple[str, Kwa
         return
     hints = [hint for hint in contents.arch_hints if is_network(hint)]
     named_shapes = _named_shapes(contents)
-    by_tensors = _matching_timm_names(named_shapes)
+    by_tensors = [name for name in _matching_timm_names(named_shapes) if may_be(contents.layout, name)]
     # A hint counts unless the tensors contradict it: DeepCluster's "alexnet" is not torchvision's.
     agreeing = [hint for hint in hints if hint in by_tensors or hint not in _index()]
     # VISSL's trunks end at the last convolution, even where the file still has fully connected layers.
@@ -214,6 +220,7 @@ def _with_hidden_arguments(contents: Contents, arch: str, kwargs: Kwargs, found:
     """Add arguments that change no tensor's shape, so that only the code that wrote the file tells them."""
     if arch.startswith("vit_small") and "base_encoder." in found.where:
         return {**kwargs, "num_heads": 12}  # MoCo v3; timm's has 6
+    kwargs = {**kwargs, **hidden_arguments(contents.layout, arch)}
     goyal = contents.container == "pickle" or "_feature_blocks." in found.where
     if arch == "resnet50" and kwargs.get("in_chans") == 1 and goyal:
         return {**kwargs, "last_stride": 1}

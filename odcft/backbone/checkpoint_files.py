@@ -24,6 +24,7 @@ from odcft.backbone.checkpoint_metadata import (
     from_pretext_checkpoint,
     from_timm_config,
 )
+from odcft.backbone.original_layouts import layout_of
 from odcft.backbone.safe_unpickle import (
     MAX_INSTRUCTIONS,
     DangerousGlobal,
@@ -75,6 +76,7 @@ class Contents:
     arch_hints: list[str] = field(default_factory=list)  # strings that may name an architecture
     metadata: Metadata = field(default_factory=Metadata)  # what the file says about its network
     replaced_classes: list[str] = field(default_factory=list)  # replaced by stand-ins
+    layout: str = ""  # of `original_layouts.LAYOUTS`, if the file has one
     unusable: list[str] = field(default_factory=list)  # names of tensors no network holds: sparse, quantized, complex
 
 
@@ -127,6 +129,7 @@ def read(path: Path, merge: Callable[[dict[str, Tensor]], dict[str, Tensor]] = m
         arch_hints=_arch_hints(dicts),
         metadata=metadata,
         replaced_classes=sorted(set(replaced)),
+        layout=next(filter(None, map(layout_of, state_dicts.values())), ""),
         unusable=unusable,
     )
 

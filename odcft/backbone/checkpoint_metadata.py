@@ -81,6 +81,7 @@ class Arguments(_Strict):
     avg_down: bool = False
     output_stride: Literal[8, 16, 32] = 32
     zero_init_last: bool = False
+    bn_eps: Annotated[float, Field(ge=1e-8, le=0.1)] = 1e-5
     drop_rate: _Rate = 0
     drop_path_rate: _Rate = 0
     proj_drop_rate: _Rate = 0
