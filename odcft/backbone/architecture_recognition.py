@@ -220,7 +220,7 @@ def _with_hidden_arguments(contents: Contents, arch: str, kwargs: Kwargs, found:
     """Add arguments that change no tensor's shape, so that only the code that wrote the file tells them."""
     if arch.startswith("vit_small") and "base_encoder." in found.where:
         return {**kwargs, "num_heads": 12}  # MoCo v3; timm's has 6
-    kwargs = {**kwargs, **hidden_arguments(contents.layout, arch)}
+    kwargs = {**kwargs, **contents.told_arguments, **hidden_arguments(contents.layout, arch)}
     goyal = contents.container == "pickle" or "_feature_blocks." in found.where
     if arch == "resnet50" and kwargs.get("in_chans") == 1 and goyal:
         return {**kwargs, "last_stride": 1}

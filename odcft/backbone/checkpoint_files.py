@@ -24,7 +24,8 @@ from odcft.backbone.checkpoint_metadata import (
     from_pretext_checkpoint,
     from_timm_config,
 )
-from odcft.backbone.original_layouts import layout_of
+from odcft.backbone.numpy_archives import is_npz, load_npz
+from odcft.backbone.original_layouts import layout_of, told_arguments
 from odcft.backbone.safe_unpickle import (
     MAX_INSTRUCTIONS,
     DangerousGlobal,
@@ -70,12 +71,13 @@ class Contents:
     """What a checkpoint file holds."""
 
     path: Path
-    container: str  # "torch", "torch tar", "pickle", "safetensors"
+    container: str  # "torch", "torch tar", "pickle", "safetensors", "npz"
     state_dicts: dict[str, dict[str, Tensor]]  # by their path in the file, "" for the file itself
     outer_keys: list[str] = field(default_factory=list)  # keys of the dicts around them
     arch_hints: list[str] = field(default_factory=list)  # strings that may name an architecture
     metadata: Metadata = field(default_factory=Metadata)  # what the file says about its network
     replaced_classes: list[str] = field(default_factory=list)  # replaced by stand-ins
+    told_arguments: dict[str, Any] = field(default_factory=dict)  # of the network, that only the layout tells
     layout: str = ""  # of `original_layouts.LAYOUTS`, if the file has one
     unusable: list[str] = field(default_factory=list)  # names of tensors no network holds: sparse, quantized, complex
 
@@ -83,8 +85,8 @@ class Contents:
 def read(path: Path, merge: Callable[[dict[str, Tensor]], dict[str, Tensor]] = merge_split_tensors) -> Contents:
     """Read a checkpoint, whatever its extension.
 
-    That is a file of any version of torch, a pickle of numpy arrays (Caffe2), a safetensors file, or a timm folder
-    (config.json and model.safetensors).
+    That is a file of any version of torch, a pickle of numpy arrays (Caffe2), an archive of them (JAX), a safetensors
+    file, or a folder (config.json and model.safetensors).
 
     Args:
         path: the file or folder.
@@ -130,6 +132,7 @@ def read(path: Path, merge: Callable[[dict[str, Tensor]], dict[str, Tensor]] = m
         metadata=metadata,
         replaced_classes=sorted(set(replaced)),
         layout=next(filter(None, map(layout_of, state_dicts.values())), ""),
+        told_arguments=next(filter(None, map(told_arguments, state_dicts.values())), {}),
         unusable=unusable,
     )
 
@@ -159,6 +162,8 @@ def _load(path: Path, container: str) -> tuple[Any, list[FoundDict], Metadata, l
             tree = load_tar(path, replaced)
         elif container == "pickle":
             tree = load_pickle(path, replaced)
+        elif container == "npz":
+            tree = load_npz(path)
         else:
             tree = _load_torch(path, replaced)
         return tree, list(_find_dicts(tree)), metadata, replaced
@@ -242,7 +247,7 @@ def _detect_container(path: Path, start: bytes) -> str:
         return "safetensors"
     if start.startswith(ZIP_MAGIC):
         _refuse_zip_bomb(path)
-        return "torch"
+        return "npz" if is_npz(path) else "torch"
     if start[257:262] == b"ustar":
         return "torch tar"
     # torch's files before 1.6 start with a pickled magic number; any other pickle was written by other code.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from odcft.backbone.non_timm_networks import is_network
@@ -66,6 +67,14 @@ def hidden_arguments(layout: str, arch: str) -> dict[str, Any]:
         return {"act_layer": "quick_gelu"}
     if layout == "dinov3" and "dinov3" in arch:
         return {"global_pool": "token"}
+    return {}
+
+
+def told_arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments that a state dict tells under its own names only: JAX keeps the heads of attention apart."""
+    for name, tensor in tensors.items():
+        if _JAX_QUERY.search(name) and tensor.ndim == 3:
+            return {"num_heads": tensor.shape[1]}
     return {}
 
 
@@ -251,6 +260,47 @@ def _microsoft_swin(tensors: Tensors) -> Tensors:
     return _renamed(tensors, shift)
 
 
+_JAX_QUERY = re.compile(r"(^|\.)Transformer\.encoderblock_0\.MultiHeadDotProductAttention_\d\.query\.kernel$")
+
+
+def _jax_vit(tensors: Tensors) -> Tensors:
+    """Vision transformers as JAX writes them; the axes of their arrays are in another order."""
+    named = _renamed(
+        {name: _without_jax_axes(name, tensor) for name, tensor in tensors.items() if not name.startswith("head.")},
+        (r"^cls$", "cls_token"),
+        (r"^(?:Transformer\.posembed_input\.)?pos_embedding$", "pos_embed"),
+        (r"^embedding\.", "patch_embed.proj."),
+        (r"^Transformer\.encoder_norm\.", "norm."),
+        (r"^Transformer\.encoderblock_(\d+)\.", r"blocks.\1."),
+        (r"\.LayerNorm_0\.", ".norm1."),
+        (r"\.LayerNorm_[12]\.", ".norm2."),
+        (r"\.MultiHeadDotProductAttention_\d\.out\.", ".attn.proj."),
+        (r"\.MultiHeadDotProductAttention_\d\.", ".attn."),
+        (r"\.MlpBlock_\d\.Dense_0\.", ".mlp.fc1."),
+        (r"\.MlpBlock_\d\.Dense_1\.", ".mlp.fc2."),
+        (r"\.(kernel|scale)$", ".weight"),
+    )
+    for name in [name for name in named if re.search(r"\.attn\.query\.(weight|bias)$", name)]:
+        parts = [named.get(name.replace(".query.", f".{part}.")) for part in ("query", "key", "value")]
+        tensors_of = [part for part in parts if part is not None and part.shape == named[name].shape and part.ndim]
+        if len(tensors_of) == 3:
+            named[name.replace(".query.", ".qkv.")] = torch.cat(tensors_of)
+    return named
+
+
+def _without_jax_axes(name: str, tensor: Tensor) -> Tensor:
+    """An array of JAX's with its axes in torch's order: (out, in) or (out, in, height, width)."""
+    if name.endswith(".out.kernel") and tensor.ndim == 3:  # (heads, width of a head, out)
+        return tensor.flatten(0, 1).T.contiguous()
+    if name.endswith(".kernel"):
+        if tensor.ndim == 3:  # (in, heads, width of a head)
+            tensor = tensor.flatten(1)
+        if tensor.ndim == 4:
+            return tensor.permute(3, 2, 0, 1).contiguous()
+        return tensor.T.contiguous() if tensor.ndim == 2 else tensor
+    return tensor.flatten() if name.endswith(".bias") else tensor
+
+
 _CLIP_MARK = r"(?<!embeddings\.)class_embedding"
 LAYOUTS: dict[str, Layout] = {
     "torchvision vit": Layout(
@@ -275,6 +325,11 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "clip": Layout(_CLIP_MARK, _clip, fits=r"vit_\w+_clip", uses_timm_cfg=True),
     "dinov3": Layout(r"storage_tokens", _dinov3, fits=r"vit_\w+_dinov3"),
+    "jax vit": Layout(
+        *(r"Transformer\.encoderblock_0\.LayerNorm_0\.scale", _jax_vit),
+        fits=r"vit_\w+_patch\d+_\d+$",
+        uses_timm_cfg=True,
+    ),
     "meta convnext": Layout(r"downsample_layers\.0\.0\.weight", _meta_convnext, fits="convnext"),
     "microsoft swin": Layout(r"layers\.0\.downsample\.reduction\.weight", _microsoft_swin, fits="swin"),
 }
