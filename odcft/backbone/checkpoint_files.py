@@ -25,6 +25,7 @@ from odcft.backbone.checkpoint_metadata import (
     from_timm_config,
 )
 from odcft.backbone.numpy_archives import is_npz, load_npz
+from odcft.backbone.open_clip_folder import from_open_clip_config
 from odcft.backbone.original_layouts import layout_of, told_arguments
 from odcft.backbone.safe_unpickle import (
     MAX_INSTRUCTIONS,
@@ -187,8 +188,12 @@ def _metadata_of_tree(tree: Any) -> Metadata:
 
 def _read_folder(folder: Path) -> Contents:
     """Read a folder of timm's, of Hugging Face's transformers, or a backbone that odcft wrote."""
-    config_file = folder / "config.json"
+    config_file, open_clip = folder / "config.json", folder / "open_clip_config.json"
     files = weight_files(folder)
+    if files and open_clip.exists() and (files[0].name.startswith("open_clip") or not config_file.exists()):
+        contents = read(files[0])
+        contents.path, contents.metadata = folder, from_open_clip_config(open_clip, read_json(open_clip))
+        return contents
     if not files or not config_file.exists():
         raise OdcftError(
             f"{folder} is a folder without config.json and model.safetensors, "

@@ -144,6 +144,7 @@ class Metadata:
     input: Input | None = None  # the complete input, from files that odcft wrote
     from_odcft: bool = False  # whether odcft wrote the file
     from_transformers: bool = False  # whether it is a folder of Hugging Face's transformers
+    from_open_clip: bool = False  # whether it is a folder of open_clip
     color: str = ""  # of its input, where the file says so without saying all of the input
     notes: list[str] = field(default_factory=list)  # how the network built here differs from the file's
     ignored: list[str] = field(default_factory=list)  # what is not followed, and why

@@ -7,7 +7,10 @@ from odcft.files import read_json
 from odcft.text import short_repr
 
 # In the order in which they are looked for: tensors are safer to read than pickles.
-NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin", "model.bin")
+NAMES = (
+    *("model.safetensors", "pytorch_model.bin"),
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.bin"),
+)
 INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 MAX_PARTS = 1000
 
