@@ -17,9 +17,10 @@ from torch import Tensor
 
 from odcft.backbone.checkpoint_files import Contents
 from odcft.backbone.non_timm_networks import NETWORKS, is_network, shapes
-from odcft.backbone.original_layouts import hidden_arguments, may_be, twins_by_shape
+from odcft.backbone.original_layouts import LAYOUTS, hidden_arguments, may_be, twins_by_shape, without_place
 from odcft.backbone.tensor_matching import Match, match, renamings
 from odcft.errors import OdcftError
+from odcft.text import short_repr
 
 # Tried when nothing in the index fits: the file may be incomplete, or hold a network of another width.
 COMMON_ARCHITECTURES = (
@@ -75,6 +76,11 @@ def recognise(
             f"{contents.path} fits no backbone that odcft knows. If you know its timm architecture, pass --arch NAME."
         )
     name, kwargs, found_match = best
+    if left := without_place(contents.layout, found_match.dropped):
+        raise OdcftError(
+            f"{contents.path} is nearly a {name}, but that has no place for {short_repr(left, 200, quotes=False)}. "
+            "If it is another network, pass --arch NAME."
+        )
     if certain is None and "act_layer" not in user_args and (equal := twins_by_shape(contents.layout, name)):
         raise OdcftError(
             f"{contents.path} fits {' and '.join(equal)}, which differ in their activation only, and nothing in it "
@@ -102,6 +108,8 @@ def _candidates(contents: Contents, arch: str | None) -> Iterator[tuple[str, Kwa
     hints = [hint for hint in contents.arch_hints if is_network(hint)]
     named_shapes = _named_shapes(contents)
     by_tensors = [name for name in _matching_timm_names(named_shapes) if may_be(contents.layout, name)]
+    if contents.layout:
+        by_tensors = [*LAYOUTS[contents.layout].unlisted, *by_tensors]
     # A hint counts unless the tensors contradict it: DeepCluster's "alexnet" is not torchvision's.
     agreeing = [hint for hint in hints if hint in by_tensors or hint not in _index()]
     # VISSL's trunks end at the last convolution, even where the file still has fully connected layers.

@@ -17,6 +17,8 @@ from torch import Tensor
 from odcft.backbone.non_timm_networks import is_network
 
 Tensors = dict[str, Tensor]
+_LAYER = re.compile(r"(^|\.)(blocks|stages|layers)\.\d+\.")  # under timm's names
+_BUFFER = re.compile(r"\.(relative_position_index|relative_coords_table|attn_mask)$|\.attn\.(query|key|value)\.")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Layout:
         convert: from the tensors under the prefix, without it, to timm's names.
         fits: pattern of timm's names of the networks that these can be.
         also: pattern of another tensor's whole name that must be there too.
+        unlisted: networks to try that `timm_index.json` lists under another name of the same tensors.
         uses_timm_cfg: whether mean and standard deviation are those of timm's network, rather than ImageNet's.
     """
 
@@ -35,6 +38,7 @@ class Layout:
     convert: Callable[[Tensors], Tensors]
     fits: str = ""
     also: str = ""
+    unlisted: tuple[str, ...] = ()
     uses_timm_cfg: bool = False
 
 
@@ -83,6 +87,14 @@ def twins_by_shape(layout: str, arch: str) -> list[str]:
     if layout == "clip" and "_clip_" in arch and is_network(other := arch.replace("_clip_", "_clip_quickgelu_")):
         return [arch, other]
     return []
+
+
+def without_place(layout: str, dropped: list[str]) -> str:
+    """The first tensor of a layer among those that a network has no place for; "" if there is none.
+
+    A deeper network has all tensors of a shallower one, and would otherwise pass for it.
+    """
+    return next((name for name in dropped if layout and _LAYER.search(name) and not _BUFFER.search(name)), "")
 
 
 def _prefix(tensors: Mapping[str, Tensor], layout: Layout) -> str | None:
@@ -311,6 +323,7 @@ LAYOUTS: dict[str, Layout] = {
     "torchvision swin": Layout(
         *(r"features\.1\.0\.attn\.qkv\.weight", _torchvision_swin),
         fits=r"swin_\w+_window7_224|swinv2_\w+_window8_256",
+        unlisted=("swin_small_patch4_window7_224",),
     ),
     "torchvision efficientnet": Layout(
         *(r"features\.1\.0\.block\.0\.0\.weight", _torchvision_efficientnet),
@@ -324,12 +337,20 @@ LAYOUTS: dict[str, Layout] = {
         uses_timm_cfg=True,
     ),
     "clip": Layout(_CLIP_MARK, _clip, fits=r"vit_\w+_clip", uses_timm_cfg=True),
-    "dinov3": Layout(r"storage_tokens", _dinov3, fits=r"vit_\w+_dinov3"),
+    "dinov3": Layout(
+        *(r"storage_tokens", _dinov3),
+        fits=r"vit_\w+_dinov3",
+        unlisted=tuple(f"vit_{size}_patch16_dinov3_qkvb" for size in ("small", "base", "large")),
+    ),
     "jax vit": Layout(
         *(r"Transformer\.encoderblock_0\.LayerNorm_0\.scale", _jax_vit),
         fits=r"vit_\w+_patch\d+_\d+$",
         uses_timm_cfg=True,
     ),
     "meta convnext": Layout(r"downsample_layers\.0\.0\.weight", _meta_convnext, fits="convnext"),
-    "microsoft swin": Layout(r"layers\.0\.downsample\.reduction\.weight", _microsoft_swin, fits="swin"),
+    "microsoft swin": Layout(
+        *(r"layers\.0\.downsample\.reduction\.weight", _microsoft_swin),
+        fits="swin",
+        unlisted=("swin_small_patch4_window7_224",),
+    ),
 }

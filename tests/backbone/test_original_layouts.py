@@ -1,9 +1,13 @@
 """Checkpoints of torchvision's, OpenAI's and Meta's own code give the features their own networks give."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
+from backbone_helpers import contents
 
+from odcft.backbone.architecture_recognition import recognise
 from odcft.backbone.load import load_backbone
 from odcft.backbone.original_layouts import LAYOUTS, layout_of, with_timm_names
 from odcft.errors import OdcftError
@@ -168,6 +172,28 @@ def test_original_names_reach_the_tensors_they_belong_to(named, layout, arch, ar
         assert loaded.backbone.arch_args["global_pool"] == "token"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("named", "arch"),
+    [
+        (as_dinov3, "vit_small_patch16_dinov3_qkvb"),
+        (as_dinov3, "vit_small_patch16_dinov3"),
+        (as_dinov3, "vit_small_plus_patch16_dinov3_qkvb"),
+        (as_meta_convnext, "convnext_tiny"),
+        (as_meta_convnext, "convnextv2_tiny"),
+        (as_meta_convnext, "convnextv2_atto"),
+        (as_microsoft_swin, "swin_tiny_patch4_window7_224"),
+        (as_microsoft_swin, "swinv2_tiny_window8_256"),
+    ],
+)
+def test_the_usual_networks_are_recognised_under_original_names(named, arch, tmp_path):
+    state = filled(timm.create_model(arch, num_classes=0)).state_dict()
+    torch.save({"model": {name: tensor.clone() for name, tensor in named(state)}}, tmp_path / "resnet50.pth")
+    loaded = load_backbone(tmp_path / "resnet50.pth")
+    assert (loaded.backbone.arch, loaded.match.coverage) == (arch, 1)
+    assert all(torch.equal(loaded.backbone.net.state_dict()[name], tensor) for name, tensor in state.items())
+
+
 @pytest.mark.parametrize(("named", "layout", "arch", "arguments"), [one for one in OTHERS if one[0] is not as_clip])
 def test_the_tables_here_agree_with_timms_own_converters(named, layout, arch, arguments):
     net = filled(timm.create_model(arch, num_classes=0, **arguments))
@@ -176,6 +202,31 @@ def test_the_tables_here_agree_with_timms_own_converters(named, layout, arch, ar
     converted = __import__(type(net).__module__, fromlist=["x"]).checkpoint_filter_fn(dict(theirs), net)
     for name, tensor in net.state_dict().items():
         assert torch.equal(ours[name].reshape(tensor.shape), converted[name].reshape(tensor.shape)), name
+
+
+def test_a_deeper_network_does_not_pass_for_a_shallower_one(tmp_path):
+    state = timm.create_model("convnext_tiny", num_classes=0, **{**STAGES, "depths": [1, 1, 3, 1]}).state_dict()
+    torch.save(dict(as_meta_convnext(state)), tmp_path / "c.pth")
+    with pytest.raises(OdcftError, match=r"nearly a convnext_tiny, but that has no place for stages\.2\.blocks\.2"):
+        load_backbone(tmp_path / "c.pth", "convnext_tiny", arch_args=STAGES)
+
+
+@pytest.mark.slow
+def test_every_network_of_torchvisions_is_named_as_timm_names_it():
+    models = pytest.importorskip("torchvision.models")
+    names = {f"efficientnet_b{size}": f"efficientnet_b{size}" for size in range(8)}
+    names |= {f"efficientnet_v2_{size}": f"efficientnetv2_{size}" for size in "sml"}
+    names |= {f"convnext_{size}": f"convnext_{size}" for size in ("tiny", "small", "base", "large")}
+    for size in ("tiny", "small", "base"):
+        names |= {f"swin_{size[0]}": f"swin_{size}_patch4_window7_224"}
+        names |= {f"swin_v2_{size[0]}": f"swinv2_{size}_window8_256"}
+    names |= {"vit_b_32": "vit_base_patch32_224", "vit_l_16": "vit_large_patch16_224"}
+    names |= {"vit_l_32": "vit_large_patch32_224", "vit_h_14": "vit_huge_patch14_224"}
+    for name, arch in names.items():
+        with torch.device("meta"):
+            state = getattr(models, name)(weights=None).state_dict()
+        found = recognise(replace(contents(with_timm_names(state)), layout=layout_of(state)))
+        assert (found[0], found[2].coverage) == (arch, 1)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A folder of Hugging Face's transformers becomes a network of timm's that gives the same features, or is refused."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from odcft.backbone.load import load_backbone
 from odcft.backbone.timm_folder import write_timm
 from odcft.backbone.transformers_folder import find_twin
+from odcft.backbone.transformers_twins import FAMILIES
 from odcft.errors import OdcftError
 
 SIZES = {
@@ -288,3 +290,17 @@ def test_missing_tensors_start_random_only_if_allowed(tmp_path):
     with pytest.raises(OdcftError, match=r"has only .* tensors of swin.*--allow-partial"):
         load_backbone(tmp_path)
     assert load_backbone(tmp_path, allow_partial=True).match.missing
+
+
+ODD = [None, True, 0, -1, 3, 64, 16384, 10**30, 0.5, float("nan"), "", "gelu", [], [1], [128] * 8, [2, 2, 2], {}]
+
+
+@pytest.mark.parametrize("network", ["clip_gelu", "dinov3", "swinv2", "beit"])
+def test_any_value_in_a_config_is_answered(network, tmp_path):
+    write(tmp_path, network)
+    config = json.loads((tmp_path / "config.json").read_text())
+    tensors = load_file(tmp_path / "model.safetensors")
+    for field in [*FAMILIES[config["model_type"]][0].model_fields, "model_type", "vision_config"]:
+        for value in ODD:
+            with suppress(OdcftError):
+                find_twin(tmp_path, {**config, field: value}, tensors)
