@@ -81,10 +81,11 @@ def recognise(
             f"{contents.path} is nearly a {name}, but that has no place for {short_repr(left, 200, quotes=False)}. "
             "If it is another network, pass --arch NAME."
         )
-    if certain is None and "act_layer" not in user_args and (equal := twins_by_shape(contents.layout, name)):
+    told = {"act_layer", "window_size"} & {*user_args, *contents.told_arguments}
+    if certain is None and not told and (equal := twins_by_shape(contents.layout, name)):
         raise OdcftError(
-            f"{contents.path} fits {' and '.join(equal)}, which differ in their activation only, and nothing in it "
-            "says which. Pass --arch with one of them: OpenAI's weights have the quick GELU."
+            f"{contents.path} fits {' and '.join(equal)}, which differ in what no tensor shows. Pass --arch with the "
+            "one it was trained as; of CLIP's, OpenAI's weights have the quick GELU."
         )
     return name, {**_with_hidden_arguments(contents, name, kwargs, found_match), **user_args}, found_match
 

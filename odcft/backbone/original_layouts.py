@@ -75,10 +75,17 @@ def hidden_arguments(layout: str, arch: str) -> dict[str, Any]:
 
 
 def told_arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments that a state dict tells under its own names only: JAX keeps the heads of attention apart."""
+    """Arguments that a state dict tells under its own names only: heads of attention (JAX), windows (Swin)."""
     for name, tensor in tensors.items():
         if _JAX_QUERY.search(name) and tensor.ndim == 3:
             return {"num_heads": tensor.shape[1]}
+    if layout_of(tensors) == "microsoft swin":
+        # Version 2 has a table of 2 x window - 1 coordinates, smaller where a stage is smaller than a window.
+        tables = [
+            one.shape[1] for name, one in tensors.items() if name.endswith(".relative_coords_table") and one.ndim == 4
+        ]
+        if tables and 1 <= (window := (max(tables) + 1) // 2) <= 64:
+            return {"window_size": window}
     return {}
 
 
@@ -86,6 +93,8 @@ def twins_by_shape(layout: str, arch: str) -> list[str]:
     """Networks of timm's that a file of this layout fits as well as this one, if nothing in it tells them apart."""
     if layout == "clip" and "_clip_" in arch and is_network(other := arch.replace("_clip_", "_clip_quickgelu_")):
         return [arch, other]
+    if layout == "microsoft swin" and is_network(other := arch.replace("_window8_", "_window16_")) and other != arch:
+        return [arch, other] if arch.startswith("swinv2") else []
     return []
 
 

@@ -183,7 +183,6 @@ def test_original_names_reach_the_tensors_they_belong_to(named, layout, arch, ar
         (as_meta_convnext, "convnextv2_tiny"),
         (as_meta_convnext, "convnextv2_atto"),
         (as_microsoft_swin, "swin_tiny_patch4_window7_224"),
-        (as_microsoft_swin, "swinv2_tiny_window8_256"),
     ],
 )
 def test_the_usual_networks_are_recognised_under_original_names(named, arch, tmp_path):
@@ -202,6 +201,19 @@ def test_the_tables_here_agree_with_timms_own_converters(named, layout, arch, ar
     converted = __import__(type(net).__module__, fromlist=["x"]).checkpoint_filter_fn(dict(theirs), net)
     for name, tensor in net.state_dict().items():
         assert torch.equal(ours[name].reshape(tensor.shape), converted[name].reshape(tensor.shape)), name
+
+
+@pytest.mark.slow
+def test_the_window_of_swin_v2_is_asked_for_unless_the_file_has_its_tables(tmp_path):
+    state = dict(as_microsoft_swin(timm.create_model("swinv2_tiny_window16_256", num_classes=0).state_dict()))
+    torch.save(state, tmp_path / "c.pth")
+    with pytest.raises(OdcftError, match=r"swinv2_tiny_window8_256 and swinv2_tiny_window16_256.*--arch"):
+        load_backbone(tmp_path / "c.pth")
+    assert load_backbone(tmp_path / "c.pth", "swinv2_tiny_window16_256").match.coverage == 1
+    for stage, side in ((0, 31), (3, 15)):
+        state[f"encoder.layers.{stage}.blocks.0.attn.relative_coords_table"] = torch.zeros(1, side, side, 2)
+    torch.save(state, tmp_path / "c.pth")
+    assert load_backbone(tmp_path / "c.pth").backbone.arch_args == {"window_size": 16}
 
 
 def test_a_deeper_network_does_not_pass_for_a_shallower_one(tmp_path):
