@@ -131,7 +131,20 @@ def write(folder, network):
     return net
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+# Variants of a family that a quick one stands for.
+VARIANTS = {
+    "mae_with_decoder",
+    "regnet_x",
+    "vit_classifier",
+    "dinov2_registers_swiglu",
+    "convnext_tanh",
+    "swin_classifier",
+}
+
+
+@pytest.mark.parametrize(
+    "network", [pytest.param(name, marks=pytest.mark.slow if name in VARIANTS else ()) for name in NETWORKS]
+)
 def test_features_are_those_of_transformers(network, tmp_path):
     net, features = write(tmp_path, network), NETWORKS[network][3]
     loaded = load_backbone(tmp_path)
