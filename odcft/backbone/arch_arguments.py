@@ -12,6 +12,7 @@ from torch import Tensor
 
 from odcft.backbone.checkpoint_files import Contents
 from odcft.backbone.non_timm_networks import shapes
+from odcft.backbone.original_layouts import hidden_arguments
 from odcft.backbone.tensor_matching import Match, match
 from odcft.errors import OdcftError
 
@@ -64,6 +65,7 @@ def with_hidden_arguments(contents: Contents, arch: str, kwargs: Kwargs, found: 
     """Add arguments that change no tensor's shape, so that only the code that wrote the file tells them."""
     if arch.startswith("vit_small") and "base_encoder." in found.where:
         return {**kwargs, "num_heads": 12}  # MoCo v3; timm's has 6
+    kwargs = {**kwargs, **contents.told_arguments, **hidden_arguments(contents.layout, arch)}
     goyal = contents.container == "pickle" or "_feature_blocks." in found.where
     if arch == "resnet50" and kwargs.get("in_chans") == 1 and goyal:
         return {**kwargs, "last_stride": 1}

@@ -15,9 +15,11 @@ from typing import Any
 from odcft.backbone.arch_arguments import Kwargs, match_adjusted, may_be_first_convolution, with_hidden_arguments
 from odcft.backbone.checkpoint_files import Contents
 from odcft.backbone.non_timm_networks import NETWORKS, is_network, shapes
+from odcft.backbone.original_layouts import LAYOUTS, may_be, twins_by_shape, without_place
 from odcft.backbone.structure_recognition import Structure, recognise_structure
 from odcft.backbone.tensor_matching import Match, renamings
 from odcft.errors import OdcftError
+from odcft.text import short_repr
 
 # Tried when nothing in the index fits: the file may be incomplete, or hold a network of another width.
 COMMON_ARCHITECTURES = (
@@ -64,7 +66,23 @@ def recognise(
             best = _best_of(contents, _fallbacks(contents, structure.near), user_args, False, best)
         best = structure.fitting or _incomplete(contents, best, structure)
     name, kwargs, found_match = best
+    _refuse_another_layout(contents, name, found_match, bool(certain), user_args)
     return name, {**with_hidden_arguments(contents, name, kwargs, found_match), **user_args}, found_match
+
+
+def _refuse_another_layout(contents: Contents, name: str, found: Match, certain: bool, user_args: Kwargs) -> None:
+    """Refuse a file of a known layout that holds more than the network, or that also fits a different one."""
+    if left := without_place(contents.layout, found.dropped):
+        raise OdcftError(
+            f"{contents.path} is nearly a {name}, but that has no place for {short_repr(left, 200, quotes=False)}. "
+            "If it is another network, pass --arch NAME."
+        )
+    told = {"act_layer", "window_size"} & {*user_args, *contents.told_arguments}
+    if not certain and not told and (equal := twins_by_shape(contents.layout, name)):
+        raise OdcftError(
+            f"{contents.path} fits {' and '.join(equal)}, which differ in what no tensor shows. Pass --arch with the "
+            "one it was trained as; of CLIP's, OpenAI's weights have the quick GELU."
+        )
 
 
 def _best_of(
@@ -134,7 +152,9 @@ def _candidates(contents: Contents, arch: str | None) -> Iterator[tuple[str, Kwa
         return
     hints = [hint for hint in contents.arch_hints if is_network(hint)]
     named_shapes = _named_shapes(contents)
-    by_tensors = _matching_timm_names(named_shapes)
+    by_tensors = [name for name in _matching_timm_names(named_shapes) if may_be(contents.layout, name)]
+    if contents.layout:
+        by_tensors = [*LAYOUTS[contents.layout].unlisted, *by_tensors]
     # A hint counts unless the tensors contradict it: DeepCluster's "alexnet" is not torchvision's.
     agreeing = [hint for hint in hints if hint in by_tensors or hint not in _index()]
     # VISSL's trunks end at the last convolution, even where the file still has fully connected layers.

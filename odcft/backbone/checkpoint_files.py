@@ -8,7 +8,7 @@ argparse.Namespace, a config object) are replaced by inert stand-ins, so that th
 import re
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +24,9 @@ from odcft.backbone.checkpoint_metadata import (
     from_pretext_checkpoint,
     from_timm_config,
 )
+from odcft.backbone.numpy_archives import is_npz, load_npz
+from odcft.backbone.open_clip_folder import from_open_clip_config
+from odcft.backbone.original_layouts import layout_of, told_arguments
 from odcft.backbone.safe_unpickle import (
     MAX_INSTRUCTIONS,
     DangerousGlobal,
@@ -37,6 +40,8 @@ from odcft.backbone.safe_unpickle import (
     stand_in,
 )
 from odcft.backbone.tensor_renames import merge_split_tensors
+from odcft.backbone.transformers_folder import find_twin
+from odcft.backbone.weight_files import weight_files
 from odcft.errors import OdcftError
 from odcft.files import read_json
 from odcft.text import short_repr
@@ -67,20 +72,26 @@ class Contents:
     """What a checkpoint file holds."""
 
     path: Path
-    container: str  # "torch", "torch tar", "pickle", "safetensors"
+    container: str  # "torch", "torch tar", "pickle", "safetensors", "npz"
     state_dicts: dict[str, dict[str, Tensor]]  # by their path in the file, "" for the file itself
     outer_keys: list[str] = field(default_factory=list)  # keys of the dicts around them
     arch_hints: list[str] = field(default_factory=list)  # strings that may name an architecture
     metadata: Metadata = field(default_factory=Metadata)  # what the file says about its network
     replaced_classes: list[str] = field(default_factory=list)  # replaced by stand-ins
+    told_arguments: dict[str, Any] = field(default_factory=dict)  # of the network, that only the layout tells
+    layout: str = ""  # of `original_layouts.LAYOUTS`, if the file has one
     unusable: list[str] = field(default_factory=list)  # names of tensors no network holds: sparse, quantized, complex
 
 
-def read(path: Path) -> Contents:
+def read(path: Path, merge: Callable[[dict[str, Tensor]], dict[str, Tensor]] = merge_split_tensors) -> Contents:
     """Read a checkpoint, whatever its extension.
 
-    That is a file of any version of torch, a pickle of numpy arrays (Caffe2), a safetensors file, or a timm folder
-    (config.json and model.safetensors).
+    That is a file of any version of torch, a pickle of numpy arrays (Caffe2), an archive of them (JAX), a safetensors
+    file, or a folder (config.json and model.safetensors).
+
+    Args:
+        path: the file or folder.
+        merge: what puts tensors together that timm's networks hold as one; applied to each state dict.
 
     Raises:
         OdcftError: the path does not exist, is not a checkpoint (the message says what it is), or has no tensors.
@@ -116,11 +127,13 @@ def read(path: Path) -> Contents:
     return Contents(
         path=path,
         container=container,
-        state_dicts={where: merge_split_tensors(tensors) for where, tensors in state_dicts.items()},
+        state_dicts={where: merge(tensors) for where, tensors in state_dicts.items()},
         outer_keys=_outer_keys(dicts),
         arch_hints=_arch_hints(dicts),
         metadata=metadata,
         replaced_classes=sorted(set(replaced)),
+        layout=next(filter(None, map(layout_of, state_dicts.values())), ""),
+        told_arguments=next(filter(None, map(told_arguments, state_dicts.values())), {}),
         unusable=unusable,
     )
 
@@ -150,6 +163,8 @@ def _load(path: Path, container: str) -> tuple[Any, list[FoundDict], Metadata, l
             tree = load_tar(path, replaced)
         elif container == "pickle":
             tree = load_pickle(path, replaced)
+        elif container == "npz":
+            tree = load_npz(path)
         else:
             tree = _load_torch(path, replaced)
         return tree, list(_find_dicts(tree)), metadata, replaced
@@ -173,22 +188,62 @@ def _metadata_of_tree(tree: Any) -> Metadata:
 
 def _read_folder(folder: Path) -> Contents:
     """Read a folder of timm's, of Hugging Face's transformers, or a backbone that odcft wrote."""
-    config_file = folder / "config.json"
-    names = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin", "model.bin")
-    weights = next((folder / name for name in names if (folder / name).is_file()), None)
-    if weights is None or not config_file.exists():
+    config_file, open_clip = folder / "config.json", folder / "open_clip_config.json"
+    files = weight_files(folder)
+    if files and open_clip.exists() and (files[0].name.startswith("open_clip") or not config_file.exists()):
+        contents = read(files[0])
+        contents.path, contents.metadata = folder, from_open_clip_config(open_clip, read_json(open_clip))
+        return contents
+    if not files or not config_file.exists():
         raise OdcftError(
             f"{folder} is a folder without config.json and model.safetensors, "
             "so it is neither a timm folder nor a finished RUN."
         )
     config = read_json(config_file)
-    contents = read(weights)
+    contents = _read_parts(files)
     contents.path = folder
     if "architecture" in config or isinstance(config.get("odcft"), dict):
         contents.metadata = from_timm_config(config)
-    elif (folder / "preprocessor_config.json").exists():  # written by Hugging Face's transformers
-        contents.metadata = from_preprocessor_config(read_json(folder / "preprocessor_config.json"))
+    else:
+        _read_transformers_folder(folder, config, contents)
+        if contents.metadata.architecture is not None:
+            return contents
+    contents.state_dicts = {where: merge_split_tensors(tensors) for where, tensors in contents.state_dicts.items()}
     return contents
+
+
+def _read_parts(files: list[Path]) -> Contents:
+    """Read the files that hold the weights of one network; tensors that belong together are still apart."""
+    contents = read(files[0], merge=dict)
+    for file in files[1:]:
+        more = read(file, merge=dict)
+        for where, tensors in more.state_dicts.items():
+            whole = contents.state_dicts.setdefault(where, {})
+            if twice := next((name for name in tensors if name in whole), None):
+                raise OdcftError(f"{file} holds {short_repr(twice)}, which another part of the weights holds as well.")
+            whole |= tensors
+        contents.unusable += more.unusable
+        if sum(map(len, contents.state_dicts.values())) > MAX_TENSORS:
+            raise OdcftError(f"{file.parent} holds more than {MAX_TENSORS:,} named tensors, far more than any network.")
+    return contents
+
+
+def _read_transformers_folder(folder: Path, config: dict[str, Any], contents: Contents) -> None:
+    """Follow config.json and preprocessor_config.json as Hugging Face's transformers writes them."""
+    preprocessor = folder / "preprocessor_config.json"
+    metadata = from_preprocessor_config(read_json(preprocessor)) if preprocessor.exists() else Metadata()
+    contents.metadata = metadata
+    if (tensors := contents.state_dicts.get("")) and (twin := find_twin(folder, config, tensors)):
+        contents.state_dicts[""] = twin.tensors
+        metadata.from_transformers, metadata.notes = True, twin.notes
+        metadata.architecture, metadata.arguments = twin.arch, twin.arguments
+        if twin.fixed_size:  # config.json says it; preprocessor_config.json may mean images of another size
+            metadata.cfg.pop("input_size", None)
+        if "mean" not in metadata.cfg:
+            metadata.notes.append(
+                f"without a preprocessor_config.json that tells mean and std, they are those of timm's {twin.arch}; "
+                "if they were others, pass --set data.mean=[…] and data.std=[…]"
+            )
 
 
 def _detect_container(path: Path, start: bytes) -> str:
@@ -197,7 +252,7 @@ def _detect_container(path: Path, start: bytes) -> str:
         return "safetensors"
     if start.startswith(ZIP_MAGIC):
         _refuse_zip_bomb(path)
-        return "torch"
+        return "npz" if is_npz(path) else "torch"
     if start[257:262] == b"ustar":
         return "torch tar"
     # torch's files before 1.6 start with a pickled magic number; any other pickle was written by other code.

@@ -60,6 +60,7 @@ class Arguments(_Strict):
     qk_norm: bool = False
     class_token: bool = True
     reg_tokens: Annotated[int, Field(ge=0, le=64)] = 0
+    num_reg_tokens: Annotated[int, Field(ge=0, le=64)] = 0
     no_embed_class: bool = False
     pre_norm: bool = False
     fc_norm: bool = False
@@ -67,6 +68,10 @@ class Arguments(_Strict):
     dynamic_img_size: bool = False
     dynamic_img_pad: bool = False
     pos_embed: Literal["learn", "rope", "none"] = "learn"
+    use_abs_pos_emb: bool = True
+    use_rel_pos_bias: bool = False
+    use_shared_rel_pos_bias: bool = False
+    pretrained_window_sizes: Annotated[list[Annotated[int, Field(ge=0, le=64)]], Field(min_length=1, max_length=8)] = []
     global_pool: _Pool = "avg"
     act_layer: _Activation = "gelu"
     cardinality: Annotated[int, Field(ge=1, le=256)] = 1
@@ -76,6 +81,7 @@ class Arguments(_Strict):
     avg_down: bool = False
     output_stride: Literal[8, 16, 32] = 32
     zero_init_last: bool = False
+    bn_eps: Annotated[float, Field(ge=1e-8, le=0.1)] = 1e-5
     drop_rate: _Rate = 0
     drop_path_rate: _Rate = 0
     proj_drop_rate: _Rate = 0
@@ -137,6 +143,10 @@ class Metadata:
     cfg: dict[str, Any] = field(default_factory=dict)  # checked against PretrainedCfg
     input: Input | None = None  # the complete input, from files that odcft wrote
     from_odcft: bool = False  # whether odcft wrote the file
+    from_transformers: bool = False  # whether it is a folder of Hugging Face's transformers
+    from_open_clip: bool = False  # whether it is a folder of open_clip
+    color: str = ""  # of its input, where the file says so without saying all of the input
+    notes: list[str] = field(default_factory=list)  # how the network built here differs from the file's
     ignored: list[str] = field(default_factory=list)  # what is not followed, and why
 
 
@@ -160,9 +170,50 @@ def from_timm_config(config: Mapping[str, Any]) -> Metadata:
 def from_preprocessor_config(config: Mapping[str, Any]) -> Metadata:
     """Read the preprocessor_config.json of a folder of Hugging Face's transformers."""
     metadata = Metadata()
+    if config.get("do_normalize") is False:
+        config = {**config, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    fields = _view_fields(config)
     if "image_mean" in config and "image_std" in config:
-        _read_cfg(metadata, {"mean": config["image_mean"], "std": config["image_std"]})
+        fields |= {"mean": config["image_mean"], "std": config["image_std"]}
+    _read_cfg(metadata, fields)
+    factor = 1 if config.get("do_rescale") is False else config.get("rescale_factor", 1 / 255)
+    if (
+        "mean" in metadata.cfg
+        and isinstance(factor, int | float)
+        and 1e-5 < factor <= 1
+        and abs(255 * factor - 1) > 1e-6
+    ):
+        # They normalise other values than 0..1.
+        for name in ("mean", "std"):
+            metadata.cfg[name] = [value / (255 * factor) for value in metadata.cfg[name]]
+    if config.get("do_flip_channel_order") is True:
+        metadata.color = "bgr"
     return metadata
+
+
+def _view_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of timm's pretrained_cfg from a preprocessor's size, crop and interpolation, as far as it has them."""
+    fields: dict[str, Any] = {}
+    resized, side = _pixels(config.get("size")), None
+    if config.get("do_center_crop") is not False:
+        side = _pixels(config.get("crop_size"))
+    side = side or resized
+    if config.get("do_resize") is not False and side is not None:
+        fields["input_size"] = [3, side, side]
+        if resized is not None and 0 < side <= resized:
+            fields["crop_pct"] = config["crop_pct"] if "crop_pct" in config else side / resized
+    filters = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # as PIL numbers them
+    number = config.get("resample")
+    if isinstance(number, int) and 0 <= number < len(filters):
+        fields["interpolation"] = filters[number]
+    return fields
+
+
+def _pixels(size: Any) -> int | None:
+    """The side in pixels that a preprocessor's size means: a number, a square, or the shorter edge."""
+    if isinstance(size, dict):
+        size = size.get("shortest_edge", size.get("height"))
+    return size if isinstance(size, int) and not isinstance(size, bool) and 8 <= size <= 4096 else None
 
 
 def from_exported_fields(fields: Mapping[str, Any]) -> Metadata:

@@ -25,6 +25,8 @@ def recognise_family(contents: Contents, arch: str, found: Match) -> str:
     headless = vit and not has("head.", "fc.")
     marks = {
         "odcft": contents.metadata.from_odcft,
+        "transformers": contents.metadata.from_transformers,
+        "open_clip": contents.metadata.from_open_clip,
         "timm": contents.metadata.architecture is not None or "state_dict_ema" in names,
         "fair_caffe2": contents.container == "pickle" and "blobs" in names,
         "colorization_zhang": arch in ("colorization_eccv16", "colorization_siggraph17"),

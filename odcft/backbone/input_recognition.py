@@ -8,6 +8,7 @@ from odcft.backbone.arch_arguments import Kwargs
 from odcft.backbone.checkpoint_files import Contents
 from odcft.backbone.network_input import IMAGENET, Input, default_input
 from odcft.backbone.non_timm_networks import NETWORKS
+from odcft.backbone.original_layouts import LAYOUTS
 from odcft.backbone.tensor_matching import Match
 from odcft.data.view import INTERPOLATIONS
 from odcft.errors import OdcftError
@@ -50,7 +51,10 @@ def recognise_input(contents: Contents, arch: str, kwargs: Kwargs, found: Match,
         if len(metadata.cfg.get("mean", cfg["mean"])) != 3:
             metadata.ignored.append("mean and std should have 3 numbers")
             metadata.cfg = {name: value for name, value in metadata.cfg.items() if name not in ("mean", "std")}
-        return input_from_cfg({**cfg, **metadata.cfg}, size)
+        input = input_from_cfg({**cfg, **metadata.cfg}, size)
+        return with_color(input, metadata.color) if metadata.color else input
+    if contents.layout and LAYOUTS[contents.layout].uses_timm_cfg:
+        return input_from_cfg(cfg, size)
     return input_from_cfg(cfg, size) if _has_timm_classifier(found, cfg) else Input("rgb", size, *IMAGENET)
 
 

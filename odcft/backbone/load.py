@@ -193,7 +193,7 @@ def _first_convolution(arch: str) -> str:
 
 
 def _notes(contents: Contents, found: Match) -> list[str]:
-    notes = list(found.notes)
+    notes = [*contents.metadata.notes, *found.notes]
     if ignored := contents.metadata.ignored:
         notes.append(f"ignored in the file's own description: {first_few(ignored, '; ')}")
     if found.missing:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from odcft.backbone.original_layouts import with_timm_names
+
 # DeepCluster's AlexNet: index of the convolution among all layers, and its number.
 _ALEXNET_FEATURES = {0: 1, 4: 2, 8: 3, 11: 4, 14: 5}
 # RotNet's and VISSL's AlexNet: index of the block, and the number of its convolution.
@@ -137,6 +139,7 @@ def merge_split_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     Hugging Face's vision transformers keep query, key and value apart; DINOv2 with registers keeps the class token's
     position embedding apart, which timm adds to the token.
     """
+    tensors = with_timm_names(tensors)
     if any(".attention.attention.query." in key for key in tensors):
         tensors = _huggingface_transformer(tensors)
     if "register_tokens" in tensors and "pos_embed" in tensors and "cls_token" in tensors:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from odcft.backbone.checkpoint_metadata import Arguments, check_arguments, parse_arguments
+from odcft.backbone.checkpoint_metadata import Arguments, check_arguments, from_preprocessor_config, parse_arguments
 from odcft.backbone.inspection import describe
 from odcft.backbone.load import load_backbone
 from odcft.backbone.non_timm_networks import NETWORKS, count_elements
@@ -338,6 +338,44 @@ def test_any_preprocessor_is_answered(tmp_path_factory, mean, std):
     folder = folder_of(tmp_path_factory.getbasetemp() / "transformers", {"model_type": "resnet"})
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}))
     answer(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "cfg"),
+    [
+        ({"size": 224}, {"input_size": [3, 224, 224], "crop_pct": 1.0}),
+        ({"size": {"shortest_edge": 256}, "crop_size": 224}, {"input_size": [3, 224, 224], "crop_pct": 0.875}),
+        (
+            {"size": {"shortest_edge": 224}, "crop_pct": 0.95, "resample": 3},
+            {"input_size": [3, 224, 224], "crop_pct": 0.95, "interpolation": "bicubic"},
+        ),
+        (
+            {"size": {"height": 96, "width": 96}, "do_center_crop": False, "crop_size": 32},
+            {"input_size": [3, 96, 96], "crop_pct": 1.0},
+        ),
+        ({"size": 224, "do_resize": False}, {}),
+        ({"do_normalize": False}, {"mean": [0.0] * 3, "std": [1.0] * 3}),
+        (
+            {"image_mean": [127.5] * 3, "image_std": [51.0] * 3, "do_rescale": False},
+            {"mean": [0.5] * 3, "std": [0.2] * 3},
+        ),
+        (
+            {"image_mean": [1.0] * 3, "image_std": [1.0] * 3, "rescale_factor": 1 / 127.5},
+            {"mean": [0.5] * 3, "std": [0.5] * 3},
+        ),
+    ],
+)
+def test_what_a_preprocessor_says_in_timms_words(config, cfg):
+    assert from_preprocessor_config(config).cfg.keys() == cfg.keys()
+    for name, value in from_preprocessor_config(config).cfg.items():
+        assert value == (pytest.approx(cfg[name]) if name in ("mean", "std") else cfg[name])
+
+
+@FUZZ
+@given(JSON, JSON, JSON, JSON)
+def test_any_view_in_a_preprocessor_is_answered(size, crop, factor, resample):
+    told = {"size": size, "crop_size": crop, "rescale_factor": factor, "resample": resample, "crop_pct": size}
+    from_preprocessor_config({**told, "image_mean": [0.5] * 3, "image_std": [0.5] * 3})
 
 
 @FUZZ
