@@ -101,7 +101,7 @@ def _decide(
 ) -> Structure:
     """Choose among networks that fit: the largest, if it is the only one of its size or a hint names it."""
     if not found:
-        return Structure(nearest=max(nearest)[-1] if nearest else "")
+        return Structure(nearest=_nearest(nearest))
     most = max(match.expected for _, _, match in found)
     best = [one for one in found if one[2].expected == most]
     fewest = min(len(kwargs) for _, kwargs, _ in best)
@@ -128,6 +128,15 @@ def _decide(
             "if the network has another, pass --arch-args num_heads=N"
         )
     return Structure((name, kwargs, match))
+
+
+def _nearest(nearest: list[tuple[float, int, str]]) -> str:
+    """The network that comes closest in words, and the names of those that come as close."""
+    if not nearest:
+        return ""
+    first, *others = sorted(nearest, reverse=True)
+    as_close = [text.split(",")[0] for share, _, text in others if share == first[0]]
+    return first[-1] + (f" (as close: {', '.join(as_close[:MAX_NEAR])})" if as_close else "")
 
 
 def _without_anti_aliasing(name: str) -> str:
