@@ -254,7 +254,8 @@ FIELDS = {
 }  # fmt: skip
 # Speed and speech only: they must not change the backbone.
 SPEECH = {
-    "backbone.arch_args",  # of a network that is built by name: tests/backbone/test_metadata.py
+    "backbone.arch_args",  # of a network that is built by name: tests/backbone/test_checkpoint_metadata.py
+    "backbone.part",  # of a file with several backbones: tests/backbone/test_backbone_parts.py
     "data.workers",
     "backbone.allow_partial",
     "optim.channels_last",

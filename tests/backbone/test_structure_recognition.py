@@ -2,7 +2,6 @@
 
 import random
 import re
-from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -136,25 +135,31 @@ def test_a_note_says_that_names_were_unknown():
     assert recognise(contents(state))[2].notes == []
 
 
+# In a sorted file random words tell nothing (below), so only what keeps numbers is tried there.
+CASES = [*((rename, "torch") for rename in RENAMINGS), (by_position, "safetensors"), (flat, "safetensors")]
+PARTS = 10  # of the networks, for several test processes
+
+
 @pytest.mark.slow
-def test_no_network_of_timms_is_mistaken_for_another():
-    shares = {}
-    for arch in (*QUICK, *SLOW):
+@pytest.mark.parametrize("part", range(PARTS))
+def test_no_network_of_timms_is_mistaken_for_another(part):
+    """Prints a line for each network and case that is not exact (pytest -s)."""
+    unnamed = []
+    for arch in (*QUICK, *SLOW)[part::PARTS]:
         state = random_weights(arch)
-        for rename in RENAMINGS:
-            for container in ("torch", "safetensors"):
-                renamed = rename(state)
-                if container == "safetensors":
-                    renamed = dict(sorted(renamed.items()))
-                result = outcome(arch, state, renamed, container)
-                shares.setdefault((rename.__name__, container), {}).setdefault(result, []).append(arch)
+        for rename, container in CASES:
+            renamed = rename(state) if container == "torch" else dict(sorted(rename(state).items()))
+            result = outcome(arch, state, renamed, container)
+            if result != "exact":
+                print(arch, rename.__name__, container, result)
+            unnamed += [(arch, rename.__name__, container, result)] if result not in ("exact", "named") else []
+    assert not unnamed
+
+
+def test_the_networks_tried_are_of_many_families():
     families = {timm.get_pretrained_cfg(arch).architecture.split("_")[0] for arch in (*QUICK, *SLOW)}
-    print(f"\n{len((*QUICK, *SLOW))} networks of {len(families)} families")
-    for (how, container), results in shares.items():
-        print(how, container, dict(Counter({result: len(names) for result, names in results.items()})))
-        print("   ", {result: names for result, names in results.items() if result != "exact"})
-    assert not [names for results in shares.values() for result, names in results.items() if result == "wrong"]
-    assert not [names for results in shares.values() for result, names in results.items() if result == "refused"]
+    assert len((*QUICK, *SLOW)) >= 60
+    assert len(families) >= 25
 
 
 # ---------------------------------------------------------------- what else is found
