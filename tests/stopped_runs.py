@@ -18,6 +18,21 @@ QUICK = [
 ]
 
 
+def write_inputs(folder, images):
+    """A checkpoint `c.pth` and so many `images/` of noise."""
+    import numpy as np
+    import timm
+    import torch
+    from PIL import Image
+
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet").state_dict(), folder / "c.pth")
+    draw = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for i in range(images):
+        Image.fromarray(draw.integers(0, 255, (32, 32, 3)).astype(np.uint8)).save(folder / "images" / f"{i:02d}.png")
+
+
 def quick(*overrides):
     return load_recipe("small", [*QUICK, *overrides])
 

@@ -1,8 +1,7 @@
 """An uninterrupted run to compare with, and a function that trains."""
 
 import pytest
-import torch
-from stopped_runs import quick
+from stopped_runs import quick, write_inputs
 
 from odcft.distributed import stop_signals
 from odcft.progress import Progress
@@ -12,17 +11,8 @@ from odcft.train import fine_tune
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A checkpoint, 12 images, and an uninterrupted run of two epochs of three steps."""
-    import numpy as np
-    import timm
-    from PIL import Image
-
     folder = tmp_path_factory.mktemp("inputs")
-    torch.manual_seed(0)
-    torch.save(timm.create_model("test_resnet").state_dict(), folder / "c.pth")
-    draw = np.random.default_rng(0)
-    (folder / "images").mkdir()
-    for i in range(12):
-        Image.fromarray(draw.integers(0, 255, (32, 32, 3)).astype(np.uint8)).save(folder / "images" / f"{i:02d}.png")
+    write_inputs(folder, 12)
     fine_tune(str(folder / "c.pth"), str(folder / "images"), folder / "whole", quick())
     return folder
 

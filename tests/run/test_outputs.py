@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stopped_runs import write_inputs
 
 from odcft import demo, files
 from odcft.errors import OdcftError
@@ -30,17 +31,8 @@ def quick(*overrides):
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A checkpoint, 8 images, and a finished run."""
-    import numpy as np
-    import timm
-    from PIL import Image
-
     folder = tmp_path_factory.mktemp("inputs")
-    torch.manual_seed(0)
-    torch.save(timm.create_model("test_resnet").state_dict(), folder / "c.pth")
-    draw = np.random.default_rng(0)
-    (folder / "images").mkdir()
-    for i in range(8):
-        Image.fromarray(draw.integers(0, 255, (32, 32, 3)).astype(np.uint8)).save(folder / "images" / f"{i:02d}.png")
+    write_inputs(folder, 8)
     fine_tune(str(folder / "c.pth"), str(folder / "images"), folder / "run", quick())
     return folder
 
