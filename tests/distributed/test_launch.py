@@ -96,11 +96,13 @@ def test_rank_that_is_killed_is_all_that_is_said(inputs, tmp_path):
 
 
 @pytest.mark.slow
-def test_under_torchrun_the_others_say_nothing(inputs, tmp_path):
+def test_under_torchrun_the_others_do_not_repeat_it(inputs, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29653")
     result = finetune(inputs, tmp_path / "run", 1, "mistake", (*torchrun, tmp_path / "program.py"), ())
     assert result.returncode != 0
-    assert result.stderr.count("odcft: ") == 1, result.stderr
-    assert "odcft: one rank has run out of luck." in result.stderr
+    said = [line for line in result.stderr.splitlines() if line.startswith("odcft: ")]
+    # torchrun ends the others by SIGTERM. It may come before they notice the loss; rank 0 then says how to continue.
+    assert [line for line in said if "SIGTERM: stopped. " not in line] == ["odcft: one rank has run out of luck."]
+    assert len(said) <= 2
     assert "Connection closed by peer" not in result.stderr
