@@ -225,17 +225,17 @@ def test_unreadable_image_is_named_and_skipped(tmp_path, checkpoint, images):
 
 
 def test_image_that_vanishes_during_the_run_is_skipped(tmp_path, checkpoint, images, monkeypatch):
-    from odcft.data import batches
+    from odcft.data import sources
 
-    whole, calls = batches.read_image, []
+    whole, calls = sources.read_file, []
 
-    def read(path, *more):
+    def read(path):
         calls.append(path)
-        if len(calls) > 20 and path.endswith("000.png"):
+        if len(calls) > 44 and path.endswith("000.png"):
             raise OSError("gone")
-        return whole(path, *more)
+        return whole(path)
 
-    monkeypatch.setattr(batches, "read_image", read)
+    monkeypatch.setattr(sources, "read_file", read)
     assert fine_tune(checkpoint, images, tmp_path / "run", quick())["steps"] == 6
 
 

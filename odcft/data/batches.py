@@ -41,7 +41,7 @@ class Crops:
         """Return the pixels (3, size, size) uint8, or why the image cannot be read; and the image's index."""
         epoch, index = key
         try:
-            image = read_image(self.images.path(index), self.view.intensity)
+            image = read_image(self.images.read(index), self.view.intensity)
             if self.augment is not None:
                 draw = random.Random(seeds.seed(self.seed, "crop", epoch, index))
                 image = random_crop(image, self.view.size, self.augment, draw)

@@ -3,9 +3,9 @@
 Pillow decodes. What it would silently get wrong is corrected here, or refused with the reason.
 """
 
+import io
 import logging
 import os
-import stat
 import sys
 import warnings
 from collections.abc import Iterator
@@ -63,50 +63,46 @@ class HighDepthImage:
     inverted: bool = False
 
 
-def read_image(path: str, intensity: tuple[float, float] | None = None) -> Image.Image:
+def read_image(data: bytes, intensity: tuple[float, float] | None = None) -> Image.Image:
     """Read an image (the first frame of an animation or a stack) as RGB.
 
     Args:
-        path: the file.
+        data: the content of the file.
         intensity: for images with more than 8 bits a channel, the values that become black and white; None for the
             smallest and largest value of their type (for floating point, 0 and 1).
 
     Raises:
-        OdcftError: the path is not a regular file, or the image is of a kind that odcft does not read; says which.
+        OdcftError: the image is of a kind that odcft does not read; says which.
         OSError, ValueError, SyntaxError and others: raised by Pillow for a file that is not a complete image.
     """
-    with _open(path) as image:
-        high_depth = _high_depth(image, path)
+    with _open(data) as image:
+        high_depth = _high_depth(image, data)
         rgb = _to_rgb(image) if high_depth is None else _scale_to_8_bits(high_depth, intensity)
         transpose = _UNDO_ORIENTATION.get(_orientation(image))
     return rgb if transpose is None else rgb.transpose(transpose)
 
 
-def read_high_depth(path: str) -> HighDepthImage | None:
+def read_high_depth(data: bytes) -> HighDepthImage | None:
     """Read the values of an image with more than 8 bits a channel; return None for any other, without decoding it."""
-    with _open(path) as image:
-        return _high_depth(image, path)
+    with _open(data) as image:
+        return _high_depth(image, data)
 
 
-def image_size(path: str) -> tuple[int, int]:
+def image_size(data: bytes) -> tuple[int, int]:
     """Return width and height as stored in the file, without decoding it."""
-    with _open(path) as image:
+    with _open(data) as image:
         return image.size
 
 
 @contextmanager
-def _open(path: str) -> Iterator[Any]:
+def _open(data: bytes) -> Iterator[Any]:
     """Open an image with Pillow, silently; refuse what odcft does not read."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        raise OdcftError(f"a {special_kind(mode)}, not a file")
-    # Given a path, Pillow would memory-map the file, and 13.0 maps a rotated TIFF with the wrong width.
-    with warnings.catch_warnings(), open(path, "rb") as file:
+    with warnings.catch_warnings(), io.BytesIO(data) as file:
         warnings.simplefilter("ignore")  # about damaged tags and palettes; real errors are raised
         try:
             image: Any = Image.open(file, formats=_available_formats())
         except UnidentifiedImageError:
-            if description := _describe_tiff_file(path):
+            if description := _describe_tiff_file(data):
                 raise OdcftError(description) from None
             raise OdcftError("not an image of a format that odcft reads") from None
         with image, _stderr_silenced() if image.tile and image.tile[0][0] == "libtiff" else nullcontext():
@@ -143,14 +139,6 @@ def _available_formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]  # AVIF came with Pillow 11.3
 
 
-def special_kind(mode: int) -> str:
-    """Return "folder", "pipe", "socket" or "device" for the mode of such a path; "" for a regular file."""
-    if stat.S_ISREG(mode):
-        return ""
-    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
-    return kinds.get(stat.S_IFMT(mode), "device")
-
-
 def _orientation(image: Any) -> int:
     """Return the EXIF orientation of a decoded image; 1 (upright) if EXIF is missing or damaged.
 
@@ -184,13 +172,13 @@ def _has_alpha(image: Any) -> bool:
 # ---------------------------------------------------------------- more than 8 bits a channel
 
 
-def _high_depth(image: Any, path: str) -> HighDepthImage | None:
+def _high_depth(image: Any, data: bytes) -> HighDepthImage | None:
     """Decode an opened image with more than 8 bits a channel; return None for any other, without decoding it."""
     raw_mode = _raw_mode(image)
     if raw_mode == "LA;16B":
         return _gray_and_alpha(image)
     if raw_mode in _SWAPPED_RAW_MODE:
-        return _rgb(image, path, raw_mode)
+        return _rgb(image, data, raw_mode)
     return _gray(image)
 
 
@@ -201,9 +189,9 @@ def _gray_and_alpha(image: Any) -> HighDepthImage:
     return HighDepthImage(values, (0, 65535), "16 bits", alpha / np.float32(65535))
 
 
-def _rgb(image: Any, path: str, raw_mode: str) -> HighDepthImage:
+def _rgb(image: Any, data: bytes, raw_mode: str) -> HighDepthImage:
     """Decode 16-bit RGB, with or without alpha, in two passes: one for the upper bytes, one for the lower."""
-    with _open(path) as again:
+    with _open(data) as again:
         lower = _decode_as(again, _SWAPPED_RAW_MODE[raw_mode])
     values = np.asarray(image).astype(np.uint16) << 8 | lower
     alpha: Any = values[..., 3] / np.float32(65535) if image.mode == "RGBA" and _has_alpha(image) else None
@@ -278,14 +266,13 @@ def _refuse_unsupported_bands(tags: Any) -> None:
         raise OdcftError(_describe_tiff(tags))
 
 
-def _describe_tiff_file(path: str) -> str:
+def _describe_tiff_file(data: bytes) -> str:
     """Describe a TIFF that Pillow does not recognise; "" for any other file."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(8)
-            if start[:2] not in (b"II", b"MM"):
-                return ""
-            tags = TiffImagePlugin.ImageFileDirectory_v2(start + (file.read(8) if 43 in start[2:4] else b""))
+        if data[:2] not in (b"II", b"MM"):
+            return ""
+        tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if 43 in data[2:4] else 8])
+        with io.BytesIO(data) as file:
             file.seek(tags.next)
             tags.load(file)
         return _describe_tiff(tags) if _WIDTH in tags else ""

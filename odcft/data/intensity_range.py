@@ -14,7 +14,7 @@ def median_shorter_side(images: Images, sample: int = 32) -> int:
     sides = []
     for index in range(0, len(images), max(1, len(images) // sample)):
         try:
-            sides.append(min(image_size(images.path(index))))
+            sides.append(min(image_size(images.read(index))))
         except Exception:  # reported later, when the image is read for training
             continue
     return int(np.median(sides)) if sides else 0
@@ -44,7 +44,7 @@ def choose_range(images: Images, full: bool = False, sample: int = 256) -> tuple
     examined = range(0, len(images), max(1, -(-len(images) // sample)))
     for index in examined:
         with suppress(Exception):  # reported later, when the image is read for training
-            image = read_high_depth(images.path(index))
+            image = read_high_depth(images.read(index))
             if image is not None and (image_range := _range_of_image(image.values)):
                 found.setdefault((image.kind, image.limits), []).append(image_range)
     if full or all(_uses_its_type(ranges, limits) for (_, limits), ranges in found.items()):

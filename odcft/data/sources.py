@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from odcft.data.image_decoding import special_kind
+from odcft.data.image_files import read_file, special_kind
 from odcft.errors import OdcftError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".jp2")
@@ -42,6 +42,15 @@ class Images:
     def path(self, index: int) -> str:
         """The path of image `index`."""
         return os.path.join(self.root, self.names[index])
+
+    def read(self, index: int) -> bytes:
+        """The encoded bytes of image `index`.
+
+        Raises:
+            OdcftError: it is not a regular file, or it is too large.
+            OSError: it cannot be read.
+        """
+        return read_file(self.path(index))
 
     def without(self, bad: set[int]) -> "Images":
         """A copy without the images of these indices."""

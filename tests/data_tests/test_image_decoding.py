@@ -25,7 +25,7 @@ COLOURS = DRAW.integers(0, 256, (8, 12, 3)).astype(np.uint8)
 
 
 def pixels(path, *intensity):
-    return np.array(read_image(str(path), *intensity))
+    return np.array(read_image(path.read_bytes(), *intensity))
 
 
 # ---------------------------------------------------------------- 8 bits
@@ -137,7 +137,7 @@ def test_sixteen_bit_and_palette_and_gray_images_become_rgb(tmp_path):
     Image.fromarray((ramp / 257).astype(np.uint8)).convert("P").save(tmp_path / "palette.gif")
     Image.fromarray((ramp / 257).astype(np.uint8)).save(tmp_path / "gray.png")
     for name in ("deep.png", "palette.gif", "gray.png"):
-        pixels = np.array(read_image(str(tmp_path / name)))
+        pixels = np.array(read_image((tmp_path / name).read_bytes()))
         assert pixels.shape == (8, 8, 3)
         assert np.abs(pixels[..., 0].astype(float) - ramp / 257).max() < 2
 
@@ -255,7 +255,7 @@ U8 = DRAW.integers(0, 256, (4, 5, 7)).astype(np.uint8)
 def test_unsupported_bands_are_refused_and_not_dropped(tmp_path, array, how, words, capfd):
     write_tiff(tmp_path / "x.tif", array, **how)
     with pytest.raises(OdcftError, match=f"^a TIFF of {words}.*; odcft reads 1 band .gray"):
-        read_image(str(tmp_path / "x.tif"))
+        read_image((tmp_path / "x.tif").read_bytes())
     assert capfd.readouterr().err == ""
 
 

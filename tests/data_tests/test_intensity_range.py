@@ -50,9 +50,9 @@ def test_a_12_bit_set_is_scaled_to_its_range_with_a_note(tmp_path):
     assert 100 <= low < 120
     assert 4000 < high <= 4095
     assert words.startswith("24 images of 16 bits use 6.1 % of their range: scaled to the range of the set, 10")
-    shown = np.array(read_image(images.path(0), (low, high)))
+    shown = np.array(read_image(images.read(0), (low, high)))
     assert len(np.unique(shown)) > 150
-    assert len(np.unique(read_image(images.path(0)))) < 18  # without scaling
+    assert len(np.unique(read_image(images.read(0)))) < 18  # without scaling
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_the_range_of_the_set_is_chosen_if_it_is_less_than_half_of_the_types(tmp
         assert high - 0.02 * (high - low) < found[1] <= high + 1e-6
     else:
         assert found == (0, full)
-    assert choose_range(images, full=True) == (read_high_depth(images.path(0)).limits, "")
+    assert choose_range(images, full=True) == (read_high_depth(images.read(0)).limits, "")
 
 
 def test_hot_pixels_and_a_bad_frame_do_not_set_the_range(tmp_path):

@@ -30,7 +30,7 @@ def test_list_files(tmp_path, make_images):
     assert find_images(tmp_path / "l.txt").names == ["images/a/000.png", "images/b/001.png"]
     listed = find_images(tmp_path / "l.csv")
     assert listed.class_labels() == ["cat;dog", "dog"]
-    assert read_image(listed.path(0)).size == (32, 32)
+    assert read_image(listed.read(0)).size == (32, 32)
 
 
 @pytest.mark.parametrize("name", ["missing", "empty", "page.html", "l.csv", "l.txt"])
