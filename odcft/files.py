@@ -90,7 +90,12 @@ def write_table(path: Path, header: list[str], rows: Iterable[tuple]) -> None:
 
 
 def read_column(path: Path, column: str) -> list[str]:
-    """One column of a .csv file that odcft wrote.
+    """One column of a .csv file that odcft wrote, as a list; for the errors see `iterate_column`."""
+    return list(iterate_column(path, column))
+
+
+def iterate_column(path: Path, column: str) -> Iterator[str]:
+    """One column of a .csv file that odcft wrote, a cell at a time.
 
     Raises:
         OdcftError: it does not exist, cannot be read, or is not a table with this column.
@@ -99,7 +104,8 @@ def read_column(path: Path, column: str) -> list[str]:
         if not path.is_file():
             raise OdcftError(f"{path} is {'not a file' if path.exists() else 'missing'}.")
         with path.open(newline="", **PATH_ENCODING) as file:
-            return [row[column] for row in csv.DictReader(file)]
+            for row in csv.DictReader(file):
+                yield row[column] or ""  # None if the line is too short
     except OSError as error:
         raise OdcftError(f"{path} cannot be read: {error.strerror}.") from None
     except (csv.Error, KeyError) as error:

@@ -15,8 +15,8 @@ import torch
 from odcft.backbone.input_resizing import USUAL_SIZE
 from odcft.backbone.load import Loaded
 from odcft.backbone.network import Backbone
+from odcft.data.images import Images
 from odcft.data.intensity_range import choose_range, median_shorter_side
-from odcft.data.sources import Images
 from odcft.data.view import View
 from odcft.distributed import dist
 from odcft.errors import OdcftError

@@ -12,7 +12,7 @@ from folders import tree
 from safetensors.torch import load_file
 
 from odcft import files
-from odcft.data.sources import Images
+from odcft.data.images import Images
 from odcft.run import output_checks, snapshot_files
 from odcft.run.folder import write_image_lists
 from odcft.run.lock import locked

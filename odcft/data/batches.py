@@ -13,7 +13,7 @@ from odcft import seeds
 from odcft.data import shared_memory
 from odcft.data.augmentation import random_crop
 from odcft.data.image_decoding import read_image
-from odcft.data.sources import Images
+from odcft.data.images import Images
 from odcft.data.view import View, centre_crop
 from odcft.distributed import dist, ownership, stop_signals
 from odcft.errors import OdcftError

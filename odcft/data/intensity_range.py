@@ -6,7 +6,7 @@ from contextlib import suppress
 import numpy as np
 
 from odcft.data.image_decoding import image_size, read_high_depth
-from odcft.data.sources import Images
+from odcft.data.images import Images
 
 
 def median_shorter_side(images: Images, sample: int = 32) -> int:

@@ -1,218 +1,165 @@
-"""Which images a DATA argument names: those of a folder, or of a list file."""
+"""Which images a DATA argument names: a folder, a list file, or shards; on this machine or at a URL."""
 
-import csv
-import io
+import glob
 import os
 import re
-from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from odcft.data.image_files import read_file, special_kind
+from odcft.data.image_files import ENDINGS, file_size, is_url, read_file
+from odcft.data.images import Images
+from odcft.data.index_cache import Index, cached, checked_counts, stamps_of
+from odcft.data.names import Names
+from odcft.data.shards import (
+    SHARDS,
+    find_in_dataset,
+    find_in_shards,
+    names_of,
+    no_images,
+    refuse_compressed,
+    refuse_several_splits,
+)
+from odcft.data.stores import folders, remote
+from odcft.data.stores.arrow_datasets import find_dataset
+from odcft.data.stores.lists import LISTS, read_list
+from odcft.data.stores.tar_shards import COMPRESSED
 from odcft.errors import OdcftError
+from odcft.progress import Progress
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".jp2")
-LISTS = {".txt": None, ".csv": ",", ".tsv": "\t"}  # extension to its usual delimiter
-_NOUN = re.compile(r"\b(device|file|folder|image|line|pipe|socket)\b")  # the word of a `skipped` phrase to pluralise
-
-
-@dataclass
-class Images:
-    """The images of a DATA argument, in a fixed order.
-
-    Names are as the file system has them: bytes that are not UTF-8 become surrogates (PEP 383).
-
-    Attributes:
-        source: the path as the user gave it.
-        root: the folder that names are relative to.
-        names: one path for each image.
-        labels: of a list file, one for each image; several labels of one image are joined by ";".
-        skipped: what is not read, as an extension or a phrase ("pipe", "line without a path"), to how often.
-    """
-
-    source: Path
-    root: Path
-    names: list[str]
-    labels: list[str] | None = None
-    skipped: dict[str, int] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def path(self, index: int) -> str:
-        """The path of image `index`."""
-        return os.path.join(self.root, self.names[index])
-
-    def read(self, index: int) -> bytes:
-        """The encoded bytes of image `index`.
-
-        Raises:
-            OdcftError: it is not a regular file, or it is too large.
-            OSError: it cannot be read.
-        """
-        return read_file(self.path(index))
-
-    def without(self, bad: set[int]) -> "Images":
-        """A copy without the images of these indices."""
-        keep = [i for i in range(len(self)) if i not in bad]
-        labels = [self.labels[i] for i in keep] if self.labels else None
-        return Images(self.source, self.root, [self.names[i] for i in keep], labels, self.skipped)
-
-    def class_labels(self) -> list[str]:
-        """The labels that `evaluate` uses: those of the list file, or the name of each image's folder."""
-        return self.labels if self.labels is not None else [os.path.dirname(name) for name in self.names]
-
-    def skipped_summary(self) -> str:
-        """What was skipped, as a phrase: "300 .heic, 2 .xml, 1 pipe"; "" if nothing was."""
-        return _summary(self.skipped)
+WHAT = f"a folder of images, a list file ({', '.join(LISTS)}), or shards ({', '.join(SHARDS)})"
 
 
-def _summary(skipped: dict[str, int], limit: int = 6) -> str:
-    most_frequent_first = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
-    phrases = []
-    for what, count in most_frequent_first[:limit]:
-        if count > 1 and not what.startswith("."):
-            what = _NOUN.sub(r"\g<0>s", what, count=1)
-        phrases.append(f"{count:,} {what}")
-    if others := sum(count for _, count in most_frequent_first[limit:]):
-        phrases.append(f"{others:,} of {len(most_frequent_first) - limit} other kinds")
-    return ", ".join(phrases)
-
-
-def find_images(data: str | Path) -> Images:
-    """Find the images of a folder (searched recursively, sorted by path) or of a list file.
-
-    A folder that can be reached in several ways through symlinks is read once, under its real name if that is inside
-    `data`. Everything that is not an image is counted in `skipped`.
+def find_images(data: str | Path, progress: Progress | None = None) -> Images:
+    """Find the images of a DATA argument. What is found is kept in a cache, for the next time (index_cache.py).
 
     Args:
-        data: a folder; a `.txt` with one path per line; or a `.csv`/`.tsv` with the header `path` or `path,label`.
-            Paths in a list file are relative to its folder. A path that is listed several times is one image with all
-            its labels.
+        data: a folder, searched recursively (images sorted by path; if it has none, its shards; or a dataset saved by
+            `datasets` of Hugging Face); a `.txt` with one path per line, a `.csv` or `.tsv` with a column of paths
+            (relative to the list); a `.tar` or `.parquet`, or a pattern for several. Or the URL of any of these.
+        progress: where to show that it takes long.
 
     Raises:
-        OdcftError: `data` does not exist, holds no images, or is not a readable list.
+        OdcftError: `data` does not exist, holds no images, or cannot be read.
     """
+    progress = progress or Progress(quiet=True)
+    if is_url(os.fspath(data)):
+        try:
+            return _find_remote(str(data), progress)
+        except OSError as error:
+            raise OdcftError(f"{data} cannot be read: {error.strerror or error}.") from None
     path = Path(data)
     try:
         path.lstat()
         if not path.exists():
             raise FileNotFoundError  # a dangling symlink
     except (FileNotFoundError, NotADirectoryError):
-        raise OdcftError(
-            f"{path} does not exist. Give a folder of images, or a list file ({', '.join(LISTS)})."
-        ) from None
-    except OSError as error:
-        raise OdcftError(f"{path} cannot be read: {error.strerror}.") from None
+        if glob.has_magic(str(path)):
+            return _find_pattern(str(path), progress)
+        raise OdcftError(f"{path} does not exist. Give {WHAT}.") from None
+    except (OSError, ValueError) as error:  # a NUL byte is a ValueError
+        raise OdcftError(f"{path} cannot be read: {getattr(error, 'strerror', error)}.") from None
     if path.is_dir():
-        names, skipped = _walk(path)
-        if not names:
-            what = f"holds no images (but {_summary(skipped)})" if skipped else "is empty"
-            raise OdcftError(f"{path} {what}. odcft looks for {', '.join(ENDINGS)}, in sub-folders too.")
-        return Images(path, path, sorted(names), None, dict(skipped))
-    if path.suffix.lower() not in LISTS or not path.is_file():
-        raise OdcftError(
-            f"{path} is neither a folder nor a list. Give a folder of images, or a list file ({', '.join(LISTS)})."
-        )
-    return _read_list(path)
+        return _find_in_folder(path, progress)
+    ending = path.suffix.lower()
+    if path.is_file() and ending in LISTS:
+        return _find_in_list(path, progress)
+    if path.is_file() and ending in SHARDS:
+        return find_in_shards(path, path.parent, [path.name], {}, progress)
+    refuse_compressed([str(path)])
+    raise OdcftError(f"{path} is neither a folder nor a list, nor shards. Give {WHAT}.")
 
 
-def _walk(top: Path) -> tuple[list[str], Counter[str]]:
-    """Return the names of all images under a folder, in any order, and a count of everything else."""
-    names: list[str] = []
-    skipped: Counter[str] = Counter()
-    seen: set[tuple[int, int]] = set()
-    folders, links = [""], list[str]()
-    while folders or links:
-        links.sort()  # symlinks come after all real folders, so that they cannot change the names of images
-        folder = folders.pop() if folders else links.pop(0)
-        try:
-            status = os.stat(os.path.join(top, folder))
-            if (status.st_dev, status.st_ino) in seen:
-                skipped["folder already read"] += 1
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(os.path.join(top, folder)) as listing:
-                entries = list(listing)
-        except OSError:
-            skipped["folder that cannot be opened"] += 1
-            continue
-        for entry in entries:
-            name = os.path.join(folder, entry.name)
-            kind, is_image, hidden = _kind(entry), entry.name.lower().endswith(ENDINGS), entry.name.startswith(".")
-            if hidden:
-                if kind == "folder" or is_image:
-                    skipped["hidden folder" if kind == "folder" else "hidden image"] += 1
-            elif kind == "folder":
-                (links if entry.is_symlink() else folders).append(name)
-            elif kind != "file":
-                skipped[kind] += 1
-            elif is_image:
-                names.append(name)
-            else:
-                skipped[os.path.splitext(entry.name)[1].lower() or "file without an extension"] += 1
-    return names, skipped
+def _find_pattern(pattern: str, progress: Progress) -> Images:
+    found = sorted(glob.glob(pattern, recursive=True))
+    if not found:
+        raise OdcftError(f"{pattern} does not exist, and matches nothing. Give {WHAT}.")
+    root = _before_magic(pattern) or "."
+    return find_in_shards(pattern, root, [os.path.relpath(path, root) for path in found], {}, progress)
 
 
-def _kind(entry: os.DirEntry) -> str:
-    """Return "folder", "file" (also for a dangling symlink, which will be unreadable), or what `special_kind` says."""
-    try:
-        if entry.is_dir():
-            return "folder"
-        return "file" if entry.is_file() else special_kind(entry.stat().st_mode)
-    except OSError:
-        return "file"
+def _before_magic(pattern: str) -> str:
+    """The folder that all matches of a pattern are in."""
+    return os.path.dirname(re.split(r"[*?\[]", pattern, maxsplit=1)[0])
 
 
-def _read_list(path: Path) -> Images:
-    try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            text = file.read()
-    except OSError as error:
-        raise OdcftError(f"{path} cannot be read: {error.strerror}.") from None
-    if "\0" in text:
-        raise OdcftError(f"{path} is not a text file of paths. If it is a table, save it as CSV, in UTF-8.")
-    lines = re.split("\r\n|\r|\n", text)
-    skipped: Counter[str] = Counter()
-    labelled = False
-    rows = [(line.strip(), "") for line in lines if line.strip()]
-    if path.suffix.lower() != ".txt":
-        rows, labelled = _read_table(path, text, lines[0])
-        skipped["line without a path"] = sum(not name for name, _ in rows)
-        rows = [row for row in rows if row[0]]
-    if not rows:
-        raise OdcftError(f"{path} lists no images. It should hold one image path per line, relative to {path.parent}.")
-    labels: dict[str, list[str]] = {}
-    names: dict[str, str] = {}  # normalised path to the spelling that came first
-    for name, label in rows:
-        parts = labels.setdefault(names.setdefault(os.path.normpath(name), name), [])
-        parts += [part for part in map(str.strip, label.split(";")) if part and part not in parts]
-    skipped["duplicate line"] = len(rows) - len(names)
-    joined = [";".join(parts) for parts in labels.values()] if labelled else None
-    return Images(path, path.parent, list(labels), joined, {what: n for what, n in skipped.items() if n})
+def _find_in_folder(path: Path, progress: Progress) -> Images:
+    dataset = find_dataset(path)
+    if dataset is not None:
+        return find_in_dataset(path, dataset, progress)
+
+    def build() -> Index:
+        with progress.waiting(f"Indexing    {path} …"):
+            names, skipped, watched, stamps = folders.search(os.path.abspath(path), ENDINGS)
+        return Index({"names": names.bytes_B, "ends": names.ends}, {"skipped": dict(skipped)}, watched, stamps)
+
+    def use(index: Index) -> tuple[Names, dict[str, int]]:
+        return names_of(index), checked_counts(index.about["skipped"])
+
+    names, skipped = cached(("folder", os.path.abspath(path), *ENDINGS), build, use)
+    if names:
+        return Images(path, path, names, None, skipped)
+    if any(skipped.get(ending) for ending in SHARDS):
+        shards, skipped, *_ = folders.search(str(path), SHARDS)
+        refuse_several_splits(path, shards)
+        return find_in_shards(path, path, list(shards), dict(skipped), progress)
+    refuse_compressed([os.path.join(path, name) for name in folders.search(str(path), COMPRESSED)[0]])
+    raise no_images(path, skipped)
 
 
-def _read_table(path: Path, text: str, header: str) -> tuple[list[tuple[str, str]], bool]:
-    """Return the path and label of each line of a .csv or .tsv, and whether there is a column of labels."""
-    if len(header) > csv.field_size_limit():
-        raise OdcftError(
-            f"{path}, line 1: {len(header):,} characters are too many for a header. Is this the right file?"
-        )
-    default = LISTS[path.suffix.lower()] or ","
-    for delimiter in (default, ",", ";", "\t"):
-        columns = [c.strip().lower() for c in next(csv.reader([header], delimiter=delimiter, skipinitialspace=True))]
-        if "path" in columns:
-            break
-    else:
-        found = ", ".join(next(csv.reader([header], delimiter=default, skipinitialspace=True))) or "none"
-        raise OdcftError(
-            f"{path} has no column `path`; its columns are: {found[:200]}. "
-            "It needs a header with `path` (and, for evaluate, `label`), and one line for each image."
-        )
-    positions = [columns.index("path"), *([columns.index("label")] if "label" in columns else [])]
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    try:
-        cells = [[*(line[p].strip() if p < len(line) else "" for p in positions), ""] for line in lines if line]
-    except csv.Error as error:
-        raise OdcftError(f"{path}, line {lines.line_num}: {error}. Is this the right file?") from None
-    return [(cell[0], cell[1]) for cell in cells[1:]], "label" in columns
+def _find_in_list(path: Path, progress: Progress) -> Images:
+    def build() -> Index:
+        with progress.waiting(f"Reading     {path} …"):
+            stamps = stamps_of([os.path.abspath(path)])
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise OdcftError(f"{path} cannot be read: {error.strerror}.") from None
+            found = read_list(content, str(path), lambda name: os.path.isfile(os.path.join(path.parent, name)))
+        index = _index_of_list(*found)
+        index.watched, index.stamps = Names([os.path.abspath(path)]), stamps
+        return index
+
+    def use(index: Index) -> Images:
+        labels = names_of(index, "labels") if "labels" in index.arrays else None
+        return Images(path, path.parent, names_of(index), labels, checked_counts(index.about["skipped"]))
+
+    return cached(("list", os.path.abspath(path)), build, use)
+
+
+def _index_of_list(names: list[str], labels: list[str] | None, skipped: dict[str, int]) -> Index:
+    found = Names(names)
+    arrays = {"names": found.bytes_B, "ends": found.ends}
+    if labels is not None:
+        found = Names(labels)
+        arrays |= {"labels": found.bytes_B, "labels_ends": found.ends}
+    return Index(arrays, {"skipped": skipped})
+
+
+def _find_remote(url: str, progress: Progress) -> Images:
+    """The images at a URL. Folders and lists are read anew each time: no server says whether one has changed."""
+    ending = os.path.splitext(url)[1].lower()
+    if glob.has_magic(url.split("://", 1)[1]):
+        found, root = remote.matches(url), _before_magic(url)
+        if not found or not all(path.startswith(f"{root}/") for path in found):
+            raise OdcftError(f"{url} matches nothing. Give {WHAT}.")
+        return find_in_shards(url, root, [path[len(root) + 1 :] for path in found], {}, progress)
+    if ending in SHARDS and not remote.is_folder(url):
+        return find_in_shards(url, os.path.dirname(url), [os.path.basename(url)], {}, progress)
+    if ending in LISTS and not remote.is_folder(url):
+        root = os.path.dirname(url)
+        names, labels, skipped = read_list(read_file(url), url, lambda name: file_size(os.path.join(root, name)) >= 0)
+        if absolute := [name for name in names if os.path.isabs(name) or is_url(name)]:
+            raise OdcftError(f"{url} lists {absolute[0]}, which is not relative to it. Make all paths relative.")
+        return Images(url, root, Names(names), None if labels is None else Names(labels), skipped)
+    refuse_compressed([url])
+    if not remote.is_folder(url):
+        raise OdcftError(f"{url} is neither a folder nor a list, nor shards. Give {WHAT}.")
+    url = url.rstrip("/")
+    with progress.waiting(f"Indexing    {url} …"):
+        names, skipped = remote.search(url, ENDINGS)
+    if not names and any(skipped[ending] for ending in SHARDS):
+        names, skipped = remote.search(url, SHARDS)
+        refuse_several_splits(url, names)
+        return find_in_shards(url, url, names, dict(skipped), progress)
+    if not names:
+        raise no_images(url, skipped)
+    return Images(url, url, Names(names), None, dict(skipped))

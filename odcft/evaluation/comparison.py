@@ -66,7 +66,7 @@ def evaluate(
     from odcft.progress import Progress
 
     progress = progress or Progress()
-    labels = load_labelled_images(data, test)
+    labels = load_labelled_images(data, test, progress)
     if "knn" in protocols:  # fail before anything slow starts
         class_numbers(labels.targets[labels.targets.any(1)])
     sources = ckpt if isinstance(ckpt, list) else _members(ckpt)

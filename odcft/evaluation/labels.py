@@ -12,8 +12,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from odcft.data.duplicates import identical_files
-from odcft.data.sources import Images, find_images
+from odcft.data.images import Images
+from odcft.data.names import Names
+from odcft.data.sources import find_images
 from odcft.errors import OdcftError
+from odcft.progress import Progress
 
 MIN_IMAGES = 4  # of a class, so that half of them can be held out
 
@@ -44,18 +47,37 @@ class LabelledImages:
     duplicates: list[list[int]] = field(default_factory=list)
 
 
-def load_labelled_images(data: str, test: str | None) -> LabelledImages:
+@dataclass
+class _BothSets:
+    """Where the images of two sets are: a store for `Images`."""
+
+    train: Images
+    test: Images
+
+    def read(self, row: int) -> bytes:
+        return self.train.read(row) if row < len(self.train) else self.test.read(row - len(self.train))
+
+    def take(self, rows: np.ndarray) -> "_BothSets":
+        raise NotImplementedError("nothing is left out of labelled images: their rows are chosen instead")
+
+    def sizes(self) -> np.ndarray | None:
+        sizes = self.train.sizes(), self.test.sizes()
+        return None if sizes[0] is None or sizes[1] is None else np.concatenate(sizes)  # type: ignore[arg-type]
+
+
+def load_labelled_images(data: str, test: str | None, progress: Progress | None = None) -> LabelledImages:
     """Load a set of labelled images and hold out half of each class; or load two sets, to train and to test on.
 
     Args:
         data: a folder with one sub-folder per class, or a list with labels (several per image joined by ";").
         test: the same, for the images to test on.
+        progress: where to show that finding them takes long.
 
     Raises:
         OdcftError: no labels, only one class, no class with enough images, a class that only the test set has, or the
             same images in both sets.
     """
-    found = [find_images(one) for one in (data, test) if one is not None]
+    found = [find_images(one, progress) for one in (data, test) if one is not None]
     per_image = [names for images in found for names in _labels_per_image(images)]
     sets = [(str(name), len(images)) for name, images in zip((data, test), found, strict=False)]
     count = sets[0][1]
@@ -193,10 +215,10 @@ def _refuse_if_nothing_left(
 
 
 def _labels_per_image(images: Images) -> list[list[str]]:
-    """The labels of each image: those in the list, which ";" separates, or the name of its folder."""
-    if images.labels is None:
+    """The labels of each image: those it is given, which ";" separates, or the name of its folder."""
+    if images.classes_are_folders:
         return [[label] if label else [] for label in images.class_labels()]
-    return [[part.strip() for part in label.split(";") if part.strip()] for label in images.labels]
+    return [[part.strip() for part in label.split(";") if part.strip()] for label in images.class_labels()]
 
 
 def _targets(per_image: list[list[str]], classes: list[str]) -> np.ndarray:
@@ -210,9 +232,9 @@ def _targets(per_image: list[list[str]], classes: list[str]) -> np.ndarray:
 
 def _joined(train: Images, test: Images) -> Images:
     """The images of two sets as one, under their full paths."""
-    paths = [one.path(i) for one in (train, test) for i in range(len(one))]
+    paths = Names(one.path(i) for one in (train, test) for i in range(len(one)))
     skipped = Counter(train.skipped) + Counter(test.skipped)
-    return Images(train.source, train.root.__class__(""), paths, None, dict(skipped))
+    return Images(train.source, "", paths, None, dict(skipped), _BothSets(train, test))
 
 
 def _held_out(targets: np.ndarray) -> np.ndarray:

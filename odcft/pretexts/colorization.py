@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from odcft.backbone.network import Backbone
 from odcft.data.batches import Crops, make_loader, sequential_batches
 from odcft.data.feature_extraction import to_float
+from odcft.data.images import Images
 from odcft.data.lab_colors import ab_bins, nearest_bin, rgb_to_lab
-from odcft.data.sources import Images
 from odcft.data.view import View
 from odcft.errors import OdcftError
 from odcft.plan import Plan

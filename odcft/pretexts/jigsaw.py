@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from odcft.backbone.network import Backbone
 from odcft.data.augmentation import augment_batch
-from odcft.data.sources import Images
+from odcft.data.images import Images
 from odcft.errors import OdcftError
 from odcft.plan import Plan
 

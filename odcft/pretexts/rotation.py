@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from odcft.backbone.network import Backbone
 from odcft.data.augmentation import augment_batch, rotate_quarters
-from odcft.data.sources import Images
+from odcft.data.images import Images
 from odcft.plan import Plan
 
 

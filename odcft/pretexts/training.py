@@ -24,7 +24,8 @@ from odcft.backbone.network import Backbone
 from odcft.backbone.network_input import Input
 from odcft.data.batches import Batch, Crops, TrainingBatches, TrainingOrder
 from odcft.data.feature_extraction import to_float
-from odcft.data.sources import Images, find_images
+from odcft.data.images import Images
+from odcft.data.sources import find_images
 from odcft.distributed import dist
 from odcft.distributed.stop_signals import Stopped
 from odcft.errors import OdcftError
@@ -117,7 +118,7 @@ class _Pretext:
 
 def _prepare(task: str, data: str, arch: str, out: Path, recipe: Recipe, resume: bool, progress: Progress) -> _Pretext:
     """Find the images and build the network, with the weights of the last epoch if the task is resumed."""
-    images = find_images(data)
+    images = find_images(data, progress)
     progress.say(f"Images      {len(images):,} in {images.source}")
     if images.skipped:
         progress.say(f"Not read    {images.skipped_summary()}")

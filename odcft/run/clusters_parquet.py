@@ -1,15 +1,19 @@
 """clusters.parquet: path, cluster and distance to the centroid of every image."""
 
 import os
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from odcft import files
 from odcft.clustering.memory import Memory
-from odcft.data.sources import Images
+from odcft.data.images import Images
 from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
+
+ROW_GROUP = 1 << 20  # rows, as pyarrow divides a table by default; so many paths are in memory at a time
 
 
 def require_parquet() -> None:
@@ -35,7 +39,12 @@ def write_clusters(memory: Memory, images: Images, path: Path) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        paths = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in images.names]
-        columns = {"path": paths, "cluster": labels_N.cpu().numpy(), "distance": distance_N.cpu().numpy()}
-        with files.atomic_file(path) as unfinished:
-            pq.write_table(pa.table(columns), unfinished)
+        paths = (os.fsencode(name).decode("utf-8", "backslashreplace") for name in images.names)
+        numbers = {"cluster": labels_N.cpu().numpy(), "distance": distance_N.cpu().numpy()}
+        with files.atomic_file(path) as unfinished, ExitStack() as open_files:
+            writer = None
+            for start in range(0, max(1, len(images)), ROW_GROUP):
+                columns = {name: column[start : start + ROW_GROUP] for name, column in numbers.items()}
+                table = pa.table({"path": pa.array(islice(paths, ROW_GROUP), pa.string()), **columns})
+                writer = writer or open_files.enter_context(pq.ParquetWriter(unfinished, table.schema))
+                writer.write_table(table)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from odcft.data.sources import Images
+from odcft.data.images import Images
 from odcft.files import write_table, write_text_atomically
 from odcft.plan import Plan
 from odcft.recipe import MAX_MEMBERS, dump

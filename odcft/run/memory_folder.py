@@ -11,8 +11,9 @@ from torch import Tensor
 
 from odcft import files
 from odcft.clustering.memory import Memory
+from odcft.data.images import Images
 from odcft.data.intensity_range import choose_range
-from odcft.data.sources import Images
+from odcft.data.names import Names
 from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
 from odcft.files import read_json
@@ -102,7 +103,7 @@ def read_memory(folder: Path, ckpts: list[str], images: Images) -> StoredMemory:
         )
     try:
         about, tensors, neck = _read_files(folder)
-        names = files.read_column(folder / "images.csv", "path")
+        names = Names(files.iterate_column(folder / "images.csv", "path"))
         _check_tensors(tensors, len(names))
         made_from, sha256 = str(about["checkpoint"]), str(about["sha256"])
         made_with = make_recipe(about["recipe"], str(folder / "memory.json"))
@@ -115,9 +116,11 @@ def read_memory(folder: Path, ckpts: list[str], images: Images) -> StoredMemory:
             f"{folder} was made from another checkpoint ({made_from}), not from {ckpts[0]}. "
             "Make it again with `odcft init-memory`."
         )
-    known = set(names)
-    unreadable = {name: "unreadable for init-memory" for name in images.names if name not in known}
-    images = images.without({i for i, name in enumerate(images.names) if name not in known})
+    unreadable: dict[str, str] = {}
+    if images.names != names:
+        known = set(names)
+        rows = {name: row for row, name in enumerate(images.names) if name not in known}
+        unreadable, images = dict.fromkeys(rows, "unreadable for init-memory"), images.without(set(rows.values()))
     if images.names != names:
         raise OdcftError(
             f"{folder} was made from {len(names):,} images, which are not those in {images.source} now. "

@@ -1,11 +1,15 @@
 """Checks before a RUN is resumed: recipe, checkpoints and images must be those that it was started with."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
-from odcft.data.sources import Images, find_images
+from odcft.data.images import Images
+from odcft.data.names import Names
+from odcft.data.sources import find_images
 from odcft.errors import OdcftError
-from odcft.files import checkpoint_sha256, file_sha256, read_column, read_json
+from odcft.files import checkpoint_sha256, iterate_column, read_column, read_json
+from odcft.progress import Progress
 from odcft.recipe import MAX_EPOCHS, Recipe, flatten, make_recipe
 from odcft.text import short_repr
 
@@ -130,15 +134,15 @@ def refuse_other_checkpoint(ckpts: list[str], run: Path, about: dict[str, Any]) 
         )
 
 
-def find_same_images(data: str, run: Path, about: dict[str, Any]) -> Images:
+def find_same_images(data: str, run: Path, about: dict[str, Any], progress: Progress) -> Images:
     """Find the images of a RUN again.
 
     Raises:
         OdcftError: images are missing, new or in another order, or one whose checksum run.json has was changed.
     """
-    images = find_images(data)
-    names, unreadable = read_column(run / "images.csv", "path"), set(read_quarantine(run))
-    images = images.without({i for i, name in enumerate(images.names) if name in unreadable})
+    images = find_images(data, progress)
+    names = Names(iterate_column(run / "images.csv", "path"))
+    images = images.without(set(images.names.rows_of(read_quarantine(run)).values()))
     if images.names != names:
         missing, new = sorted(set(names) - set(images.names)), sorted(set(images.names) - set(names))
         if missing:
@@ -149,21 +153,20 @@ def find_same_images(data: str, run: Path, about: dict[str, Any]) -> Images:
             f"{run} was started on {len(names):,} images, and {data} has changed since: {what}. "
             "Restore it, or start over with --overwrite."
         )
-    if unknown := sorted(set(about["sample"]) - set(names)):
+    rows = names.rows_of(about["sample"].keys())
+    if unknown := sorted(about["sample"].keys() - rows.keys()):
         raise OdcftError(
             f"{run} cannot be resumed: its run.json lists {short_repr(unknown[0])}, which is not one of its images. "
             "Start over with --overwrite, or choose another --out."
         )
     for name, sum_then in about["sample"].items():
-        if not (images.root / name).is_file():
-            continue
         try:
-            changed = file_sha256(images.root / name) != sum_then
-        except OSError:
+            changed = hashlib.sha256(images.read(rows[name])).hexdigest() != sum_then
+        except (OSError, OdcftError):
             continue  # the run skips images that have become unreadable
         if changed:
             raise OdcftError(
-                f"{run} was started on other images: the content of {images.root / name} has changed. "
+                f"{run} was started on other images: the content of {images.path(rows[name])} has changed. "
                 "Restore it, or start over with --overwrite."
             )
     return images

@@ -37,7 +37,7 @@ def test_list_files(tmp_path, make_images):
 def test_a_path_that_is_not_a_set_of_images_is_refused(tmp_path, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "page.html").write_text("x")
-    (tmp_path / "l.csv").write_text("file,kind\na,b\n")
+    (tmp_path / "l.csv").write_text("id,kind\na,b\n")
     (tmp_path / "l.txt").write_text("\n")
     with pytest.raises(OdcftError):
         find_images(tmp_path / name)
@@ -58,9 +58,9 @@ def test_spaces_case_and_delimiters_of_a_table_do_not_matter(tmp_path, make_imag
 
 
 def test_a_table_without_paths_is_refused_with_its_columns(tmp_path):
-    (tmp_path / "l.csv").write_text("file, class\na.png,cat\n")
+    (tmp_path / "l.csv").write_text("id, class\na.png,cat\n")
     with pytest.raises(
-        OdcftError, match=r"has no column `path`; its columns are: file, class\. It needs a header with `path`"
+        OdcftError, match=r"has no column `path`; its columns are: id, class\. It needs a header with `path`"
     ):
         find_images(tmp_path / "l.csv")
 

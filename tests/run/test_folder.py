@@ -3,7 +3,7 @@
 import csv
 
 from odcft import files
-from odcft.data.sources import Images
+from odcft.data.images import Images
 from odcft.run.folder import write_image_lists
 
 

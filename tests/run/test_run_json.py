@@ -1,7 +1,7 @@
 """What run.json records: checkpoints, and checksums of a sample of the images."""
 
 from odcft import files
-from odcft.data.sources import Images
+from odcft.data.images import Images
 from odcft.run.run_json import checksums, made_from
 
 
