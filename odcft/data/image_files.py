@@ -95,6 +95,11 @@ def file_size(path: str) -> int:
     return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
+def skipped_ending(name: str) -> str:
+    """How a file that is not read is counted: by its ending."""
+    return os.path.splitext(name)[1].lower() or "file without an extension"
+
+
 def special_kind(mode: int) -> str:
     """Return "folder", "pipe", "socket" or "device" for the mode of such a path; "" for a regular file."""
     if stat.S_ISREG(mode):

@@ -4,13 +4,13 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from odcft.data.image_files import file_size, read_file
+from odcft.data.image_files import file_size, is_url, read_file
 from odcft.data.index_cache import THREADS
 from odcft.data.names import Names
 from odcft.data.stores.tables import TableStore
@@ -85,6 +85,20 @@ class Images:
             found = pool.map(lambda rows: [file_size(self.path(row)) for row in rows], pieces)
             return np.fromiter((size for piece in found for size in piece), np.int64, len(self))
 
+    def head(self, index: int, most: int) -> tuple[bytes, int]:
+        """The first bytes of image `index`, and how many it has. Raises what `read` raises.
+
+        Args:
+            index: of the image.
+            most: how many bytes to return; or all of them, where reading a part saves nothing.
+        """
+        path = self.path(index)
+        if self.store is None and not is_url(path) and (size := file_size(path)) > most:
+            with open(path, "rb") as file:
+                return file.read(most), size
+        content = self.read(index)
+        return content, len(content)
+
     def without(self, bad: set[int]) -> "Images":
         """A copy without the images of these indices."""
         if not bad:
@@ -94,7 +108,7 @@ class Images:
         rows = np.flatnonzero(keep)
         labels = None if self.labels is None else self.labels.take(rows)
         store = None if self.store is None else self.store.take(rows)
-        return Images(self.source, self.root, self.names.take(rows), labels, self.skipped, store)
+        return replace(self, names=self.names.take(rows), labels=labels, store=store)
 
     @property
     def classes_are_folders(self) -> bool:

@@ -5,7 +5,7 @@ a machine share its pages. It is data like any other: what is damaged, or is not
 
 Environment:
     ODCFT_CACHE: the folder to use instead of XDG_CACHE_HOME/odcft (~/.cache/odcft); "off" to do without.
-    ODCFT_CACHE_GB: the size that all entries together may have; the ones not used for longest are removed. 4 by default.
+    ODCFT_CACHE_GB: the size that all entries may have together, 4 by default; those unused for longest are removed.
 """
 
 import hashlib
@@ -48,12 +48,21 @@ class Index:
         about: anything JSON can hold.
         watched: paths whose change makes the index wrong: folders, shards, list files.
         stamps: int64 (number of paths, 5), what `stamp` said of each before it was read.
+        clock: the time (ns) when building began.
     """
 
     arrays: dict[str, np.ndarray]
     about: dict[str, Any] = field(default_factory=dict)
     watched: Names = field(default_factory=Names)
     stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 5), np.int64))
+    clock: int = 0
+
+    def settled(self) -> np.ndarray:
+        """Which watched paths had not changed for a while when they were read (number of paths,).
+
+        If a path changes twice within a tick of its clock, the second change leaves no trace.
+        """
+        return self.stamps[:, 3:].max(1, initial=0) < self.clock - SAME_TICK
 
 
 def stamp(path: str) -> tuple[int, int, int, int, int]:
@@ -99,29 +108,65 @@ def cached(
     Returns:
         What `use` made.
     """
-    place = _entries()
-    if place is None:
-        return use(build())
-    name = hashlib.sha256("\0".join(key).encode("utf-8", "surrogatepass")).hexdigest()[:40]
-    path = place / f"{name}.index"
-    if (result := _read(path, use, stamps)) is not None:
+    entry = entry_of(key)
+
+    def unchanged(index: Index) -> Result | None:
+        return use(index) if index.settled().all() and np.array_equal(index.stamps, stamps(index.watched)) else None
+
+    if (result := read(entry, unchanged)) is not None:
         return result
-    with _lock(place / f"lock-{name[:2]}"):
-        if (result := _read(path, use, stamps)) is not None:
+    with _lock(entry):
+        if (result := read(entry, unchanged)) is not None:
             return result
         clock, began = time.time_ns(), time.monotonic()
         index = build()
+        index.clock = clock
         if time.monotonic() - began >= WORTH_KEEPING:
-            with suppress(OSError):  # the cache only saves time
-                _write(path, index, clock)
-                _evict(place, keep=path)
-                # From here on this process shares the pages of the entry with all others that read it.
-                if (result := _read(path, use, lambda _: index.stamps, anyway=True)) is not None:
-                    return result
+            write(entry, index)
+            # From here on this process shares the pages of the entry with all others that read it.
+            if (result := read(entry, use)) is not None:
+                return result
     return use(index)
 
 
-def _entries() -> Path | None:
+def entry_of(key: Iterable[str]) -> Path | None:
+    """The path of an entry; None if there is no cache."""
+    place = _folder()
+    name = hashlib.sha256("\0".join(key).encode("utf-8", "surrogatepass")).hexdigest()[:40]
+    return None if place is None else place / f"{name}.index"
+
+
+def read(entry: Path | None, use: Callable[[Index], Result | None]) -> Result | None:
+    """What `use` makes of an entry of the cache; None if it does not exist, is damaged, or `use` refuses it.
+
+    `use` may raise a ValueError, KeyError or TypeError.
+    """
+    if entry is None:
+        return None
+    try:
+        descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | getattr(os, "O_CLOEXEC", 0))
+        with os.fdopen(descriptor, "rb"):
+            if not _is_ours(os.fstat(descriptor), stat.S_ISREG):
+                return None
+            memory = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        result = use(_parse(memory))
+        if result is not None:
+            drop_pages(memory)
+            os.utime(entry)
+        return result
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError):
+        return None
+
+
+def write(entry: Path | None, index: Index) -> None:
+    """Write an entry, completely or not at all, if there is a cache and room in it."""
+    if entry is not None:
+        with suppress(OSError):  # the cache only saves time
+            _write(entry, index)
+            _evict(entry.parent, keep=entry)
+
+
+def _folder() -> Path | None:
     """The folder of the entries, which is ours alone; None if there is none and none can be made."""
     place = os.environ.get("ODCFT_CACHE")
     if place is not None and place.strip().lower() in ("", "0", "no", "off"):
@@ -146,11 +191,15 @@ def _is_ours(found: os.stat_result, kind: Callable[[int], bool]) -> bool:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Wait until no other process of this machine is building an index; but not for ever."""
+def _lock(entry: Path | None) -> Iterator[None]:
+    """Wait until no other process of this machine is building an entry; but not for ever."""
+    if entry is None:
+        yield
+        return
     try:
         import fcntl
 
+        path = entry.with_name(f"lock-{entry.name[:2]}")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except (ImportError, OSError):
         yield
@@ -170,20 +219,14 @@ def _lock(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _write(path: Path, index: Index, clock: int) -> None:
-    """Write an entry; `clock` is the time (ns) when building began."""
+def _write(path: Path, index: Index) -> None:
     own = {"watched": index.watched.bytes_B, "watched_ends": index.watched.ends, "stamps": index.stamps}
     arrays = {**{f"data/{name}": array for name, array in index.arrays.items()}, **own}
     described, offset = {}, 0
     for name, array in arrays.items():
-        described[name] = [
-            array.dtype.str,
-            list(array.shape),
-            offset,
-            zlib.crc32(_as_bytes(array)),
-        ]
+        described[name] = [array.dtype.str, list(array.shape), offset, zlib.crc32(_as_bytes(array))]
         offset += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
-    header = json.dumps({"arrays": described, "about": index.about, "clock": clock, "bytes": offset}).encode()
+    header = json.dumps({"arrays": described, "about": index.about, "clock": index.clock, "bytes": offset}).encode()
     if offset + len(header) > _limit() or len(header) > MAX_HEADER:
         return
     start = _start_of_arrays(len(header))
@@ -209,42 +252,8 @@ def _start_of_arrays(header: int) -> int:
     return -(-(len(MAGIC) + 22 + header) // ALIGNMENT) * ALIGNMENT
 
 
-def _read(
-    path: Path,
-    use: Callable[[Index], Result],
-    stamps: Callable[[Iterable[str]], np.ndarray],
-    anyway: bool = False,
-) -> Result | None:
-    """What `use` makes of an entry, if it is whole and up to date; None otherwise.
-
-    `anyway`: also if what it watches was changed so shortly before that another change could go unnoticed.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | getattr(os, "O_CLOEXEC", 0))
-        with os.fdopen(descriptor, "rb") as file:
-            if not _is_ours(os.fstat(descriptor), stat.S_ISREG):
-                return None
-            memory = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-            header, arrays = _parse(memory, file)
-        watched = Names.of_arrays(arrays.pop("watched"), arrays.pop("watched_ends"))
-        then = arrays.pop("stamps")
-        index = Index({name.removeprefix("data/"): array for name, array in arrays.items()}, header["about"])
-        index.watched, index.stamps = watched, then
-        if then.dtype != np.int64 or then.shape != (len(watched), 5):
-            return None
-        settled = anyway or then[:, 3:].max(initial=0) < header["clock"] - SAME_TICK
-        if not settled or not np.array_equal(then, stamps(watched)):
-            return None
-        result = use(index)
-        drop_pages(memory)
-        os.utime(path)
-        return result
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError):
-        return None
-
-
-def _parse(memory: mmap.mmap, file: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The header and the arrays of a mapped entry. Raises an error (of any kind that `_read` knows) if it is damaged."""
+def _parse(memory: mmap.mmap) -> Index:
+    """The index in a mapped entry. Raises an error that `read` knows if it is damaged."""
     length = int(memory[len(MAGIC) : len(MAGIC) + 10])
     if not 0 < length <= MAX_HEADER:
         raise ValueError("no header")
@@ -264,7 +273,12 @@ def _parse(memory: mmap.mmap, file: Any) -> tuple[dict[str, Any], dict[str, np.n
         if zlib.crc32(_as_bytes(array)) != checksum:
             raise ValueError("a damaged array")
         arrays[name] = array.reshape(shape)
-    return header, arrays
+    watched = Names.of_arrays(arrays.pop("watched"), arrays.pop("watched_ends"))
+    stamps = arrays.pop("stamps")
+    if stamps.dtype != np.int64 or stamps.shape != (len(watched), 5):
+        raise ValueError("stamps of other paths")
+    named = {name.removeprefix("data/"): array for name, array in arrays.items()}
+    return Index(named, header["about"], watched, stamps, header["clock"])
 
 
 def _limit() -> float:

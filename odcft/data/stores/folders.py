@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from odcft.data.image_files import special_kind
+from odcft.data.image_files import skipped_ending, special_kind
 from odcft.data.index_cache import THREADS, stamp_of
 from odcft.data.names import Names
 
@@ -131,7 +131,7 @@ def _sort_out(entry: os.DirEntry, endings: tuple[str, ...], files: list[str], fo
     elif wanted:
         files.append(name)
     else:
-        found.skipped[os.path.splitext(name)[1].lower() or "file without an extension"] += 1
+        found.skipped[skipped_ending(name)] += 1
 
 
 def _kind(entry: os.DirEntry) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from odcft.data.image_files import skipped_ending
 from odcft.errors import OdcftError
 
 Result = TypeVar("Result")
@@ -72,7 +72,7 @@ def search(url: str, endings: tuple[str, ...]) -> tuple[list[str], Counter[str]]
         elif wanted:
             names.append(name)
         else:
-            skipped[posixpath.splitext(name)[1].lower() or "file without an extension"] += 1
+            skipped[skipped_ending(name)] += 1
     return sorted(names), +skipped
 
 

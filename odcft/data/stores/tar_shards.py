@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from odcft.data.image_files import ENDINGS, MAX_BYTES, open_file, read_range
+from odcft.data.image_files import ENDINGS, MAX_BYTES, open_file, read_range, skipped_ending
 from odcft.data.index_cache import Index
 from odcft.data.names import Names
 from odcft.data.shared_arrays import SharesArrays
@@ -32,20 +32,20 @@ class TarStore(SharesArrays):
     """Images in tar shards.
 
     Attributes:
-        shards: the paths of the shards.
+        paths: of the shards.
         shard_N, offset_N, size_N: where each image is: number of the shard, first byte, number of bytes.
     """
 
-    def __init__(self, shards: list[str], shard_N: np.ndarray, offset_N: np.ndarray, size_N: np.ndarray) -> None:
-        self.shards, self.shard_N, self.offset_N, self.size_N = shards, shard_N, offset_N, size_N
+    def __init__(self, paths: list[str], shard_N: np.ndarray, offset_N: np.ndarray, size_N: np.ndarray) -> None:
+        self.paths, self.shard_N, self.offset_N, self.size_N = paths, shard_N, offset_N, size_N
 
     def read(self, row: int) -> bytes:
         """The bytes of an image."""
-        return read_range(self.shards[self.shard_N[row]], int(self.offset_N[row]), int(self.size_N[row]))
+        return read_range(self.paths[self.shard_N[row]], int(self.offset_N[row]), int(self.size_N[row]))
 
     def take(self, rows: np.ndarray) -> "TarStore":
         """The store of these rows."""
-        return TarStore(self.shards, self.shard_N[rows], self.offset_N[rows], self.size_N[rows])
+        return TarStore(self.paths, self.shard_N[rows], self.offset_N[rows], self.size_N[rows])
 
     def sizes(self) -> np.ndarray:
         """The size of each image in bytes, int64 (N,)."""
@@ -160,7 +160,7 @@ def _members(path: str, file: Any, size: int) -> _Shard:
             shard.labels[_sample(name)] = file.read(member.size).decode("utf-8", "replace").strip("\0 \t\r\n")
             file.seek(position)
         else:
-            shard.skipped[posixpath.splitext(name)[1].lower() or "file without an extension"] += 1
+            shard.skipped[skipped_ending(name)] += 1
     shard.skipped = +shard.skipped
     return shard
 
