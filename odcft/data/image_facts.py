@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,21 +18,7 @@ from odcft.data.index_cache import THREADS, Index, entry_of, read, stamps_of, wr
 from odcft.data.names import Names
 from odcft.progress import Progress
 
-FORMATS = (
-    "unreadable",
-    "other",
-    "jpeg",
-    "png",
-    "webp",
-    "tiff",
-    "bmp",
-    "gif",
-    "pnm",
-    "jpeg2000",
-    "avif",
-    "heic",
-    "dicom",
-)
+FORMATS = ("unreadable", "other", "jpeg", "png", "webp", "tiff", "bmp", "gif", "pnm", "jpeg2000", "avif", "heic")
 MAGIC = {
     "jpeg": [(0, b"\xff\xd8\xff")],
     "png": [(0, b"\x89PNG\r\n\x1a\n")],
@@ -39,11 +27,11 @@ MAGIC = {
     "bmp": [(0, b"BM")],
     "gif": [(0, b"GIF87a"), (0, b"GIF89a")],
     "jpeg2000": [(0, b"\0\0\0\x0cjP  "), (0, b"\xff\x4f\xff\x51")],
-    "dicom": [(128, b"DICM")],
 }
 WORTH_KEEPING = 1000  # images; the headers of fewer are read again
 HEAD = 1 << 16  # bytes that usually are enough
 PIECE = 256  # images that a thread takes at a time
+_one_tiff = threading.Lock()
 
 
 @dataclass
@@ -120,15 +108,21 @@ def _facts(images: Images, row: int) -> tuple[int, int, int, int]:
     try:
         head, size = images.head(row, HEAD)
         try:
-            width, height = image_size(head)
+            width, height = _size(head)
         except Exception:  # some formats need more than the head
             if len(head) == size:
                 raise
             head = images.read(row)
-            size, (width, height) = len(head), image_size(head)
+            size, (width, height) = len(head), _size(head)
         return width, height, format_of(head), size + 1
     except Exception:  # Pillow raises a dozen types for broken files
         return 0, 0, 0, 0
+
+
+def _size(content: bytes) -> tuple[int, int]:
+    """Width and height. One TIFF at a time: while it is opened, what libtiff prints is discarded for all threads."""
+    with _one_tiff if FORMATS[format_of(content)] == "tiff" else nullcontext():
+        return image_size(content)
 
 
 def format_of(head: bytes) -> int:
@@ -137,7 +131,5 @@ def format_of(head: bytes) -> int:
         return FORMATS.index("avif" if head[8:12] in (b"avif", b"avis") else "heic")
     if head[:1] == b"P" and head[1:2] in b"123456" and head[2:3].isspace():
         return FORMATS.index("pnm")
-    found = next(
-        (name for name, magics in MAGIC.items() for at, magic in magics if head[at:].startswith(magic)), "other"
-    )
-    return FORMATS.index(found)
+    fitting = (name for name, magics in MAGIC.items() for at, magic in magics if head[at:].startswith(magic))
+    return FORMATS.index(next(fitting, "other"))
