@@ -35,7 +35,7 @@ Ckpt = Annotated[
         help="Checkpoint file, timm folder, RUN (the folder `finetune` writes), timm:NAME or scratch:NAME.",
     ),
 ]
-Data = Annotated[str, typer.Argument(metavar="DATA", help="Folder of images, or a list file (.txt, .csv, .tsv).")]
+Data = Annotated[str, typer.Argument(metavar="DATA", help="Folder of images, list file (.txt, .csv, .tsv), shards (.tar, .parquet, or a pattern), or a URL.")]
 Arch = Annotated[
     str | None, typer.Option(help="Architecture (timm name), if it cannot be detected from the checkpoint.")
 ]

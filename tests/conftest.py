@@ -1,5 +1,6 @@
 """Images and checkpoints that tests make for themselves: nothing is downloaded."""
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 torch.set_num_threads(1)
+os.environ["ODCFT_CACHE"] = "off"  # nothing outside the folders of tests is written
 
 
 @pytest.fixture

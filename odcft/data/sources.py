@@ -138,10 +138,10 @@ def _find_remote(url: str, progress: Progress) -> Images:
     """The images at a URL. Folders and lists are read anew each time: no server says whether one has changed."""
     ending = os.path.splitext(url)[1].lower()
     if glob.has_magic(url.split("://", 1)[1]):
-        found, root = remote.matches(url), _before_magic(url)
-        if not found or not all(path.startswith(f"{root}/") for path in found):
+        root = _before_magic(url)
+        if not (found := remote.matches(url, root)):
             raise OdcftError(f"{url} matches nothing. Give {WHAT}.")
-        return find_in_shards(url, root, [path[len(root) + 1 :] for path in found], {}, progress)
+        return find_in_shards(url, root, found, {}, progress)
     if ending in SHARDS and not remote.is_folder(url):
         return find_in_shards(url, os.path.dirname(url), [os.path.basename(url)], {}, progress)
     if ending in LISTS and not remote.is_folder(url):

@@ -47,7 +47,7 @@ def read_state(folder: Path, advance: Callable[..., None]) -> tuple[list[str], C
     for name in names:
         path = str(folder / name)
         batches = _batches(path, os.getpid())
-        found = choose_columns(path, batches[0].schema if batches else _schema(path), info.get("features"))
+        found = _told(path, partial(_columns, path, info.get("features")))
         if columns is not None and found != columns:
             raise OdcftError(f"{path} has other columns than {names[0]}. Save the dataset again.")
         columns = found
@@ -88,10 +88,10 @@ def _batches(path: str, process: int) -> list[Any]:
     return _told(path, read)
 
 
-def _schema(path: str) -> Any:
+def _columns(path: str, features: Any) -> Columns:
     import pyarrow as pa
 
-    return _told(path, lambda: pa.ipc.open_stream(pa.memory_map(path)).schema)
+    return choose_columns(path, pa.ipc.open_stream(pa.memory_map(path)).schema, features)
 
 
 def _told(path: str, work: Callable[[], Any]) -> Any:

@@ -51,9 +51,14 @@ def is_folder(url: str) -> bool:
         raise OdcftError(f"{url} does not exist. Check the address.") from None
 
 
-def matches(pattern: str) -> list[str]:
-    """The URLs that a pattern with * or ? matches, sorted."""
-    return sorted(_told(pattern, lambda fs, path: [fs.unstrip_protocol(found) for found in fs.glob(path)]))
+def matches(pattern: str, root: str) -> list[str]:
+    """The names of what a pattern with * or ? matches, relative to the URL of a folder and sorted."""
+
+    def find(fs: Any, path: str) -> list[str]:
+        top = fs._strip_protocol(root).rstrip("/")
+        return [found[len(top) :].lstrip("/") for found in fs.glob(path) if found.startswith(f"{top}/")]
+
+    return sorted(_told(pattern, find))
 
 
 def search(url: str, endings: tuple[str, ...]) -> tuple[list[str], Counter[str]]:

@@ -81,14 +81,14 @@ class TableStore(SharesArrays):
         chunk = int(np.searchsorted(self.starts, row, "right")) - 1
         file, number = self.chunks[chunk].tolist()
         column = _chunk(self.read_chunk, self.paths[file], number, self.columns.image)
-        value = column[row - int(self.starts[chunk])].as_py()
-        if isinstance(value, dict):
-            where, value = value.get("path"), value.get("bytes")
-            if value is None:
-                raise OdcftError(f"no bytes, only a path ({str(where)[:100]})" if where else "no bytes")
-        if not isinstance(value, bytes):
-            raise OdcftError("no bytes")
-        return value
+        try:
+            return _bytes_of(column[row - int(self.starts[chunk])])
+        except (
+            ValueError,
+            IndexError,
+            KeyError,
+        ) as error:  # text that is not UTF-8, or a chunk that has become shorter
+            raise OdcftError(f"a damaged row ({error})") from None
 
     def take(self, rows: np.ndarray) -> "TableStore":
         """The store of these rows."""
@@ -118,7 +118,18 @@ class TableStore(SharesArrays):
             return
         for file, number in self.chunks.tolist():
             for value in self.read_chunk(self.paths[file], number, self.columns.label):
-                yield label_text(value.as_py(), self.columns.classes, self.paths[file])
+                yield label_text(
+                    told(self.paths[file], value.as_py, "labels", ""), self.columns.classes, self.paths[file]
+                )
+
+
+def _bytes_of(value: Any) -> bytes:
+    """The bytes of a cell: of its field `bytes`, if it is a struct."""
+    inner = value["bytes"] if hasattr(value, "keys") and value.is_valid else value
+    if inner.is_valid:
+        return inner.as_py()
+    where = value["path"].as_py() if inner is not value and "path" in value.keys() else None  # noqa: SIM118
+    raise OdcftError(f"no bytes, only a path ({where[:100]})" if isinstance(where, str) and where else "no bytes")
 
 
 def label_text(value: Any, classes: Sequence[str] | None, path: str) -> str:
