@@ -35,7 +35,13 @@ Ckpt = Annotated[
         help="Checkpoint file, timm folder, RUN (the folder `finetune` writes), timm:NAME or scratch:NAME.",
     ),
 ]
-Data = Annotated[str, typer.Argument(metavar="DATA", help="Folder of images, list file (.txt, .csv, .tsv), shards (.tar, .parquet, or a pattern), or a URL.")]
+Data = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="Folder of images, list file (.txt, .csv, .tsv), shards (.tar, .parquet, or a pattern), or a URL.",
+    ),
+]
 Arch = Annotated[
     str | None, typer.Option(help="Architecture (timm name), if it cannot be detected from the checkpoint.")
 ]
@@ -373,7 +379,10 @@ def evaluate(
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Argument(metavar="DATA", help="Labelled images: one folder per class, or a list with labels.")
+        str | None,
+        typer.Argument(
+            metavar="DATA", help="Labelled images: one folder per class, or a list, .tar or .parquet with labels."
+        ),
     ] = None,
     protocol: Annotated[str, typer.Option(metavar="P[,P…]", help="svm, knn or both.")] = "svm,knn",
     test: Annotated[

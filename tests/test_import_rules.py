@@ -44,7 +44,7 @@ ONLY_IN = {
     "onnx": ("exports.py", "run/output_checks.py"),
     "pyarrow": ("run/clusters_parquet.py", "data/stores/"),
     "fsspec": ("data/stores/remote.py",),
-    "tarfile": ("data/stores/tar_shards.py", "backbone/safe_unpickle.py"),
+    "tarfile": ("data/stores/tar_headers.py", "backbone/safe_unpickle.py"),
     "yaml": ("recipe.py",),
 }
 

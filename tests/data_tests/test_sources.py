@@ -3,6 +3,7 @@
 import os
 import socket
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,20 @@ def test_folder_is_searched_recursively_and_sorted(tmp_path, make_images):
     (tmp_path / ".hidden.png").write_text("no image")
     assert find_images(tmp_path).names == ["a/000.png", "a/002.png", "a/004.png", "b/001.png", "b/003.png", "b/005.png"]
     assert find_images(tmp_path).class_labels() == ["a"] * 3 + ["b"] * 3
+
+
+def test_names_are_sorted_as_whole_paths(tmp_path):
+    """As the versions before the index sorted them: a RUN of theirs can be resumed."""
+    draw = np.random.default_rng(0)
+    for _ in range(300):
+        parts = ["".join(draw.choice(list("aA0!-./\u00e9\uff01\U0001f600"), 2)) for _ in range(draw.integers(1, 4))]
+        path = tmp_path / ("/".join(parts).strip("/") + "x.png")
+        if not any(part.startswith(".") for part in path.relative_to(tmp_path).parts):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    names = [os.path.relpath(os.path.join(top, f), tmp_path) for top, _, found in os.walk(tmp_path) for f in found]
+    assert len(names) > 100
+    assert find_images(tmp_path).names == sorted(names)
 
 
 def test_list_files(tmp_path, make_images):

@@ -1,6 +1,7 @@
 """Tables that hold encoded images: files of chunks (row groups, record batches), of which one is read at a time."""
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -166,22 +167,24 @@ def store_of_index(index: Index, root: str, read_chunk: ReadChunk) -> TableStore
     return TableStore([os.path.join(root, name) for name in files], chosen, chunks, starts, read_chunk)
 
 
+_one_chunk = threading.Lock()  # a file of pyarrow serves one thread at a time
 _kept: OrderedDict[tuple[int, str, int, str], tuple[Any, int]] = OrderedDict()  # chunks of this process
 
 
 def _chunk(read_chunk: ReadChunk, path: str, number: int, column: str) -> Any:
     """A chunk, one of those kept from the last calls if possible."""
     key = (os.getpid(), path, number, column)
-    if key in _kept:
-        _kept.move_to_end(key)
-        return _kept[key][0]
-    for other in [other for other in _kept if other[0] != key[0]]:  # of the process that this one was forked from
-        del _kept[other]
-    chunk = read_chunk(path, number, column)
-    _kept[key] = (chunk, chunk.nbytes)
-    while len(_kept) > 1 and sum(size for _, size in _kept.values()) > KEPT_BYTES:
-        _kept.popitem(last=False)
-    return chunk
+    with _one_chunk:
+        if key in _kept:
+            _kept.move_to_end(key)
+            return _kept[key][0]
+        for other in [other for other in _kept if other[0] != key[0]]:  # of the process that this one was forked from
+            del _kept[other]
+        chunk = read_chunk(path, number, column)
+        _kept[key] = (chunk, chunk.nbytes)
+        while len(_kept) > 1 and sum(size for _, size in _kept.values()) > KEPT_BYTES:
+            _kept.popitem(last=False)
+        return chunk
 
 
 def told(path: str, work: Callable[[], Result], kind: str, remedy: str) -> Result:

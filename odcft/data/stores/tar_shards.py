@@ -7,24 +7,23 @@ Samples are named as WebDataset does: the members of a sample share their path u
 import io
 import os
 import posixpath
-import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from odcft.data.image_files import ENDINGS, MAX_BYTES, open_file, read_range, skipped_ending
+from odcft.data.image_files import ENDINGS, MAX_BYTES, is_url, open_file, read_range, skipped_ending
 from odcft.data.index_cache import Index
 from odcft.data.names import Names
 from odcft.data.shared_arrays import SharesArrays
+from odcft.data.stores.tar_headers import plain_files
 from odcft.errors import OdcftError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MAGIC = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
-MAX_HEADER = 1 << 20  # bytes that may describe one member (long names, pax records, sparse maps)
 MAX_LABEL = 4096  # bytes of a .cls member
 
 
@@ -79,7 +78,8 @@ def index_shards(
     """
     names, labels, places = [], [], []
     skipped: Counter[str] = Counter()
-    with ThreadPoolExecutor(8) as pool:
+    # Several at a time only where each header is waited for: parsing keeps one thread busy.
+    with ThreadPoolExecutor(8 if is_url(root) else 1) as pool:
         read = pool.map(lambda name: read_shard(os.path.join(root, name)), shards)
         for number, (name, shard) in enumerate(zip(shards, read, strict=True)):
             skipped += shard.skipped
@@ -142,7 +142,7 @@ def read_shard(path: str) -> _Shard:
 
 def _members(path: str, file: Any, size: int) -> _Shard:
     shard = _Shard()
-    for member in _plain_files(path, file, size, shard.skipped):
+    for member in plain_files(path, file, size, shard.skipped):
         name = posixpath.normpath(member.name).lstrip("/")
         if ".." in name.split("/") or "\0" in name or name in ("", "."):
             shard.skipped["member with a name that leads outside"] += 1
@@ -153,12 +153,10 @@ def _members(path: str, file: Any, size: int) -> _Shard:
                 shard.skipped["image that is too large"] += 1
             else:
                 shard.skipped["image that a later one of the same name replaces"] += name in shard.images
-                shard.images[name] = (member.offset_data, member.size)
+                shard.images[name] = (member.offset, member.size)
         elif name.lower().endswith(".cls") and member.size <= MAX_LABEL:
-            position = file.tell()
-            file.seek(member.offset_data)
+            file.seek(member.offset)
             shard.labels[_sample(name)] = file.read(member.size).decode("utf-8", "replace").strip("\0 \t\r\n")
-            file.seek(position)
         else:
             shard.skipped[skipped_ending(name)] += 1
     shard.skipped = +shard.skipped
@@ -169,64 +167,3 @@ def _sample(name: str) -> str:
     """The key of the sample that a member belongs to: its path up to the first dot of the last part."""
     folder, base = posixpath.split(name)
     return posixpath.join(folder, base.split(".")[0])
-
-
-def _plain_files(path: str, file: Any, size: int, skipped: Counter[str]) -> Iterator[tarfile.TarInfo]:
-    """The members of an archive that are plain files; the others are counted in `skipped`."""
-    limited, count, last = _LimitedReader(file), 0, -1
-    damaged = (tarfile.TarError, ValueError, OverflowError, EOFError, IndexError, KeyError, RecursionError, MemoryError)
-    try:
-        archive = tarfile.TarFile(fileobj=limited, mode="r", errorlevel=0)  # type: ignore[arg-type]
-        while (member := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # it would keep them all
-            limited.left = MAX_HEADER
-            if archive.offset <= last or member.size < 0 or member.offset_data + max(0, member.size) > size:
-                raise ValueError("a member goes beyond its end")
-            last, count = archive.offset, count + 1
-            if member.isreg() and not member.issparse():
-                yield member
-            elif not member.isdir():
-                kind = "sparse file" if member.issparse() else "link" if member.islnk() or member.issym() else "device"
-                skipped[f"{kind} in an archive"] += 1
-        limited.left = MAX_HEADER
-        _check_end(path, file, archive.offset, skipped)
-    except damaged as error:
-        why = str(error) or type(error).__name__
-        raise OdcftError(
-            f"{path} is not a whole tar archive: after {count:,} members, {why[:100]}. Make or copy it again."
-        ) from None
-
-
-def _check_end(path: str, file: Any, end: int, skipped: Counter[str]) -> None:
-    """Check that an archive ends where tarfile stopped: it also stops, silently, at a damaged header."""
-    file.seek(end)
-    rest = file.read(1 << 16)
-    if not rest:
-        skipped["archive without an end mark"] += 1
-    elif len(rest) < tarfile.BLOCKSIZE or rest[: tarfile.BLOCKSIZE].strip(b"\0"):
-        raise ValueError("the next header is damaged")
-    for block in range(0, len(rest) - 511, tarfile.BLOCKSIZE):
-        if rest[block + 257 : block + 262] == b"ustar":  # joined by `cat`
-            raise OdcftError(
-                f"{path} is several archives in one file, of which tar reads the first. "
-                "Give them as separate files, or join them with `tar --concatenate`."
-            )
-
-
-class _LimitedReader:
-    """A file that gives tarfile at most MAX_HEADER bytes for one member, whatever its header asks for."""
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.left = file, MAX_HEADER
-
-    def read(self, count: int = -1) -> bytes:
-        self.left -= count
-        if count < 0 or self.left < 0:
-            raise tarfile.ReadError("a header is too long")
-        return self.file.read(count)
-
-    def seek(self, position: int) -> int:
-        return self.file.seek(position)
-
-    def tell(self) -> int:
-        return self.file.tell()
