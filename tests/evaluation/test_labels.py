@@ -1,6 +1,7 @@
 """Which images an evaluation counts: each once, with a label, and readable."""
 
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -245,3 +246,16 @@ def test_a_few_images_are_all_named_but_only_the_first_of_many(images):
     assert describe_left_out({"unreadable": [0, 1, 2]}, split, bad, most=2)[0].endswith(
         ": a/000.png (x), a/002.png (x), …"
     )
+
+
+def test_sets_of_different_kinds_are_joined(tmp_path, images):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(images, ".")
+    for name in names(load_labelled_images(str(images), None), range(12, 24)):
+        if name[:1] == "b" and name > "b/013.png":
+            (images / name).unlink()
+    split = load_labelled_images(str(tmp_path / "x.tar"), str(images))
+    tested = len(split.images) - 24
+    assert split.classes == ["a", "b"]
+    assert len(split.left_out["overlap"]) == tested == 19
+    assert split.images.read(24) == split.images.read(0)
