@@ -97,7 +97,7 @@ def _known_facts(now: Index, then: Index) -> np.ndarray | None:
         return None
     if facts.size and (facts.min() < -1 or facts.max() > 1 << 40 or facts[:, 2].max() >= len(FORMATS)):
         return None
-    same = (then.stamps == now.stamps).all(1) & then.settled()
+    same = then.unchanged(now.stamps)
     if len(same) != len(facts):  # shards: all or nothing
         same = np.full(len(facts), same.all())
     return np.where(same[:, None], facts, -1)

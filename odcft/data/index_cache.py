@@ -57,12 +57,18 @@ class Index:
     stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 5), np.int64))
     clock: int = 0
 
-    def settled(self) -> np.ndarray:
-        """Which watched paths had not changed for a while when they were read (number of paths,).
+    def unchanged(self, stamps: np.ndarray) -> np.ndarray:
+        """Which of the watched paths are as they were, bool (number of paths,).
 
-        If a path changes twice within a tick of its clock, the second change leaves no trace.
+        Only paths that had not changed for a while when they were read: if one changes twice within a tick of its
+        clock, the second change leaves no trace. The device is not compared; it differs between machines that share a
+        folder.
+
+        Args:
+            stamps: of the watched paths now.
         """
-        return self.stamps[:, 3:].max(1, initial=0) < self.clock - SAME_TICK
+        settled = self.stamps[:, 3:].max(1, initial=0) < self.clock - SAME_TICK
+        return settled & (self.stamps[:, 1:] == stamps[:, 1:]).all(1)
 
 
 def stamp(path: str) -> tuple[int, int, int, int, int]:
@@ -111,7 +117,7 @@ def cached(
     entry = entry_of(key)
 
     def unchanged(index: Index) -> Result | None:
-        return use(index) if index.settled().all() and np.array_equal(index.stamps, stamps(index.watched)) else None
+        return use(index) if index.unchanged(stamps(index.watched)).all() else None
 
     if (result := read(entry, unchanged)) is not None:
         return result
@@ -152,7 +158,8 @@ def read(entry: Path | None, use: Callable[[Index], Result | None]) -> Result | 
         result = use(_parse(memory))
         if result is not None:
             drop_pages(memory)
-            os.utime(entry)
+            with suppress(OSError):
+                os.utime(entry)  # for `_evict`
         return result
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError):
         return None

@@ -78,6 +78,8 @@ def _find_in_parquet(source: Path | str, root: Path | str, names: list[str], pro
 
 
 def find_in_dataset(source: Path, folder: Path, progress: Progress) -> Images:
+    """Find the images in a folder that Hugging Face's `datasets` saved; for `source` see `find_in_shards`."""
+
     def build() -> tuple[list[str], tables.Columns, list[list[int]]]:
         with progress.waiting(f"Indexing    {folder} …"):
             return arrow_datasets.read_state(Path(os.path.abspath(folder)), lambda count: None)
@@ -152,11 +154,13 @@ def names_of(index: Index, which: str = "names") -> Names:
 
 
 def no_images(path: Path | str, skipped: dict[str, int]) -> OdcftError:
+    """The error that there are no images, with what there is instead."""
     what = f"holds no images (but {summary(skipped)})" if skipped else "is empty"
     return OdcftError(f"{path} {what}. odcft looks for {', '.join(ENDINGS)}, in sub-folders too.")
 
 
 def refuse_compressed(paths: list[str]) -> None:
+    """Refuse compressed archives, with what to do about them."""
     for path in paths:
         if path.lower().endswith(tar_shards.COMPRESSED):
             raise OdcftError(
@@ -166,9 +170,10 @@ def refuse_compressed(paths: list[str]) -> None:
 
 def refuse_several_splits(path: Path | str, shards: Sequence[str]) -> None:
     """Refuse a folder of a data set with a training and a test part, which would be mixed."""
-    splits = sorted({found[1] for name in shards if (found := _SPLIT.match(os.path.basename(name)))})
-    if len(splits) > 1:
+    found = {match[1]: name for name in shards if (match := _SPLIT.match(os.path.basename(name)))}
+    if len(found) > 1:
+        split, name = max(found.items())
         raise OdcftError(
-            f"{path} holds several splits: {', '.join(splits)[:200]}. Give one of them, for example "
-            f"'{os.path.join(path, os.path.dirname(shards[0]), splits[-1])}-*', or all with '*'."
+            f"{path} holds several splits: {', '.join(sorted(found))[:200]}. Give one of them, for example "
+            f"'{os.path.join(path, os.path.dirname(name), split)}-*', or all with '*'."
         )
