@@ -334,9 +334,19 @@ def _decide_range(recipe: Recipe, images: Images) -> tuple[Literal["full"] | tup
     """
     if not isinstance(recipe.data.range, str):
         return recipe.data.range, ""
-    mine = {0: choose_range(images, recipe.data.range == "full")} if dist.rank() == 0 else {}
+    mine = {0: _range_or_reason(images, recipe.data.range)} if dist.rank() == 0 else {}
     intensity, note = dist.gather_dict(mine)[0]
+    if isinstance(note, OdcftError):
+        raise note
     return intensity or "full", note
+
+
+def _range_or_reason(images: Images, rule: str) -> tuple[tuple[float, float] | None, str | OdcftError]:
+    """The range and the note about it, or why there is none, to be raised on every rank."""
+    try:
+        return choose_range(images, rule)
+    except OdcftError as error:
+        return None, error
 
 
 def view_for_evaluation(loaded: Loaded, images: Images, size: int | None, run: View | None = None) -> View:

@@ -66,7 +66,7 @@ def prepare_start(
         memory: a folder written by `init-memory`.
         training: whether training follows; if not, nothing about training is reported.
     """
-    images = find_images(run.data)
+    images = find_images(run.data, run.reader)
     requested = recipe = decide_members(recipe, run.ckpts)
     stored = memory_folder.read_memory(memory, run.ckpts, images) if memory is not None else None
     if stored is not None:
@@ -222,7 +222,7 @@ def resumed_run(run: Run, recipe: Recipe, epochs: int | None, progress: Progress
     resume_checks.refuse_other_checkpoint(run.ckpts, run.out, about)
     arch = run.arch or about.get("arch_given")
     loaded = _load(Run(run.out, run.ckpts, run.data, arch), recipe, progress)
-    images = resume_checks.find_same_images(run.data, run.out, about)
+    images = resume_checks.find_same_images(run.data, run.out, about, run.reader)
     backbones = [one.backbone for one in loaded]
     plan, _ = make_plan(recipe, backbones, images)
     plan.allow_rounding()

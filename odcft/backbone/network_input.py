@@ -64,7 +64,7 @@ class Input:
 
     def with_view(self, view: View) -> "Input":
         """The same colours and normalisation with another view."""
-        return replace(self, **vars(view))
+        return replace(self, **{name: value for name, value in vars(view).items() if name != "bands"})
 
     def dump(self) -> dict[str, Any]:
         """As JSON; `load` reads it back."""

@@ -22,8 +22,8 @@ logging.getLogger("pydicom").propagate = False  # it logs values of elements
 
 
 def is_dicom(data: bytes) -> bool:
-    """Whether a file is DICOM by its first bytes, and not at the same time a TIFF, as whole-slide images may be."""
-    return data[128:132] == b"DICM" and data[:2] not in (b"II", b"MM")
+    """Whether a file is DICOM. The 128 bytes before its mark may be anything, even the start of a TIFF."""
+    return data[128:132] == b"DICM"
 
 
 def read_dicom(data: bytes) -> HighDepthImage:
@@ -56,9 +56,9 @@ def read_dicom(data: bytes) -> HighDepthImage:
 
 
 def _kind(error: BaseException) -> str:
-    """The type of an error, and whether it is about a missing decoder."""
-    if "missing dependencies" in str(error) or "missing required dependencies" in str(error):
-        return "its compression needs another package of pydicom's: pip install pylibjpeg[all]"
+    """The type of an error, or that it is about the compression."""
+    if isinstance(error, RuntimeError):  # of pydicom's decoders
+        return "it cannot decompress it; pip install 'pylibjpeg[all]' adds decoders to pydicom"
     return type(error).__name__
 
 

@@ -45,9 +45,9 @@ def limits_of(dtype: np.dtype, bits: int = 0) -> tuple[tuple[float, float], str]
     """
     if dtype.kind == "f":
         return (0.0, 1.0), "floating point" if dtype.itemsize <= 4 else f"floating point of {8 * dtype.itemsize} bits"
-    if dtype.kind == "b":
-        return (0.0, 1.0), "1 bit"
     bits = bits or 8 * dtype.itemsize
+    if dtype.kind == "b" or bits == 1:
+        return (0.0, 1.0), "1 bit"
     if dtype.kind == "i":
         return (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1), f"{bits} signed bits"
     return (0.0, 2.0**bits - 1), f"{bits} bits"

@@ -12,7 +12,7 @@ from odcft.data.decompression_bombs import refuse_bombs
 from odcft.data.dicom_decoding import is_dicom, read_dicom
 from odcft.data.high_depth import HighDepthImage, to_8_bits
 from odcft.data.pillow_decoding import high_depth, is_tiff, open_image, orientation, to_rgb
-from odcft.data.tiff_decoding import read_tiff
+from odcft.data.tiff_decoding import read_tiff, tiff_size
 from odcft.errors import OdcftError
 
 _UNDO_ORIENTATION = {  # EXIF orientation to the transpose that makes the image upright
@@ -84,7 +84,7 @@ def read_high_depth(data: bytes, bands: int = 3) -> HighDepthImage | None:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Return width and height as stored in the file, without decoding it if Pillow knows its format."""
+    """Return width and height as stored in the file, without decoding it (except for DICOM)."""
     refuse_bombs(data)
     if is_dicom(data):
         height, width = read_dicom(data).values.shape[:2]
@@ -92,5 +92,4 @@ def image_size(data: bytes) -> tuple[int, int]:
     with open_image(data) as image:
         if image is not None:
             return image.size
-    height, width = read_tiff(data)[0].values.shape[:2]
-    return width, height
+    return tiff_size(data)

@@ -8,10 +8,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from odcft.data.image_files import read_file, special_kind
+from odcft.data.custom_reader import Reader
+from odcft.data.image_files import ENDINGS, read_file, skipped_ending, special_kind
 from odcft.errors import OdcftError
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".jp2")
 LISTS = {".txt": None, ".csv": ",", ".tsv": "\t"}  # extension to its usual delimiter
 _NOUN = re.compile(r"\b(device|file|folder|image|line|pipe|socket)\b")  # the word of a `skipped` phrase to pluralise
 
@@ -28,6 +28,7 @@ class Images:
         names: one path for each image.
         labels: of a list file, one for each image; several labels of one image are joined by ";".
         skipped: what is not read, as an extension or a phrase ("pipe", "line without a path"), to how often.
+        reader: the user's function that reads them, instead of odcft's decoders.
     """
 
     source: Path
@@ -35,6 +36,7 @@ class Images:
     names: list[str]
     labels: list[str] | None = None
     skipped: dict[str, int] = field(default_factory=dict)
+    reader: Reader | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -56,7 +58,7 @@ class Images:
         """A copy without the images of these indices."""
         keep = [i for i in range(len(self)) if i not in bad]
         labels = [self.labels[i] for i in keep] if self.labels else None
-        return Images(self.source, self.root, [self.names[i] for i in keep], labels, self.skipped)
+        return Images(self.source, self.root, [self.names[i] for i in keep], labels, self.skipped, self.reader)
 
     def class_labels(self) -> list[str]:
         """The labels that `evaluate` uses: those of the list file, or the name of each image's folder."""
@@ -79,7 +81,7 @@ def _summary(skipped: dict[str, int], limit: int = 6) -> str:
     return ", ".join(phrases)
 
 
-def find_images(data: str | Path) -> Images:
+def find_images(data: str | Path, reader: Reader | None = None) -> Images:
     """Find the images of a folder (searched recursively, sorted by path) or of a list file.
 
     A folder that can be reached in several ways through symlinks is read once, under its real name if that is inside
@@ -89,6 +91,7 @@ def find_images(data: str | Path) -> Images:
         data: a folder; a `.txt` with one path per line; or a `.csv`/`.tsv` with the header `path` or `path,label`.
             Paths in a list file are relative to its folder. A path that is listed several times is one image with all
             its labels.
+        reader: the user's function that reads the images. With it, all files of a folder count as images.
 
     Raises:
         OdcftError: `data` does not exist, holds no images, or is not a readable list.
@@ -105,19 +108,21 @@ def find_images(data: str | Path) -> Images:
     except OSError as error:
         raise OdcftError(f"{path} cannot be read: {error.strerror}.") from None
     if path.is_dir():
-        names, skipped = _walk(path)
+        names, skipped = _walk(path, every_file=reader is not None)
         if not names:
             what = f"holds no images (but {_summary(skipped)})" if skipped else "is empty"
             raise OdcftError(f"{path} {what}. odcft looks for {', '.join(ENDINGS)}, in sub-folders too.")
-        return Images(path, path, sorted(names), None, dict(skipped))
+        return Images(path, path, sorted(names), None, dict(skipped), reader)
     if path.suffix.lower() not in LISTS or not path.is_file():
         raise OdcftError(
             f"{path} is neither a folder nor a list. Give a folder of images, or a list file ({', '.join(LISTS)})."
         )
-    return _read_list(path)
+    images = _read_list(path)
+    images.reader = reader
+    return images
 
 
-def _walk(top: Path) -> tuple[list[str], Counter[str]]:
+def _walk(top: Path, every_file: bool) -> tuple[list[str], Counter[str]]:
     """Return the names of all images under a folder, in any order, and a count of everything else."""
     names: list[str] = []
     skipped: Counter[str] = Counter()
@@ -139,7 +144,8 @@ def _walk(top: Path) -> tuple[list[str], Counter[str]]:
             continue
         for entry in entries:
             name = os.path.join(folder, entry.name)
-            kind, is_image, hidden = _kind(entry), entry.name.lower().endswith(ENDINGS), entry.name.startswith(".")
+            kind, hidden = _kind(entry), entry.name.startswith(".")
+            is_image = every_file or entry.name.lower().endswith(ENDINGS)
             if hidden:
                 if kind == "folder" or is_image:
                     skipped["hidden folder" if kind == "folder" else "hidden image"] += 1
@@ -150,7 +156,7 @@ def _walk(top: Path) -> tuple[list[str], Counter[str]]:
             elif is_image:
                 names.append(name)
             else:
-                skipped[os.path.splitext(entry.name)[1].lower() or "file without an extension"] += 1
+                skipped[skipped_ending(entry.name)] += 1
     return names, skipped
 
 

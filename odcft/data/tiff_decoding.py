@@ -55,6 +55,15 @@ def read_tiff(data: bytes, bands: int = 3) -> tuple[HighDepthImage, int]:
     return values, orientation
 
 
+def tiff_size(data: bytes) -> tuple[int, int]:
+    """Width and height of the first page of a TIFF, from its header."""
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(data), is_lsm=False, is_scanimage=False, is_nih=False) as file:
+        page: Any = file.pages[0]
+        return page.imagewidth, page.imagelength
+
+
 def _refuse_bomb(file: Any, page: Any) -> None:
     """Refuse a page that would take too much memory, or whose compression could; nothing is decompressed for it."""
     width, height, bands = page.imagewidth, page.imagelength, page.samplesperpixel

@@ -21,12 +21,14 @@ class View:
         interpolation: one of INTERPOLATIONS.
         intensity: for images with more than 8 bits a channel, the values that become black and white; None for the
             smallest and largest value of their type.
+        bands: channels of the image: 3 for RGB; any other number for images of that many bands.
     """
 
     size: int
     crop_fraction: float = 0.875
     interpolation: str = "bilinear"
     intensity: tuple[float, float] | None = None
+    bands: int = 3
 
 
 def describe_view(view: View) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from odcft.data.custom_reader import Reader
 from odcft.data.duplicates import identical_files
 from odcft.data.sources import Images, find_images
 from odcft.errors import OdcftError
@@ -44,18 +45,19 @@ class LabelledImages:
     duplicates: list[list[int]] = field(default_factory=list)
 
 
-def load_labelled_images(data: str, test: str | None) -> LabelledImages:
+def load_labelled_images(data: str, test: str | None, reader: Reader | None = None) -> LabelledImages:
     """Load a set of labelled images and hold out half of each class; or load two sets, to train and to test on.
 
     Args:
         data: a folder with one sub-folder per class, or a list with labels (several per image joined by ";").
         test: the same, for the images to test on.
+        reader: the user's function that reads the images.
 
     Raises:
         OdcftError: no labels, only one class, no class with enough images, a class that only the test set has, or the
             same images in both sets.
     """
-    found = [find_images(one) for one in (data, test) if one is not None]
+    found = [find_images(one, reader) for one in (data, test) if one is not None]
     per_image = [names for images in found for names in _labels_per_image(images)]
     sets = [(str(name), len(images)) for name, images in zip((data, test), found, strict=False)]
     count = sets[0][1]
@@ -212,7 +214,7 @@ def _joined(train: Images, test: Images) -> Images:
     """The images of two sets as one, under their full paths."""
     paths = [one.path(i) for one in (train, test) for i in range(len(one))]
     skipped = Counter(train.skipped) + Counter(test.skipped)
-    return Images(train.source, train.root.__class__(""), paths, None, dict(skipped))
+    return Images(train.source, train.root.__class__(""), paths, None, dict(skipped), train.reader)
 
 
 def _held_out(targets: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from odcft import files
 from odcft.clustering.memory import Memory
+from odcft.data.custom_reader import refuse_other_reader
 from odcft.data.intensity_range import choose_range
 from odcft.data.sources import Images
 from odcft.distributed import dist, ownership
@@ -110,6 +111,7 @@ def read_memory(folder: Path, ckpts: list[str], images: Images) -> StoredMemory:
         raise OdcftError(
             f"{folder} is not a complete folder of `odcft init-memory` ({error}). Make it again."
         ) from None
+    refuse_other_reader(about.get("reader"), images.reader, folder)
     if sha256 != files.checkpoint_sha256(ckpts[0]):
         raise OdcftError(
             f"{folder} was made from another checkpoint ({made_from}), not from {ckpts[0]}. "
@@ -124,7 +126,7 @@ def read_memory(folder: Path, ckpts: list[str], images: Images) -> StoredMemory:
             "Make it again with `odcft init-memory`."
         )
     if made_with.data.range == "auto":  # written before this field existed: the full range of the type
-        made_with.data.range = choose_range(images, full=True)[0] or "full"
+        made_with.data.range = choose_range(images, "full")[0] or "full"
     return StoredMemory(
         folder, made_with, tensors["features"], tensors["labels"], len(tensors["centroids"]), neck, images, unreadable
     )

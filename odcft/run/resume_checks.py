@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from odcft.data.custom_reader import Reader, refuse_other_reader
 from odcft.data.sources import Images, find_images
 from odcft.errors import OdcftError
 from odcft.files import checkpoint_sha256, file_sha256, read_column, read_json
@@ -130,13 +131,15 @@ def refuse_other_checkpoint(ckpts: list[str], run: Path, about: dict[str, Any]) 
         )
 
 
-def find_same_images(data: str, run: Path, about: dict[str, Any]) -> Images:
+def find_same_images(data: str, run: Path, about: dict[str, Any], reader: Reader | None = None) -> Images:
     """Find the images of a RUN again.
 
     Raises:
-        OdcftError: images are missing, new or in another order, or one whose checksum run.json has was changed.
+        OdcftError: another reader was given than at the start, images are missing, new or in another order, or one
+            whose checksum run.json has was changed.
     """
-    images = find_images(data)
+    refuse_other_reader(about.get("reader"), reader, run)
+    images = find_images(data, reader)
     names, unreadable = read_column(run / "images.csv", "path"), set(read_quarantine(run))
     images = images.without({i for i, name in enumerate(images.names) if name in unreadable})
     if images.names != names:

@@ -103,6 +103,7 @@ def made_from(ckpts: list[str], archs: list[str], data: str, images: Images) -> 
         **(several if len(ckpts) > 1 else {name: values[0] for name, values in several.items()}),
         "data": str(data),
         "images": len(images),
+        **({"reader": images.reader.name} if images.reader else {}),
     }
 
 
