@@ -49,7 +49,9 @@ def init_memory(
     with locked(out, progress.say), explain_failures(recipe):
         start = prepare_start(run, recipe, progress, training=False)
         memory, (backbone,), (neck,) = start.clusters.memory, start.backbones, start.necks
-        write_memory(run, start.plan, backbone.arch, start.images, start.unreadable, memory, neck.state_dict())
+        write_memory(
+            run, start.plan, backbone.arch, start.images, start.unreadable, memory, neck.state_dict(), asked=recipe
+        )
     return {
         "out": str(out),
         "images": len(start.images),

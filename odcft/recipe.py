@@ -23,6 +23,7 @@ MAX_BYTES, MAX_VALUE_LENGTH, MAX_DEPTH = 1 << 20, 10_000, 30  # of a recipe; cha
 
 # More than anyone needs, yet within memory; MOST_MEMBERS is of codc.
 MAX_EPOCHS, MAX_IMAGE_SIZE, MAX_WIDTH, MAX_WORKERS, MAX_MEMBERS = 1_000_000, 4096, 65_536, 1024, 9
+MAX_BANDS = 16
 
 Auto = Literal["auto"]
 
@@ -76,8 +77,11 @@ class DataRecipe(_Group):
     range: _RangeRule | Annotated[tuple[float, float], AfterValidator(_black_to_white)] = "auto"
     # data loader processes per rank; auto: by cores and device
     workers: Auto | Annotated[int, Field(ge=0, le=MAX_WORKERS)] = "auto"
-    mean: list[float] | None = None  # of each channel, in 0..1 of its range; null: the checkpoint's own
-    std: list[Annotated[float, Field(gt=0)]] | None = None  # the standard deviation, likewise
+    # of the images; auto: as many as the checkpoint takes, nearly always 3 (RGB). To others, one for RGB is widened
+    bands: Auto | Annotated[int, Field(ge=2, le=MAX_BANDS)] = "auto"
+    # of each channel, in 0..1 of its range; null: the checkpoint's own, or, where it has none, as auto; auto: measured
+    mean: list[float] | Auto | None = None
+    std: list[Annotated[float, Field(gt=0)]] | Auto | None = None  # the standard deviation, likewise
 
 
 def _low_to_high(pair: tuple[float, float]) -> tuple[float, float]:
@@ -374,7 +378,8 @@ def flatten(fields: dict[str, Any]) -> dict[str, Any]:
 
 def load_options(recipe: Recipe) -> dict[str, Any]:
     """The options for `load_backbone` that a recipe sets."""
-    return {**recipe.backbone.model_dump(), "mean": recipe.data.mean, "std": recipe.data.std}
+    given = {name: getattr(recipe.data, name) for name in ("mean", "std", "bands")}
+    return {**recipe.backbone.model_dump(), **{name: None if v == "auto" else v for name, v in given.items()}}
 
 
 def _apply(fields: dict[str, Any], override: str) -> None:

@@ -20,8 +20,6 @@ from odcft.text import short_repr
 if TYPE_CHECKING:
     from odcft.data.sources import Images
 
-MAX_BANDS = 64
-
 
 class Reader:
     """A function that turns an image file into an array, and its name.
@@ -141,10 +139,8 @@ def _checked(result: Any, name: str, bands: int | None) -> HighDepthImage:
         raise OdcftError(f"{name} returned an array of shape {values.shape}; it should be H x W or H x W x C")
     channels = values.shape[2] if values.ndim == 3 else 1
     refuse_large(values.shape[1], values.shape[0], channels, values.dtype.itemsize)
-    if channels > MAX_BANDS or (bands is not None and channels != bands and (bands, channels) != (3, 1)):
-        hint = (
-            "; should the channels come first in this array, move them last" if values.shape[0] in (1, 3, bands) else ""
-        )
+    if bands is not None and channels != bands and (bands, channels) != (3, 1):
+        hint = "; if they come first in this array, move them last" if values.shape[0] in (1, 3, bands) else ""
         takes = "1 (gray) or 3 (RGB)" if bands in (3, None) else bands
         raise OdcftError(f"{name} returned {channels} channels, but the network takes {takes}{hint}")
     return HighDepthImage(values, *limits_of(values.dtype))

@@ -67,8 +67,9 @@ def to_8_bits(image: HighDepthImage, intensity: tuple[float, float] | None) -> I
 
     def scaled(values: np.ndarray) -> np.ndarray:
         exact = values.astype(np.float32 if values.dtype.kind == "f" and values.dtype.itemsize <= 4 else np.float64)
-        steps = np.clip((exact - low) * (255 / (high - low)), 0, 255)
-        return np.nan_to_num(255 - steps if image.inverted else steps).round().astype(np.uint8)
+        with np.errstate(all="ignore"):  # NaN and infinity
+            steps = np.clip((exact - low) * (255 / (high - low)), 0, 255)
+            return np.nan_to_num(255 - steps if image.inverted else steps).round().astype(np.uint8)
 
     values = image.values
     if image.is_8_bit and not image.inverted:

@@ -24,7 +24,9 @@ def median_shorter_side(images: Images, sample: int = 32) -> int:
     return int(np.median(sides)) if sides else 0
 
 
-def choose_range(images: Images, rule: str = "auto", sample: int = 256) -> tuple[tuple[float, float] | None, str]:
+def choose_range(
+    images: Images, rule: str = "auto", sample: int = 256, bands: int = 3
+) -> tuple[tuple[float, float] | None, str]:
     """Choose the values that become black and white, for images with more than 8 bits a channel (data.range).
 
     12-bit cameras write 16-bit files. So `auto` chooses the range that the images actually use if it is less than half
@@ -35,6 +37,7 @@ def choose_range(images: Images, rule: str = "auto", sample: int = 256) -> tuple
         images: the images.
         rule: `auto`; `full`, the limits of the type; `set`, the smallest and largest value; or percentiles of all
             values, such as "1%..99%".
+        bands: channels of the images, as in `View`.
         sample: how many images to examine at most, spread over the set; fewer (at least 16) if they are larger than a
             million pixels. Only those with more than 8 bits a channel are decoded, and of each at most 2^18 values.
 
@@ -51,7 +54,7 @@ def choose_range(images: Images, rule: str = "auto", sample: int = 256) -> tuple
     examined = range(0, len(images), max(1, -(-len(images) // sample)))
     for index in examined:
         with suppress(Exception):  # reported later, when the image is read for training
-            image = high_depth_values(images, index)
+            image = high_depth_values(images, index, bands)
             if image is not None and len(values := _finite_sample(image.values)):
                 found.setdefault((image.kind, image.limits), []).append(values)
     if not found:

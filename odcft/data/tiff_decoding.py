@@ -101,7 +101,9 @@ def _refuse_other_size(tile: bytes, page: Any) -> None:
 def _values(page: Any) -> np.ndarray:
     """The values of a page, (H, W, C)."""
     separate, _, height, width, contiguous = page.shaped
-    values = page.asarray(maxworkers=1).reshape(separate, height, width, contiguous)
+    with np.errstate(all="ignore"):  # NaN and infinity
+        values = page.asarray(maxworkers=1)
+    values = values.reshape(separate, height, width, contiguous)
     return np.moveaxis(values, 0, 2).reshape(height, width, separate * contiguous)
 
 

@@ -34,7 +34,8 @@ class View:
 def describe_view(view: View) -> str:
     """Describe a view in a phrase, for messages that say how images are prepared."""
     resized = math.floor(view.size / view.crop_fraction)
-    seen = f"seen at {view.size} pixels (shorter side resized to {resized}, {view.interpolation}, centre crop)"
+    bands = f"{view.bands} bands " if view.bands != 3 else ""
+    seen = f"{bands}seen at {view.size} pixels (shorter side resized to {resized}, {view.interpolation}, centre crop)"
     if view.intensity is None:
         return seen
     return f"{seen}, {view.intensity[0]:,.6g} is black, {view.intensity[1]:,.6g} is white"

@@ -78,6 +78,8 @@ def evaluate(
     before = [] if isinstance(ckpt, list) else _load_starting_checkpoints(ckpt, len(sources), progress)
     run_view = None if isinstance(ckpt, list) else view_of_run(ckpt)
     views = [view_for_evaluation(one, labels.images, size, run_view) for one in after]
+    for one, view in zip(after, views, strict=True):
+        _measure_if_unknown(one, view, labels, progress)
     _report_images(labels, views, progress)
     if note := [] if isinstance(ckpt, list) else reader_note(ckpt, labels.images.reader):
         progress.say(f"Note        {note}")
@@ -96,6 +98,19 @@ def evaluate(
     counts |= {"train_images": len(labels.train_rows), "test_images": len(labels.test_rows)}
     counts |= {reason: len(rows) for reason, rows in labels.left_out.items()}
     return {**results, "classes": labels.classes, **counts, "view": vars(views[0])}
+
+
+def _measure_if_unknown(loaded: "Loaded", view: "View", labels: "LabelledImages", progress: Any) -> None:
+    """Normalise by the mean and std of these images if nothing says with which the network was trained."""
+    from odcft.backbone.load import set_mean_and_std
+    from odcft.data.pixel_statistics import mean_and_std
+
+    if not loaded.backbone.input.measured:
+        mean, std, count = mean_and_std(labels.images, view)
+        set_mean_and_std(loaded.backbone, mean, std)
+        progress.say(
+            f"Note        {loaded.source} does not say its mean and std: measured on {count:,} of these images."
+        )
 
 
 def _members(ckpt: str) -> list[str]:

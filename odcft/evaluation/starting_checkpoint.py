@@ -76,7 +76,7 @@ def view_of_run(run: str) -> View | None:
     if data.size == "auto":
         return None
     intensity = None if isinstance(data.range, str) else data.range
-    return View(data.size, data.crop_fraction, intensity=intensity)
+    return View(data.size, data.crop_fraction, intensity=intensity, bands=3 if data.bands == "auto" else data.bands)
 
 
 def reader_note(run: str, reader: Reader | None) -> str:

@@ -261,12 +261,23 @@ def _refuse_other_settings(out: Path, state: dict[str, Any], backbone: Backbone,
 def new_backbone(arch: str, task: str, recipe: Recipe) -> Backbone:
     """Build a network with random weights, for RGB images, or for lightness only if the task is colorization."""
     refuse_unknown_arch(arch)
+    if recipe.data.bands not in ("auto", 3) or "auto" in (recipe.data.mean, recipe.data.std):
+        raise OdcftError(
+            "odcft pretext trains on RGB images, with the mean and std given. Drop data.bands, data.mean=auto and "
+            "data.std=auto."
+        )
     arch_args = check_arguments(recipe.backbone.arch_args or {})
     backbone = Backbone(arch, **arch_args)
     if task == "colorization":
         backbone = Backbone(arch, Input("lab_l", backbone.size, (50.0,), (50.0,)), **{**arch_args, "in_chans": 1})
-    set_mean_and_std(backbone, recipe.data.mean, recipe.data.std)
+    set_mean_and_std(backbone, *_numbers(recipe))
     return backbone
+
+
+def _numbers(recipe: Recipe) -> tuple[list[float] | None, list[float] | None]:
+    """Mean and std of the recipe, which are not `auto`."""
+    mean, std = recipe.data.mean, recipe.data.std
+    return (None if mean == "auto" else mean), (None if std == "auto" else std)
 
 
 def _save(pretext: _Pretext, epoch: int) -> None:

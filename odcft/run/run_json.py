@@ -37,7 +37,7 @@ def about_run(run: Path, member: int = 0) -> dict[str, Any]:
     except OdcftError:
         return {}
     about: dict[str, Any] = {}
-    for key in ("checkpoint", "sha256", "data", "images"):
+    for key in ("checkpoint", "sha256", "data", "images", "reader"):
         value = run_json.get(key)
         if isinstance(value, list):
             value = value[member] if member < len(value) else None

@@ -119,7 +119,7 @@ def variants(data, others, count):
 
 
 def decoded_in_a_child(folder, good, seconds):
-    """What became of every file of a folder: name to reason ("" if decoded). Fails on a crash, a hang or much memory."""
+    """What became of every file of a folder: name to reason ("" if decoded). Fails on a crash, a hang, much memory."""
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(folder), *map(str, good)], capture_output=True, text=True, timeout=seconds
     )
@@ -209,11 +209,11 @@ def bombs(folder):
     ):
         write_tiff(folder / f"{name}.tif", array, tags=tags.items())
         words[f"{name}.tif"] = word
-    small = png_chunk(b"IHDR", struct.pack(">II", 8, 8) + gray)
+    small, text = png_chunk(b"IHDR", struct.pack(">II", 8, 8) + gray), zlib.compress(bytes(1 << 29), 1)
     end = png_chunk(b"IDAT", zlib.compress(bytes(72))) + png_chunk(b"IEND", b"")
     for kind in (b"zTXt", b"iTXt", b"iCCP"):
         head = b"x\0\0" if kind != b"iTXt" else b"x\0\1\0\0\0"
-        add(f"{kind.decode()}.png", start + small + png_chunk(kind, head + zlib.compress(bytes(1 << 28))) + end, None)
+        add(f"{kind.decode()}.png", start + small + png_chunk(kind, head + text) + end, None)
     return words
 
 
