@@ -107,7 +107,9 @@ def _describe(
     for one in loaded:
         match = one.match
         source = f"{len(match.tensors)}/{match.expected} tensors under {match.where}" if match else one.source
-        progress.say(f"Checkpoint  {one.family} · {one.backbone.arch} · {one.backbone.input.color}, {source}")
+        progress.say(
+            f"Checkpoint  {one.family} · {one.backbone.arch} · {one.backbone.input.describe_color()}, {source}"
+        )
         _say_notes(one.notes, progress)
     if plan.method == "codc" and plan.codc.members == [MemberRecipe()]:
         progress.say("Note        A single plain member has nobody to collaborate with: this is ODC.")

@@ -61,6 +61,7 @@ def load_backbone(
     std: Sequence[float] | None = None,
     finite: bool = True,
     part: str | None = None,
+    *,
     bands: int | None = None,
 ) -> Loaded:
     """Load the backbone of a checkpoint.
@@ -99,12 +100,9 @@ def load_backbone(
             loaded = _load_named(name, scheme, rest, input, arch_args)
         else:
             loaded = _load_file(name, Path(ckpt), arch, allow_partial, arch_args, part)
-        if input is not None:
-            _apply_input(loaded, input, allow_partial)
-        if bands is not None:
-            _apply_bands(loaded, bands)
-    if mean is not None or std is not None:
-        set_mean_and_std(loaded.backbone, mean, std)
+        _apply_input(loaded, input, allow_partial)
+        _apply_bands(loaded, bands)
+    set_mean_and_std(loaded.backbone, mean, std)
     if finite and loaded.not_finite:
         raise OdcftError(
             f"{name}: weights of the backbone are not finite ({first_few(loaded.not_finite)}), "
@@ -219,7 +217,7 @@ def _refuse_unknown_input(color: str) -> None:
         raise OdcftError(f"--input {color}: no such input. Choose from {', '.join(CHANNELS)}.")
 
 
-def _apply_input(loaded: Loaded, color: str, allow_partial: bool) -> None:
+def _apply_input(loaded: Loaded, color: str | None, allow_partial: bool) -> None:
     """Show the backbone the colours the user asked for, and adapt the first convolution where they need it.
 
     From three channels to one, its weights are summed; from one to three, they are spread. An image whose channels are
@@ -227,7 +225,7 @@ def _apply_input(loaded: Loaded, color: str, allow_partial: bool) -> None:
     filters for colours is a filter for them: there the first convolution starts from random weights, if it may.
     """
     backbone = loaded.backbone
-    if color == backbone.input.color:
+    if color is None or color == backbone.input.color:
         return
     here, wanted = backbone.input.channels, CHANNELS[color]
     if {here, wanted} == {1, 3}:
@@ -251,8 +249,10 @@ def _apply_input(loaded: Loaded, color: str, allow_partial: bool) -> None:
     loaded.backbone.adapter = Adapter(with_color(backbone.input, color))
 
 
-def _apply_bands(loaded: Loaded, bands: int) -> None:
+def _apply_bands(loaded: Loaded, bands: int | None) -> None:
     """Let the backbone take images of so many bands, with a note if its first convolution was widened for them."""
+    if bands is None:
+        return
     random = loaded.source.startswith("scratch:")
     loaded.backbone, notes = set_bands(loaded.backbone, bands, random)
     loaded.notes += notes
@@ -278,6 +278,8 @@ def _with_random_first_convolution(backbone: Backbone, channels: int) -> tuple[B
 
 def set_mean_and_std(backbone: Backbone, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     """Normalise images with the mean and std the user gave: for each channel, in 0..1 of its range."""
+    if mean is None and std is None:
+        return
     input = backbone.input
     chosen = {"mean": input.mean, "std": input.std}
     for title, numbers in (("mean", mean), ("std", std)):

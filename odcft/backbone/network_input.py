@@ -71,6 +71,10 @@ class Input:
         """That in a phrase, for a line of output."""
         return describe_view(self.view)
 
+    def describe_color(self) -> str:
+        """Its colours, or how many bands, in a word or two."""
+        return f"{self.channels} bands" if self.color == "bands" else self.color
+
     def with_view(self, view: View) -> "Input":
         """The same colours and normalisation with another view."""
         return replace(self, **{name: value for name, value in vars(view).items() if name != "bands"})

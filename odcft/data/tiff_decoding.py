@@ -14,6 +14,7 @@ from PIL import Image
 from odcft.data.decompression_bombs import refuse_large
 from odcft.data.high_depth import HighDepthImage, limits_of
 from odcft.errors import OdcftError
+from odcft.recipe import MAX_BANDS
 
 GRAY, RGB, PALETTE, CMYK, YCBCR = (0, 1), 2, 3, 5, 6  # photometric interpretations of TIFF 6.0
 ALPHA = 2  # extra sample: opacity that the colours are not multiplied by
@@ -160,4 +161,7 @@ def _what(page: Any) -> str:
 def _describe(page: Any) -> str:
     """Say what kind of TIFF this is, and which kinds odcft reads."""
     read = "1 band (gray), 2 (gray and alpha), 3 (RGB) or 4 (RGB and alpha, or CMYK)"
+    bands, is_usable = page.samplesperpixel, page.dtype is not None and page.dtype.kind in "uifb"
+    if 1 < bands <= MAX_BANDS and bands != 3 and is_usable and page.photometric != PALETTE:
+        read += f"; all of them with --set data.bands={bands}"
     return f"{_what(page)}; odcft reads {read}"
