@@ -72,6 +72,14 @@ Partial = Annotated[
         help="Accept a checkpoint with less than 90 % of the backbone; the rest starts from random weights.",
     ),
 ]
+ReaderName = Annotated[
+    str | None,
+    typer.Option(
+        "--reader",
+        metavar="MODULE:FUNCTION",
+        help="Your own function that reads an image: the file's bytes (or its `path`) to an array H x W x C.",
+    ),
+]
 RecipeName = Annotated[
     str, typer.Option("--recipe", help="Name of a shipped recipe (see `odcft recipes`) or a YAML file.")
 ]
@@ -218,6 +226,7 @@ def init_memory(
     allow_partial: Partial = False,
     devices: Devices = 1,
     overwrite: Overwrite = False,
+    reader: ReaderName = None,
     as_json: Json = False,
 ) -> None:
     """Extract features of all images, cluster them by K-Means, and save the memories that `finetune` starts from."""
@@ -225,7 +234,7 @@ def init_memory(
     _start_processes(devices)
     from odcft.first_memory import init_memory as run
 
-    values = run(ckpt, data, out, resolved, arch=arch, overwrite=overwrite)
+    values = run(ckpt, data, out, resolved, arch=arch, reader=reader, overwrite=overwrite)
     lines = [
         (
             f"Memory      {out}: {values['images']:,} images, "
@@ -233,7 +242,7 @@ def init_memory(
         )
     ]
     given = {"recipe": recipe if recipe != DEFAULT_RECIPE else None, "set": overrides, "seed": seed, "arch": arch}
-    given |= {"arch_args": arch_args, "input": input, "allow_partial": allow_partial, "part": part}
+    given |= {"arch_args": arch_args, "input": input, "allow_partial": allow_partial, "part": part, "reader": reader}
     lines.append(f"Next:       {command('finetune', ckpt, data, memory=out, out='RUN', **given)}")
     _report(values, as_json, lines)
 
@@ -279,6 +288,7 @@ def finetune(
     input: Input = None,
     part: Part = None,
     allow_partial: Partial = False,
+    reader: ReaderName = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a checkpoint on unlabelled images. This is the main command."""
@@ -297,7 +307,13 @@ def finetune(
 
     try:
         values = fine_tune(
-            *(ckpts, data, out, resolved), arch=arch, memory=memory, resume=resume, overwrite=overwrite, epochs=epochs
+            *(ckpts, data, out, resolved),
+            arch=arch,
+            reader=reader,
+            memory=memory,
+            resume=resume,
+            overwrite=overwrite,
+            epochs=epochs,
         )
     except stop_signals.Stopped as stopped:
         stopped.args = (f"{stopped} Continue with: {_resume_command(sys.argv)}",)
@@ -305,7 +321,7 @@ def finetune(
     lines = [
         f"Done in {duration(values['seconds'])}. Backbone: {', '.join(values.get('backbones', [values['backbone']]))}",
         f"  {values['load']}",
-        f"Did it get better?    {command('evaluate', out, 'LABELLED_IMAGES/', protocol='svm,knn')}",
+        f"Did it get better?    {command('evaluate', out, 'LABELLED_IMAGES/', protocol='svm,knn', reader=reader)}",
     ]
     _report(values, as_json, lines)
 
@@ -403,6 +419,7 @@ def evaluate(
     input: Input = None,
     part: Part = None,
     allow_partial: Partial = False,
+    reader: ReaderName = None,
     as_json: Json = False,
 ) -> None:
     """Measure how good a backbone's features are: VOC07 SVM mAP and nearest-neighbour accuracy."""
@@ -422,7 +439,9 @@ def evaluate(
         from odcft.evaluation.comparison import evaluate as run
 
         args = _parse_arch_args(arch_args)
-        results = run(ckpt, data, test, protocols, arch, size, input, allow_partial, arch_args=args, part=part)
+        results = run(
+            ckpt, data, test, protocols, arch, size, input, allow_partial, arch_args=args, part=part, reader=reader
+        )
     members = results.get("members", [])
     report = [summary(results)]
     if members:
@@ -450,6 +469,7 @@ def pretext(
     ] = False,
     overwrite: Overwrite = False,
     seed: Seed = None,
+    reader: ReaderName = None,
     as_json: Json = False,
 ) -> None:
     """Train a network on a pretext task, to have a checkpoint to fine-tune if you have none."""
@@ -460,11 +480,11 @@ def pretext(
     from odcft.pretexts.training import train_pretext
     from odcft.text import duration
 
-    values = train_pretext(task, data, arch, out, resolved, overwrite=overwrite, resume=resume)
+    values = train_pretext(task, data, arch, out, resolved, overwrite=overwrite, resume=resume, reader=reader)
     lines = [
         f"Done in {duration(values['seconds'])}: {values['accuracy']:.0%} correct in the last epoch "
         f"(chance: {values['chance']:.1%}). Checkpoint: {out}",
-        f"Next:       {command('finetune', out, data, out='RUN', recipe=values['recipe'])}",
+        f"Next:       {command('finetune', out, data, out='RUN', recipe=values['recipe'], reader=reader)}",
     ]
     _report(values, as_json, lines)
 

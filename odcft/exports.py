@@ -158,7 +158,9 @@ def _write_onnx(backbone: Backbone, out: Path) -> None:
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     backbone = backbone.eval().cpu()
-    images = torch.rand(3, 3, backbone.size, backbone.size, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(
+        3, backbone.input.bands, backbone.size, backbone.size, generator=torch.Generator().manual_seed(0)
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

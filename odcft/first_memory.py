@@ -1,8 +1,10 @@
 """The program behind `odcft init-memory`: extract features, run K-Means, write both memories."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from odcft.data.custom_reader import Reader, make_reader
 from odcft.prepare import prepare_start
 from odcft.progress import Progress
 from odcft.recipe import Recipe
@@ -20,6 +22,7 @@ def init_memory(
     recipe: Recipe,
     *,
     arch: str | None = None,
+    reader: str | Callable[[Any], Any] | Reader | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -31,6 +34,7 @@ def init_memory(
         out: the folder to write.
         recipe: its `auto` fields are decided here.
         arch: a timm name, to override the checkpoint's own.
+        reader: the user's function that reads the images (`Reader`), or its name as MODULE:FUNCTION.
         overwrite: replace an earlier memory.
         progress: where to report.
 
@@ -40,12 +44,14 @@ def init_memory(
     Raises:
         OdcftError: for anything the user can fix; nothing has been written yet.
     """
-    progress, run = progress or Progress(), Run(out, [ckpt], data, arch)
+    progress, run = progress or Progress(), Run(out, [ckpt], data, arch, make_reader(reader))
     refuse_non_empty(out, MEMORY_FILES, overwrite)
     with locked(out, progress.say), explain_failures(recipe):
         start = prepare_start(run, recipe, progress, training=False)
         memory, (backbone,), (neck,) = start.clusters.memory, start.backbones, start.necks
-        write_memory(run, start.plan, backbone.arch, start.images, start.unreadable, memory, neck.state_dict())
+        write_memory(
+            run, start.plan, backbone.arch, start.images, start.unreadable, memory, neck.state_dict(), asked=recipe
+        )
     return {
         "out": str(out),
         "images": len(start.images),

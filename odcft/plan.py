@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 
 from odcft.backbone.input_resizing import USUAL_SIZE
-from odcft.backbone.load import Loaded
+from odcft.backbone.load import Loaded, set_mean_and_std
 from odcft.backbone.network import Backbone
 from odcft.data.images import Images
 from odcft.data.intensity_range import choose_range, median_shorter_side
+from odcft.data.pixel_statistics import mean_and_std
 from odcft.data.view import View
 from odcft.distributed import dist
 from odcft.errors import OdcftError
@@ -43,6 +44,9 @@ FEW_STEPS, LARGE_BATCH = 200, 256  # fewer steps an epoch with such a batch: the
 class DataPlan(DataRecipe):
     size: int
     range: Literal["full"] | tuple[float, float]
+    bands: int
+    mean: list[float] | None
+    std: list[float] | None
     workers: int
 
 
@@ -77,7 +81,7 @@ class Plan(Recipe):
     def view(self) -> View:
         """How images are prepared when they are not augmented."""
         intensity = None if self.data.range == "full" else self.data.range
-        return View(self.data.size, self.data.crop_fraction, intensity=intensity)
+        return View(self.data.size, self.data.crop_fraction, intensity=intensity, bands=self.data.bands)
 
     @property
     def batch_of_rank(self) -> int:
@@ -121,7 +125,8 @@ def make_plan(
             "Raise optim.batch_size, or use fewer processes."
         )
     size = _decide_size(recipe, backbones, images)
-    intensity, note = _decide_range(recipe, images)
+    bands = _decide_bands(recipe, backbones)
+    intensity, note = _decide_range(recipe, images, bands)
     for backbone in backbones:
         _refuse_size(backbone, size)
         if backbone.fixed_size and size != backbone.size:
@@ -129,7 +134,10 @@ def make_plan(
                 f"{backbone.arch} was made for images of {backbone.size} pixels: it is built for {size}, "
                 "and its position embedding is resampled."
             )
-    plan = fill_autos(recipe, clusters, size, intensity, len(backbones), min_cluster)
+    plan = fill_autos(recipe, clusters, size, intensity, len(backbones), min_cluster, bands=bands)
+    notes += normalise(plan, recipe, backbones, images)
+    if bands != 3 and any((plan.augment.saturation, plan.augment.hue, plan.augment.gray)):
+        notes.append(f"Images of {bands} bands have no colours: augment.saturation, hue and gray are not applied.")
     optim = plan.optim
     if optim.schedule == "step" and optim.final_epochs >= optim.epochs:
         raise OdcftError(
@@ -146,6 +154,8 @@ def fill_autos(
     intensity: Literal["full"] | tuple[float, float] = "full",
     members: int = 1,
     min_cluster: int | None = None,
+    *,
+    bands: int = 3,
 ) -> Plan:
     """The plan of a recipe: fill in these values wherever it says `auto`, and what suits this machine for the rest.
 
@@ -156,10 +166,11 @@ def fill_autos(
         intensity: `data.range`.
         members: how many networks; each gets the plain loss if the recipe does not list them.
         min_cluster: overrides the recipe's.
+        bands: of the images.
     """
     gpu, device = torch.cuda.is_available(), dist.this_device()
     choices: dict[str, dict[str, Any]] = {
-        "data": {"size": size, "range": intensity, "workers": _workers(gpu)},
+        "data": {"size": size, "range": intensity, "bands": bands, "workers": _workers(gpu), "mean": None, "std": None},
         "memory": {"clusters": clusters, "dtype": "float16" if gpu else "float32"},
         "codc": {"members": [MemberRecipe().model_dump() for _ in range(members)]},
         "kmeans": {"engine": "torch"},  # always installed, on any device, and divided among the ranks
@@ -326,7 +337,66 @@ def _refuse_size(backbone: Backbone, size: int) -> None:
         )
 
 
-def _decide_range(recipe: Recipe, images: Images) -> tuple[Literal["full"] | tuple[float, float], str]:
+def _decide_bands(recipe: Recipe, backbones: Sequence[Backbone]) -> int:
+    """The bands of the images, which must suit every member."""
+    found = {backbone.input.bands for backbone in backbones}
+    if len(found) > 1:
+        lists = ", ".join(f"{backbone.arch} {backbone.input.bands}" for backbone in backbones)
+        raise OdcftError(
+            f"The members take images of different numbers of bands ({lists}), but members of codc all see the same "
+            "images. --set data.bands=… widens those for RGB."
+        )
+    return found.pop()
+
+
+def normalise(plan: Plan, recipe: Recipe, backbones: Sequence[Backbone], images: Images) -> list[str]:
+    """Measure mean and std if the recipe asks for it, or if a checkpoint has none and the recipe gives none.
+
+    Args:
+        plan: gets what was measured.
+        recipe: as the user gave it.
+        backbones: those that need it get what was measured.
+        images: on which it is measured, on the first rank.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        OdcftError: `auto` for a network that is not shown RGB or bands.
+    """
+    asked = [name for name in ("mean", "std") if getattr(recipe.data, name) == "auto"]
+    unknown = [backbone for backbone in backbones if not backbone.input.measured]
+    if not asked and not unknown:
+        return []
+    other = [backbone for backbone in backbones if backbone.input.color not in ("rgb", "bgr", "bands")]
+    if asked and (other or len({backbone.input.color for backbone in backbones}) > 1):
+        raise OdcftError(
+            f"data.{asked[0]}=auto measures RGB images or those of n bands, and {(other or backbones)[0].arch} takes "
+            f"{(other or backbones)[0].input.color}. Give the numbers, or null for the checkpoint's own."
+        )
+    mine = {0: _statistics_or_reason(images, plan.view)} if dist.rank() == 0 else {}
+    measured = dist.gather_dict(mine)[0]
+    if isinstance(measured, OdcftError):
+        raise measured
+    mean, std, count = measured
+    if backbones[0].input.color == "bgr":
+        mean, std = mean[::-1], std[::-1]
+    plan.data.mean = mean if plan.data.mean is None and (unknown or "mean" in asked) else plan.data.mean
+    plan.data.std = std if plan.data.std is None and (unknown or "std" in asked) else plan.data.std
+    for backbone in backbones if asked else unknown:
+        set_mean_and_std(backbone, plan.data.mean, plan.data.std)
+    numbers = " · ".join(f"{m:.3g} ± {s:.3g}" for m, s in zip(mean, std, strict=True))
+    return [f"Mean and standard deviation of each channel, measured on {count:,} images: {numbers}."]
+
+
+def _statistics_or_reason(images: Images, view: View) -> tuple[list[float], list[float], int] | OdcftError:
+    try:
+        return mean_and_std(images, view)
+    except OdcftError as error:
+        return error
+
+
+def _decide_range(recipe: Recipe, images: Images, bands: int) -> tuple[Literal["full"] | tuple[float, float], str]:
     """Decide `data.range` from the images, the same on every rank; also returns a note for the user.
 
     The full range of a type is written as numbers, too, so that whoever uses the backbone later need not guess it;
@@ -334,9 +404,19 @@ def _decide_range(recipe: Recipe, images: Images) -> tuple[Literal["full"] | tup
     """
     if not isinstance(recipe.data.range, str):
         return recipe.data.range, ""
-    mine = {0: choose_range(images, recipe.data.range == "full")} if dist.rank() == 0 else {}
+    mine = {0: _range_or_reason(images, recipe.data.range, bands)} if dist.rank() == 0 else {}
     intensity, note = dist.gather_dict(mine)[0]
+    if isinstance(note, OdcftError):
+        raise note
     return intensity or "full", note
+
+
+def _range_or_reason(images: Images, rule: str, bands: int) -> tuple[tuple[float, float] | None, str | OdcftError]:
+    """The range and the note about it, or why there is none, to be raised on every rank."""
+    try:
+        return choose_range(images, rule, bands=bands)
+    except OdcftError as error:
+        return None, error
 
 
 def view_for_evaluation(loaded: Loaded, images: Images, size: int | None, run: View | None = None) -> View:
@@ -353,7 +433,7 @@ def view_for_evaluation(loaded: Loaded, images: Images, size: int | None, run: V
     backbone = loaded.backbone
     view = run or backbone.input.view
     if view.intensity is None:  # trained on 8-bit images, or by other code
-        view = replace(view, intensity=choose_range(images)[0])
+        view = replace(view, intensity=choose_range(images, bands=view.bands)[0])
     if size is not None or run is not None or loaded.states_view:
         return replace(view, size=size or view.size)
     size, usual = automatic_size(backbone, median_shorter_side(images)), automatic_size(backbone, 0)

@@ -67,7 +67,7 @@ def prepare_start(
         memory: a folder written by `init-memory`.
         training: whether training follows; if not, nothing about training is reported.
     """
-    images = find_images(run.data, progress)
+    images = find_images(run.data, progress, run.reader)
     requested = recipe = decide_members(recipe, run.ckpts)
     stored = memory_folder.read_memory(memory, run.ckpts, images) if memory is not None else None
     if stored is not None:
@@ -108,7 +108,9 @@ def _describe(
     for one in loaded:
         match = one.match
         source = f"{len(match.tensors)}/{match.expected} tensors under {match.where}" if match else one.source
-        progress.say(f"Checkpoint  {one.family} · {one.backbone.arch} · {one.backbone.input.color}, {source}")
+        progress.say(
+            f"Checkpoint  {one.family} · {one.backbone.arch} · {one.backbone.input.describe_color()}, {source}"
+        )
         _say_notes(one.notes, progress)
     if plan.method == "codc" and plan.codc.members == [MemberRecipe()]:
         progress.say("Note        A single plain member has nobody to collaborate with: this is ODC.")
@@ -223,7 +225,7 @@ def resumed_run(run: Run, recipe: Recipe, epochs: int | None, progress: Progress
     resume_checks.refuse_other_checkpoint(run.ckpts, run.out, about)
     arch = run.arch or about.get("arch_given")
     loaded = _load(Run(run.out, run.ckpts, run.data, arch), recipe, progress)
-    images = resume_checks.find_same_images(run.data, run.out, about, progress)
+    images = resume_checks.find_same_images(run.data, run.out, about, progress, run.reader)
     backbones = [one.backbone for one in loaded]
     plan, _ = make_plan(recipe, backbones, images)
     plan.allow_rounding()

@@ -8,6 +8,7 @@ and images are known; the recipe saved in the RUN has no `auto` left.
 import contextlib
 import difflib
 import math
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -22,6 +23,7 @@ MAX_BYTES, MAX_VALUE_LENGTH, MAX_DEPTH = 1 << 20, 10_000, 30  # of a recipe; cha
 
 # More than anyone needs, yet within memory; MOST_MEMBERS is of codc.
 MAX_EPOCHS, MAX_IMAGE_SIZE, MAX_WIDTH, MAX_WORKERS, MAX_MEMBERS = 1_000_000, 4096, 65_536, 1024, 9
+MAX_BANDS = 16
 
 Auto = Literal["auto"]
 
@@ -36,6 +38,32 @@ def _black_to_white(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
+def percentiles(rule: str) -> tuple[float, float]:
+    """The numbers of percentiles such as "1%..99%".
+
+    Raises:
+        ValueError: it is not written like that, or the first is not below the second, or they are not in 0..100.
+    """
+    match = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,9})?)\s*%\s*\.\.\s*(\d{1,3}(?:\.\d{1,9})?)\s*%\s*", rule)
+    if match is None:
+        raise ValueError(
+            "a rule for the range is auto, full, set, percentiles such as 1%..99%, or two numbers [black, white]"
+        )
+    low, high = float(match[1]), float(match[2])
+    if not 0 <= low < high <= 100:
+        raise ValueError("percentiles are low%..high% with 0 <= low < high <= 100")
+    return low, high
+
+
+def _known_rule(rule: str) -> str:
+    if rule not in ("auto", "full", "set"):
+        percentiles(rule)
+    return rule
+
+
+_RangeRule = Annotated[str, AfterValidator(_known_rule)]
+
+
 class DataRecipe(_Group):
     """The pixels that the network sees: size, crop, value range and normalisation."""
 
@@ -43,12 +71,17 @@ class DataRecipe(_Group):
     size: Auto | Annotated[int, Field(ge=8, le=MAX_IMAGE_SIZE)] = 224
     # without augmentation: the image is resized to size / crop_fraction and its centre cropped
     crop_fraction: float = Field(0.875, gt=0, le=1)
-    # [black, white] of images with more than 8 bits a channel; full: that of their type; auto: that of the data set
-    range: Literal["auto", "full"] | Annotated[tuple[float, float], AfterValidator(_black_to_white)] = "auto"
+    # what becomes black and white in images with more than 8 bits a channel: [black, white]; full: the limits of their
+    # type; set: the smallest and largest value of the data set; 1%..99%: its percentiles; auto: full, or the values the
+    # set uses if they span less than half of the type (hot pixels left out)
+    range: _RangeRule | Annotated[tuple[float, float], AfterValidator(_black_to_white)] = "auto"
     # data loader processes per rank; auto: by cores and device
     workers: Auto | Annotated[int, Field(ge=0, le=MAX_WORKERS)] = "auto"
-    mean: list[float] | None = None  # of each channel, in 0..1 of its range; null: the checkpoint's own
-    std: list[Annotated[float, Field(gt=0)]] | None = None  # the standard deviation, likewise
+    # of the images; auto: as many as the checkpoint takes, nearly always 3 (RGB). To others, one for RGB is widened
+    bands: Auto | Annotated[int, Field(ge=2, le=MAX_BANDS)] = "auto"
+    # of each channel, in 0..1 of its range; null: the checkpoint's own, or, where it has none, as auto; auto: measured
+    mean: list[float] | Auto | None = None
+    std: list[Annotated[float, Field(gt=0)]] | Auto | None = None  # the standard deviation, likewise
 
 
 def _low_to_high(pair: tuple[float, float]) -> tuple[float, float]:
@@ -345,7 +378,8 @@ def flatten(fields: dict[str, Any]) -> dict[str, Any]:
 
 def load_options(recipe: Recipe) -> dict[str, Any]:
     """The options for `load_backbone` that a recipe sets."""
-    return {**recipe.backbone.model_dump(), "mean": recipe.data.mean, "std": recipe.data.std}
+    given = {name: getattr(recipe.data, name) for name in ("mean", "std", "bands")}
+    return {**recipe.backbone.model_dump(), **{name: None if v == "auto" else v for name, v in given.items()}}
 
 
 def _apply(fields: dict[str, Any], override: str) -> None:

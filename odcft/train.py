@@ -18,6 +18,7 @@ from odcft.backbone.model_card import loading_code
 from odcft.backbone.timm_folder import write_timm
 from odcft.clustering.methods import METHODS
 from odcft.data.batches import Batch, Crops, TrainingBatches, TrainingOrder
+from odcft.data.custom_reader import Reader, make_reader
 from odcft.data.feature_extraction import extract
 from odcft.distributed import dist, ownership, stop_signals
 from odcft.distributed.agreement import Agreement, asked_anywhere
@@ -48,6 +49,7 @@ def fine_tune(
     recipe: Recipe,
     *,
     arch: str | None = None,
+    reader: str | Callable[[Any], Any] | Reader | None = None,
     memory: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -62,6 +64,7 @@ def fine_tune(
         out: the RUN folder to write.
         recipe: its `auto` fields are decided here. A resumed run keeps its own recipe and refuses a different one.
         arch: a timm name, to override the checkpoint's own.
+        reader: the user's function that reads the images (`Reader`), or its name as MODULE:FUNCTION; also to resume.
         memory: a folder written by `init_memory` to take both memories from, instead of filling them here.
         resume: continue the run in `out`, or start it if nothing has been saved yet.
         overwrite: replace the run in `out`.
@@ -76,7 +79,8 @@ def fine_tune(
         OdcftError: for anything the user can fix, and for a loss that is not finite (the last good state is kept).
         Stopped: a signal asked for it, inside `stop_signals.handling_signals()`; the state is saved.
     """
-    progress, run = progress or Progress(), Run(out, [ckpt] if isinstance(ckpt, str) else ckpt, data, arch)
+    ckpts, progress = [ckpt] if isinstance(ckpt, str) else ckpt, progress or Progress()
+    run = Run(out, ckpts, data, arch, make_reader(reader))
     if epochs is not None:
         recipe = recipe.model_copy(deep=True)
         recipe.optim.epochs = epochs

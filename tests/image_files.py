@@ -46,3 +46,38 @@ def write_png(path, array, *chunks):
     rest = [png_chunk(*chunk) for chunk in chunks]
     parts = [png_chunk(b"IHDR", header), *rest, png_chunk(b"IDAT", zlib.compress(lines)), png_chunk(b"IEND", b"")]
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def dicom_file(values, slope=None, intercept=None, bits=None, inverted=False, rle=False, frames=1):
+    """The bytes of a DICOM file: gray (H, W) or RGB (H, W, 3), of 8 or 16 bits; needs pydicom."""
+    import io
+
+    import pydicom
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, RLELossless
+
+    file = pydicom.Dataset()
+    file.PatientName, file.PatientID = "Secret^Person", "12345"
+    file.SOPClassUID, file.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.7", "1.2.3"
+    file.Rows, file.Columns = values.shape[:2]
+    file.SamplesPerPixel = 1 if values.ndim == 2 else 3
+    if values.ndim == 3:
+        file.PlanarConfiguration = 0
+    file.PhotometricInterpretation = "RGB" if values.ndim == 3 else "MONOCHROME1" if inverted else "MONOCHROME2"
+    file.BitsAllocated = 8 * values.dtype.itemsize
+    file.BitsStored = bits or file.BitsAllocated
+    file.HighBit = file.BitsStored - 1
+    file.PixelRepresentation = int(values.dtype.kind == "i")
+    if frames > 1:
+        file.NumberOfFrames = frames
+    if slope is not None:
+        file.RescaleSlope, file.RescaleIntercept = slope, intercept
+    pixels = values.tobytes() + bytes(values.nbytes) * (frames - 1)
+    file.PixelData = pixels + b"\0" * (len(pixels) % 2)
+    file.file_meta = FileMetaDataset()
+    file.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    if rle:
+        file.compress(RLELossless, generate_instance_uid=False)
+    written = io.BytesIO()
+    file.save_as(written, enforce_file_format=True)
+    return written.getvalue()

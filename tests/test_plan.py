@@ -80,7 +80,7 @@ def test_what_the_recipe_says_is_not_decided_again(make_images, tmp_path):
     recipe = load_recipe("small", [*asked, "memory.min_cluster=2"])
     plan, notes = make_plan(recipe, [backbone], images)
     then, now = flatten(recipe.model_dump()), flatten(plan.model_dump())
-    assert {name for name in now if now[name] != then[name]} == {"codc.members"}
+    assert {name for name in now if now[name] != then[name]} == {"codc.members", "data.bands"}
     assert len(notes) == 1  # three clusters of twelve images are close to the threshold
 
 
@@ -106,6 +106,7 @@ def network(size, step=0, only=False):
         size=size,
         fixed_size=step > 0,
         size_step=step,
+        input=SimpleNamespace(bands=3, color="rgb", measured=True),
         why_not=lambda s: "no" if s != size and (only or (step and s % step)) else "",
     )
 

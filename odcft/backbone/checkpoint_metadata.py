@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from odcft.backbone.network_input import CHANNELS, Input, input_from_json
+from odcft.backbone.network_input import CHANNELS, COLORS, Input, input_from_json
 from odcft.backbone.non_timm_networks import is_network
 from odcft.data.view import INTERPOLATIONS
 from odcft.errors import OdcftError
@@ -110,7 +110,7 @@ class PretrainedCfg(_Strict):
 class _InputFields(_Strict):
     """The fields that `network_input.Input.dump` writes."""
 
-    color: Literal[tuple(CHANNELS)]  # type: ignore[valid-type]
+    color: Literal[COLORS]  # type: ignore[valid-type]
     size: _Size
     mean: _Means
     std: _Stds
@@ -122,11 +122,12 @@ class _InputFields(_Strict):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "_InputFields":
-        wanted = 3 if self.color == "sobel" else CHANNELS[self.color]
+        channels = CHANNELS.get(self.color, self.channels)
+        wanted = 3 if self.color == "sobel" else channels
         if not len(self.mean) == len(self.std) == wanted:
             raise ValueError(f"mean and std should have {wanted} numbers for {self.color}")
-        if "channels" in self.model_fields_set and self.channels < CHANNELS[self.color]:
-            raise ValueError(f"channels should be at least {CHANNELS[self.color]} for {self.color}")
+        if "channels" in self.model_fields_set and self.channels < channels:
+            raise ValueError(f"channels should be at least {channels} for {self.color}")
         if self.range[0] != 0 or self.range[1] <= 0:
             raise ValueError("range should be [0, the largest value]")
         if self.intensity and not self.intensity[0] < self.intensity[1]:

@@ -6,12 +6,13 @@ from typing import Any
 
 from odcft.backbone.arch_arguments import Kwargs
 from odcft.backbone.checkpoint_files import Contents
-from odcft.backbone.network_input import IMAGENET, Input, default_input
+from odcft.backbone.network_input import IMAGENET, Input, bands_input, default_input
 from odcft.backbone.non_timm_networks import NETWORKS
 from odcft.backbone.original_layouts import LAYOUTS
 from odcft.backbone.tensor_matching import Match
 from odcft.data.view import INTERPOLATIONS
 from odcft.errors import OdcftError
+from odcft.recipe import MAX_BANDS
 
 
 def recognise_input(contents: Contents, arch: str, kwargs: Kwargs, found: Match, cfg: Mapping[str, Any]) -> Input:
@@ -27,7 +28,7 @@ def recognise_input(contents: Contents, arch: str, kwargs: Kwargs, found: Match,
         The file's own description of its input, or else what the number of channels and the file's writer imply.
 
     Raises:
-        OdcftError: the network takes a number of channels that odcft has no colours for.
+        OdcftError: the network takes more channels than MAX_BANDS.
     """
     metadata = contents.metadata
     if metadata.input is not None:
@@ -44,7 +45,7 @@ def recognise_input(contents: Contents, arch: str, kwargs: Kwargs, found: Match,
     if kwargs.get("small_stem"):
         size = 32
     if channels != 3:
-        return default_input(_color_of_channels(contents, channels), size)
+        return _input_of_channels(contents, channels, size)
     if contents.container == "pickle" and "blobs" in contents.outer_keys:  # Caffe2
         return default_input("bgr", size)
     if metadata.cfg or metadata.architecture is not None:
@@ -66,7 +67,7 @@ def _input_of_own_network(contents: Contents, arch: str, kwargs: Kwargs) -> Inpu
     channels = kwargs.get("in_chans", input.channels)
     if channels == input.channels:
         return input
-    return default_input(_color_of_channels(contents, channels), input.size)
+    return _input_of_channels(contents, channels, input.size)
 
 
 def _has_timm_classifier(found: Match, cfg: Mapping[str, Any]) -> bool:
@@ -79,14 +80,14 @@ def _has_timm_classifier(found: Match, cfg: Mapping[str, Any]) -> bool:
     return any(f"{name}.weight" in key for name in classifiers if name for key in found.dropped)
 
 
-def _color_of_channels(contents: Contents, channels: int) -> str:
-    """The colours that a number of channels usually stands for."""
-    if channels not in (1, 2, 3):
+def _input_of_channels(contents: Contents, channels: int, size: int) -> Input:
+    """What a number of channels usually stands for: gray, gradients, RGB, or the bands of images that have as many."""
+    if not 1 <= channels <= MAX_BANDS:
         raise OdcftError(
-            f"{contents.path}: the first convolution takes {channels} channels, and nothing in the file says which. "
-            "odcft gives networks images of 1 (gray, lab_l), 2 (sobel) or 3 (rgb, bgr) channels."
+            f"{contents.path}: the first convolution takes {channels} channels; odcft gives networks 1 to {MAX_BANDS}."
         )
-    return {1: "gray", 2: "sobel", 3: "rgb"}[channels]
+    color = {1: "gray", 2: "sobel", 3: "rgb"}.get(channels)
+    return default_input(color, size) if color else bands_input(size, channels)
 
 
 def input_from_cfg(cfg: Mapping[str, Any], size: int) -> Input:

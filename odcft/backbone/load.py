@@ -12,12 +12,13 @@ from torch import nn
 from odcft import seeds
 from odcft.backbone.architecture_recognition import MIN_COVERAGE, nearest_name, recognise
 from odcft.backbone.backbone_parts import Part, complete_parts, only_part, why_taken
+from odcft.backbone.band_widening import set_bands
 from odcft.backbone.checkpoint_files import Contents, read
 from odcft.backbone.checkpoint_metadata import check_arguments
 from odcft.backbone.family_recognition import recognise_family
 from odcft.backbone.input_recognition import recognise_input, with_color
 from odcft.backbone.network import Backbone
-from odcft.backbone.network_input import CHANNELS, Adapter
+from odcft.backbone.network_input import CHANNELS, Adapter, bands_input
 from odcft.backbone.non_timm_networks import NETWORKS, RGB, count_elements, is_network
 from odcft.backbone.tensor_matching import Match, constant, not_finite
 from odcft.errors import OdcftError
@@ -60,6 +61,8 @@ def load_backbone(
     std: Sequence[float] | None = None,
     finite: bool = True,
     part: str | None = None,
+    *,
+    bands: int | None = None,
 ) -> Loaded:
     """Load the backbone of a checkpoint.
 
@@ -67,10 +70,8 @@ def load_backbone(
         ckpt: a checkpoint file, a timm folder, a finished RUN, or `timm:NAME`, `torchvision:NAME`, `scratch:NAME`
             (`scratch:alexnet` is the papers', with batch norm; elsewhere `alexnet` is torchvision's).
         arch: the architecture, to override what the file says or odcft guesses.
-        input: the colours to show it, to override what the file says or odcft guesses. For another number of channels
-            the first convolution is adapted and a note says so: from 1 to 3 or 3 to 1 by its weights; otherwise it
-            starts from random weights, which needs `allow_partial`. A network with random weights is built for these
-            colours.
+        input: the colours to show it, to override what the file says or odcft guesses; the first convolution is adapted
+            where they need it (`_apply_input`). A network with random weights is built for these colours.
         allow_partial: accept a file that covers less than 90 % of the backbone; the rest keeps random weights.
         seed: of a run; random weights depend on it and on `member` alone, in every process.
         member: number of this network among several.
@@ -78,6 +79,7 @@ def load_backbone(
         mean, std: for each channel, in 0..1 of the input's range, to override what the file says or odcft guesses.
         finite: refuse weights that are not finite; otherwise only list them.
         part: where in the file to look (`only_part`), if it holds several backbones and another one is wanted.
+        bands: of the images, if not what the network takes; a first convolution for RGB is widened (`set_bands`).
 
     Returns:
         The backbone on the CPU, in evaluation mode, and what was matched.
@@ -98,10 +100,9 @@ def load_backbone(
             loaded = _load_named(name, scheme, rest, input, arch_args)
         else:
             loaded = _load_file(name, Path(ckpt), arch, allow_partial, arch_args, part)
-        if input is not None:
-            _apply_input(loaded, input, allow_partial)
-    if mean is not None or std is not None:
-        set_mean_and_std(loaded.backbone, mean, std)
+        _apply_input(loaded, input, allow_partial)
+        _apply_bands(loaded, bands)
+    set_mean_and_std(loaded.backbone, mean, std)
     if finite and loaded.not_finite:
         raise OdcftError(
             f"{name}: weights of the backbone are not finite ({first_few(loaded.not_finite)}), "
@@ -216,7 +217,7 @@ def _refuse_unknown_input(color: str) -> None:
         raise OdcftError(f"--input {color}: no such input. Choose from {', '.join(CHANNELS)}.")
 
 
-def _apply_input(loaded: Loaded, color: str, allow_partial: bool) -> None:
+def _apply_input(loaded: Loaded, color: str | None, allow_partial: bool) -> None:
     """Show the backbone the colours the user asked for, and adapt the first convolution where they need it.
 
     From three channels to one, its weights are summed; from one to three, they are spread. An image whose channels are
@@ -224,7 +225,7 @@ def _apply_input(loaded: Loaded, color: str, allow_partial: bool) -> None:
     filters for colours is a filter for them: there the first convolution starts from random weights, if it may.
     """
     backbone = loaded.backbone
-    if color == backbone.input.color:
+    if color is None or color == backbone.input.color:
         return
     here, wanted = backbone.input.channels, CHANNELS[color]
     if {here, wanted} == {1, 3}:
@@ -248,6 +249,15 @@ def _apply_input(loaded: Loaded, color: str, allow_partial: bool) -> None:
     loaded.backbone.adapter = Adapter(with_color(backbone.input, color))
 
 
+def _apply_bands(loaded: Loaded, bands: int | None) -> None:
+    """Let the backbone take images of so many bands, with a note if its first convolution was widened for them."""
+    if bands is None:
+        return
+    random = loaded.source.startswith("scratch:")
+    loaded.backbone, notes = set_bands(loaded.backbone, bands, random)
+    loaded.notes += notes
+
+
 @torch.no_grad()
 def _convert_first_convolution(backbone: Backbone, here: int, wanted: int) -> None:
     """Sum the first convolution's weights over its three input channels, or spread those of one over three."""
@@ -268,6 +278,8 @@ def _with_random_first_convolution(backbone: Backbone, channels: int) -> tuple[B
 
 def set_mean_and_std(backbone: Backbone, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     """Normalise images with the mean and std the user gave: for each channel, in 0..1 of its range."""
+    if mean is None and std is None:
+        return
     input = backbone.input
     chosen = {"mean": input.mean, "std": input.std}
     for title, numbers in (("mean", mean), ("std", std)):
@@ -283,7 +295,8 @@ def set_mean_and_std(backbone: Backbone, mean: Sequence[float] | None, std: Sequ
                 f"data.{title}={short_repr(list(numbers))}: give finite numbers{' above 0' * (title == 'std')}."
             )
         chosen[title] = tuple(number * input.range for number in numbers)
-    backbone.adapter = Adapter(replace(input, mean=chosen["mean"], std=chosen["std"]))
+    known = input.measured or (mean is not None and std is not None)
+    backbone.adapter = Adapter(replace(input, mean=chosen["mean"], std=chosen["std"], measured=known))
 
 
 def first_few(names: list[str], between: str = ", ") -> str:
@@ -308,14 +321,16 @@ def _load_named(name: str, scheme: str, rest: str, input: str | None, arch_args:
     channels = arch_args.get("in_chans", here)
     if channels == here:
         return Loaded(Backbone(arch, usual, **arch_args).eval(), name, None, scheme)
-    color = input or {1: "gray", 2: "sobel", 3: "rgb"}.get(channels)
-    if color is None or CHANNELS[color] != channels:
+    color = input or {1: "gray", 2: "sobel", 3: "rgb"}.get(channels, "bands")
+    if CHANNELS.get(color, channels) != channels:
         raise OdcftError(
             f"{name}: odcft gives networks images of 1 (gray, lab_l), 2 (sobel) or 3 (rgb, bgr) channels, "
             f"not {channels}{f' for --input {input}' if input else ''}."
         )
     backbone = Backbone(arch, usual, **arch_args)  # weights drawn for these colours, so there is nothing to adapt
-    backbone.adapter = Adapter(with_color(backbone.input, color))
+    size = backbone.size
+    input_now = bands_input(size, channels) if color == "bands" else with_color(backbone.input, color)
+    backbone.adapter = Adapter(input_now)
     return Loaded(backbone.eval(), name, None, scheme)
 
 

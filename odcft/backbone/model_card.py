@@ -17,11 +17,12 @@ def loading_code(backbone: Backbone, path: str, folder: bool = True) -> str:
         path: where it was written.
         folder: whether that is a folder; from a file of tensors timm cannot tell the network.
     """
-    if folder and timm_builds(backbone.arch, backbone.arch_args) and backbone.input.color == "rgb":
+    if folder and timm_builds(backbone.arch, backbone.arch_args) and backbone.input.color in ("rgb", "bands"):
         name = json.dumps(f"local-dir:{path}", ensure_ascii=False)
         return f"import timm; net = timm.create_model({name}, pretrained=True, num_classes=0).eval()"
     name = json.dumps(path, ensure_ascii=False)
-    return f"import odcft; net = odcft.load_backbone({name}).backbone  # takes RGB images in 0..1"
+    images = "RGB images" if backbone.input.bands == 3 else f"images of {backbone.input.bands} bands"
+    return f"import odcft; net = odcft.load_backbone({name}).backbone  # takes {images} in 0..1"
 
 
 def base_name(source: str) -> str:
@@ -71,7 +72,9 @@ def make_card(backbone: Backbone, about: dict[str, Any]) -> str:
     if input.intensity is not None:
         low, high = input.intensity
         lines.append(f"In images with more than 8 bits a channel, {low:g} is black and {high:g} is white.")
-    if input.color != "rgb":
+    if about.get("reader"):
+        lines.append(f"The images were read by a function of the user's own, {code_span(str(about['reader']))}.")
+    if input.color not in ("rgb", "bands"):
         lines.append("`odcft.load_backbone` converts images automatically; with timm alone, convert them yourself.")
     if figures := about.get("figures"):
         lines += ["", "## How the training ended", "", "| | |", "|---|---|"]
@@ -96,5 +99,6 @@ _COLORS = {
     "bgr": "BGR",
     "gray": "Gray (0.299 R + 0.587 G + 0.114 B)",
     "lab_l": "The lightness L of CIE Lab",
+    "bands": "The bands of the image, in their order",
     "sobel": "The two Sobel gradients of the mean of the normalised RGB channels",
 }

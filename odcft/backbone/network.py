@@ -102,7 +102,7 @@ class Backbone(nn.Module):
         return size_step(self.net, self.size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), RGB in 0..1, to pooled features (B, F)."""
+        """Images (B, 3, H, W), RGB in 0..1 (or of the bands it takes), to pooled features (B, F)."""
         return self.net(self.adapter(images))
 
     @property
@@ -121,7 +121,7 @@ class Backbone(nn.Module):
         """
         training, first = self.training, next(self.parameters())
         try:
-            self.eval()(torch.zeros(1, 3, size, size, device=first.device))
+            self.eval()(torch.zeros(1, self.input.bands, size, size, device=first.device))
         except (RuntimeError, AssertionError) as error:
             if ran_out_of_memory(error):
                 raise

@@ -15,7 +15,8 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 # By colour: channels of the first convolution, and the largest value before normalisation.
 CHANNELS = {"rgb": 3, "bgr": 3, "gray": 1, "lab_l": 1, "sobel": 2}
-RANGES = {"rgb": 1.0, "bgr": 1.0, "gray": 1.0, "lab_l": 100.0, "sobel": 1.0}
+RANGES = {"rgb": 1.0, "bgr": 1.0, "gray": 1.0, "lab_l": 100.0, "sobel": 1.0, "bands": 1.0}
+COLORS = (*CHANNELS, "bands")
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class Input:
     """The input a network expects.
 
     Attributes:
-        color: one of CHANNELS. "sobel" is the two gradients of the mean of the normalised channels (DeepCluster);
-            "lab_l" is the lightness of Lab (colorization); "gray" is luma.
+        color: one of COLORS. "sobel" is the two gradients of the mean of the normalised channels (DeepCluster);
+            "lab_l" is the lightness of Lab (colorization); "gray" is luma; "bands" are those of the image as they are,
+            any number but 3.
         size: side in pixels of the images it was made for, or trained with.
         mean, std: for values in 0..`range`, one number for each channel (of RGB for "sobel").
         channels: of the first convolution; 0 means as many as the colour has. Further channels are filled with zeros:
@@ -32,6 +34,7 @@ class Input:
         range: the largest value before normalisation; 0 means the colour's own (1, or 100 for lightness). Some
             networks take 0..255.
         crop_fraction, interpolation, intensity: as in `View`.
+        measured: False if mean and std stand for unknown ones, and should be measured from the images.
     """
 
     color: str
@@ -43,28 +46,38 @@ class Input:
     crop_fraction: float = 0.875
     interpolation: str = "bilinear"
     intensity: tuple[float, float] | None = None
+    measured: bool = True
 
     def __post_init__(self) -> None:
-        if self.color not in CHANNELS:
+        if self.color not in COLORS:
             raise OdcftError(f"--input {self.color}: no such input. Choose from {', '.join(CHANNELS)}.")
-        object.__setattr__(self, "channels", self.channels or CHANNELS[self.color])
+        object.__setattr__(self, "channels", self.channels or CHANNELS.get(self.color, len(self.mean)))
         object.__setattr__(self, "range", self.range or RANGES[self.color])
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
         object.__setattr__(self, "intensity", None if self.intensity is None else tuple(self.intensity))
 
     @property
+    def bands(self) -> int:
+        """Channels of the images it is shown, before the adapter: 3 for RGB."""
+        return self.channels if self.color == "bands" else 3
+
+    @property
     def view(self) -> View:
         """How an image file becomes the square of pixels that is normalised."""
-        return View(self.size, self.crop_fraction, self.interpolation, self.intensity)
+        return View(self.size, self.crop_fraction, self.interpolation, self.intensity, self.bands)
 
     def describe_view(self) -> str:
         """That in a phrase, for a line of output."""
         return describe_view(self.view)
 
+    def describe_color(self) -> str:
+        """Its colours, or how many bands, in a word or two."""
+        return f"{self.channels} bands" if self.color == "bands" else self.color
+
     def with_view(self, view: View) -> "Input":
         """The same colours and normalisation with another view."""
-        return replace(self, **vars(view))
+        return replace(self, **{name: value for name, value in vars(view).items() if name != "bands"})
 
     def dump(self) -> dict[str, Any]:
         """As JSON; `load` reads it back."""
@@ -105,6 +118,11 @@ def default_input(color: str, size: int) -> Input:
     return Input(color, size, mean, std)
 
 
+def bands_input(size: int, bands: int) -> Input:
+    """The input of a network for images of several bands; its mean and std are to be measured from the images."""
+    return Input("bands", size, (0.5,) * bands, (0.25,) * bands, channels=bands, measured=False)
+
+
 class Adapter(nn.Module):
     """Convert RGB images in 0..1 to a network's input. It has no parameters and adds nothing to the state dict."""
 
@@ -120,7 +138,7 @@ class Adapter(nn.Module):
         self.register_buffer("kernel_2133", torch.stack([across, across.T]).unsqueeze(1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Convert RGB images (B, 3, H, W) in 0..1 to (B, channels, H, W)."""
+        """Convert RGB images (B, 3, H, W) in 0..1, or images of the network's bands, to (B, channels, H, W)."""
         color = self.input.color
         if color == "bgr":
             images = images.flip(1)

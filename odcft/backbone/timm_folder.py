@@ -81,7 +81,7 @@ def _verify(backbone: Backbone, folder: Path) -> None:
 def _images_to_compare(backbone: Backbone) -> Tensor:
     """Two random images, small ones if the network takes them."""
     side = backbone.size if backbone.fixed_size else min(max(64, backbone.size // 2), backbone.size)
-    return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    return torch.rand(2, backbone.input.bands, side, side, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

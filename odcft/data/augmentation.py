@@ -45,7 +45,7 @@ def augment_batch(images: Tensor, recipe: AugmentRecipe, generator: torch.Genera
     """Rotate images, jitter their colours and turn some of them gray: the augmentation that follows `random_crop`.
 
     Args:
-        images: (B, 3, H, W) float in 0..1.
+        images: (B, 3, H, W) float in 0..1; of images of other bands, only place, brightness and contrast change.
         recipe: the strength of each change.
         generator: on the CPU.
 
@@ -53,6 +53,8 @@ def augment_batch(images: Tensor, recipe: AugmentRecipe, generator: torch.Genera
         (B, 3, H, W), in 0..1.
     """
     B, device = len(images), images.device
+    if images.shape[1] != 3:
+        recipe = recipe.model_copy(update={"saturation": 0.0, "hue": 0.0, "gray": 0.0})
 
     def on_device(drawn: Tensor) -> Tensor:
         return drawn.to(device, non_blocking=True)
@@ -107,6 +109,8 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 
 
 def _gray(images: Tensor) -> Tensor:
+    if images.shape[1] != 3:
+        return images.mean(1, keepdim=True)
     red, green, blue = images.unbind(1)
     return (_GRAY[0] * red + _GRAY[1] * green + _GRAY[2] * blue).unsqueeze(1)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from odcft import seeds
 from odcft.data import shared_memory
 from odcft.data.augmentation import random_crop
-from odcft.data.image_decoding import read_image
+from odcft.data.image_reading import pixels_of
 from odcft.data.images import Images
 from odcft.data.view import View, centre_crop
 from odcft.distributed import dist, ownership, stop_signals
@@ -41,7 +41,7 @@ class Crops:
         """Return the pixels (3, size, size) uint8, or why the image cannot be read; and the image's index."""
         epoch, index = key
         try:
-            image = read_image(self.images.read(index), self.view.intensity)
+            image = pixels_of(self.images, index, self.view)
             if self.augment is not None:
                 draw = random.Random(seeds.seed(self.seed, "crop", epoch, index))
                 image = random_crop(image, self.view.size, self.augment, draw)

@@ -1,5 +1,6 @@
 """Read image files, whole or in part; never a pipe, a device or a socket that happens to have an image's name."""
 
+import importlib.util
 import os
 import re
 import stat
@@ -8,8 +9,19 @@ from typing import Any
 
 from odcft.errors import OdcftError
 
+# Endings of the images that some package reads, which need not be installed: the package, and what installs it.
+OPTIONAL = {
+    **dict.fromkeys((".heic", ".heif", ".hif"), ("pillow_heif", "odcft[heic]")),
+    **dict.fromkeys((".dcm", ".dicom"), ("pydicom", "odcft[dicom]")),
+    ".avif": ("PIL._avif", "pillow>=11.3"),
+}
+MISSING = {ending: extra for ending, (package, extra) in OPTIONAL.items() if importlib.util.find_spec(package) is None}
 # What a folder is searched for. A file with another ending can still be named in a list.
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".jp2")
+ENDINGS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".mpo"),
+    *(ending for ending in OPTIONAL if ending not in MISSING),
+)
 MAX_BYTES = 1 << 31  # of a file; no image that odcft decodes needs more
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+(::[A-Za-z0-9+.\-]+)*://")
 
@@ -96,8 +108,11 @@ def file_size(path: str) -> int:
 
 
 def skipped_ending(name: str) -> str:
-    """How a file that is not read is counted: by its ending."""
-    return os.path.splitext(name)[1].lower() or "file without an extension"
+    """How a file that is not read is counted: ".xml", or, where a package would read it, what installs that."""
+    ending = os.path.splitext(name)[1].lower()
+    if ending in MISSING:
+        return f'{ending} (pip install "{MISSING[ending]}" reads them)'
+    return ending or "file without an extension"
 
 
 def special_kind(mode: int) -> str:

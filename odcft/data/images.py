@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from odcft.data.custom_reader import Reader
 from odcft.data.image_files import file_size, is_url, read_file
 from odcft.data.index_cache import THREADS
 from odcft.data.names import Names
@@ -45,6 +46,7 @@ class Images:
         labels: one for each image, where a list or a tar has some; several labels of one image are joined by ";".
         skipped: what is not read, as an extension or a phrase ("pipe", "line without a path"), to how often.
         store: where the bytes are, if not in one file for each image.
+        reader: the user's function that reads them, instead of odcft's decoders.
     """
 
     source: Path | str
@@ -53,6 +55,7 @@ class Images:
     labels: Names | None = None
     skipped: dict[str, int] = field(default_factory=dict)
     store: Store | None = None
+    reader: Reader | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.names, Names):

@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+from odcft.data.custom_reader import Reader
 from odcft.data.image_files import ENDINGS, file_size, is_url, read_file
 from odcft.data.images import Images
 from odcft.data.index_cache import Index, cached, checked_counts, stamps_of
@@ -28,7 +29,7 @@ from odcft.progress import Progress
 WHAT = f"a folder of images, a list file ({', '.join(LISTS)}), or shards ({', '.join(SHARDS)})"
 
 
-def find_images(data: str | Path, progress: Progress | None = None) -> Images:
+def find_images(data: str | Path, progress: Progress | None = None, reader: Reader | None = None) -> Images:
     """Find the images of a DATA argument. What is found is kept in a cache, for the next time (index_cache.py).
 
     Args:
@@ -36,14 +37,21 @@ def find_images(data: str | Path, progress: Progress | None = None) -> Images:
             `datasets` of Hugging Face); a `.txt` with one path per line, a `.csv` or `.tsv` with a column of paths
             (relative to the list); a `.tar` or `.parquet`, or a pattern for several. Or the URL of any of these.
         progress: where to show that it takes long.
+        reader: the user's function that reads the images. With it, all files of a folder count as images.
 
     Raises:
         OdcftError: `data` does not exist, holds no images, or cannot be read.
     """
-    progress = progress or Progress(quiet=True)
+    images = _find(data, ENDINGS if reader is None else ("",), progress or Progress(quiet=True))
+    images.reader = reader
+    return images
+
+
+def _find(data: str | Path, endings: tuple[str, ...], progress: Progress) -> Images:
+    """Find the images; those of a folder are the files with these endings."""
     if is_url(os.fspath(data)):
         try:
-            return _find_remote(str(data), progress)
+            return _find_remote(str(data), endings, progress)
         except OSError as error:
             raise OdcftError(f"{data} cannot be read: {error.strerror or error}.") from None
     path = Path(data)
@@ -58,7 +66,7 @@ def find_images(data: str | Path, progress: Progress | None = None) -> Images:
     except (OSError, ValueError) as error:  # a NUL byte is a ValueError
         raise OdcftError(f"{path} cannot be read: {getattr(error, 'strerror', error)}.") from None
     if path.is_dir():
-        return _find_in_folder(path, progress)
+        return _find_in_folder(path, endings, progress)
     ending = path.suffix.lower()
     if path.is_file() and ending in LISTS:
         return _find_in_list(path, progress)
@@ -81,20 +89,20 @@ def _before_magic(pattern: str) -> str:
     return os.path.dirname(re.split(r"[*?\[]", pattern, maxsplit=1)[0])
 
 
-def _find_in_folder(path: Path, progress: Progress) -> Images:
+def _find_in_folder(path: Path, endings: tuple[str, ...], progress: Progress) -> Images:
     dataset = find_dataset(path)
     if dataset is not None:
         return find_in_dataset(path, dataset, progress)
 
     def build() -> Index:
         with progress.waiting(f"Indexing    {path} …"):
-            names, skipped, watched, stamps = folders.search(os.path.abspath(path), ENDINGS)
+            names, skipped, watched, stamps = folders.search(os.path.abspath(path), endings)
         return Index({"names": names.bytes_B, "ends": names.ends}, {"skipped": dict(skipped)}, watched, stamps)
 
     def use(index: Index) -> tuple[Names, dict[str, int]]:
         return names_of(index), checked_counts(index.about["skipped"])
 
-    names, skipped = cached(("folder", os.path.abspath(path), *ENDINGS), build, use)
+    names, skipped = cached(("folder", os.path.abspath(path), *endings), build, use)
     if names:
         return Images(path, path, names, None, skipped)
     if any(skipped.get(ending) for ending in SHARDS):
@@ -134,7 +142,7 @@ def _index_of_list(names: list[str], labels: list[str] | None, skipped: dict[str
     return Index(arrays, {"skipped": skipped})
 
 
-def _find_remote(url: str, progress: Progress) -> Images:
+def _find_remote(url: str, endings: tuple[str, ...], progress: Progress) -> Images:
     """The images at a URL. Folders and lists are read anew each time: no server says whether one has changed."""
     ending = os.path.splitext(url)[1].lower()
     if glob.has_magic(url.split("://", 1)[1]):
@@ -155,7 +163,7 @@ def _find_remote(url: str, progress: Progress) -> Images:
         raise OdcftError(f"{url} is neither a folder nor a list, nor shards. Give {WHAT}.")
     url = url.rstrip("/")
     with progress.waiting(f"Indexing    {url} …"):
-        names, skipped = remote.search(url, ENDINGS)
+        names, skipped = remote.search(url, endings)
     if not names and any(skipped[ending] for ending in SHARDS):
         names, skipped = remote.search(url, SHARDS)
         refuse_several_splits(url, names)

@@ -21,18 +21,21 @@ class View:
         interpolation: one of INTERPOLATIONS.
         intensity: for images with more than 8 bits a channel, the values that become black and white; None for the
             smallest and largest value of their type.
+        bands: channels of the image: 3 for RGB; any other number for images of that many bands.
     """
 
     size: int
     crop_fraction: float = 0.875
     interpolation: str = "bilinear"
     intensity: tuple[float, float] | None = None
+    bands: int = 3
 
 
 def describe_view(view: View) -> str:
     """Describe a view in a phrase, for messages that say how images are prepared."""
     resized = math.floor(view.size / view.crop_fraction)
-    seen = f"seen at {view.size} pixels (shorter side resized to {resized}, {view.interpolation}, centre crop)"
+    bands = f"{view.bands} bands " if view.bands != 3 else ""
+    seen = f"{bands}seen at {view.size} pixels (shorter side resized to {resized}, {view.interpolation}, centre crop)"
     if view.intensity is None:
         return seen
     return f"{seen}, {view.intensity[0]:,.6g} is black, {view.intensity[1]:,.6g} is white"

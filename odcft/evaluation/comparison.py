@@ -13,7 +13,7 @@ import numpy as np
 from odcft.errors import OdcftError
 from odcft.evaluation.confidence_intervals import changes_with_intervals
 from odcft.evaluation.protocols import PROTOCOLS, Split, class_numbers, evaluate_arrays, name_left_out
-from odcft.evaluation.starting_checkpoint import find_starting_checkpoints, load_options_of, view_of_run
+from odcft.evaluation.starting_checkpoint import find_starting_checkpoints, load_options_of, reader_note, view_of_run
 from odcft.plan import view_for_evaluation
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ def evaluate(
     progress: Any = None,
     arch_args: dict[str, Any] | None = None,
     part: str | None = None,
+    *,
+    reader: Any = None,
 ) -> dict[str, Any]:
     """Run every protocol on the features of labelled images.
 
@@ -50,6 +52,7 @@ def evaluate(
         progress: where to report.
         arch_args: arguments to build the network with, besides its name.
         part: where in the checkpoint to look, if it holds several backbones.
+        reader: the user's function that reads the images (`Reader`), or its name as MODULE:FUNCTION.
 
     Returns:
         The dict of `evaluate_arrays`; for a RUN also `before`, the same for its starting checkpoint, and `change`. For
@@ -62,11 +65,12 @@ def evaluate(
         OdcftError: labels or images that cannot be evaluated on, or a checkpoint that cannot be loaded.
     """
     from odcft.backbone.load import load_backbone
+    from odcft.data.custom_reader import make_reader
     from odcft.evaluation.labels import load_labelled_images
     from odcft.progress import Progress
 
     progress = progress or Progress()
-    labels = load_labelled_images(data, test, progress)
+    labels = load_labelled_images(data, test, progress, make_reader(reader))
     if "knn" in protocols:  # fail before anything slow starts
         class_numbers(labels.targets[labels.targets.any(1)])
     sources = ckpt if isinstance(ckpt, list) else _members(ckpt)
@@ -74,7 +78,11 @@ def evaluate(
     before = [] if isinstance(ckpt, list) else _load_starting_checkpoints(ckpt, len(sources), progress)
     run_view = None if isinstance(ckpt, list) else view_of_run(ckpt)
     views = [view_for_evaluation(one, labels.images, size, run_view) for one in after]
+    for one, view in zip(after, views, strict=True):
+        _measure_if_unknown(one, view, labels, progress)
     _report_images(labels, views, progress)
+    if note := [] if isinstance(ckpt, list) else reader_note(ckpt, labels.images.reader):
+        progress.say(f"Note        {note}")
     splits, labels = _make_splits([*after, *before], views + views, labels, progress)
     after_splits, before_splits = splits[: len(after)], splits[len(after) :]
 
@@ -90,6 +98,19 @@ def evaluate(
     counts |= {"train_images": len(labels.train_rows), "test_images": len(labels.test_rows)}
     counts |= {reason: len(rows) for reason, rows in labels.left_out.items()}
     return {**results, "classes": labels.classes, **counts, "view": vars(views[0])}
+
+
+def _measure_if_unknown(loaded: "Loaded", view: "View", labels: "LabelledImages", progress: Any) -> None:
+    """Normalise by the mean and std of these images if nothing says with which the network was trained."""
+    from odcft.backbone.load import set_mean_and_std
+    from odcft.data.pixel_statistics import mean_and_std
+
+    if not loaded.backbone.input.measured:
+        mean, std, count = mean_and_std(labels.images, view)
+        set_mean_and_std(loaded.backbone, mean, std)
+        progress.say(
+            f"Note        {loaded.source} does not say its mean and std: measured on {count:,} of these images."
+        )
 
 
 def _members(ckpt: str) -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from odcft.data.custom_reader import Reader
 from odcft.data.duplicates import identical_files
 from odcft.data.images import Images
 from odcft.data.names import Names
@@ -65,19 +66,22 @@ class _BothSets:
         return None if sizes[0] is None or sizes[1] is None else np.concatenate(sizes)  # type: ignore[arg-type]
 
 
-def load_labelled_images(data: str, test: str | None, progress: Progress | None = None) -> LabelledImages:
+def load_labelled_images(
+    data: str, test: str | None, progress: Progress | None = None, reader: Reader | None = None
+) -> LabelledImages:
     """Load a set of labelled images and hold out half of each class; or load two sets, to train and to test on.
 
     Args:
         data: a folder with one sub-folder per class, or a list with labels (several per image joined by ";").
         test: the same, for the images to test on.
         progress: where to show that finding them takes long.
+        reader: the user's function that reads the images.
 
     Raises:
         OdcftError: no labels, only one class, no class with enough images, a class that only the test set has, or the
             same images in both sets.
     """
-    found = [find_images(one, progress) for one in (data, test) if one is not None]
+    found = [find_images(one, progress, reader) for one in (data, test) if one is not None]
     per_image = [names for images in found for names in _labels_per_image(images)]
     sets = [(str(name), len(images)) for name, images in zip((data, test), found, strict=False)]
     count = sets[0][1]
@@ -234,7 +238,8 @@ def _joined(train: Images, test: Images) -> Images:
     """The images of two sets as one, under their full paths."""
     paths = Names(one.path(i) for one in (train, test) for i in range(len(one)))
     skipped = Counter(train.skipped) + Counter(test.skipped)
-    return Images(train.source, "", paths, None, dict(skipped), _BothSets(train, test))
+    store = None if train.store is None and test.store is None else _BothSets(train, test)
+    return Images(train.source, "", paths, None, dict(skipped), store, train.reader)
 
 
 def _held_out(targets: np.ndarray) -> np.ndarray:

@@ -5,10 +5,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from odcft.data.custom_reader import Reader
 from odcft.data.view import View
 from odcft.errors import OdcftError
 from odcft.files import checkpoint_sha256, read_json
-from odcft.text import count_of
+from odcft.text import count_of, short_repr
 
 SCHEMES = ("timm", "torchvision", "scratch")
 
@@ -75,7 +76,22 @@ def view_of_run(run: str) -> View | None:
     if data.size == "auto":
         return None
     intensity = None if isinstance(data.range, str) else data.range
-    return View(data.size, data.crop_fraction, intensity=intensity)
+    return View(data.size, data.crop_fraction, intensity=intensity, bands=3 if data.bands == "auto" else data.bands)
+
+
+def reader_note(run: str, reader: Reader | None) -> str:
+    """What to say if a RUN was trained on images that were read in another way than those to evaluate on now."""
+    recorded = None
+    if (Path(run) / "run.json").exists():
+        with suppress(OdcftError):
+            recorded = read_json(Path(run) / "run.json").get("reader")
+    if recorded is None or (reader is not None and reader.name == recorded):
+        return ""
+    instead = "odcft's own decoders read" if reader is None else f"{reader.name} reads"
+    return (
+        f"{run} was trained with --reader {short_repr(recorded, 200, quotes=False)}, which is never taken from a file; "
+        f"{instead} these images. Pass it again if it should."
+    )
 
 
 def _as_list(value: Any) -> list[str]:

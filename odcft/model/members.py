@@ -117,7 +117,7 @@ def on_all_ranks(network: Members, device: torch.device) -> nn.Module:
     model, plan = dist.data_parallel(network, device), network.plan
     if dist.world_size() == 1:
         return model
-    images = torch.zeros(2, 3, plan.data.size, plan.data.size, device=device)
+    images = torch.zeros(2, plan.data.bands, plan.data.size, plan.data.size, device=device)
     views = with_copies(images, plan.codc, torch.Generator())
     model.eval()  # so that the running statistics do not change
     with plan.autocast(device):

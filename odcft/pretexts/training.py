@@ -7,6 +7,7 @@ Shapes: B images, M puzzles, C answers, P patches, F features.
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from odcft.backbone.load import refuse_unknown_arch, set_mean_and_std
 from odcft.backbone.network import Backbone
 from odcft.backbone.network_input import Input
 from odcft.data.batches import Batch, Crops, TrainingBatches, TrainingOrder
+from odcft.data.custom_reader import Reader, make_reader, refuse_other_reader
 from odcft.data.feature_extraction import to_float
 from odcft.data.images import Images
 from odcft.data.sources import find_images
@@ -53,6 +55,7 @@ def train_pretext(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    reader: str | Callable[[Any], Any] | Reader | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train a network on a pretext task from random weights, and save it after every epoch.
@@ -63,10 +66,11 @@ def train_pretext(
         arch: the timm name of the network.
         out: the .pth to write: a dict with `task`, `arch`, `arch_args`, `input` ("rgb", or "lab_l" for lightness only),
             `size`, `crop_fraction` and `intensity` (as in `View`), `mean` and `std` (of RGB in 0..1, or of L in
-            0..100), `epoch`, `state_dict` (`backbone.` and `head.`) and `optimizer`.
+            0..100), `epoch`, `reader` (its name), `state_dict` (`backbone.` and `head.`) and `optimizer`.
         recipe: its seed and its groups data, augment, optim and log are used. Colorization does not jitter colours.
         overwrite: replace `out`.
         resume: continue from the last epoch in `out`.
+        reader: the user's function that reads the images (`Reader`), or its name as MODULE:FUNCTION.
         progress: where to print.
 
     Returns:
@@ -82,7 +86,8 @@ def train_pretext(
         raise OdcftError(f"There is no pretext task {task}. Choose from {', '.join(TASKS)}.")
     _refuse_output(out, overwrite, resume)
     try:
-        pretext = _prepare(task, data, arch, out, recipe, resume, progress)
+        images = find_images(data, progress, make_reader(reader))
+        pretext = _prepare(task, images, arch, out, recipe, resume, progress)
         with explain_failures(recipe), files.new_folder(out.parent):
             figures = _train(pretext, progress)
         return {
@@ -116,13 +121,16 @@ class _Pretext:
     order: TrainingOrder
 
 
-def _prepare(task: str, data: str, arch: str, out: Path, recipe: Recipe, resume: bool, progress: Progress) -> _Pretext:
-    """Find the images and build the network, with the weights of the last epoch if the task is resumed."""
-    images = find_images(data, progress)
+def _prepare(
+    task: str, images: Images, arch: str, out: Path, recipe: Recipe, resume: bool, progress: Progress
+) -> _Pretext:
+    """Build the network, with the weights of the last epoch if the task is resumed."""
     progress.say(f"Images      {len(images):,} in {images.source}")
     if images.skipped:
         progress.say(f"Not read    {images.skipped_summary()}")
     state = _read_state(out, task, arch) if resume else {}
+    if state:
+        refuse_other_reader(state.get("reader"), images.reader, out)
     torch.manual_seed(seeds.seed(recipe.seed, "pretext network"))
     backbone = new_backbone(arch, task, recipe)
     if state and recipe.data.range == "auto":
@@ -254,12 +262,23 @@ def _refuse_other_settings(out: Path, state: dict[str, Any], backbone: Backbone,
 def new_backbone(arch: str, task: str, recipe: Recipe) -> Backbone:
     """Build a network with random weights, for RGB images, or for lightness only if the task is colorization."""
     refuse_unknown_arch(arch)
+    if recipe.data.bands not in ("auto", 3) or "auto" in (recipe.data.mean, recipe.data.std):
+        raise OdcftError(
+            "odcft pretext trains on RGB images, with the mean and std given. Drop data.bands, data.mean=auto and "
+            "data.std=auto."
+        )
     arch_args = check_arguments(recipe.backbone.arch_args or {})
     backbone = Backbone(arch, **arch_args)
     if task == "colorization":
         backbone = Backbone(arch, Input("lab_l", backbone.size, (50.0,), (50.0,)), **{**arch_args, "in_chans": 1})
-    set_mean_and_std(backbone, recipe.data.mean, recipe.data.std)
+    set_mean_and_std(backbone, *_numbers(recipe))
     return backbone
+
+
+def _numbers(recipe: Recipe) -> tuple[list[float] | None, list[float] | None]:
+    """Mean and std of the recipe, which are not `auto`."""
+    mean, std = recipe.data.mean, recipe.data.std
+    return (None if mean == "auto" else mean), (None if std == "auto" else std)
 
 
 def _save(pretext: _Pretext, epoch: int) -> None:
@@ -280,6 +299,7 @@ def _save(pretext: _Pretext, epoch: int) -> None:
             "mean": list(backbone.input.mean),
             "std": list(backbone.input.std),
             "epoch": epoch,
+            "reader": None if pretext.images.reader is None else pretext.images.reader.name,
             "state_dict": weights,
             "optimizer": pretext.optimizer.state_dict(),
         }

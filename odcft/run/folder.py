@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from odcft.data.custom_reader import Reader
 from odcft.data.images import Images
 from odcft.files import write_table, write_text_atomically
 from odcft.plan import Plan
@@ -49,12 +50,14 @@ class Run:
         ckpts: what `load_backbone` takes, one for each member.
         data: what `find_images` takes.
         arch: given by the user instead of the checkpoint's own.
+        reader: the user's function that reads the images.
     """
 
     out: Path
     ckpts: list[str]
     data: str
     arch: str | None = None
+    reader: Reader | None = None
 
 
 def write_recipe(out: Path, plan: Plan) -> None:

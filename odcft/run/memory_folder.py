@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from odcft import files
 from odcft.clustering.memory import Memory
+from odcft.data.custom_reader import refuse_other_reader
 from odcft.data.images import Images
 from odcft.data.intensity_range import choose_range
 from odcft.data.names import Names
@@ -25,8 +27,8 @@ from odcft.run.run_json import made_by, made_from
 
 # Recipe fields that the features in a memory depend on, besides checkpoint and images: `dc.pca` for dc, `neck` for odc.
 FEATURE_FIELDS = (
-    *("method", "data.size", "data.crop_fraction", "data.range", "data.mean", "data.std", "backbone.input"),
-    *("backbone.arch_args", "backbone.part", "neck.hidden", "neck.dim", "dc.pca"),
+    *("method", "data.size", "data.crop_fraction", "data.range", "data.bands", "data.mean", "data.std"),
+    *("backbone.input", "backbone.arch_args", "backbone.part", "neck.hidden", "neck.dim", "dc.pca"),
 )
 
 
@@ -40,6 +42,7 @@ class StoredMemory:
         features_ND, labels_N: of all images.
         clusters: K.
         neck: the neck's tensors.
+        asked: the group `data` of the recipe as it was given, `auto` fields and all.
         images: those it was made from.
         unreadable: the images that could not be read: name to reason.
     """
@@ -52,6 +55,7 @@ class StoredMemory:
     neck: dict[str, Tensor]
     images: Images
     unreadable: dict[str, str]
+    asked: dict[str, Any]
 
     def rows_of_rank(self) -> tuple[Tensor, Tensor]:
         """Features (S, D) and labels (S,) of this rank's images."""
@@ -60,7 +64,15 @@ class StoredMemory:
 
 
 def write_memory(
-    run: Run, plan: Plan, arch: str, images: Images, unreadable: dict[str, str], memory: Memory, neck: dict[str, Tensor]
+    run: Run,
+    plan: Plan,
+    arch: str,
+    images: Images,
+    unreadable: dict[str, str],
+    memory: Memory,
+    neck: dict[str, Tensor],
+    *,
+    asked: Recipe,
 ) -> None:
     """Write the folder, replacing an earlier one; every rank takes part, rank 0 writes.
 
@@ -72,6 +84,7 @@ def write_memory(
         unreadable: the others: name to reason.
         memory: this rank's part.
         neck: the neck's state dict.
+        asked: the recipe as it was given.
     """
     tensors = {
         "features": ownership.in_dataset_order(memory.features_SD, len(images)),
@@ -81,6 +94,7 @@ def write_memory(
     if dist.rank() == 0:
         about = made_from(run.ckpts, [arch], run.data, images)
         about |= {"seed": plan.seed, "recipe": plan.model_dump(mode="json"), **made_by(run.ckpts)}
+        about["asked"] = {"data": asked.data.model_dump(mode="json")}
         clear_folder(run.out, MEMORY_FILES)
         with files.atomic_folder(run.out) as unfinished:
             for name, part in {"memory": tensors, "neck": neck}.items():
@@ -111,6 +125,7 @@ def read_memory(folder: Path, ckpts: list[str], images: Images) -> StoredMemory:
         raise OdcftError(
             f"{folder} is not a complete folder of `odcft init-memory` ({error}). Make it again."
         ) from None
+    refuse_other_reader(about.get("reader"), images.reader, folder)
     if sha256 != files.checkpoint_sha256(ckpts[0]):
         raise OdcftError(
             f"{folder} was made from another checkpoint ({made_from}), not from {ckpts[0]}. "
@@ -127,10 +142,13 @@ def read_memory(folder: Path, ckpts: list[str], images: Images) -> StoredMemory:
             "Make it again with `odcft init-memory`."
         )
     if made_with.data.range == "auto":  # written before this field existed: the full range of the type
-        made_with.data.range = choose_range(images, full=True)[0] or "full"
-    return StoredMemory(
-        folder, made_with, tensors["features"], tensors["labels"], len(tensors["centroids"]), neck, images, unreadable
-    )
+        made_with.data.range = choose_range(images, "full")[0] or "full"
+    if made_with.data.bands == "auto":  # likewise
+        made_with.data.bands = 3
+    asked = about.get("asked", {})
+    asked = asked.get("data", {}) if isinstance(asked, dict) else {}
+    numbers = (tensors["features"], tensors["labels"], len(tensors["centroids"]), neck)
+    return StoredMemory(folder, made_with, *numbers, images, unreadable, asked if isinstance(asked, dict) else {})
 
 
 def _read_files(folder: Path) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
@@ -156,7 +174,7 @@ def _check_tensors(tensors: dict[str, Tensor], images: int) -> None:
 
 
 def recipe_for_memory(recipe: Recipe, stored: StoredMemory) -> Recipe:
-    """The recipe with what the memory determines: K, and `data.range` if it is `auto`.
+    """The recipe with what the memory determines: K, and what was measured on its images by the rules of this recipe.
 
     Raises:
         OdcftError: the recipe asks for a different K.
@@ -168,8 +186,11 @@ def recipe_for_memory(recipe: Recipe, stored: StoredMemory) -> Recipe:
         )
     recipe = recipe.model_copy(deep=True)
     recipe.memory.clusters = stored.clusters
-    if recipe.data.range == "auto":
-        recipe.data.range = stored.made_with.data.range
+    now, then = recipe.data, stored.made_with.data
+    for name in ("range", "bands", "mean", "std"):  # what was measured is not measured again
+        value = getattr(now, name)
+        if value == "auto" or (name in stored.asked and value == stored.asked[name]):
+            setattr(now, name, getattr(then, name))
     return recipe
 
 

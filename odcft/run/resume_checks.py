@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from odcft.data.custom_reader import Reader, refuse_other_reader
 from odcft.data.images import Images
 from odcft.data.names import Names
 from odcft.data.sources import find_images
@@ -134,13 +135,17 @@ def refuse_other_checkpoint(ckpts: list[str], run: Path, about: dict[str, Any]) 
         )
 
 
-def find_same_images(data: str, run: Path, about: dict[str, Any], progress: Progress) -> Images:
+def find_same_images(
+    data: str, run: Path, about: dict[str, Any], progress: Progress, reader: Reader | None = None
+) -> Images:
     """Find the images of a RUN again.
 
     Raises:
-        OdcftError: images are missing, new or in another order, or one whose checksum run.json has was changed.
+        OdcftError: another reader was given than at the start, images are missing, new or in another order, or one
+            whose checksum run.json has was changed.
     """
-    images = find_images(data, progress)
+    refuse_other_reader(about.get("reader"), reader, run)
+    images = find_images(data, progress, reader)
     names = Names(iterate_column(run / "images.csv", "path"))
     images = images.without(set(images.names.rows_of(read_quarantine(run)).values()))
     if images.names != names:

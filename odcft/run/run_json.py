@@ -38,7 +38,7 @@ def about_run(run: Path, member: int = 0) -> dict[str, Any]:
     except OdcftError:
         return {}
     about: dict[str, Any] = {}
-    for key in ("checkpoint", "sha256", "data", "images"):
+    for key in ("checkpoint", "sha256", "data", "images", "reader"):
         value = run_json.get(key)
         if isinstance(value, list):
             value = value[member] if member < len(value) else None
@@ -104,6 +104,7 @@ def made_from(ckpts: list[str], archs: list[str], data: str, images: Images) -> 
         **(several if len(ckpts) > 1 else {name: values[0] for name, values in several.items()}),
         "data": str(data),
         "images": len(images),
+        **({"reader": images.reader.name} if images.reader else {}),
     }
 
 

@@ -7,7 +7,7 @@ from backbone_helpers import contents, matched
 
 from odcft.backbone.checkpoint_metadata import Metadata
 from odcft.backbone.input_recognition import input_from_cfg, recognise_input, with_color
-from odcft.backbone.network_input import IMAGENET, Input, default_input
+from odcft.backbone.network_input import IMAGENET, Input, bands_input, default_input
 from odcft.backbone.non_timm_networks import NETWORKS
 from odcft.data.view import View
 from odcft.errors import OdcftError
@@ -58,8 +58,11 @@ def test_the_number_of_channels_implies_the_colours():
     assert shown(kwargs={"in_chans": 1, "last_stride": 1, "img_size": 96}) == default_input("lab_l", 96)
     assert shown(kwargs={"in_chans": 2, "img_size": 64}) == default_input("sobel", 64)
     assert shown(kwargs={"in_chans": 1, "small_stem": True}) == default_input("gray", 32)
-    for channels in (0, 4, 7):
-        with pytest.raises(OdcftError, match=f"takes {channels} channels, and nothing in the file says which"):
+    for channels in (4, 7, 16):
+        assert shown(kwargs={"in_chans": channels}) == bands_input(160, channels)
+        assert shown(kwargs={"in_chans": channels}).bands == channels
+    for channels in (0, 17):
+        with pytest.raises(OdcftError, match=f"takes {channels} channels; odcft gives networks 1 to 16"):
             shown(kwargs={"in_chans": channels})
 
 

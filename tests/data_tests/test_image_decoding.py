@@ -245,10 +245,6 @@ U8 = DRAW.integers(0, 256, (4, 5, 7)).astype(np.uint8)
         (U8[..., :5], {"photometric": 1, "extra": [0] * 4, "planar": 2}, "5 bands .*, in separate planes"),
         (U8, {"extra": [0] * 4}, "7 bands"),
         (U8[..., :5].astype(np.uint16), {"photometric": 1, "extra": [0] * 4, "order": ">"}, "5 bands of 16 bits"),
-        (U8[..., 0].astype(np.float64), {}, "1 band of 64 bits .floating point"),
-        (U8[..., 0].astype(np.uint32), {"order": ">"}, "1 band of 32 bits"),
-        (U8[..., :3].astype(np.float32), {}, "3 bands of 32 bits .floating point"),
-        (U8[..., :3].astype(np.uint16), {"planar": 2}, "3 bands of 16 bits .*, in separate planes"),
         (U8[..., :3], {"photometric": 1, "extra": [0, 0]}, "3 bands of 8 bits .gray plus 2 more"),
     ],
 )

@@ -76,13 +76,14 @@ def test_the_range_of_the_set_is_chosen_if_it_is_less_than_half_of_the_types(tmp
     images = find_images(twelve_bits(tmp_path, 6, depth, low, high))
     found, words = choose_range(images)
     full = {"u": 65535, "f": 1}.get(np.dtype(depth).kind)
-    assert bool(words) == own
+    assert ("scaled to the range of the set" in words) == own
+    assert ("data.range=auto took full" in words) != own
     if own:
         assert low <= found[0] < low + 0.02 * (high - low)
         assert high - 0.02 * (high - low) < found[1] <= high + 1e-6
     else:
         assert found == (0, full)
-    assert choose_range(images, full=True) == (read_high_depth(images.read(0)).limits, "")
+    assert choose_range(images, "full") == (read_high_depth(images.read(0)).limits, "")
 
 
 def test_hot_pixels_and_a_bad_frame_do_not_set_the_range(tmp_path):
@@ -127,7 +128,9 @@ def test_several_types_in_one_set_are_reported_together(tmp_path):
     assert words.startswith("8 images of 16 bits and of floating point: scaled to the range of the set")
     twelve_bits(tmp_path, 4, high=65535)
     twelve_bits(tmp_path / "f", 4, np.float32, 0, 1)
-    assert choose_range(find_images(tmp_path)) == (None, "")
+    found, words = choose_range(find_images(tmp_path))
+    assert found is None
+    assert words == "8 images of 16 bits and of floating point: data.range=auto took full, the limits of their type."
 
 
 def test_a_bounded_sample_spread_over_the_set_is_examined(tmp_path, monkeypatch):

@@ -130,7 +130,7 @@ def test_other_files_in_a_folder_are_counted_by_extension(tmp_path, make_images)
     images = find_images(tmp_path)
     assert len(images) == 6  # dangling links count as images that cannot be read
     assert images.skipped_summary().startswith(
-        "1,200 .heic, 2 .xml, 1 .dcm, 1 .mp4, 1 file without an extension, 1 hidden folder"
+        "1,200 .psd, 2 .xml, 1 .dcm, 1 .mp4, 1 file without an extension, 1 hidden folder"
     )
     assert images.skipped_summary().endswith("1 of 1 other kinds")
     assert images.skipped["hidden image"] == images.skipped["hidden folder"] == 1
@@ -140,8 +140,8 @@ def test_other_files_in_a_folder_are_counted_by_extension(tmp_path, make_images)
 def test_a_folder_without_images_is_refused_with_what_it_holds(tmp_path):
     (tmp_path / "a").mkdir()
     for i in range(3):
-        (tmp_path / "a" / f"{i}.heic").touch()
-    with pytest.raises(OdcftError, match=r"holds no images \(but 3 \.heic\)\. odcft looks for \.jpg"):
+        (tmp_path / "a" / f"{i}.psd").touch()
+    with pytest.raises(OdcftError, match=r"holds no images \(but 3 \.psd\)\. odcft looks for \.jpg"):
         find_images(tmp_path)
 
 
@@ -227,10 +227,10 @@ def test_training_and_pretext_say_once_what_is_not_read(tmp_path, make_images, m
 
     data = make_images(tmp_path / "set", 12)
     for i in range(3):
-        (data / f"{i}.heic").touch()
+        (data / f"{i}.psd").touch()
     (data / "again").symlink_to(data)
     quick = ["optim.batch_size=4", "optim.epochs=1", "data.size=32"]
     init_memory(str(make_checkpoint(tmp_path / "c.pth")), str(data), tmp_path / "m", load_recipe("small", quick))
-    assert capfd.readouterr().err.count("Not read    3 .heic, 1 folder already read\n") == 1
+    assert capfd.readouterr().err.count("Not read    3 .psd, 1 folder already read\n") == 1
     train_pretext("rotation", str(data), "test_resnet", tmp_path / "p.pth", load_recipe("pretext", quick))
-    assert capfd.readouterr().err.count("Not read    3 .heic, 1 folder already read\n") == 1
+    assert capfd.readouterr().err.count("Not read    3 .psd, 1 folder already read\n") == 1
