@@ -69,6 +69,13 @@ Partial = Annotated[
 RecipeName = Annotated[
     str, typer.Option("--recipe", help="Name of a shipped recipe (see `odcft recipes`) or a YAML file.")
 ]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Augmentation that suits the images: photo, gray, microscopy, satellite or document (docs/data.md).",
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -103,6 +110,7 @@ def _load_recipe(
     allow_partial: bool = False,
     arch_args: str | None = None,
     part: str | None = None,
+    preset: str | None = None,
 ) -> Any:
     from odcft.recipe import load_recipe
 
@@ -110,7 +118,8 @@ def _load_recipe(
     given["backbone.allow_partial"] = "true" if allow_partial else None
     given["backbone.part"] = None if part is None else json.dumps(part)
     given["backbone.arch_args"] = None if arch_args is None else json.dumps(_parse_arch_args(arch_args))
-    return load_recipe(name, [*(overrides or []), *(f"{k}={v}" for k, v in given.items() if v is not None)])
+    overrides = [*(overrides or []), *(f"{k}={v}" for k, v in given.items() if v is not None)]
+    return load_recipe(name, overrides, preset=preset)
 
 
 def _parse_arch_args(arch_args: str | None) -> dict[str, Any]:
@@ -136,6 +145,15 @@ def _start_processes(devices: int) -> None:
                 f"{devices} processes need as many GPUs, but this machine has {torch.cuda.device_count()}."
             )
         dist.start(torch.device("cuda", dist.local_rank()) if gpu else torch.device("cpu"))
+
+
+def _say_preset(preset: str | None) -> None:
+    """Print what a preset changes, and why."""
+    if preset is not None:
+        from odcft.presets import PRESETS
+        from odcft.progress import Progress
+
+        Progress().say(f"Preset      {preset}: {PRESETS[preset].what}")
 
 
 def _report(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
@@ -203,6 +221,7 @@ def init_memory(
     out: Annotated[Path, typer.Option(help="Folder to write the memories to.")],
     recipe: RecipeName = DEFAULT_RECIPE,
     clusters: Clusters = None,
+    preset: Preset = None,
     overrides: Set = None,
     seed: Seed = None,
     arch: Arch = None,
@@ -215,8 +234,9 @@ def init_memory(
     as_json: Json = False,
 ) -> None:
     """Extract features of all images, cluster them by K-Means, and save the memories that `finetune` starts from."""
-    resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args, part)
+    resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args, part, preset)
     _start_processes(devices)
+    _say_preset(preset)
     from odcft.first_memory import init_memory as run
 
     values = run(ckpt, data, out, resolved, arch=arch, overwrite=overwrite)
@@ -227,7 +247,7 @@ def init_memory(
         )
     ]
     given = {"recipe": recipe if recipe != DEFAULT_RECIPE else None, "set": overrides, "seed": seed, "arch": arch}
-    given |= {"arch_args": arch_args, "input": input, "allow_partial": allow_partial, "part": part}
+    given |= {"arch_args": arch_args, "input": input, "allow_partial": allow_partial, "part": part, "preset": preset}
     lines.append(f"Next:       {command('finetune', ckpt, data, memory=out, out='RUN', **given)}")
     _report(values, as_json, lines)
 
@@ -251,6 +271,7 @@ def finetune(
             show_default=f"{DEFAULT_RECIPE}; {DC_RECIPE} with --method dc; the RUN's own with --resume",
         ),
     ] = None,
+    preset: Preset = None,
     overrides: Set = None,
     epochs: Annotated[
         int | None,
@@ -284,8 +305,9 @@ def finetune(
         usual = DC_RECIPE if "method=dc" in overrides else DEFAULT_RECIPE
         own = out / "recipe.yaml"
         recipe = str(own) if resume and os.path.isfile(own) and not os.path.islink(own) else usual
-    resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args, part)
+    resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args, part, preset)
     _start_processes(devices)
+    _say_preset(preset)
     from odcft.text import duration
     from odcft.train import fine_tune
 

@@ -44,6 +44,8 @@ class DataPlan(DataRecipe):
     size: int
     range: Literal["full"] | tuple[float, float]
     workers: int
+    mean: list[float] | None
+    std: list[float] | None
 
 
 class MemoryPlan(MemoryRecipe):
@@ -130,6 +132,11 @@ def make_plan(
                 "and its position embedding is resampled."
             )
     plan = fill_autos(recipe, clusters, size, intensity, len(backbones), min_cluster)
+    if plan.augment.quarter_turns and any(member.rotation for member in plan.codc.members):
+        raise OdcftError(
+            "augment.quarter_turns turns images at random, so no member can predict how a copy was rotated. Pass "
+            "--set augment.quarter_turns=false, or set the member's weight for rotation to 0."
+        )
     optim = plan.optim
     if optim.schedule == "step" and optim.final_epochs >= optim.epochs:
         raise OdcftError(
@@ -159,7 +166,7 @@ def fill_autos(
     """
     gpu, device = torch.cuda.is_available(), dist.this_device()
     choices: dict[str, dict[str, Any]] = {
-        "data": {"size": size, "range": intensity, "workers": _workers(gpu)},
+        "data": {"size": size, "range": intensity, "workers": _workers(gpu), "mean": None, "std": None},
         "memory": {"clusters": clusters, "dtype": "float16" if gpu else "float32"},
         "codc": {"members": [MemberRecipe().model_dump() for _ in range(members)]},
         "kmeans": {"engine": "torch"},  # always installed, on any device, and divided among the ranks

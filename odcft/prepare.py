@@ -21,12 +21,13 @@ from odcft.data.sources import Images, find_images
 from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
 from odcft.model.members import joint_features, make_members, make_necks
+from odcft.normalisation import decide_normalisation
 from odcft.optim import lr_at
 from odcft.plan import Plan, decide_members, make_plan, recipe_suggestions, with_clusters_for
 from odcft.progress import Progress
 from odcft.recipe import MemberRecipe, Recipe, load_options, make_recipe
 from odcft.run import memory_folder, output_checks, resume_checks, snapshot_files
-from odcft.run.folder import RUN_FILES, Run, write_image_lists
+from odcft.run.folder import RUN_FILES, Run, read_quarantine, write_image_lists
 from odcft.run.run_json import note_epochs, write_run_json
 from odcft.seeds import seed
 from odcft.state import Snapshot, State, new_state, restore, versions
@@ -66,6 +67,37 @@ def prepare_start(
         memory: a folder written by `init-memory`.
         training: whether training follows; if not, nothing about training is reported.
     """
+    planned = load_and_plan(run, recipe, progress, memory=memory, training=training)
+    plan, loaded, images, stored = planned.plan, planned.loaded, planned.images, planned.stored
+    backbones = [one.backbone for one in loaded]
+    necks, dim = make_necks(backbones, plan)
+    if stored is not None:
+        clusters = _from_memory(stored, plan, loaded[0], necks[0], dim)
+        return Start(plan, loaded, necks, dim, images, clusters, stored.unreadable)
+    features_SD, unreadable = _extract(backbones, necks, images, plan, progress)
+    if unreadable:
+        images = images.without(set(unreadable))
+        plan, notes = with_clusters_for(plan, planned.requested, len(images))
+        _say_notes(notes, progress)
+    clusters = _cluster(features_SD, len(images), plan, progress)
+    return Start(plan, loaded, necks, dim, images, clusters, dict(unreadable.values()))
+
+
+@dataclass
+class Planned:
+    """What is known before anything slow starts."""
+
+    requested: Recipe  # as the user gave it, with a member for each checkpoint
+    plan: Plan
+    loaded: list[Loaded]  # one for each member
+    images: Images  # those that were found; with a memory, those it was made from
+    stored: memory_folder.StoredMemory | None
+
+
+def load_and_plan(
+    run: Run, recipe: Recipe, progress: Progress, *, memory: Path | None = None, training: bool = True
+) -> Planned:
+    """Load the checkpoints, find the images and make the plan; the arguments are those of `prepare_start`."""
     images = find_images(run.data)
     requested = recipe = decide_members(recipe, run.ckpts)
     stored = memory_folder.read_memory(memory, run.ckpts, images) if memory is not None else None
@@ -77,18 +109,9 @@ def prepare_start(
     plan.allow_rounding()
     for backbone in backbones:
         backbone.resize(plan.data.size)
-    _describe(loaded, images, plan, notes, progress, training)
-    necks, dim = make_necks(backbones, plan)
-    if stored is not None:
-        clusters = _from_memory(stored, plan, loaded[0], necks[0], dim)
-        return Start(plan, loaded, necks, dim, images, clusters, stored.unreadable)
-    features_SD, unreadable = _extract(backbones, necks, images, plan, progress)
-    if unreadable:
-        images = images.without(set(unreadable))
-        plan, notes = with_clusters_for(plan, requested, len(images))
-        _say_notes(notes, progress)
-    clusters = _cluster(features_SD, len(images), plan, progress)
-    return Start(plan, loaded, necks, dim, images, clusters, dict(unreadable.values()))
+    plan, measured = decide_normalisation(recipe, plan, loaded, images)
+    _describe(loaded, images, plan, [*notes, *measured], progress, training)
+    return Planned(requested, plan, loaded, images, stored)
 
 
 def _load(run: Run, recipe: Recipe, progress: Progress) -> list[Loaded]:
@@ -230,7 +253,7 @@ def resumed_run(run: Run, recipe: Recipe, epochs: int | None, progress: Progress
         backbone.resize(plan.data.size)
     necks, dim = make_necks(backbones, plan)
     clusters = _empty_clusters(len(images), len(necks) * dim, plan)
-    unreadable = dict.fromkeys(resume_checks.read_quarantine(run.out), "")
+    unreadable = read_quarantine(run.out)
     state = new_state(make_members(backbones, necks, dim, plan), clusters, plan)
     restore(state, snapshot, steps_per_epoch(len(images), plan.optim.batch_size))
     progress.say(f"Resuming    {run.out} after {snapshot.about['step']:,} steps")

@@ -19,7 +19,7 @@ FLOORS = [
     {"train", "first_memory", "exports"},  # programs: only cli and demo call them
     {"evaluation", "pretexts", "prepare"},
     {"run"},
-    {"state"},
+    {"state", "normalisation"},
     {"model"},
     {"clustering"},
     {"plan"},
@@ -28,6 +28,7 @@ FLOORS = [
     {"progress", "optim"},
     {"recipe", "files"},
     {"distributed"},
+    {"presets"},
     {"errors", "text", "seeds", "precision", "__init__"},
     {"torchvision_on_cpu"},
 ]

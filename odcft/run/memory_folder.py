@@ -18,7 +18,7 @@ from odcft.errors import OdcftError
 from odcft.files import read_json
 from odcft.plan import Plan
 from odcft.recipe import Recipe, flatten, make_recipe
-from odcft.run.folder import MEMORY_FILES, Run, write_image_lists
+from odcft.run.folder import MEMORY_FILES, Run, read_quarantine, write_image_lists
 from odcft.run.output_checks import clear_folder
 from odcft.run.run_json import made_by, made_from
 
@@ -115,10 +115,9 @@ def read_memory(folder: Path, ckpts: list[str], images: Images) -> StoredMemory:
             f"{folder} was made from another checkpoint ({made_from}), not from {ckpts[0]}. "
             "Make it again with `odcft init-memory`."
         )
-    known = set(names)
-    unreadable = {name: "unreadable for init-memory" for name in images.names if name not in known}
-    images = images.without({i for i, name in enumerate(images.names) if name not in known})
-    if images.names != names:
+    unreadable = read_quarantine(folder)
+    images = images.without({i for i, name in enumerate(images.names) if name in unreadable})
+    if list(images.names) != names:
         raise OdcftError(
             f"{folder} was made from {len(names):,} images, which are not those in {images.source} now. "
             "Make it again with `odcft init-memory`."
@@ -153,7 +152,7 @@ def _check_tensors(tensors: dict[str, Tensor], images: int) -> None:
 
 
 def recipe_for_memory(recipe: Recipe, stored: StoredMemory) -> Recipe:
-    """The recipe with what the memory determines: K, and `data.range` if it is `auto`.
+    """The recipe with what the memory determines: K, and `data.range`, `data.mean` and `data.std` if they are `auto`.
 
     Raises:
         OdcftError: the recipe asks for a different K.
@@ -167,6 +166,9 @@ def recipe_for_memory(recipe: Recipe, stored: StoredMemory) -> Recipe:
     recipe.memory.clusters = stored.clusters
     if recipe.data.range == "auto":
         recipe.data.range = stored.made_with.data.range
+    for name in ("mean", "std"):
+        if getattr(recipe.data, name) == "auto":
+            setattr(recipe.data, name, getattr(stored.made_with.data, name))
     return recipe
 
 

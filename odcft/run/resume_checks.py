@@ -7,9 +7,11 @@ from odcft.data.sources import Images, find_images
 from odcft.errors import OdcftError
 from odcft.files import checkpoint_sha256, file_sha256, read_column, read_json
 from odcft.recipe import MAX_EPOCHS, Recipe, flatten, make_recipe
+from odcft.run.folder import read_quarantine
 from odcft.text import short_repr
 
-MAY_CHANGE = ("data.workers", "log")  # speed and frequency of messages, which do not change the result
+# Speed, how often a run logs, and when it gives up: these do not change the result.
+MAY_CHANGE = ("data.workers", "data.max_broken", "log")
 
 
 def read_run_json(run: Path) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def resumed_recipe(
             )
     # Runs older than the field data.range used the full range of the image type.
     recipe = make_recipe({**saved["recipe"], "data": {"range": "full", **saved["recipe"]["data"]}})
-    recipe.log, recipe.data.workers = given.log, given.data.workers
+    recipe.log, recipe.data.workers, recipe.data.max_broken = given.log, given.data.workers, given.data.max_broken
     epochs = prolonged if epochs is None else epochs
     if epochs != recipe.optim.epochs:
         _prolong(
@@ -167,9 +169,3 @@ def find_same_images(data: str, run: Path, about: dict[str, Any]) -> Images:
                 "Restore it, or start over with --overwrite."
             )
     return images
-
-
-def read_quarantine(run: Path) -> list[str]:
-    """The names of the images that could not be read when the RUN was started."""
-    path = run / "quarantine.csv"
-    return read_column(path, "path") if path.exists() else []
