@@ -284,6 +284,9 @@ def finetune(
     clusters: Clusters = None,
     memory: Annotated[Path | None, typer.Option(help="Folder written by `odcft init-memory` to start from.")] = None,
     devices: Devices = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would do, need and take; write nothing.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the RUN in --out from its last saved state.")
     ] = False,
@@ -306,8 +309,13 @@ def finetune(
         own = out / "recipe.yaml"
         recipe = str(own) if resume and os.path.isfile(own) and not os.path.islink(own) else usual
     resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args, part, preset)
+    if dry_run and resume:
+        raise OdcftError("--dry-run says what a new run would do; --resume continues one. Drop one of them.")
     _start_processes(devices)
     _say_preset(preset)
+    if dry_run:
+        _dry_run(ckpts, data, out, resolved, as_json, arch=arch, memory=memory, overwrite=overwrite, epochs=epochs)
+        return
     from odcft.text import duration
     from odcft.train import fine_tune
 
@@ -324,6 +332,22 @@ def finetune(
         f"Did it get better?    {command('evaluate', out, 'LABELLED_IMAGES/', protocol='svm,knn')}",
     ]
     _report(values, as_json, lines)
+
+
+def _dry_run(
+    ckpts: list[str], data: str, out: Path, recipe: Any, as_json: bool, *, epochs: int | None, **options: Any
+) -> None:
+    """Say what the run would do, need and take; exit with 2 if it does not fit."""
+    from odcft.dry_run import describe
+    from odcft.dry_run import dry_run as run
+
+    if epochs is not None:
+        recipe.optim.epochs = epochs
+    values = run(ckpts, data, out, recipe, **options)
+    words = shlex.join(["odcft", *(word for word in sys.argv[1:] if word not in ("--dry-run", "--json"))])
+    _report(values, as_json, [*describe(values), *([f"Start it:   {words}"] if values["fits"] else [])])
+    if not values["fits"]:
+        raise typer.Exit(2)
 
 
 def _resume_command(argv: list[str]) -> str:

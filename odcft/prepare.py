@@ -4,6 +4,7 @@ Shapes: N images, S of them on this rank, K clusters, D embedding.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,16 +152,17 @@ def _say_notes(notes: list[str], progress: Progress) -> None:
         progress.say(f"Note        {note}")
 
 
+def feature_network(backbones: list[Backbone], necks: list[nn.Module]) -> Callable[[Tensor], Tensor]:
+    """A function from images (B, 3, H, W) to the joint features (B, D) that are clustered; on this rank's device."""
+    networks = [nn.Sequential(*parts).to(dist.this_device()).eval() for parts in zip(backbones, necks, strict=True)]
+    return lambda images: joint_features([network(images) for network in networks])
+
+
 def _extract(
     backbones: list[Backbone], necks: list[nn.Module], images: Images, plan: Plan, progress: Progress
 ) -> tuple[Tensor, dict[int, tuple[str, str]]]:
     """Features (S, D) of this rank's readable images; and all unreadable ones: index to name and reason."""
-    device = dist.this_device()
-    networks = [nn.Sequential(*parts).to(device).eval() for parts in zip(backbones, necks, strict=True)]
-
-    def network(images: Tensor) -> Tensor:
-        return joint_features([network(images) for network in networks])
-
+    device, network = dist.this_device(), feature_network(backbones, necks)
     crops = Crops(images, plan.view)
     features_SD, mine = extract(network, crops, plan.batch_of_rank, plan.data.workers, device, progress)
     unreadable = {index: (images.names[index], why) for index, why in sorted(dist.gather_dict(mine).items())}

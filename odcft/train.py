@@ -38,7 +38,6 @@ from odcft.run.run_json import about_run, finished_after, note_finished
 from odcft.run.saver import Saver
 from odcft.run.training_log import TrainingLog
 from odcft.state import State
-from odcft.text import count_of
 
 
 def fine_tune(
@@ -80,7 +79,7 @@ def fine_tune(
     if epochs is not None:
         recipe = recipe.model_copy(deep=True)
         recipe.optim.epochs = epochs
-    resume = _check_output(out, resume, overwrite, progress)
+    resume = check_output(out, resume, overwrite, progress)
     require_parquet()
     try:
         with locked(out, progress.say), explain_failures(recipe):
@@ -105,7 +104,7 @@ def fine_tune(
         raise
 
 
-def _check_output(out: Path, resume: bool, overwrite: bool, progress: Progress) -> bool:
+def check_output(out: Path, resume: bool, overwrite: bool, progress: Progress) -> bool:
     """Refuse an output folder that may not be written to; return whether it holds a run to resume."""
     output_checks.refuse_invalid_path(out)
     if resume and not output_checks.has_no_progress(out):
@@ -118,10 +117,7 @@ def _check_output(out: Path, resume: bool, overwrite: bool, progress: Progress) 
 
 
 def train(start: Start, state: State, run: Run, progress: Progress) -> int:
-    """Train from `state.step` to the last step; return how many images could no longer be read.
-
-    The numbers 1. to 4. are the steps of the paper's fig. 2.
-    """
+    """Train from `state.step` to the last step (1. to 4.: the paper's fig. 2); return how many images broke."""
     plan, method, network, clusters = start.plan, METHODS[start.plan.method], state.network, state.clusters
     device, optim, order = dist.this_device(), plan.optim, training_order(start, first_step=state.step)
     batches = TrainingBatches(training_crops(start), order, plan.data.workers, device)
@@ -177,9 +173,7 @@ def train(start: Start, state: State, run: Run, progress: Progress) -> int:
     saver.save_last()
     if asked_anywhere(device):
         raise Stopped("All steps are done and saved, but the backbone has not been written yet.")
-    if all_broken := broken.summary():
-        progress.say(f"Broken      {count_of(len(all_broken), 'image')} could no longer be read and had to be skipped.")
-    return len(all_broken)
+    return broken.report()
 
 
 def training_order(start: Start, first_step: int = 0) -> TrainingOrder:

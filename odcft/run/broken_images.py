@@ -62,6 +62,9 @@ class BrokenImages:
                 "--resume --set data.max_broken=0.1."
             )
 
-    def summary(self) -> dict[str, str]:
-        """Name to reason, of all ranks; every rank must call it."""
-        return dist.gather_dict({self.images.names[index]: reason for index, reason in self.found.items()})
+    def report(self) -> int:
+        """Say how many there are on all ranks, and return it; every rank must call it."""
+        count = len(dist.gather_dict(self.found))
+        if count:
+            self.say(f"Broken      {count_of(count, 'image')} could no longer be read and had to be skipped.")
+        return count
