@@ -214,6 +214,38 @@ def inspect(
     _report(values, as_json, [line])
 
 
+@app.command("check-data")
+def check_data(
+    data: Data,
+    duplicates: Annotated[
+        bool, typer.Option("--duplicates", help="List the images that are copies of each other.")
+    ] = False,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Examine only so many images, spread over the set; all by default.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Recipe that says the image size and the number of clusters.", show_default="the one that fits"
+        ),
+    ] = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a set of images is, which of them cannot be read, and whether they are enough. Nothing is written."""
+    from odcft.check_data import check_data as run
+    from odcft.check_data import describe
+
+    values = run(data, recipe=recipe, overrides=overrides, sample=sample)
+    lines = describe(values, duplicates)
+    if values["usable"]:
+        given = {"recipe": values["recipe"] if values["recipe"] != DEFAULT_RECIPE else None, "set": overrides}
+        lines.append(f"Next:       {command('finetune', 'CKPT', data, out='RUN', **given)} --dry-run")
+    _report(values, as_json, lines)
+    if not values["usable"]:
+        raise typer.Exit(2)
+
+
 @app.command("init-memory")
 def init_memory(
     ckpt: Ckpt,
