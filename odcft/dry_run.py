@@ -76,7 +76,7 @@ def dry_run(
     progress, run = progress or Progress(), Run(out, [ckpt] if isinstance(ckpt, str) else ckpt, data, arch)
     check_output(out, False, overwrite, progress)
     require_parquet()
-    free = _free(out)
+    free = free_space(out)
     with explain_failures(recipe):
         began = time.monotonic()
         if memory is None:
@@ -95,7 +95,7 @@ def dry_run(
     seconds["total"] = sum(seconds.values())
     needs = dist.gather_dict({dist.rank(): _needs(start, state, workers)})
     most = {name: max(one[name] for one in needs.values()) for name in needs[0]}
-    problems = _problems(most, free, plan)
+    too_much = problems(most, free, plan)
     return {
         **{"archs": [backbone.arch for backbone in start.backbones], "method": plan.method},
         **{"images": len(start.images), "clusters": plan.memory.clusters, "size": plan.data.size},
@@ -104,7 +104,7 @@ def dry_run(
         **{"device": dist.this_device().type, "precision": plan.optim.precision, "steps_timed": timed},
         "images_per_second": round(order.batch * dist.world_size() / step_seconds, 1),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        **{"needs": most, "free": free, "problems": problems, "fits": not problems},
+        **{"needs": most, "free": free, "problems": too_much, "fits": not too_much},
     }
 
 
@@ -127,7 +127,7 @@ def _start_like_a_run(
     seconds["features"] = an_image * rows
     if not len(features_MD):
         raise OdcftError(
-            f"None of the images tried in {images.source} can be read: odcft check-data lists the reasons."
+            f"None of the images tried in {images.source} can be read: `odcft check-data` lists the reasons."
         )
     features_SD = _like(features_MD, rows)
     began = time.monotonic()
@@ -272,8 +272,9 @@ def _needs(start: Start, state: State, workers: int) -> dict[str, int]:
     backbones = sum(_bytes(backbone.net.state_dict()) for backbone in start.backbones)
     names = 100 * len(start.images)  # clusters.parquet and images.csv, roughly
     batch = 3 * plan.data.size**2 * plan.batch_of_rank
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
-        "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "host": peak + _bytes(snapshot.same) + own,  # safetensors copies what it writes
         "workers": workers,
         "gpu": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
         "shared": ranks * plan.data.workers * 4 * batch,  # each loader process reads 4 batches ahead
@@ -295,7 +296,7 @@ def _memory_of_children() -> int:
     return total
 
 
-def _free(out: Path) -> dict[str, int | None]:
+def free_space(out: Path) -> dict[str, int | None]:
     """Bytes that are free before anything is loaded; None where the system does not say."""
     free: dict[str, int | None] = dict.fromkeys(("host", "gpu", "shared", "disk"))
     with suppress(OSError, ValueError, StopIteration):
@@ -313,9 +314,9 @@ def _free(out: Path) -> dict[str, int | None]:
     return free
 
 
-def _problems(needs: dict[str, int], free: dict[str, int | None], plan: Plan) -> list[str]:
+def problems(needs: dict[str, int], free: dict[str, int | None], plan: Plan) -> list[str]:
     """What does not fit, each with the setting that changes it."""
-    ranks, problems = dist.world_size(), []
+    ranks, found = dist.world_size(), []
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))  # processes on this machine
 
     def too_much(name: str, needed: int) -> bool:
@@ -324,20 +325,20 @@ def _problems(needs: dict[str, int], free: dict[str, int | None], plan: Plan) ->
 
     if too_much("host", here * (needs["host"] + needs["workers"])):
         fewer = f"--set data.workers={plan.data.workers // 2} or " if plan.data.workers > 1 else ""
-        problems.append(
+        found.append(
             f"memory: {count_of(here, 'process').replace('processs', 'processes')} need "
             f"{_gb(here * (needs['host'] + needs['workers']))}. Pass {fewer}{smaller_batch(plan)}."
         )
     if too_much("gpu", needs["gpu"]):
-        problems.append(f"GPU memory: pass {smaller_batch(plan)}.")
+        found.append(f"GPU memory: pass {smaller_batch(plan)}.")
     if too_much("shared", needs["shared"]):
         workers = int(plan.data.workers * TIGHT * (free["shared"] or 0) / needs["shared"])
-        problems.append(
+        found.append(
             f"shared memory ({shared_memory.SHARED_MEMORY}): pass --set data.workers={workers}. {shared_memory.REMEDY}."
         )
     if too_much("disk", needs["disk"]):
-        problems.append(f"disk: {_gb(needs['disk'])} for states and results. Make room, or choose another --out.")
-    return problems
+        found.append(f"disk: {_gb(needs['disk'])} for states and results. Make room, or choose another --out.")
+    return found
 
 
 # ---------------------------------------------------------------- text

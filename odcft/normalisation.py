@@ -1,5 +1,7 @@
 """The mean and standard deviation that images are normalised with, where the recipe leaves them `auto`."""
 
+from collections.abc import Sequence
+
 from odcft.backbone.load import Loaded, set_mean_and_std
 from odcft.backbone.network import Backbone
 from odcft.backbone.network_input import default_input
@@ -28,7 +30,7 @@ def decide_normalisation(recipe: Recipe, plan: Plan, loaded: list[Loaded], image
         OdcftError: several networks need different numbers.
     """
     fields = [name for name in ("mean", "std") if getattr(recipe.data, name) == "auto"]
-    assumed = [one for one in loaded if fields and not one.states_view and is_assumed(one.backbone)]
+    assumed = [one for one in loaded if fields and not one.states_view and is_assumed(one.backbone, fields)]
     if not assumed:
         return plan, []
     if len(assumed) < len(loaded) or len({one.backbone.input.color for one in loaded}) > 1:
@@ -47,11 +49,12 @@ def decide_normalisation(recipe: Recipe, plan: Plan, loaded: list[Loaded], image
     return plan.model_copy(update={"data": plan.data.model_copy(update=chosen)}), [note[0].upper() + note[1:]]
 
 
-def is_assumed(backbone: Backbone) -> bool:
-    """Whether a network has ImageNet's mean and std because its checkpoint does not say otherwise."""
+def is_assumed(backbone: Backbone, fields: Sequence[str] = ("mean", "std")) -> bool:
+    """Whether a network has ImageNet's mean and std (or one of them) because its checkpoint does not say otherwise."""
     input = backbone.input
     usual = default_input(input.color, input.size)
-    return input.color in ("rgb", "bgr", "gray") and (input.mean, input.std, input.range) == (usual.mean, usual.std, 1)
+    same = all(getattr(input, name) == getattr(usual, name) for name in fields)
+    return same and input.color in ("rgb", "bgr", "gray") and input.range == 1
 
 
 def _measured(images: Images, plan: Plan, color: str) -> tuple[dict[str, list[float]], int]:
