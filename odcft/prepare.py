@@ -18,6 +18,7 @@ from odcft.clustering.kmeans import assign, kmeans
 from odcft.clustering.methods import METHODS
 from odcft.data.batches import Crops, steps_per_epoch
 from odcft.data.feature_extraction import extract
+from odcft.data.pixel_statistics import all_gray
 from odcft.data.sources import Images, find_images
 from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
@@ -111,8 +112,18 @@ def load_and_plan(
     for backbone in backbones:
         backbone.resize(plan.data.size)
     plan, measured = decide_normalisation(recipe, plan, loaded, images)
-    _describe(loaded, images, plan, [*notes, *measured], progress, training)
+    notes += [*measured, *(_note_on_gray_images(plan, images) if training else [])]
+    _describe(loaded, images, plan, notes, progress, training)
     return Planned(requested, plan, loaded, images, stored)
+
+
+def _note_on_gray_images(plan: Plan, images: Images) -> list[str]:
+    """Suggest the preset for gray images if the augmentation changes colours and there are none."""
+    changed = [name for name in ("hue", "saturation", "gray") if getattr(plan.augment, name)]
+    if not changed or dist.rank() > 0 or not all_gray(images, plan.view):
+        return []
+    fields = ", ".join(f"augment.{name}" for name in changed)
+    return [f"The images are all gray, so {fields} only cost time: --preset gray turns this off."]
 
 
 def _load(run: Run, recipe: Recipe, progress: Progress) -> list[Loaded]:

@@ -11,6 +11,26 @@ from odcft.data.view import View
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
 
 
+COLOURLESS = 2  # of 255: channels that differ no more are gray, as JPEG rounds
+
+
+def is_gray(pixels: Tensor) -> bool:
+    """Whether an image (C, H, W) uint8 has no colour."""
+    return len(pixels) == 1 or int((pixels.amax(0) - pixels.amin(0)).max()) <= COLOURLESS
+
+
+def all_gray(images: Images, view: View, sample: int = 32) -> bool:
+    """Whether none of a few images, spread over the set, has colour; stops at the first that has."""
+    crops, seen = Crops(images, view), 0
+    for index in range(0, len(images), max(1, -(-len(images) // sample))):
+        pixels, _ = crops[0, index]
+        if isinstance(pixels, Tensor):
+            seen += 1
+            if not is_gray(pixels):
+                return False
+    return seen > 0
+
+
 class PixelStatistics:
     """Adds up pixels, channel by channel."""
 

@@ -15,7 +15,7 @@ from PIL import Image
 from odcft.data import shared_memory
 from odcft.data.batches import Crops
 from odcft.data.image_decoding import FORMATS
-from odcft.data.pixel_statistics import PixelStatistics
+from odcft.data.pixel_statistics import PixelStatistics, is_gray
 from odcft.data.sources import Images
 from odcft.data.view import View
 from odcft.distributed import stop_signals
@@ -23,7 +23,6 @@ from odcft.errors import OdcftError
 
 BATCH = 16  # images that a loader process examines at a time
 FEW = 128  # images: fewer are examined by this process alone
-COLOURLESS = 2  # of 255: channels that differ no more are gray, as JPEG rounds
 
 
 @dataclass
@@ -172,7 +171,7 @@ def examine(images: Images, index: int, view: View) -> Survey:
     found.kinds[kind] += 1
     if size != (0, 0):
         found.smallest, found.largest, found.sides = size, size, [min(size)]
-    found.gray = int(len(pixels) == 1 or int((pixels.amax(0) - pixels.amin(0)).max()) <= COLOURLESS)
+    found.gray = int(is_gray(pixels))
     found.statistics.add(pixels.numpy() / 255)
     return found
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from odcft.data.pixel_statistics import PixelStatistics, in_color, measure
+from odcft.data.pixel_statistics import PixelStatistics, all_gray, in_color, measure
 from odcft.data.sources import find_images
 from odcft.data.view import View
 
@@ -49,3 +50,15 @@ def test_unreadable_images_are_left_out(tmp_path, make_images):
     found = measure(find_images(tmp_path), View(32), "rgb", 0)
     assert found.images == 12
     assert measure(find_images(tmp_path), View(32), "rgb", 0, sample=26).images == 6
+
+
+def test_a_set_is_gray_if_no_image_that_can_be_read_has_colour(tmp_path):
+    for i in range(4):
+        Image.new("L", (16, 16), 50 * i).save(tmp_path / f"{i}.jpg", quality=60)
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    assert all_gray(find_images(tmp_path), View(8))
+    Image.new("RGB", (16, 16), (100, 104, 100)).save(tmp_path / "tinted.png")
+    assert not all_gray(find_images(tmp_path), View(8))
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"no image")
+    assert not all_gray(find_images(tmp_path), View(8))
