@@ -123,7 +123,7 @@ def _note_on_gray_images(plan: Plan, images: Images) -> list[str]:
     if not changed or dist.rank() > 0 or not all_gray(images, plan.view):
         return []
     fields = ", ".join(f"augment.{name}" for name in changed)
-    return [f"The images are all gray, so {fields} only cost time: --preset gray turns this off."]
+    return [f"The images are all gray, so {fields} only cost time. --preset gray turns them off."]
 
 
 def _load(run: Run, recipe: Recipe, progress: Progress) -> list[Loaded]:
