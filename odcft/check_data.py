@@ -38,10 +38,10 @@ def check_data(
 
     Returns:
         data, images, examined, bytes, formats (format, bits, bands, count: most frequent first), smallest and largest
-        (width, height), usual_side, size (that the recipe would use), range (or None) and its note, gray, mean, std (of
-        each channel in 0..1, as the network would see them without augmentation), copies (groups of paths with the same
-        content), broken (path to reason), skipped, recipe, clusters (None if there are too few images), usable,
-        verdict.
+        (width, height), usual_side, size (that the recipe would use), range (or None) and range_note, mean, std (of
+        each channel in 0..1, as the network would see them without augmentation), gray (images without colour), preset
+        ("gray" if all are), copies (groups of paths with the same content), broken (path to reason), skipped, recipe,
+        clusters (None if there are too few images), usable, verdict.
 
     Raises:
         OdcftError: there are no images, or the recipe is not valid.
@@ -68,7 +68,8 @@ def check_data(
             for kind, count in found.kinds.most_common()
         ],
         **{"smallest": found.smallest, "largest": found.largest, "usual_side": found.usual_side, "size": size},
-        **{"range": intensity, "range_note": note, "gray": found.gray, "mean": mean, "std": std},
+        **{"range": intensity, "range_note": note, "mean": mean, "std": std},
+        **{"gray": found.gray, "preset": "gray" if found.gray == found.readable > 0 else None},
         "copies": [[images.names[index] for index in group] for group in found.copies()],
         "broken": {images.names[index]: reason for index, reason in sorted(found.broken.items())},
         **{"skipped": dict(images.skipped), "skipped_summary": images.skipped_summary(), "recipe": recipe},
@@ -118,13 +119,12 @@ def describe(result: dict[str, Any], list_copies: bool = False) -> list[str]:
     if result["range_note"]:
         lines.append(f"  intensity   {result['range_note']} --set data.range=full keeps that of the files")
     if result["usual_side"]:
-        (width, height), (most_width, most_height) = result["smallest"], result["largest"]
+        sizes = " … ".join(f"{w:,} × {h:,}" for w, h in dict.fromkeys((result["smallest"], result["largest"])))
         lines.append(
-            f"  sizes       {width:,} × {height:,} … {most_width:,} × {most_height:,}, usual side "
-            f"{result['usual_side']:,} · odcft would use {result['size']} pixels"
+            f"  sizes       {sizes}, usual side {result['usual_side']:,} · odcft would use {result['size']} pixels"
         )
     readable = result["examined"] - len(result["broken"])
-    if readable and result["gray"] == readable:
+    if result["preset"] == "gray":
         lines.append("  colours     none, all are gray: --preset gray turns hue, saturation and gray-scale jitter off")
     elif result["gray"]:
         lines.append(f"  colours     {result['gray']:,} of {readable:,} are gray")

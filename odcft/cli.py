@@ -240,6 +240,7 @@ def check_data(
     lines = describe(values, duplicates)
     if values["usable"]:
         given = {"recipe": values["recipe"] if values["recipe"] != DEFAULT_RECIPE else None, "set": overrides}
+        given["preset"] = values["preset"]
         lines.append(f"Next:       {command('finetune', 'CKPT', data, out='RUN', **given)} --dry-run")
     _report(values, as_json, lines)
     if not values["usable"]:
