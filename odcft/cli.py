@@ -83,6 +83,13 @@ ReaderName = Annotated[
 RecipeName = Annotated[
     str, typer.Option("--recipe", help="Name of a shipped recipe (see `odcft recipes`) or a YAML file.")
 ]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Augmentation that suits the images: photo, gray, microscopy, satellite or document (docs/data.md).",
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -117,6 +124,7 @@ def _load_recipe(
     allow_partial: bool = False,
     arch_args: str | None = None,
     part: str | None = None,
+    preset: str | None = None,
 ) -> Any:
     from odcft.recipe import load_recipe
 
@@ -124,7 +132,8 @@ def _load_recipe(
     given["backbone.allow_partial"] = "true" if allow_partial else None
     given["backbone.part"] = None if part is None else json.dumps(part)
     given["backbone.arch_args"] = None if arch_args is None else json.dumps(_parse_arch_args(arch_args))
-    return load_recipe(name, [*(overrides or []), *(f"{k}={v}" for k, v in given.items() if v is not None)])
+    overrides = [*(overrides or []), *(f"{k}={v}" for k, v in given.items() if v is not None)]
+    return load_recipe(name, overrides, preset=preset)
 
 
 def _parse_arch_args(arch_args: str | None) -> dict[str, Any]:
@@ -150,6 +159,15 @@ def _start_processes(devices: int) -> None:
                 f"{devices} processes need as many GPUs, but this machine has {torch.cuda.device_count()}."
             )
         dist.start(torch.device("cuda", dist.local_rank()) if gpu else torch.device("cpu"))
+
+
+def _say_preset(preset: str | None) -> None:
+    """Print what a preset changes, and why."""
+    if preset is not None:
+        from odcft.presets import PRESETS
+        from odcft.progress import Progress
+
+        Progress().say(f"Preset      {preset}: {PRESETS[preset].what}")
 
 
 def _report(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
@@ -210,6 +228,40 @@ def inspect(
     _report(values, as_json, [line])
 
 
+@app.command("check-data")
+def check_data(
+    data: Data,
+    duplicates: Annotated[
+        bool, typer.Option("--duplicates", help="List the images that are copies of each other.")
+    ] = False,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Examine only so many images, spread over the set; all by default.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Recipe that says the image size and the number of clusters.", show_default="the one that fits"
+        ),
+    ] = None,
+    overrides: Set = None,
+    reader: ReaderName = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a set of images is, which of them cannot be read, and whether they are enough. Nothing is written."""
+    from odcft.check_data import check_data as run
+    from odcft.check_data import describe
+
+    values = run(data, recipe=recipe, overrides=overrides, sample=sample, reader=reader)
+    lines = describe(values, duplicates)
+    if values["usable"]:
+        given = {"recipe": values["recipe"] if values["recipe"] != DEFAULT_RECIPE else None, "set": overrides}
+        given |= {"preset": values["preset"], "reader": reader}
+        lines.append(f"Next:       {command('finetune', 'CKPT', data, out='RUN', **given)} --dry-run")
+    _report(values, as_json, lines)
+    if not values["usable"]:
+        raise typer.Exit(2)
+
+
 @app.command("init-memory")
 def init_memory(
     ckpt: Ckpt,
@@ -217,6 +269,7 @@ def init_memory(
     out: Annotated[Path, typer.Option(help="Folder to write the memories to.")],
     recipe: RecipeName = DEFAULT_RECIPE,
     clusters: Clusters = None,
+    preset: Preset = None,
     overrides: Set = None,
     seed: Seed = None,
     arch: Arch = None,
@@ -230,8 +283,9 @@ def init_memory(
     as_json: Json = False,
 ) -> None:
     """Extract features of all images, cluster them by K-Means, and save the memories that `finetune` starts from."""
-    resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args, part)
+    resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args, part, preset)
     _start_processes(devices)
+    _say_preset(preset)
     from odcft.first_memory import init_memory as run
 
     values = run(ckpt, data, out, resolved, arch=arch, reader=reader, overwrite=overwrite)
@@ -242,7 +296,8 @@ def init_memory(
         )
     ]
     given = {"recipe": recipe if recipe != DEFAULT_RECIPE else None, "set": overrides, "seed": seed, "arch": arch}
-    given |= {"arch_args": arch_args, "input": input, "allow_partial": allow_partial, "part": part, "reader": reader}
+    given |= {"arch_args": arch_args, "input": input, "allow_partial": allow_partial, "part": part}
+    given |= {"reader": reader, "preset": preset}
     lines.append(f"Next:       {command('finetune', ckpt, data, memory=out, out='RUN', **given)}")
     _report(values, as_json, lines)
 
@@ -266,6 +321,7 @@ def finetune(
             show_default=f"{DEFAULT_RECIPE}; {DC_RECIPE} with --method dc; the RUN's own with --resume",
         ),
     ] = None,
+    preset: Preset = None,
     overrides: Set = None,
     epochs: Annotated[
         int | None,
@@ -278,6 +334,9 @@ def finetune(
     clusters: Clusters = None,
     memory: Annotated[Path | None, typer.Option(help="Folder written by `odcft init-memory` to start from.")] = None,
     devices: Devices = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would do, need and take; write nothing.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the RUN in --out from its last saved state.")
     ] = False,
@@ -300,8 +359,15 @@ def finetune(
         usual = DC_RECIPE if "method=dc" in overrides else DEFAULT_RECIPE
         own = out / "recipe.yaml"
         recipe = str(own) if resume and os.path.isfile(own) and not os.path.islink(own) else usual
-    resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args, part)
+    resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args, part, preset)
+    if dry_run and resume:
+        raise OdcftError("--dry-run says what a new run would do; --resume continues one. Drop one of them.")
     _start_processes(devices)
+    _say_preset(preset)
+    if dry_run:
+        options = {"arch": arch, "reader": reader, "memory": memory, "overwrite": overwrite}
+        _dry_run(ckpts, data, out, resolved, as_json, epochs=epochs, **options)
+        return
     from odcft.text import duration
     from odcft.train import fine_tune
 
@@ -324,6 +390,22 @@ def finetune(
         f"Did it get better?    {command('evaluate', out, 'LABELLED_IMAGES/', protocol='svm,knn', reader=reader)}",
     ]
     _report(values, as_json, lines)
+
+
+def _dry_run(
+    ckpts: list[str], data: str, out: Path, recipe: Any, as_json: bool, *, epochs: int | None, **options: Any
+) -> None:
+    """Say what the run would do, need and take; exit with 2 if it does not fit."""
+    from odcft.dry_run import describe
+    from odcft.dry_run import dry_run as run
+
+    if epochs is not None:
+        recipe.optim.epochs = epochs
+    values = run(ckpts, data, out, recipe, **options)
+    words = shlex.join(["odcft", *(word for word in sys.argv[1:] if word not in ("--dry-run", "--json"))])
+    _report(values, as_json, [*describe(values), *([f"Start it:   {words}"] if values["fits"] else [])])
+    if not values["fits"]:
+        raise typer.Exit(2)
 
 
 def _resume_command(argv: list[str]) -> str:

@@ -13,11 +13,10 @@ from typing import Any, Literal
 import torch
 
 from odcft.backbone.input_resizing import USUAL_SIZE
-from odcft.backbone.load import Loaded, set_mean_and_std
+from odcft.backbone.load import Loaded
 from odcft.backbone.network import Backbone
 from odcft.data.images import Images
 from odcft.data.intensity_range import choose_range, median_shorter_side
-from odcft.data.pixel_statistics import mean_and_std
 from odcft.data.view import View
 from odcft.distributed import dist
 from odcft.errors import OdcftError
@@ -45,9 +44,9 @@ class DataPlan(DataRecipe):
     size: int
     range: Literal["full"] | tuple[float, float]
     bands: int
+    workers: int
     mean: list[float] | None
     std: list[float] | None
-    workers: int
 
 
 class MemoryPlan(MemoryRecipe):
@@ -135,9 +134,13 @@ def make_plan(
                 "and its position embedding is resampled."
             )
     plan = fill_autos(recipe, clusters, size, intensity, len(backbones), min_cluster, bands=bands)
-    notes += normalise(plan, recipe, backbones, images)
     if bands != 3 and any((plan.augment.saturation, plan.augment.hue, plan.augment.gray)):
         notes.append(f"Images of {bands} bands have no colours: augment.saturation, hue and gray are not applied.")
+    if plan.augment.quarter_turns and any(member.rotation for member in plan.codc.members):
+        raise OdcftError(
+            "augment.quarter_turns turns images at random, so no member can predict how a copy was rotated. Pass "
+            "--set augment.quarter_turns=false, or set the member's weight for rotation to 0."
+        )
     optim = plan.optim
     if optim.schedule == "step" and optim.final_epochs >= optim.epochs:
         raise OdcftError(
@@ -347,53 +350,6 @@ def _decide_bands(recipe: Recipe, backbones: Sequence[Backbone]) -> int:
             "images. --set data.bands=… widens those for RGB."
         )
     return found.pop()
-
-
-def normalise(plan: Plan, recipe: Recipe, backbones: Sequence[Backbone], images: Images) -> list[str]:
-    """Measure mean and std if the recipe asks for it, or if a checkpoint has none and the recipe gives none.
-
-    Args:
-        plan: gets what was measured.
-        recipe: as the user gave it.
-        backbones: those that need it get what was measured.
-        images: on which it is measured, on the first rank.
-
-    Returns:
-        Notes for the user.
-
-    Raises:
-        OdcftError: `auto` for a network that is not shown RGB or bands.
-    """
-    asked = [name for name in ("mean", "std") if getattr(recipe.data, name) == "auto"]
-    unknown = [backbone for backbone in backbones if not backbone.input.measured]
-    if not asked and not unknown:
-        return []
-    other = [backbone for backbone in backbones if backbone.input.color not in ("rgb", "bgr", "bands")]
-    if asked and (other or len({backbone.input.color for backbone in backbones}) > 1):
-        raise OdcftError(
-            f"data.{asked[0]}=auto measures RGB images or those of n bands, and {(other or backbones)[0].arch} takes "
-            f"{(other or backbones)[0].input.color}. Give the numbers, or null for the checkpoint's own."
-        )
-    mine = {0: _statistics_or_reason(images, plan.view)} if dist.rank() == 0 else {}
-    measured = dist.gather_dict(mine)[0]
-    if isinstance(measured, OdcftError):
-        raise measured
-    mean, std, count = measured
-    if backbones[0].input.color == "bgr":
-        mean, std = mean[::-1], std[::-1]
-    plan.data.mean = mean if plan.data.mean is None and (unknown or "mean" in asked) else plan.data.mean
-    plan.data.std = std if plan.data.std is None and (unknown or "std" in asked) else plan.data.std
-    for backbone in backbones if asked else unknown:
-        set_mean_and_std(backbone, plan.data.mean, plan.data.std)
-    numbers = " · ".join(f"{m:.3g} ± {s:.3g}" for m, s in zip(mean, std, strict=True))
-    return [f"Mean and standard deviation of each channel, measured on {count:,} images: {numbers}."]
-
-
-def _statistics_or_reason(images: Images, view: View) -> tuple[list[float], list[float], int] | OdcftError:
-    try:
-        return mean_and_std(images, view)
-    except OdcftError as error:
-        return error
 
 
 def _decide_range(recipe: Recipe, images: Images, bands: int) -> tuple[Literal["full"] | tuple[float, float], str]:

@@ -4,6 +4,7 @@ Shapes: N images, S of them on this rank, K clusters, D embedding.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +19,18 @@ from odcft.clustering.methods import METHODS
 from odcft.data.batches import Crops, steps_per_epoch
 from odcft.data.feature_extraction import extract
 from odcft.data.images import Images
+from odcft.data.pixel_statistics import all_gray
 from odcft.data.sources import find_images
 from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
 from odcft.model.members import joint_features, make_members, make_necks
+from odcft.normalisation import decide_normalisation
 from odcft.optim import lr_at
 from odcft.plan import Plan, decide_members, make_plan, recipe_suggestions, with_clusters_for
 from odcft.progress import Progress
 from odcft.recipe import MemberRecipe, Recipe, load_options, make_recipe
 from odcft.run import memory_folder, output_checks, resume_checks, snapshot_files
-from odcft.run.folder import RUN_FILES, Run, write_image_lists
+from odcft.run.folder import RUN_FILES, Run, read_quarantine, write_image_lists
 from odcft.run.run_json import note_epochs, write_run_json
 from odcft.seeds import seed
 from odcft.state import Snapshot, State, new_state, restore, versions
@@ -67,6 +70,37 @@ def prepare_start(
         memory: a folder written by `init-memory`.
         training: whether training follows; if not, nothing about training is reported.
     """
+    planned = load_and_plan(run, recipe, progress, memory=memory, training=training)
+    plan, loaded, images, stored = planned.plan, planned.loaded, planned.images, planned.stored
+    backbones = [one.backbone for one in loaded]
+    necks, dim = make_necks(backbones, plan)
+    if stored is not None:
+        clusters = _from_memory(stored, plan, loaded[0], necks[0], dim)
+        return Start(plan, loaded, necks, dim, images, clusters, stored.unreadable)
+    features_SD, unreadable = _extract(backbones, necks, images, plan, progress)
+    if unreadable:
+        images = images.without(set(unreadable))
+        plan, notes = with_clusters_for(plan, planned.requested, len(images))
+        _say_notes(notes, progress)
+    clusters = _cluster(features_SD, len(images), plan, progress)
+    return Start(plan, loaded, necks, dim, images, clusters, dict(unreadable.values()))
+
+
+@dataclass
+class Planned:
+    """What is known before anything slow starts."""
+
+    requested: Recipe  # as the user gave it, with a member for each checkpoint
+    plan: Plan
+    loaded: list[Loaded]  # one for each member
+    images: Images  # those that were found; with a memory, those it was made from
+    stored: memory_folder.StoredMemory | None
+
+
+def load_and_plan(
+    run: Run, recipe: Recipe, progress: Progress, *, memory: Path | None = None, training: bool = True
+) -> Planned:
+    """Load the checkpoints, find the images and make the plan; the arguments are those of `prepare_start`."""
     images = find_images(run.data, progress, run.reader)
     requested = recipe = decide_members(recipe, run.ckpts)
     stored = memory_folder.read_memory(memory, run.ckpts, images) if memory is not None else None
@@ -78,18 +112,19 @@ def prepare_start(
     plan.allow_rounding()
     for backbone in backbones:
         backbone.resize(plan.data.size)
+    plan, measured = decide_normalisation(recipe, plan, loaded, images)
+    notes += [*measured, *(_note_on_gray_images(plan, images) if training else [])]
     _describe(loaded, images, plan, notes, progress, training)
-    necks, dim = make_necks(backbones, plan)
-    if stored is not None:
-        clusters = _from_memory(stored, plan, loaded[0], necks[0], dim)
-        return Start(plan, loaded, necks, dim, images, clusters, stored.unreadable)
-    features_SD, unreadable = _extract(backbones, necks, images, plan, progress)
-    if unreadable:
-        images = images.without(set(unreadable))
-        plan, notes = with_clusters_for(plan, requested, len(images))
-        _say_notes(notes, progress)
-    clusters = _cluster(features_SD, len(images), plan, progress)
-    return Start(plan, loaded, necks, dim, images, clusters, dict(unreadable.values()))
+    return Planned(requested, plan, loaded, images, stored)
+
+
+def _note_on_gray_images(plan: Plan, images: Images) -> list[str]:
+    """Suggest the preset for gray images if the augmentation changes colours and there are none."""
+    changed = [name for name in ("hue", "saturation", "gray") if getattr(plan.augment, name)]
+    if not changed or dist.rank() > 0 or not all_gray(images, plan.view):
+        return []
+    fields = ", ".join(f"augment.{name}" for name in changed)
+    return [f"The images are all gray, so {fields} only cost time. --preset gray turns them off."]
 
 
 def _load(run: Run, recipe: Recipe, progress: Progress) -> list[Loaded]:
@@ -131,16 +166,17 @@ def _say_notes(notes: list[str], progress: Progress) -> None:
         progress.say(f"Note        {note}")
 
 
+def feature_network(backbones: list[Backbone], necks: list[nn.Module]) -> Callable[[Tensor], Tensor]:
+    """A function from images (B, 3, H, W) to the joint features (B, D) that are clustered; on this rank's device."""
+    networks = [nn.Sequential(*parts).to(dist.this_device()).eval() for parts in zip(backbones, necks, strict=True)]
+    return lambda images: joint_features([network(images) for network in networks])
+
+
 def _extract(
     backbones: list[Backbone], necks: list[nn.Module], images: Images, plan: Plan, progress: Progress
 ) -> tuple[Tensor, dict[int, tuple[str, str]]]:
     """Features (S, D) of this rank's readable images; and all unreadable ones: index to name and reason."""
-    device = dist.this_device()
-    networks = [nn.Sequential(*parts).to(device).eval() for parts in zip(backbones, necks, strict=True)]
-
-    def network(images: Tensor) -> Tensor:
-        return joint_features([network(images) for network in networks])
-
+    device, network = dist.this_device(), feature_network(backbones, necks)
     crops = Crops(images, plan.view)
     features_SD, mine = extract(network, crops, plan.batch_of_rank, plan.data.workers, device, progress)
     unreadable = {index: (images.names[index], why) for index, why in sorted(dist.gather_dict(mine).items())}
@@ -233,7 +269,7 @@ def resumed_run(run: Run, recipe: Recipe, epochs: int | None, progress: Progress
         backbone.resize(plan.data.size)
     necks, dim = make_necks(backbones, plan)
     clusters = _empty_clusters(len(images), len(necks) * dim, plan)
-    unreadable = dict.fromkeys(resume_checks.read_quarantine(run.out), "")
+    unreadable = read_quarantine(run.out)
     state = new_state(make_members(backbones, necks, dim, plan), clusters, plan)
     restore(state, snapshot, steps_per_epoch(len(images), plan.optim.batch_size))
     progress.say(f"Resuming    {run.out} after {snapshot.about['step']:,} steps")

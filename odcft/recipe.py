@@ -1,8 +1,8 @@
 """The recipe: all settings of a run, as a YAML file and as a validated object.
 
-Three layers, each overriding the one before: the defaults below, the recipe's file, `--set a.b=c`. What can be derived
-(the number of images, the width of the features) is not a setting. Fields that are `auto` are resolved once checkpoint
-and images are known; the recipe saved in the RUN has no `auto` left.
+Layers, each overriding the one before: the defaults below, the recipe's file, a preset, `--set a.b=c`. What can be
+derived (the number of images, the width of the features) is not a setting. Fields that are `auto` are resolved once
+checkpoint and images are known; the recipe saved in the RUN has no `auto` left.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from odcft.errors import OdcftError
+from odcft.presets import preset_fields
 from odcft.text import short_repr
 
 MAX_BYTES, MAX_VALUE_LENGTH, MAX_DEPTH = 1 << 20, 10_000, 30  # of a recipe; characters of a value; nesting levels
@@ -79,9 +80,12 @@ class DataRecipe(_Group):
     workers: Auto | Annotated[int, Field(ge=0, le=MAX_WORKERS)] = "auto"
     # of the images; auto: as many as the checkpoint takes, nearly always 3 (RGB). To others, one for RGB is widened
     bands: Auto | Annotated[int, Field(ge=2, le=MAX_BANDS)] = "auto"
-    # of each channel, in 0..1 of its range; null: the checkpoint's own, or, where it has none, as auto; auto: measured
-    mean: list[float] | Auto | None = None
-    std: list[Annotated[float, Field(gt=0)]] | Auto | None = None  # the standard deviation, likewise
+    # of each channel, in 0..1 of its range; null: the checkpoint's own, or ImageNet's where it states none (of n bands:
+    # as auto); auto: the checkpoint's own, or measured on the images where it states none
+    mean: Auto | list[float] | None = None
+    std: Auto | list[Annotated[float, Field(gt=0)]] | None = None  # the standard deviation, likewise
+    # the share of the images that may become unreadable while a run trains, before it stops
+    max_broken: float = Field(0.01, ge=0, le=1)
 
 
 def _low_to_high(pair: tuple[float, float]) -> tuple[float, float]:
@@ -96,6 +100,8 @@ class AugmentRecipe(_Group):
     crop_scale: Annotated[tuple[float, float], AfterValidator(_low_to_high)] = (0.08, 1.0)  # share of the area
     crop_ratio: Annotated[tuple[float, float], AfterValidator(_low_to_high)] = (0.75, 4 / 3)  # width to height
     flip: float = Field(0.5, ge=0, le=1)  # probability, left to right
+    vertical_flip: float = Field(0.0, ge=0, le=1)  # probability, top to bottom
+    quarter_turns: bool = False  # rotate by 0, 90, 180 or 270 degrees, each equally often
     rotation: float = Field(2.0, ge=0, le=180)  # degrees, in either direction
     brightness: float = Field(0.4, ge=0)  # factor in (1 - b, 1 + b)
     contrast: float = Field(0.4, ge=0)
@@ -242,18 +248,20 @@ def _folder() -> Any:
         return Path(__file__).parent.parent / "recipes"
 
 
-def load_recipe(name: str | Path = DEFAULT, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(name: str | Path = DEFAULT, overrides: list[str] | None = None, *, preset: str | None = None) -> Recipe:
     """Read a recipe and apply overrides.
 
     Args:
         name: a shipped recipe's name, or a YAML file.
         overrides: each "group.field=value", with the value in YAML.
+        preset: one of `presets.PRESETS`; its fields override the recipe's, and `overrides` override both.
 
     Returns:
         The recipe, validated; fields may still be `auto`.
 
     Raises:
-        OdcftError: no such recipe, not YAML, an unknown field (with the nearest known name), or an invalid value.
+        OdcftError: no such recipe or preset, not YAML, an unknown field (with the nearest known name), or an invalid
+            value.
     """
     recipes = shipped()
     if str(name) in recipes:
@@ -263,7 +271,7 @@ def load_recipe(name: str | Path = DEFAULT, overrides: list[str] | None = None) 
     fields = parse_yaml(text, origin) or {}
     if not isinstance(fields, dict):
         raise OdcftError(f"{origin} is not a recipe: it holds no fields. `odcft recipes {DEFAULT}` shows one.")
-    for override in overrides or []:
+    for override in [*preset_fields(preset), *(overrides or [])]:
         _apply(fields, override)
     return make_recipe(fields, origin)
 
@@ -377,7 +385,7 @@ def flatten(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_options(recipe: Recipe) -> dict[str, Any]:
-    """The options for `load_backbone` that a recipe sets."""
+    """The options for `load_backbone` that a recipe sets; a mean or std that is `auto` is decided after loading."""
     given = {name: getattr(recipe.data, name) for name in ("mean", "std", "bands")}
     return {**recipe.backbone.model_dump(), **{name: None if v == "auto" else v for name, v in given.items()}}
 

@@ -4,7 +4,7 @@ Shapes: S images of this rank, B batch, K clusters, D embedding, F backbone.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -17,19 +17,19 @@ from odcft import seeds
 from odcft.backbone.model_card import loading_code
 from odcft.backbone.timm_folder import write_timm
 from odcft.clustering.methods import METHODS
-from odcft.data.batches import Batch, Crops, TrainingBatches, TrainingOrder
+from odcft.data.batches import Crops, TrainingBatches, TrainingOrder
 from odcft.data.custom_reader import Reader, make_reader
 from odcft.data.feature_extraction import extract
 from odcft.distributed import dist, ownership, stop_signals
 from odcft.distributed.agreement import Agreement, asked_anywhere
 from odcft.distributed.stop_signals import Stopped
-from odcft.errors import OdcftError
 from odcft.model.members import joint_features, on_all_ranks
 from odcft.optim import lr_at, set_lr
 from odcft.prepare import Start, new_run, resumed_run
 from odcft.progress import Progress
 from odcft.recipe import Recipe
 from odcft.run import output_checks, snapshot_files
+from odcft.run.broken_images import BrokenImages
 from odcft.run.clusters_parquet import require_parquet, write_clusters
 from odcft.run.failure_messages import explain_failures
 from odcft.run.folder import BACKBONES, RUN_FILES, Run, write_recipe
@@ -72,8 +72,8 @@ def fine_tune(
         epochs: overrides the recipe's; with `resume` it can prolong the run.
 
     Returns:
-        A summary of the run: out, backbone, load (a line of Python), images, unreadable, clusters, epochs, steps, loss,
-        change_ratio, seconds.
+        A summary of the run: out, backbone, load (a line of Python), images, unreadable (left out from the start),
+        broken (became unreadable later), clusters, epochs, steps, loss, change_ratio, seconds.
 
     Raises:
         OdcftError: for anything the user can fix, and for a loss that is not finite (the last good state is kept).
@@ -84,7 +84,7 @@ def fine_tune(
     if epochs is not None:
         recipe = recipe.model_copy(deep=True)
         recipe.optim.epochs = epochs
-    resume = _check_output(out, resume, overwrite, progress)
+    resume = check_output(out, resume, overwrite, progress)
     require_parquet()
     try:
         with locked(out, progress.say), explain_failures(recipe):
@@ -95,13 +95,13 @@ def fine_tune(
                 start, state = new_run(run, recipe, progress, memory=memory)
             if dist.rank() == 0:  # also when resumed: the number of epochs may have changed
                 write_recipe(out, start.plan)
-            steps = training_order(start).steps
+            steps, broken = training_order(start).steps, 0
             if resume and finished_after(out) == steps:
                 progress.say(f"Finished    {out} has done all of its {steps:,} steps; nothing is left to do.")
             else:
-                train(start, state, run, progress)
+                broken = train(start, state, run, progress)
                 write_results(start, state, run)
-            return _result(start, out, steps, time.monotonic() - began)
+            return _result(start, out, steps, broken, time.monotonic() - began)
     except Stopped as stopped:
         if not stopped.args:
             kept = snapshot_files.exists(out)
@@ -109,7 +109,7 @@ def fine_tune(
         raise
 
 
-def _check_output(out: Path, resume: bool, overwrite: bool, progress: Progress) -> bool:
+def check_output(out: Path, resume: bool, overwrite: bool, progress: Progress) -> bool:
     """Refuse an output folder that may not be written to; return whether it holds a run to resume."""
     output_checks.refuse_invalid_path(out)
     if resume and not output_checks.has_no_progress(out):
@@ -121,8 +121,8 @@ def _check_output(out: Path, resume: bool, overwrite: bool, progress: Progress) 
     return False
 
 
-def train(start: Start, state: State, run: Run, progress: Progress) -> None:
-    """Train from `state.step` to the last step. The numbers 1. to 4. are the steps of the paper's fig. 2."""
+def train(start: Start, state: State, run: Run, progress: Progress) -> int:
+    """Train from `state.step` to the last step (1. to 4.: the paper's fig. 2); return how many images broke."""
     plan, method, network, clusters = start.plan, METHODS[start.plan.method], state.network, state.clusters
     device, optim, order = dist.this_device(), plan.optim, training_order(start, first_step=state.step)
     batches = TrainingBatches(training_crops(start), order, plan.data.workers, device)
@@ -130,7 +130,8 @@ def train(start: Start, state: State, run: Run, progress: Progress) -> None:
     guard = NonFiniteGuard(state, optim.skip_non_finite, run.out, progress.say)
     log = TrainingLog(metrics, plan, state, order.steps_per_epoch, guard=guard, say=progress.say)
     saver = Saver(run.out, plan, state, order, metrics=metrics, guard=guard, say=progress.say)
-    ranks, embed = Agreement(), partial(_embed, start, network, device)
+    broken = BrokenImages(start.images, plan.data.max_broken, progress.say)
+    ranks, embed = Agreement(), partial(_embed, start, network, device, broken, state)
     parallel_network = on_all_ranks(network, device).train()  # the same network; gradients are averaged over the ranks
     if not snapshot_files.exists(run.out):
         saver.save_first()
@@ -143,8 +144,7 @@ def train(start: Start, state: State, run: Run, progress: Progress) -> None:
             if at_epoch_start and method.begin_epoch(clusters, epoch, embed):
                 network.new_heads(state.optimizer, state.step)
                 batches.discard_prefetched()
-            readable = _report_unreadable(batches.of_epoch(state.step), state, start, progress.say)
-            for batch in log.timed(readable):
+            for batch in log.timed(broken.checked(batches.of_epoch(state.step), state.step)):
                 set_lr(state.optimizer, lr_at(state.step, order.steps_per_epoch, optim))
                 torch.manual_seed(seeds.seed(plan.seed, "dropout", dist.rank(), state.step))
                 # Each rank draws only images it owns, so the rows of the samples memory it needs are its own.
@@ -178,6 +178,7 @@ def train(start: Start, state: State, run: Run, progress: Progress) -> None:
     saver.save_last()
     if asked_anywhere(device):
         raise Stopped("All steps are done and saved, but the backbone has not been written yet.")
+    return broken.report()
 
 
 def training_order(start: Start, first_step: int = 0) -> TrainingOrder:
@@ -192,27 +193,7 @@ def training_crops(start: Start) -> Crops:
     return Crops(start.images, start.plan.view, start.plan.augment, start.plan.seed)
 
 
-def _report_unreadable(
-    batches: Iterator[Batch], state: State, start: Start, say: Callable[[str], None]
-) -> Iterator[Batch]:
-    """The batches; report images that can no longer be read, and end the run if hardly any image of a batch can.
-
-    Raises:
-        OdcftError: fewer than 2 images of a batch can be read.
-    """
-    for batch in batches:
-        if batch.unreadable:
-            names = ", ".join(start.images.names[i] for i in batch.unreadable)
-            say(f"Step {state.step}: {names} can no longer be read; skipped.")
-        if len(batch.index_B) < 2:
-            raise OdcftError(
-                f"Step {state.step}: hardly any image can still be read. Is {start.images.source} still there? "
-                "Continue with --resume."
-            )
-        yield batch
-
-
-def _embed(start: Start, network: Any, device: torch.device) -> Tensor:
+def _embed(start: Start, network: Any, device: torch.device, broken: BrokenImages, state: State) -> Tensor:
     """Backbone features (S, F) of this rank's images without augmentation, in evaluation mode.
 
     Raises:
@@ -221,12 +202,13 @@ def _embed(start: Start, network: Any, device: torch.device) -> Tensor:
     (model,), plan = network, start.plan
     network.eval()
     with plan.autocast(device):
-        features_SF, _ = extract(
+        features_SF, unreadable = extract(
             *(model.backbone, Crops(start.images, plan.view), plan.batch_of_rank, plan.data.workers, device),
             Progress(quiet=True),
             stop=stop_signals.stop_requested,
         )
     network.train()
+    broken.add(unreadable, state.step)
     if asked_anywhere(device):
         raise Stopped
     return features_SF
@@ -248,7 +230,7 @@ def write_results(start: Start, state: State, run: Run) -> None:
     dist.barrier()
 
 
-def _result(start: Start, out: Path, steps: int, seconds: float) -> dict[str, Any]:
+def _result(start: Start, out: Path, steps: int, broken: int, seconds: float) -> dict[str, Any]:
     """What `fine_tune` returns."""
     last_line, members = (read_lines(out / "metrics.jsonl") or [{}])[-1], len(start.loaded)
     return {
@@ -258,6 +240,7 @@ def _result(start: Start, out: Path, steps: int, seconds: float) -> dict[str, An
         **({"backbones": [str(out / name) for name in BACKBONES[:members]]} if members > 1 else {}),
         "images": len(start.images),
         "unreadable": len(start.unreadable),
+        "broken": broken,
         "clusters": start.plan.memory.clusters,
         "epochs": start.plan.optim.epochs,
         "steps": steps,

@@ -29,7 +29,7 @@ def test_help_answers_without_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    for command in ("demo", "inspect", "init-memory", "finetune", "export", "evaluate", "recipes"):
+    for command in ("demo", "inspect", "check-data", "init-memory", "finetune", "export", "evaluate", "recipes"):
         assert command in result.stdout
 
 

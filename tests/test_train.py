@@ -243,7 +243,8 @@ FIELDS = {
     "seed": 5, "backbone.input": "bgr", "data.size": 40, "data.crop_fraction": 0.5,
     "data.mean": [0.1, 0.2, 0.3], "data.std": [1, 2, 3], "augment.crop_scale": [0.5, 0.6],
     "augment.crop_ratio": [1, 1.0001],
-    "augment.flip": 1.0, "augment.rotation": 45.0, "augment.brightness": 0.9, "augment.contrast": 0.9,
+    "augment.vertical_flip": 1.0, "augment.quarter_turns": True, "augment.flip": 1.0, "augment.rotation": 45.0,
+    "augment.brightness": 0.9, "augment.contrast": 0.9,
     "augment.saturation": 0.0, "augment.hue": 0.5, "augment.gray": 1.0, "neck.hidden": 32, "neck.dim": 4,
     "neck.dropout": 0.5, "neck.bn_momentum": 0.9, "memory.clusters": 3, "memory.momentum": 0.9,
     "memory.centroid_interval": 1, "memory.min_cluster": 5, "memory.variant": "official", "memory.reweight": False,
@@ -257,6 +258,7 @@ SPEECH = {
     "backbone.arch_args",  # of a network that is built by name: tests/backbone/test_checkpoint_metadata.py
     "backbone.part",  # of a file with several backbones: tests/backbone/test_backbone_parts.py
     "data.workers",
+    "data.max_broken",  # when to give up: tests/run/test_broken_images.py
     "backbone.allow_partial",
     "optim.channels_last",
     "optim.tf32",

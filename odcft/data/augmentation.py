@@ -42,7 +42,7 @@ def random_crop(image: Image.Image, size: int, recipe: AugmentRecipe, rng: rando
 
 
 def augment_batch(images: Tensor, recipe: AugmentRecipe, generator: torch.Generator) -> Tensor:
-    """Rotate images, jitter their colours and turn some of them gray: the augmentation that follows `random_crop`.
+    """Turn images, jitter their colours and make some of them gray: the augmentation that follows `random_crop`.
 
     Args:
         images: (B, 3, H, W) float in 0..1; of images of other bands, only place, brightness and contrast change.
@@ -65,6 +65,7 @@ def augment_batch(images: Tensor, recipe: AugmentRecipe, generator: torch.Genera
     def factors(strength: float) -> Tensor:
         return uniform(max(0.0, 1 - strength), 1 + strength)
 
+    images = _flip_and_turn(images, recipe, generator)
     if recipe.rotation:
         degrees = torch.empty(B).uniform_(-recipe.rotation, recipe.rotation, generator=generator)
         images = rotate(images, degrees)
@@ -86,6 +87,17 @@ def augment_batch(images: Tensor, recipe: AugmentRecipe, generator: torch.Genera
     if recipe.gray:
         is_gray = on_device((torch.rand(B, generator=generator) < recipe.gray).view(B, 1, 1, 1))
         images = torch.where(is_gray, _gray(images), images)
+    return images
+
+
+def _flip_and_turn(images: Tensor, recipe: AugmentRecipe, generator: torch.Generator) -> Tensor:
+    """Flip images top to bottom and rotate them by quarter turns; draws nothing if the recipe has neither."""
+    B, device = len(images), images.device
+    if recipe.vertical_flip:
+        flipped = torch.rand(B, generator=generator).view(B, 1, 1, 1) < recipe.vertical_flip
+        images = torch.where(flipped.to(device, non_blocking=True), images.flip(2), images)
+    if recipe.quarter_turns:
+        images = rotate_quarters(images, torch.randint(4, (B,), generator=generator).to(device, non_blocking=True))
     return images
 
 

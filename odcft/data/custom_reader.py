@@ -63,9 +63,7 @@ class Reader:
             OSError: the file cannot be read.
         """
         if self._takes_path and (images.store is not None or is_url(images.path(index))):
-            raise OdcftError(
-                f"{self.name} takes a path, but this image is no file of its own; let it take bytes"
-            )
+            raise OdcftError(f"{self.name} takes a path, but this image is no file of its own; let it take bytes")
         given = images.path(index) if self._takes_path else images.read(index)
         try:
             result = self._function(given)

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from odcft.data.custom_reader import Reader
-from odcft.data.image_files import file_size, is_url, read_file
+from odcft.data.image_files import file_size, read_file
 from odcft.data.index_cache import THREADS
 from odcft.data.names import Names
 from odcft.data.stores.tables import TableStore
@@ -87,20 +87,6 @@ class Images:
         with ThreadPoolExecutor(THREADS) as pool:
             found = pool.map(lambda rows: [file_size(self.path(row)) for row in rows], pieces)
             return np.fromiter((size for piece in found for size in piece), np.int64, len(self))
-
-    def head(self, index: int, most: int) -> tuple[bytes, int]:
-        """The first bytes of image `index`, and how many it has. Raises what `read` raises.
-
-        Args:
-            index: of the image.
-            most: how many bytes to return; or all of them, where reading a part saves nothing.
-        """
-        path = self.path(index)
-        if self.store is None and not is_url(path) and (size := file_size(path)) > most:
-            with open(path, "rb") as file:
-                return file.read(most), size
-        content = self.read(index)
-        return content, len(content)
 
     def without(self, bad: set[int]) -> "Images":
         """A copy without the images of these indices."""

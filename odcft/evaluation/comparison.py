@@ -103,13 +103,13 @@ def evaluate(
 def _measure_if_unknown(loaded: "Loaded", view: "View", labels: "LabelledImages", progress: Any) -> None:
     """Normalise by the mean and std of these images if nothing says with which the network was trained."""
     from odcft.backbone.load import set_mean_and_std
-    from odcft.data.pixel_statistics import mean_and_std
+    from odcft.data.pixel_statistics import measure
 
     if not loaded.backbone.input.measured:
-        mean, std, count = mean_and_std(labels.images, view)
-        set_mean_and_std(loaded.backbone, mean, std)
+        found = measure(labels.images, view, loaded.backbone.input.color, 0)
+        set_mean_and_std(loaded.backbone, *found.mean_and_std())
         progress.say(
-            f"Note        {loaded.source} does not say its mean and std: measured on {count:,} of these images."
+            f"Note        {loaded.source} does not say its mean and std: measured on {found.images:,} of these images."
         )
 
 

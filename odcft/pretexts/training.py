@@ -20,7 +20,7 @@ from torch import Tensor
 from odcft import files, seeds
 from odcft.backbone.checkpoint_files import load_torch
 from odcft.backbone.checkpoint_metadata import check_arguments
-from odcft.backbone.load import refuse_unknown_arch, set_mean_and_std
+from odcft.backbone.load import Loaded, refuse_unknown_arch, set_mean_and_std
 from odcft.backbone.network import Backbone
 from odcft.backbone.network_input import Input
 from odcft.data.batches import Batch, Crops, TrainingBatches, TrainingOrder
@@ -31,13 +31,14 @@ from odcft.data.sources import find_images
 from odcft.distributed import dist
 from odcft.distributed.stop_signals import Stopped
 from odcft.errors import OdcftError
+from odcft.normalisation import decide_normalisation
 from odcft.optim import lr_at, make_optimizer, set_lr
 from odcft.plan import Plan, make_plan, suitable_recipe
 from odcft.pretexts.colorization import Colorization
 from odcft.pretexts.jigsaw import Jigsaw
 from odcft.pretexts.rotation import Rotation
 from odcft.progress import Progress
-from odcft.recipe import Recipe
+from odcft.recipe import Recipe, load_options
 from odcft.run import output_checks
 from odcft.run.failure_messages import explain_failures
 from odcft.text import count_of
@@ -136,11 +137,17 @@ def _prepare(
     if state and recipe.data.range == "auto":
         recipe = recipe.model_copy(deep=True)
         recipe.data.range = tuple(state.get("intensity") or ()) or "full"
+    if task == "rotation" and recipe.augment.quarter_turns:
+        raise OdcftError(
+            "augment.quarter_turns turns images at random, so nobody can predict how they were rotated. "
+            "Pass --set augment.quarter_turns=false, or choose another task."
+        )
     plan, notes = make_plan(recipe, [backbone], images, clustered=False)
-    for note in notes:
-        progress.say(f"Note        {note}")
     plan.allow_rounding()
     backbone.resize(plan.data.size)
+    plan, measured = decide_normalisation(recipe, plan, [Loaded(backbone, arch)], images)
+    for note in [*notes, *measured]:
+        progress.say(f"Note        {note}")
     device, optim = dist.this_device(), plan.optim
     if state:
         _refuse_other_settings(out, state, backbone, plan)
@@ -271,14 +278,9 @@ def new_backbone(arch: str, task: str, recipe: Recipe) -> Backbone:
     backbone = Backbone(arch, **arch_args)
     if task == "colorization":
         backbone = Backbone(arch, Input("lab_l", backbone.size, (50.0,), (50.0,)), **{**arch_args, "in_chans": 1})
-    set_mean_and_std(backbone, *_numbers(recipe))
+    given = load_options(recipe)
+    set_mean_and_std(backbone, given["mean"], given["std"])
     return backbone
-
-
-def _numbers(recipe: Recipe) -> tuple[list[float] | None, list[float] | None]:
-    """Mean and std of the recipe, which are not `auto`."""
-    mean, std = recipe.data.mean, recipe.data.std
-    return (None if mean == "auto" else mean), (None if std == "auto" else std)
 
 
 def _save(pretext: _Pretext, epoch: int) -> None:

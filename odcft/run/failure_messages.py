@@ -39,12 +39,17 @@ def explain_failures(recipe: Recipe) -> Iterator[None]:
 def out_of_memory(recipe: Recipe) -> str:
     """The error after running out of memory, with the batch size to try next."""
     optim, ranks = recipe.optim, dist.world_size()
-    half = max(2 * ranks, optim.batch_size // 2)
     return (
         f"Out of memory with optim.batch_size={optim.batch_size} on {ranks} process{'es' if ranks > 1 else ''}. "
-        f"Start again with --set optim.batch_size={half} --set optim.lr={optim.lr * half / optim.batch_size:g}, or, "
+        f"Start again with {smaller_batch(recipe)}, or, "
         f"if you have more devices, continue with --resume --devices {2 * ranks}: the processes share the batch."
     )
+
+
+def smaller_batch(recipe: Recipe) -> str:
+    """The options for half the batch, and the learning rate that goes with it."""
+    optim, half = recipe.optim, max(2 * dist.world_size(), recipe.optim.batch_size // 2)
+    return f"--set optim.batch_size={half} --set optim.lr={optim.lr * half / optim.batch_size:g}"
 
 
 def worker_died(text: str, recipe: Recipe) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from odcft.data.custom_reader import Reader
 from odcft.data.images import Images
-from odcft.files import write_table, write_text_atomically
+from odcft.files import read_column, write_table, write_text_atomically
 from odcft.plan import Plan
 from odcft.recipe import MAX_MEMBERS, dump
 
@@ -70,3 +70,11 @@ def write_image_lists(images: Images, unreadable: dict[str, str], out: Path) -> 
     write_table(out / "images.csv", ["row", "path"], enumerate(images.names))
     if unreadable:
         write_table(out / "quarantine.csv", ["path", "reason"], unreadable.items())
+
+
+def read_quarantine(folder: Path) -> dict[str, str]:
+    """The images that could not be read when a RUN was started or a memory was made: name to reason."""
+    path = folder / "quarantine.csv"
+    if not path.exists():
+        return {}
+    return dict(zip(read_column(path, "path"), read_column(path, "reason"), strict=True))

@@ -21,7 +21,7 @@ from odcft.errors import OdcftError
 from odcft.files import read_json
 from odcft.plan import Plan
 from odcft.recipe import Recipe, flatten, make_recipe
-from odcft.run.folder import MEMORY_FILES, Run, write_image_lists
+from odcft.run.folder import MEMORY_FILES, Run, read_quarantine, write_image_lists
 from odcft.run.output_checks import clear_folder
 from odcft.run.run_json import made_by, made_from
 
@@ -131,11 +131,8 @@ def read_memory(folder: Path, ckpts: list[str], images: Images) -> StoredMemory:
             f"{folder} was made from another checkpoint ({made_from}), not from {ckpts[0]}. "
             "Make it again with `odcft init-memory`."
         )
-    unreadable: dict[str, str] = {}
-    if images.names != names:
-        known = set(names)
-        rows = {name: row for row, name in enumerate(images.names) if name not in known}
-        unreadable, images = dict.fromkeys(rows, "unreadable for init-memory"), images.without(set(rows.values()))
+    unreadable = read_quarantine(folder)
+    images = images.without(set(images.names.rows_of(unreadable).values()))
     if images.names != names:
         raise OdcftError(
             f"{folder} was made from {len(names):,} images, which are not those in {images.source} now. "

@@ -9,12 +9,14 @@ from odcft.data.images import Images
 from odcft.data.names import Names
 from odcft.data.sources import find_images
 from odcft.errors import OdcftError
-from odcft.files import checkpoint_sha256, iterate_column, read_column, read_json
+from odcft.files import checkpoint_sha256, iterate_column, read_json
 from odcft.progress import Progress
 from odcft.recipe import MAX_EPOCHS, Recipe, flatten, make_recipe
+from odcft.run.folder import read_quarantine
 from odcft.text import short_repr
 
-MAY_CHANGE = ("data.workers", "log")  # speed and frequency of messages, which do not change the result
+# Speed, how often a run logs, and when it gives up: these do not change the result.
+MAY_CHANGE = ("data.workers", "data.max_broken", "log")
 
 
 def read_run_json(run: Path) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def resumed_recipe(
             )
     # Runs older than the field data.range used the full range of the image type.
     recipe = make_recipe({**saved["recipe"], "data": {"range": "full", **saved["recipe"]["data"]}})
-    recipe.log, recipe.data.workers = given.log, given.data.workers
+    recipe.log, recipe.data.workers, recipe.data.max_broken = given.log, given.data.workers, given.data.max_broken
     epochs = prolonged if epochs is None else epochs
     if epochs != recipe.optim.epochs:
         _prolong(
@@ -175,9 +177,3 @@ def find_same_images(
                 "Restore it, or start over with --overwrite."
             )
     return images
-
-
-def read_quarantine(run: Path) -> list[str]:
-    """The names of the images that could not be read when the RUN was started."""
-    path = run / "quarantine.csv"
-    return read_column(path, "path") if path.exists() else []

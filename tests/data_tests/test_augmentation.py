@@ -207,3 +207,27 @@ def test_quarter_turns_are_rot90_of_each_image():
     turns = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0, 1])
     expected = torch.stack([image.rot90(int(k), (1, 2)) for image, k in zip(images, turns, strict=True)])
     assert torch.equal(rotate_quarters(images, turns), expected)
+
+
+def test_vertical_flips_and_quarter_turns_give_all_eight_positions_equally_often():
+    off = AugmentRecipe(brightness=0, contrast=0, saturation=0, hue=0, gray=0, rotation=0)
+    turning = off.model_copy(update={"vertical_flip": 0.5, "quarter_turns": True})
+    image = torch.arange(4.0).view(1, 1, 2, 2).expand(4000, 3, 2, 2) / 4
+    turned = augment_batch(image, turning, torch.Generator().manual_seed(0))
+    positions, counts = turned[:, 0].reshape(-1, 4).unique(dim=0, return_counts=True)
+    assert len(positions) == 8
+    assert counts.min() > 400
+    assert torch.equal(augment_batch(image, off, torch.Generator().manual_seed(0)), image)
+
+
+def test_fields_that_are_off_draw_nothing():
+    images = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    plain, generator = AugmentRecipe(), torch.Generator().manual_seed(0)
+    augment_batch(images, plain, generator)
+    drawn = generator.get_state()
+    torch.Generator.manual_seed(generator, 0)
+    augment_batch(images, plain.model_copy(update={"vertical_flip": 0.0, "quarter_turns": False}), generator)
+    assert torch.equal(generator.get_state(), drawn)
+    torch.Generator.manual_seed(generator, 0)
+    augment_batch(images, plain.model_copy(update={"quarter_turns": True}), generator)
+    assert not torch.equal(generator.get_state(), drawn)

@@ -87,6 +87,28 @@ def test_unreadable_image_on_one_of_two_ranks(tmp_path, inputs):
 
 
 @pytest.mark.slow
+def test_a_broken_image_leaves_for_good_at_init_memory_on_two_ranks(tmp_path, inputs):
+    """It is read once, and `finetune --memory` takes over which it was and why."""
+    (tmp_path / "images" / "a" / "001x.png").write_bytes(b"x")
+    made = [tmp_path / f"m{ranks}" for ranks in (1, 2)]
+    quick = ["--recipe", "small", "--set", "optim.batch_size=4"]
+    for ranks, folder in zip((1, 2), made, strict=True):
+        told = odcft("init-memory", *inputs, "--out", folder, *quick, "--devices", ranks).stderr
+        assert told.count("Features: ") == 1
+    assert (made[0] / "quarantine.csv").read_text() == (made[1] / "quarantine.csv").read_text()
+    assert "a/001x.png,not an image" in (made[0] / "quarantine.csv").read_text()
+    one, two = (load_file(folder / "memory.safetensors") for folder in made)
+    assert torch.allclose(one["features"], two["features"], atol=1e-5)
+    run = odcft(
+        *("finetune", *inputs, "--out", tmp_path / "run", "--memory", made[1], *quick),
+        *("--epochs", 1, "--json", "--devices", 2),
+    )
+    summary = json.loads(run.stdout)
+    assert (summary["images"], summary["unreadable"], summary["broken"]) == (13, 1, 0)
+    assert (tmp_path / "run" / "quarantine.csv").read_text() == (made[1] / "quarantine.csv").read_text()
+
+
+@pytest.mark.slow
 def test_three_ranks_stop_skip_and_go_on_together(tmp_path, inputs):
     result = on_ranks(3, "goes_on", tmp_path / "x.safetensors")
     assert result.returncode == 0, result.stderr
