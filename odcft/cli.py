@@ -354,6 +354,10 @@ def export(
     lines = [f"Wrote {out} ({format}), read back and compared.", f"Images      {seen.describe_view()}"]
     if format == "transformers":
         lines.append(f"  {transformers_export.loading_code(backbone, str(out))}")
+        if seen.intensity is not None:
+            lines.append(
+                "Note        transformers does not know which values are black and white: give it images of 8 bits."
+            )
     elif format != "onnx":
         lines.append(f"  {loading_code(backbone, str(out), folder=format == 'timm')}")
     if seen.color != "rgb" and format != "onnx":

@@ -82,6 +82,8 @@ def _refuse_existing(out: Path, format: str, overwrite: bool) -> None:
         if format not in FOLDERS:
             raise OdcftError(f"{out} is a folder; --format {format} writes a file.")
         output_checks.refuse_foreign_files(out, EXPORT_FILES)
+        if found and format == "transformers" and (out.parent / "run.json").is_file():
+            raise OdcftError(f"{out} belongs to a RUN, which needs it as it is. Choose another place.")
         if found and not _is_export(out):
             raise OdcftError(f"{out} was not written by odcft, so --overwrite will not touch it. Choose another place.")
         return

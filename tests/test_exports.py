@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from odcft.backbone.load import load_backbone
 from odcft.backbone.network_input import input_from_json as load_input
@@ -275,6 +276,27 @@ def test_a_refused_export_leaves_what_was_there(tmp_path, make_checkpoint):
     with pytest.raises(OdcftError, match="odcft knows no network of transformers"):
         export(make_checkpoint(tmp_path / "c.pth"), tmp_path / "out", "transformers", overwrite=True)
     assert {path.name: file_sha256(path) for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_the_backbone_of_a_run_is_not_replaced_by_another_format(tmp_path):
+    export("scratch:test_vit", tmp_path / "run" / "backbone")
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(OdcftError, match="belongs to a RUN"):
+        export("scratch:test_vit", tmp_path / "run" / "backbone", "transformers", overwrite=True)
+
+
+def test_what_transformers_does_not_know_of_deep_images_is_said(tmp_path, odcft_command):
+    export("scratch:test_vit", tmp_path / "net", "safetensors")
+    tensors = load_file(tmp_path / "net")
+    backbone = load_backbone(tmp_path / "net").backbone
+    told = {**backbone.input.dump(), "intensity": [100.0, 3000.0]}
+    metadata = {"architecture": "test_vit", "arch_args": "{}", "input": json.dumps(told)}
+    save_file(tensors, tmp_path / "deep", {"format": "pt", **metadata})
+    code, out, told = odcft_command("export", tmp_path / "deep", tmp_path / "out", "--format", "transformers")
+    assert code == 0
+    assert "AutoModel.from_pretrained" in out + told
+    assert "give it images of 8 bits" in out + told
+    assert "100 is black and 3000 is white" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("format", ["timm", "safetensors", "torchvision", "onnx"])
