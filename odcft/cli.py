@@ -360,7 +360,7 @@ def export(
             )
     elif format != "onnx":
         lines.append(f"  {loading_code(backbone, str(out), folder=format == 'timm')}")
-    if seen.color != "rgb" and format != "onnx":
+    if seen.color != "rgb" and format not in ("onnx", "transformers"):
         lines.append(
             f"Note        Its input is {seen.color}, not RGB: odcft converts images itself, other software does not."
         )
