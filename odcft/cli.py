@@ -434,8 +434,8 @@ def command(verb: str, *words: object, **options: Any) -> str:
 @app.command()
 def export(
     source: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="RUN to export, or any checkpoint.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder (timm) or file (other formats) to write.")],
-    format: Annotated[str, typer.Option(help="timm, torchvision, safetensors or onnx.")] = "timm",
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder (timm, transformers) or file (others) to write.")],
+    format: Annotated[str, typer.Option(help="timm, transformers, torchvision, safetensors or onnx.")] = "timm",
     arch: Arch = None,
     arch_args: ArchArgs = None,
     input: Input = None,
@@ -449,15 +449,22 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export the backbone, without neck and head, of a RUN or of anybody's checkpoint."""
+    from odcft.backbone import transformers_export
     from odcft.backbone.model_card import loading_code
     from odcft.exports import export as run
 
     backbone = run(source, out, format, arch, overwrite, input, allow_partial, size, _parse_arch_args(arch_args), part)
     seen = backbone.input
     lines = [f"Wrote {out} ({format}), read back and compared.", f"Images      {seen.describe_view()}"]
-    if format != "onnx":
+    if format == "transformers":
+        lines.append(f"  {transformers_export.loading_code(backbone, str(out))}")
+        if seen.intensity is not None:
+            lines.append(
+                "Note        transformers does not know which values are black and white: give it images of 8 bits."
+            )
+    elif format != "onnx":
         lines.append(f"  {loading_code(backbone, str(out), folder=format == 'timm')}")
-    if seen.color != "rgb" and format != "onnx":
+    if seen.color != "rgb" and format not in ("onnx", "transformers"):
         lines.append(
             f"Note        Its input is {seen.color}, not RGB: odcft converts images itself, other software does not."
         )

@@ -16,12 +16,14 @@ from odcft.backbone.load import load_backbone
 from odcft.backbone.model_card import base_name
 from odcft.backbone.network import Backbone
 from odcft.backbone.timm_folder import features_of, write_timm
+from odcft.backbone.transformers_export import PREPROCESSOR, write_transformers
 from odcft.errors import OdcftError
 from odcft.run import output_checks
-from odcft.run.folder import BACKBONE_FILES
+from odcft.run.folder import EXPORT_FILES
 from odcft.run.run_json import about_run
 
-FORMATS = ("timm", "torchvision", "safetensors", "onnx")
+FOLDERS = ("timm", "transformers")
+FORMATS = (*FOLDERS, "torchvision", "safetensors", "onnx")
 
 
 def export(
@@ -40,7 +42,7 @@ def export(
 
     Args:
         source: anything `load_backbone` takes.
-        out: a folder for `timm`; a file for `torchvision`, `safetensors` and `onnx`.
+        out: a folder for `timm` and `transformers`; a file for `torchvision`, `safetensors` and `onnx`.
         format: one of FORMATS.
         arch: a timm name, to override the checkpoint's own.
         overwrite: replace an earlier export.
@@ -59,7 +61,7 @@ def export(
     if format not in FORMATS:
         raise OdcftError(f"--format {format}: no such format. Choose from {', '.join(FORMATS)}.")
     _refuse_existing(out, format, overwrite)
-    output_checks.refuse_unwritable(out / "model.safetensors" if format == "timm" else out)
+    output_checks.refuse_unwritable(out / "model.safetensors" if format in FOLDERS else out)
     backbone = load_backbone(source, arch, input, allow_partial, arch_args=arch_args, part=part).backbone
     if size is not None:
         backbone.set_view(replace(backbone.input.view, size=size))
@@ -74,24 +76,26 @@ def _refuse_existing(out: Path, format: str, overwrite: bool) -> None:
     """Refuse an output that exists, unless odcft wrote it and --overwrite allows replacing it."""
     output_checks.refuse_invalid_path(out)
     if out.is_dir():
-        found = output_checks.names_in(out, BACKBONE_FILES)
+        found = output_checks.names_in(out, EXPORT_FILES)
         if found and not overwrite:
             raise OdcftError(f"{out} exists. Choose another place, or pass --overwrite.")
-        if format != "timm":
+        if format not in FOLDERS:
             raise OdcftError(f"{out} is a folder; --format {format} writes a file.")
-        output_checks.refuse_foreign_files(out, BACKBONE_FILES)
+        output_checks.refuse_foreign_files(out, EXPORT_FILES)
+        if found and format == "transformers" and (out.parent / "run.json").is_file():
+            raise OdcftError(f"{out} belongs to a RUN, which needs it as it is. Choose another place.")
         if found and not _is_export(out):
             raise OdcftError(f"{out} was not written by odcft, so --overwrite will not touch it. Choose another place.")
         return
     if out.exists() and not overwrite:
         raise OdcftError(f"{out} exists. Choose another place, or pass --overwrite.")
-    if out.exists() and format == "timm":
-        raise OdcftError(f"{out} is a file; --format timm writes a folder.")
+    if out.exists() and format in FOLDERS:
+        raise OdcftError(f"{out} is a file; --format {format} writes a folder.")
     output_checks.refuse_foreign_file(out)
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether `write_timm` wrote a folder, according to its config.json."""
+    """Whether odcft wrote a folder, according to its config.json."""
     try:
         return "odcft" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -99,8 +103,10 @@ def _is_export(folder: Path) -> bool:
 
 
 def _write(backbone: Backbone, out: Path, format: str, about: dict[str, Any]) -> None:
-    if format == "timm":
-        write_timm(backbone, out, about)
+    if format in FOLDERS:
+        (write_timm if format == "timm" else write_transformers)(backbone, out, about)
+        if format == "timm":  # left by an earlier export to the same place
+            (out / PREPROCESSOR).unlink(missing_ok=True)
         return
     if format == "torchvision":
         _require_torchvision_names(backbone)
@@ -117,6 +123,8 @@ def _write_tensors(backbone: Backbone, out: Path, format: str) -> None:
         tensors[name] = tensor.contiguous()
     metadata = {"arch_args": json.dumps(backbone.arch_args), "input": json.dumps(backbone.input.dump())}
     metadata["architecture"] = backbone.arch
+    if backbone.model_type:
+        metadata["model_type"] = backbone.model_type
     if format == "safetensors":
         files.save_file(tensors, out, metadata={"format": "pt", **metadata})
         written = load_file(out)

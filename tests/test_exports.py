@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from odcft.backbone.load import load_backbone
 from odcft.backbone.network_input import input_from_json as load_input
@@ -184,6 +185,118 @@ def test_timms_transform_for_an_exported_folder_equals_what_evaluation_does(tmp_
     theirs = create_transform(**config)(Image.open(image))
     for told in (run, folder):
         assert torch.allclose(as_evaluation_sees(image, told), theirs, atol=1e-6)
+
+
+SMALL_VIT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+
+
+def write_folder_of_transformers(folder):
+    """A small MSN of Hugging Face's transformers, with what an image processor needs."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTMSNConfig(**SMALL_VIT, image_size=48, patch_size=8, layer_norm_eps=1e-6)
+    net = transformers.ViTMSNModel(config)
+    for name, tensor in net.state_dict().items():
+        if tensor.ndim < 2 or "token" in name:
+            tensor.uniform_(0.5, 1)
+    net.save_pretrained(folder)
+    told = {"size": {"shortest_edge": 54}, "crop_size": {"height": 48, "width": 48}, "resample": 3}
+    told |= {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(told))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["auto", "32"])
+def test_a_folder_of_transformers_is_fine_tuned_and_goes_back(size, tmp_path, make_images):
+    """AutoModel and AutoImageProcessor of the result give the features that evaluation sees."""
+    theirs = write_folder_of_transformers(tmp_path / "theirs")
+    images = make_images(tmp_path / "images")
+    quick = ["optim.batch_size=4", "optim.epochs=1", "neck.hidden=16", "neck.dim=8", "log.tensorboard=false"]
+    recipe = load_recipe("small", [*quick, f"data.size={size}"])
+    fine_tune(str(theirs), str(images), tmp_path / "run", recipe)
+    backbone = export(tmp_path / "run", tmp_path / "out", "transformers")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["image_size"]) == ("vit_msn", backbone.size)
+    assert not equal_tensors(load_backbone(theirs).backbone, load_backbone(tmp_path / "out").backbone)
+
+    transformers = pytest.importorskip("transformers")
+    net = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    (tmp_path / "one").mkdir()
+    image = photograph(tmp_path / "one" / "x.png", (90, 80))
+    for source in (tmp_path / "run", tmp_path / "out"):
+        ours = as_evaluation_sees(image, source).unsqueeze(0)
+        with torch.no_grad():
+            features = net(pixel_values=ours).last_hidden_state[:, 0]
+            assert (backbone.net(ours) - features).abs().max() <= 1e-6 * features.abs().max()
+    pixels = processor(Image.open(image), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == ours.shape
+    assert (pixels - ours).abs().mean() < 0.05  # their resizing rounds, ours is PIL's
+
+
+def equal_tensors(first, second):
+    second = second.net.state_dict()
+    return all(second[name].equal(tensor) for name, tensor in first.net.state_dict().items())
+
+
+def test_a_family_of_transformers_survives_a_timm_folder_and_a_file(tmp_path):
+    theirs = write_folder_of_transformers(tmp_path / "theirs")
+    export(theirs, tmp_path / "timm")
+    export(tmp_path / "timm", tmp_path / "file", "safetensors")
+    export(tmp_path / "file", tmp_path / "back", "transformers")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "vit_msn"
+    assert equal_tensors(load_backbone(theirs).backbone, load_backbone(tmp_path / "back").backbone)
+    config = json.loads((tmp_path / "timm" / "config.json").read_text())
+    config["odcft"]["model_type"] = ["not", "a", "name"]
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(config))
+    export(tmp_path / "timm", tmp_path / "again", "transformers")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "vit"
+
+
+def test_a_folder_of_another_format_is_replaced_only_if_odcft_wrote_it(tmp_path):
+    theirs, out = write_folder_of_transformers(tmp_path / "theirs"), tmp_path / "out"
+    with pytest.raises(OdcftError, match="was not written by odcft"):
+        export(theirs, theirs, "transformers", overwrite=True)
+    export(theirs, out, "transformers")
+    with pytest.raises(OdcftError, match="--overwrite"):
+        export(theirs, out)
+    export(theirs, out, overwrite=True)
+    assert {path.name for path in out.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    export(theirs, out, "transformers", overwrite=True)
+    assert (out / "preprocessor_config.json").exists()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OdcftError, match="is a file; --format transformers writes a folder"):
+        export(theirs, tmp_path / "file", "transformers", overwrite=True)
+
+
+def test_a_refused_export_leaves_what_was_there(tmp_path, make_checkpoint):
+    export(write_folder_of_transformers(tmp_path / "theirs"), tmp_path / "out", "transformers")
+    before = {path.name: file_sha256(path) for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(OdcftError, match="odcft knows no network of transformers"):
+        export(make_checkpoint(tmp_path / "c.pth"), tmp_path / "out", "transformers", overwrite=True)
+    assert {path.name: file_sha256(path) for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_the_backbone_of_a_run_is_not_replaced_by_another_format(tmp_path):
+    export("scratch:test_vit", tmp_path / "run" / "backbone")
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(OdcftError, match="belongs to a RUN"):
+        export("scratch:test_vit", tmp_path / "run" / "backbone", "transformers", overwrite=True)
+
+
+def test_what_transformers_does_not_know_of_deep_images_is_said(tmp_path, odcft_command):
+    export("scratch:test_vit", tmp_path / "net", "safetensors")
+    tensors = load_file(tmp_path / "net")
+    backbone = load_backbone(tmp_path / "net").backbone
+    told = {**backbone.input.dump(), "intensity": [100.0, 3000.0]}
+    metadata = {"architecture": "test_vit", "arch_args": "{}", "input": json.dumps(told)}
+    save_file(tensors, tmp_path / "deep", {"format": "pt", **metadata})
+    code, out, told = odcft_command("export", tmp_path / "deep", tmp_path / "out", "--format", "transformers")
+    assert code == 0
+    assert "AutoModel.from_pretrained" in out + told
+    assert "give it images of 8 bits" in out + told
+    assert "100 is black and 3000 is white" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("format", ["timm", "safetensors", "torchvision", "onnx"])

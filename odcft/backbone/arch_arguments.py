@@ -32,6 +32,8 @@ def match_adjusted(contents: Contents, arch: str, kwargs: Kwargs, user_args: Kwa
     found, adjusted = match(contents, network), kwargs
     for name, tensor in found.misfits.items():
         adjusted = {**adjusted, **arguments_explaining(arch, network, name, tensor)}
+    if arch.startswith("beit"):
+        adjusted = {**adjusted, **_beit_arguments(found)}
     adjusted = {**adjusted, **user_args}
     if adjusted == kwargs:
         return kwargs, found
@@ -39,7 +41,31 @@ def match_adjusted(contents: Contents, arch: str, kwargs: Kwargs, user_args: Kwa
         better = match(contents, shapes(arch, **adjusted))
     except OdcftError:  # not all of timm's networks take these arguments
         return kwargs, found
-    return (adjusted, better) if len(better.tensors) > len(found.tensors) else (kwargs, found)
+    larger = (len(better.tensors), better.coverage) > (len(found.tensors), found.coverage)
+    return (adjusted, better) if larger else (kwargs, found)
+
+
+def _beit_arguments(found: Match) -> Kwargs:
+    """Arguments of a BEiT that explain what a file lacks and what it has beside: positions, last norm, layer scale."""
+
+    def lacks(name: str) -> bool:
+        return any(missing.endswith(name) for missing in found.missing)
+
+    def has(name: str) -> bool:
+        return any(f".{dropped}".endswith(f".{name}") for dropped in found.dropped)
+
+    arguments: Kwargs = {}
+    if lacks(".attn.relative_position_bias_table"):
+        arguments["use_rel_pos_bias"] = False
+    if has("rel_pos_bias.relative_position_bias_table"):
+        arguments["use_shared_rel_pos_bias"] = True
+    if has("pos_embed"):
+        arguments["use_abs_pos_emb"] = True
+    if lacks("fc_norm.weight") and has("norm.weight"):
+        arguments["global_pool"] = "token"
+    if lacks(".gamma_1"):
+        arguments["init_values"] = 0.0
+    return arguments
 
 
 def arguments_explaining(arch: str, network: Mapping[str, Tensor], name: str, tensor: Tensor) -> Kwargs:

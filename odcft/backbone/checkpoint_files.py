@@ -236,6 +236,7 @@ def _read_transformers_folder(folder: Path, config: dict[str, Any], contents: Co
     if (tensors := contents.state_dicts.get("")) and (twin := find_twin(folder, config, tensors)):
         contents.state_dicts[""] = twin.tensors
         metadata.from_transformers, metadata.notes = True, twin.notes
+        metadata.model_type = config["model_type"]
         metadata.architecture, metadata.arguments = twin.arch, twin.arguments
         if twin.fixed_size:  # config.json says it; preprocessor_config.json may mean images of another size
             metadata.cfg.pop("input_size", None)

@@ -145,6 +145,7 @@ class Metadata:
     input: Input | None = None  # the complete input, from files that odcft wrote
     from_odcft: bool = False  # whether odcft wrote the file
     from_transformers: bool = False  # whether it is a folder of Hugging Face's transformers
+    model_type: str = ""  # of the folder of transformers that it is, or came from
     from_open_clip: bool = False  # whether it is a folder of open_clip
     color: str = ""  # of its input, where the file says so without saying all of the input
     notes: list[str] = field(default_factory=list)  # how the network built here differs from the file's
@@ -164,6 +165,7 @@ def from_timm_config(config: Mapping[str, Any]) -> Metadata:
             metadata.ignored.append(f"pretrained_cfg={short_repr(cfg)} should be an object")
     if isinstance(extra, dict):
         metadata.from_odcft = True
+        _read_model_type(metadata, extra.get("model_type"))
         _read_input(metadata, extra.get("input"))
     return metadata
 
@@ -225,6 +227,7 @@ def from_exported_fields(fields: Mapping[str, Any]) -> Metadata:
         _read_architecture(metadata, fields["architecture"])
         _read_arguments(metadata, _parsed_json(metadata, fields["arch_args"], "arch_args"), "arch_args")
         _read_input(metadata, _parsed_json(metadata, fields["input"], "input"))
+        _read_model_type(metadata, fields.get("model_type"))
     return metadata
 
 
@@ -238,6 +241,12 @@ def from_pretext_checkpoint(tree: Any) -> Metadata:
         names = ("size", "mean", "std", "crop_fraction", "intensity")
         _read_input(metadata, {name: tree[name] for name in names if name in tree} | {"color": tree["input"]})
     return metadata
+
+
+def _read_model_type(metadata: Metadata, name: Any) -> None:
+    """Which family of transformers the network came from; an unknown name only means that none is preferred."""
+    if isinstance(name, str) and re.fullmatch(r"[\w-]{1,50}", name):
+        metadata.model_type = name
 
 
 def _read_architecture(metadata: Metadata, name: Any) -> None:

@@ -127,6 +127,7 @@ def _load_file(
     _refuse_mostly_empty(path, arch, kwargs, found)
     backbone = Backbone(arch, random=bool(found.missing), **kwargs)
     _set_input(backbone, contents, found)
+    backbone.model_type = contents.metadata.model_type
     backbone.net.load_state_dict({**backbone.net.state_dict(), **found.tensors})
     parts = complete_parts(whole, backbone.net.state_dict(), found)
     return Loaded(

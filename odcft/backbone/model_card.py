@@ -42,12 +42,13 @@ _FIGURES = {
 }
 
 
-def make_card(backbone: Backbone, about: dict[str, Any]) -> str:
+def make_card(backbone: Backbone, about: dict[str, Any], code: str = "") -> str:
     """Write a README.md for the folder of an exported backbone.
 
     Args:
         backbone: what was exported.
         about: what `run.run_json.about_run` returns, or only its `checkpoint`.
+        code: the Python that loads it; by default with timm or odcft.
 
     Returns:
         Markdown, in which names from files can break nothing.
@@ -63,7 +64,7 @@ def make_card(backbone: Backbone, about: dict[str, Any]) -> str:
         )
     else:
         lines.append(f"A backbone without head, {backbone.width} features per image, taken from {source} by odcft.")
-    lines += ["", "## Load it", "", "```python", loading_code(backbone, "THIS_FOLDER"), "```"]
+    lines += ["", "## Load it", "", "```python", code or loading_code(backbone, "THIS_FOLDER"), "```"]
     lines += ["", "## Input", ""]
     lines.append(
         f"{_COLORS[input.color]}, {input.describe_view()}; values 0..{input.range:g}, "

@@ -25,6 +25,7 @@ class Backbone(nn.Module):
         input: its size, colours, range and normalisation.
         width: F, the length of a feature.
         size: side in pixels of the images it was made for.
+        model_type: of the folder of Hugging Face's transformers that it came from, or "".
         fixed_size: whether it is built for that size; `resize` builds it for another, if timm can.
     """
 
@@ -33,6 +34,7 @@ class Backbone(nn.Module):
         with nullcontext() if random else SkipRandomInit():
             net: Any = build(arch, **kwargs)
         self.net, self.arch, self.arch_args = net, arch, kwargs
+        self.model_type = ""
         cfg: dict[str, Any] = getattr(net, "pretrained_cfg", {})
         if input is None:
             size = kwargs.get("img_size") or cfg["input_size"][-1] if cfg else 0

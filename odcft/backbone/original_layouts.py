@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from odcft.backbone.non_timm_networks import is_network
+from odcft.backbone.transformers_tensors import to_timm
 
 Tensors = dict[str, Tensor]
 _LAYER = re.compile(r"(^|\.)(blocks|stages|layers)\.\d+\.")  # under timm's names
@@ -322,6 +323,10 @@ def _without_jax_axes(name: str, tensor: Tensor) -> Tensor:
     return tensor.flatten() if name.endswith(".bias") else tensor
 
 
+def _huggingface_beit(tensors: Tensors) -> Tensors:
+    return to_timm(tensors, "beit", separate_biases=True)
+
+
 _CLIP_MARK = r"(?<!embeddings\.)class_embedding"
 LAYOUTS: dict[str, Layout] = {
     "torchvision vit": Layout(
@@ -354,6 +359,13 @@ LAYOUTS: dict[str, Layout] = {
     "jax vit": Layout(
         *(r"Transformer\.encoderblock_0\.LayerNorm_0\.scale", _jax_vit),
         fits=r"vit_\w+_patch\d+_\d+$",
+        uses_timm_cfg=True,
+    ),
+    "huggingface beit": Layout(  # and Data2Vec's
+        r"encoder\.(layer\.0\.(attention\.attention\.)?)?(lambda_1|relative_position_bias\.relative_position_bias_table)",
+        _huggingface_beit,
+        fits="beit_",
+        unlisted=("beit_base_patch16_224", "beit_large_patch16_224"),
         uses_timm_cfg=True,
     ),
     "meta convnext": Layout(r"downsample_layers\.0\.0\.weight", _meta_convnext, fits="convnext"),

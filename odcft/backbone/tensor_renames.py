@@ -1,12 +1,13 @@
 """Map the tensor names of other people's code to ours: a table of renames, and tensors to concatenate or add."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from odcft.backbone.original_layouts import with_timm_names
+from odcft.backbone.transformers_tensors import add_class_position, renamed, to_timm
 
 # DeepCluster's AlexNet: index of the convolution among all layers, and its number.
 _ALEXNET_FEATURES = {0: 1, 4: 2, 8: 3, 11: 4, 14: 5}
@@ -70,13 +71,8 @@ def _vgg(key: str) -> str:
 
 def _huggingface_resnet(key: str) -> str:
     """ResNets as Hugging Face's transformers names them."""
-    key = re.sub(r"embedder\.embedder\.convolution\.", "conv1.", key)
-    key = re.sub(r"embedder\.embedder\.normalization\.", "bn1.", key)
-    key = re.sub(r"encoder\.stages\.(\d)\.layers\.(\d+)\.", lambda m: f"layer{int(m[1]) + 1}.{m[2]}.", key)
-    key = re.sub(r"\.layer\.(\d)\.convolution\.", lambda m: f".conv{int(m[1]) + 1}.", key)
-    key = re.sub(r"\.layer\.(\d)\.normalization\.", lambda m: f".bn{int(m[1]) + 1}.", key)
-    key = re.sub(r"\.shortcut\.convolution\.", ".downsample.0.", key)
-    return re.sub(r"\.shortcut\.normalization\.", ".downsample.1.", key)
+    found = re.fullmatch(r"((?:.*?\.)??)((?:embedder\.embedder|encoder\.stages)\..+)", key)
+    return found[1] + renamed(found[2], "resnet") if found else key
 
 
 def _mmpretrain(key: str) -> str:
@@ -114,22 +110,9 @@ RENAMES: tuple[Callable[[str], str], ...] = (
 )
 
 
-# Hugging Face's and timm's names in a layer of a transformer, and outside of layers.
-_HUGGINGFACE_LAYER = (
-    ("attention.output.dense", "attn.proj"),
-    ("intermediate.dense", "mlp.fc1"),
-    ("output.dense", "mlp.fc2"),
-    ("layernorm_before", "norm1"),
-    ("layernorm_after", "norm2"),
-    ("layer_scale1.lambda1", "ls1.gamma"),
-    ("layer_scale2.lambda1", "ls2.gamma"),
-)
-_HUGGINGFACE_OTHERS = (
-    ("embeddings.cls_token", "cls_token"),
-    ("embeddings.position_embeddings", "pos_embed"),
-    ("embeddings.register_tokens", "register_tokens"),
-    ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
-    ("layernorm.", "norm."),
+# Where the name of a tensor begins in Hugging Face's vision transformers, after any prefix.
+_HUGGINGFACE = re.compile(
+    r"((?:.*?\.)??)((?:encoder\.layer\.\d+|encoder\.relative_position_bias|embeddings|layernorm|pooler)\..+)"
 )
 
 
@@ -143,36 +126,43 @@ def merge_split_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if any(".attention.attention.query." in key for key in tensors):
         tensors = _huggingface_transformer(tensors)
     if "register_tokens" in tensors and "pos_embed" in tensors and "cls_token" in tensors:
-        tensors = dict(tensors)
-        embedding = tensors["pos_embed"]
-        if embedding.ndim != 3 or tensors["cls_token"].shape != embedding[:, :1].shape:
-            return tensors
-        del tensors["pos_embed"]
-        tensors["cls_token"] = tensors["cls_token"] + embedding[:, :1]
-        tensors["pos_embed"] = embedding[:, 1:]
-        tensors["reg_token"] = tensors.pop("register_tokens")
+        added = add_class_position(tensors)
+        if added is not tensors:
+            added["reg_token"] = added.pop("register_tokens")
+        tensors = added
     return tensors
 
 
 def _huggingface_transformer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's names for a vision transformer of Hugging Face's, with query, key and value concatenated."""
+    """timm's names for vision transformers of Hugging Face's, each under its prefix."""
     named: dict[str, Tensor] = {}
+    inside: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        if found := re.fullmatch(r"(.*?)encoder\.layer\.(\d+)\.(.+)", key):
-            prefix, number, rest = found.groups()
-            if part := re.fullmatch(r"attention\.attention\.(query|key|value)\.(\w+)", rest):
-                if part[1] == "query":
-                    parts = [tensors.get(key.replace(".query.", f".{one}.")) for one in ("query", "key", "value")]
-                    if all(one is not None and one.shape == tensor.shape and one.ndim for one in parts):
-                        named[f"{prefix}blocks.{number}.attn.qkv.{part[2]}"] = torch.cat(parts)  # type: ignore[arg-type]
-                continue
-            for theirs, timms in _HUGGINGFACE_LAYER:
-                if rest.startswith(theirs):
-                    rest = timms + rest.removeprefix(theirs)
-                    break
-            named[f"{prefix}blocks.{number}.{rest}"] = tensor
+        if found := _HUGGINGFACE.fullmatch(key):
+            inside.setdefault(found[1], {})[found[2]] = tensor
         else:
-            for theirs, timms in _HUGGINGFACE_OTHERS:
-                key = re.sub(rf"(^|\.){re.escape(theirs)}", rf"\1{timms}", key)
             named[key] = tensor
+    for prefix, own in inside.items():
+        ours = to_timm(own | _zero_biases(own), _table_of(own))
+        if "reg_token" in ours:
+            ours = add_class_position(ours)
+        named |= {prefix + name: tensor for name, tensor in ours.items()}
     return named
+
+
+def _zero_biases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Biases of the keys where only queries and values have some; timm's networks have all three or none."""
+    missing = {}
+    for name, tensor in tensors.items():
+        key = name.replace(".query.bias", ".key.bias")
+        if key not in tensors and name.replace(".query.", ".value.") in tensors:
+            missing[key] = torch.zeros_like(tensor)
+    return missing
+
+
+def _table_of(names: Iterable[str]) -> str:
+    """Which of transformers' families has these tensors."""
+    for table, mark in (("dinov2 swiglu", ".mlp.weights_in."), ("dinov2", ".layer_scale1.")):
+        if any(mark in name for name in names):
+            return table
+    return "vit"

@@ -42,6 +42,8 @@ def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = 
         },
         "odcft": {**_summary(about or {}), "input": input.dump()},
     }
+    if backbone.model_type:
+        config["odcft"]["model_type"] = backbone.model_type
     if input.channels != 3:
         # Otherwise timm would adapt a first convolution that already fits.
         config["pretrained_cfg"]["first_conv"] = None
@@ -62,7 +64,7 @@ def _summary(about: dict[str, Any]) -> dict[str, Any]:
 
 def _verify(backbone: Backbone, folder: Path) -> None:
     """Load the folder as its users will, with timm and with odcft, and compare features with the backbone's."""
-    images = _images_to_compare(backbone)
+    images = images_to_compare(backbone)
     ours = features_of(backbone, images)
     reloaded = load_backbone(folder).backbone
     theirs = [reloaded(images)]
@@ -78,7 +80,7 @@ def _verify(backbone: Backbone, folder: Path) -> None:
         )
 
 
-def _images_to_compare(backbone: Backbone) -> Tensor:
+def images_to_compare(backbone: Backbone) -> Tensor:
     """Two random images, small ones if the network takes them."""
     side = backbone.size if backbone.fixed_size else min(max(64, backbone.size // 2), backbone.size)
     return torch.rand(2, backbone.input.bands, side, side, generator=torch.Generator().manual_seed(0))

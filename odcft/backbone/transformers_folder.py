@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from odcft.backbone.non_timm_networks import shapes
-from odcft.backbone.transformers_tensors import add_class_position, rename
+from odcft.backbone.transformers_tensors import add_class_position, to_timm
 from odcft.backbone.transformers_twins import FAMILIES, Plan, has_fixed_size, regnet_name
 from odcft.errors import OdcftError
 from odcft.text import short_repr
@@ -76,7 +76,7 @@ def find_twin(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Ten
     inside, heads = _split(tensors, prefix)
     if kind == "regnet":
         plan.arch = regnet_name(checked, inside, where)
-    named = rename(inside, plan.table, plan.separate_biases)
+    named = to_timm(inside, plan.table, plan.separate_biases)
     if plan.registers:
         named = add_class_position(named)
     _refuse_other_tensors(where, plan, named)

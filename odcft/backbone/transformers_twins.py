@@ -26,7 +26,7 @@ from odcft.backbone.transformers_schemas import (
     Swin,
     Vit,
 )
-from odcft.backbone.transformers_tensors import rename
+from odcft.backbone.transformers_tensors import to_timm
 from odcft.errors import OdcftError
 from odcft.text import short_repr
 
@@ -116,7 +116,7 @@ def _vit_network(config: Any, where: Path, pattern: str, spare: str, ratio: floa
     width, depth, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     if width % heads:
         _refuse(where, "num_attention_heads", heads, f"hidden_size={width} is not a multiple of it")
-    ratio = ratio or _mlp_ratio(width, config.intermediate_size or int(width * config.mlp_ratio))
+    ratio = ratio or mlp_ratio(width, config.intermediate_size or int(width * config.mlp_ratio))
     size = _VIT_SIZES.get((width, depth, heads), "")
     name = pattern.format(size=size, patch=patch)
     arguments: dict[str, Any] = {}
@@ -150,7 +150,7 @@ def has_fixed_size(arch: str) -> bool:
     return cfg is not None and bool(cfg.fixed_input_size)
 
 
-def _mlp_ratio(width: int, hidden: int) -> float:
+def mlp_ratio(width: int, hidden: int) -> float:
     """The ratio from which timm computes exactly this number of hidden units."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
@@ -196,7 +196,7 @@ def _dinov2(config: Any, where: Path) -> Plan:
     spare, ratio = f"vit_small_patch14_{kind}", None
     if config.use_swiglu_ffn:
         hidden = (int(int(width * config.mlp_ratio) * 2 / 3) + 7) // 8 * 8
-        spare, ratio = f"vit_giant_patch14_{kind}", _mlp_ratio(width, 2 * hidden)
+        spare, ratio = f"vit_giant_patch14_{kind}", mlp_ratio(width, 2 * hidden)
     pattern = f"vit_{{size}}_patch{{patch}}_{kind}"
     arch, arguments = _vit_network(config, where, pattern, spare, ratio)
     if registers not in (0, 4):
@@ -204,7 +204,8 @@ def _dinov2(config: Any, where: Path) -> Plan:
     if not config.qkv_bias:
         arguments["qkv_bias"] = False
     notes = _epsilon_notes(config, where, 1e-6, arch)
-    plan = Plan(arch, arguments, "vit", registers=registers > 0, notes=notes)
+    table = "dinov2 swiglu" if config.use_swiglu_ffn else "dinov2"
+    plan = Plan(arch, arguments, table, registers=registers > 0, notes=notes)
     return plan if config.use_swiglu_ffn else _with_activation(config, where, plan)
 
 
@@ -343,6 +344,7 @@ def _convnextv2(config: Any, where: Path) -> Plan:
 
 def _dinov3_convnext(config: Any, where: Path) -> Plan:
     plan = _convnext(config, where)
+    plan.table = "dinov3 convnext"
     plan.notes = _epsilon_notes(config, where, 1e-6, plan.arch)
     return plan
 
@@ -351,14 +353,15 @@ def _regnet(config: Any, where: Path) -> Plan:
     if not config.downsample_in_first_stage:
         _refuse(where, "downsample_in_first_stage", False, "timm's RegNets do")
     _only_activation(config, where, "relu", "RegNet")
-    return Plan("regnetx_002", {"in_chans": config.num_channels} if config.num_channels != 3 else {}, "regnet")
+    arguments = {"in_chans": config.num_channels} if config.num_channels != 3 else {}
+    return Plan("regnetx_002", arguments, f"regnet {config.layer_type}")
 
 
 def regnet_name(config: Any, tensors: Mapping[str, Tensor], where: Path) -> str:
     """timm's RegNet of these depths, widths and groups: no argument of timm's builds another."""
     import timm
 
-    named = rename(tensors, "regnet")
+    named = to_timm(tensors, f"regnet {config.layer_type}")
     counts = [f"s{stage + 1}.b{depth}.conv1.conv.weight" for stage, depth in enumerate(config.depths)]
     wanted = {name: tuple(named[name].shape) for name in counts if name in named}
     second = "s1.b1.conv2.conv.weight"  # its shape tells the width of a group

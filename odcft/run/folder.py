@@ -15,6 +15,7 @@ from odcft.recipe import MAX_MEMBERS, dump
 Layout = dict[str, Any]
 LOCK = "lock"
 BACKBONE_FILES: Layout = {"config.json": None, "model.safetensors": None, "README.md": None}
+EXPORT_FILES: Layout = {**BACKBONE_FILES, "preprocessor_config.json": None}
 BACKBONES = ("backbone", *(f"backbone_{member}" for member in range(2, MAX_MEMBERS + 1)))  # of codc, in order
 MEMORY_FILES: Layout = dict.fromkeys(
     ("memory.safetensors", "neck.safetensors", "memory.json", "images.csv", "quarantine.csv", LOCK)

@@ -7,6 +7,8 @@ from backbone_helpers import equal
 from safetensors.torch import save_file
 
 from odcft.backbone.load import load_backbone
+from odcft.backbone.non_timm_networks import build
+from odcft.backbone.transformers_tensors import to_transformers
 from odcft.errors import OdcftError
 
 
@@ -90,3 +92,42 @@ def test_registers_as_dinov2_writes_them(tmp_path):
     assert torch.equal(told["pos_embed"], embedding[:, 1:])
     assert torch.equal(told["cls_token"], state["cls_token"] + embedding[:, :1])
     assert torch.equal(told["reg_token"], theirs["register_tokens"])
+
+
+BEIT = {"depth": 12, "embed_dim": 24, "num_heads": 3, "img_size": 32, "patch_size": 8}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
+        {"use_rel_pos_bias": False, "use_abs_pos_emb": True},
+        {"global_pool": "token"},
+        {"init_values": 0.0},
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "model.data2vec_vision."])
+def test_a_lone_beit_of_transformers_keeps_all_its_tensors(arguments, prefix, tmp_path):
+    """Its queries and values have biases, its keys have none."""
+    torch.manual_seed(0)
+    state = build("beit_base_patch16_224", **{**BEIT, **arguments}).state_dict()
+    state = {name: torch.randn(tensor.shape) for name, tensor in state.items()}
+    theirs = {prefix + name: tensor for name, tensor in to_transformers(state, "beit").items()}
+    torch.save({**theirs, "classifier.weight": torch.zeros(3, 24)}, tmp_path / "c.pth")
+    loaded = load_backbone(tmp_path / "c.pth", arch="beit_base_patch16_224", arch_args=BEIT)
+    assert loaded.match.coverage == 1
+    assert set(loaded.backbone.net.state_dict()) == set(state)
+    assert equal(loaded.backbone, state)
+
+
+def test_queries_and_values_keep_their_biases_in_any_transformer(tmp_path):
+    """Zeros for the biases of the keys change nothing."""
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
+    state = {name: torch.randn(tensor.shape) for name, tensor in state.items()}
+    for name, tensor in state.items():
+        if name.endswith("qkv.bias"):
+            tensor[192:384] = 0
+    theirs = {name: tensor for name, tensor in as_huggingface(state) if not name.endswith(".key.bias")}
+    torch.save(theirs, tmp_path / "c.pth")
+    assert equal(load_backbone(tmp_path / "c.pth").backbone, state)
