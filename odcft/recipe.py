@@ -47,6 +47,9 @@ class DataRecipe(_Group):
     range: Literal["auto", "full"] | Annotated[tuple[float, float], AfterValidator(_black_to_white)] = "auto"
     # data loader processes per rank; auto: by cores and device
     workers: Auto | Annotated[int, Field(ge=0, le=MAX_WORKERS)] = "auto"
+    # of training crops. turbo: JPEGs by libjpeg-turbo, large ones at a fraction of their size; pil: Pillow, as for
+    # features and evaluation; auto: turbo if simplejpeg is installed
+    decoder: Literal["auto", "pil", "turbo"] = "auto"
     mean: list[float] | None = None  # of each channel, in 0..1 of its range; null: the checkpoint's own
     std: list[Annotated[float, Field(gt=0)]] | None = None  # the standard deviation, likewise
 

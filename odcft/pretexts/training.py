@@ -61,8 +61,8 @@ def train_pretext(
         data: what `find_images` takes; labels are never read.
         arch: the timm name of the network.
         out: the .pth to write: a dict with `task`, `arch`, `arch_args`, `input` ("rgb", or "lab_l" for lightness only),
-            `size`, `crop_fraction` and `intensity` (as in `View`), `mean` and `std` (of RGB in 0..1, or of L in
-            0..100), `epoch`, `state_dict` (`backbone.` and `head.`) and `optimizer`.
+            `size`, `crop_fraction` and `intensity` (as in `View`), `decoder` (as `data.decoder`), `mean` and `std` (of
+            RGB in 0..1, or of L in 0..100), `epoch`, `state_dict` (`backbone.` and `head.`) and `optimizer`.
         recipe: its seed and its groups data, augment, optim and log are used. Colorization does not jitter colours.
         overwrite: replace `out`.
         resume: continue from the last epoch in `out`.
@@ -127,6 +127,9 @@ def _prepare(task: str, data: str, arch: str, out: Path, recipe: Recipe, resume:
     if state and recipe.data.range == "auto":
         recipe = recipe.model_copy(deep=True)
         recipe.data.range = tuple(state.get("intensity") or ()) or "full"
+    if state and recipe.data.decoder == "auto":  # older files do not say, and were made with Pillow
+        recipe = recipe.model_copy(deep=True)
+        recipe.data.decoder = "turbo" if state.get("decoder") == "turbo" else "pil"
     plan, notes = make_plan(recipe, [backbone], images, clustered=False)
     for note in notes:
         progress.say(f"Note        {note}")
@@ -166,7 +169,7 @@ def _train(pretext: _Pretext, progress: Progress) -> dict[str, Any]:
     """
     network, optimizer, plan, order = pretext.network, pretext.optimizer, pretext.plan, pretext.order
     device, images, chance = dist.this_device(), pretext.images, 0.0
-    crops = Crops(images, plan.view, plan.augment, plan.seed)
+    crops = Crops(images, plan.view, plan.augment, plan.seed, plan.data.decoder)
     batches = TrainingBatches(crops, order, plan.data.workers, device)
     sums_3 = torch.zeros(3, dtype=torch.float64, device=device)  # of the epoch so far: loss, correct answers, puzzles
     figures: dict[str, float] = {}
@@ -275,6 +278,7 @@ def _save(pretext: _Pretext, epoch: int) -> None:
             "input": backbone.input.color,
             "size": view.size,
             "crop_fraction": view.crop_fraction,
+            "decoder": pretext.plan.data.decoder,
             "intensity": None if view.intensity is None else list(view.intensity),
             "mean": list(backbone.input.mean),
             "std": list(backbone.input.std),
