@@ -67,7 +67,9 @@ def test_a_crop_of_a_small_photo_is_pillows_up_to_rounding(mode):
         ours = jpeg_crop(data, 64, RECIPE, random.Random(seed))
         assert ours.dtype == torch.uint8
         assert ours.shape == (3, 64, 64)
-        assert difference(ours, torch.from_numpy(expected.copy()).permute(2, 0, 1)) < 0.1
+        rounded = torch.from_numpy(expected.copy()).permute(2, 0, 1)
+        assert (ours.int() - rounded.int()).abs().max() <= 1
+        assert difference(ours, rounded) < 0.2
 
 
 def test_a_large_photo_is_decoded_at_reduced_size_and_never_below_the_crops(scales):
