@@ -182,13 +182,10 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     hue = (blue - red).div_(span).add_(2)  # of six: where green is the largest
     hue.lerp_((red - green).div_(span).add_(4), not_green)
     hue = (green - blue).div_(span).lerp_(hue, not_red).add_(6 * shift)
-    shifted = torch.empty_like(images)
-    for channel, offset in enumerate((5, 3, 1)):
-        position = hue + offset
-        position.sub_((position / 6).floor_(), alpha=6)  # remainder(6), in a third of the time
-        share = torch.minimum(position, 4 - position).clamp_(0, 1).mul_(chroma)
-        torch.sub(value, share, out=shifted.narrow(1, channel, 1))
-    return shifted
+    channels = hue + hue.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)
+    channels.sub_((channels / 6).floor_(), alpha=6)  # remainder(6), in a third of the time
+    share = torch.minimum(channels, 4 - channels).clamp_(0, 1).mul_(chroma)
+    return torch.sub(value, share, out=share)
 
 
 JITTERS = (_adjust_brightness, _adjust_contrast, _adjust_saturation, shift_hue)  # the rows of `factors_4B`
