@@ -176,7 +176,7 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     value, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
     chroma = value - low
     span = torch.clamp(chroma, min=1e-8, out=low)
-    # 0 where that channel is the largest, else 1. lerp chooses by them, in a third of the time of comparisons and where.
+    # 0 where that channel is the largest, else 1. lerp chooses by them in a third of the time of == and torch.where.
     not_red, not_green = (value - red).sign_(), (value - green).sign_()
     hue = (blue - red).div_(span).add_(2)  # of six: where green is the largest
     hue.lerp_((red - green).div_(span).add_(4), not_green)
