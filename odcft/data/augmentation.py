@@ -16,7 +16,7 @@ from odcft.data.heap import keep_freed_memory
 from odcft.recipe import AugmentRecipe
 
 _GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision
-CACHED_PIXELS = 65_536  # of the images that a core of a CPU augments at a time
+CACHED_PIXELS = 50_000  # of the images that a core of a CPU augments at a time
 
 
 class Crop(NamedTuple):
