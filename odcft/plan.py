@@ -15,6 +15,7 @@ import torch
 from odcft.backbone.input_resizing import USUAL_SIZE
 from odcft.backbone.load import Loaded
 from odcft.backbone.network import Backbone
+from odcft.data import jpeg_crops
 from odcft.data.images import Images
 from odcft.data.intensity_range import choose_range, median_shorter_side
 from odcft.data.view import View
@@ -47,6 +48,7 @@ class DataPlan(DataRecipe):
     workers: int
     mean: list[float] | None
     std: list[float] | None
+    decoder: Literal["pil", "turbo"]
 
 
 class MemoryPlan(MemoryRecipe):
@@ -123,6 +125,11 @@ def make_plan(
             f"A batch of {batch} for {dist.world_size()} processes is fewer than 2 images each. "
             "Raise optim.batch_size, or use fewer processes."
         )
+    if recipe.data.decoder == "turbo" and not jpeg_crops.is_available():
+        raise OdcftError(
+            "data.decoder=turbo needs simplejpeg, which is not installed. `pip install simplejpeg`, or, for a new run, "
+            "--set data.decoder=pil."
+        )
     size = _decide_size(recipe, backbones, images)
     bands = _decide_bands(recipe, backbones)
     intensity, note = _decide_range(recipe, images, bands)
@@ -133,6 +140,11 @@ def make_plan(
                 f"{backbone.arch} was made for images of {backbone.size} pixels: it is built for {size}, "
                 "and its position embedding is resampled."
             )
+    if recipe.data.decoder == "auto" and not jpeg_crops.is_available():
+        notes.append(
+            "simplejpeg is not installed, so Pillow decodes the training crops (data.decoder=pil). "
+            "`pip install simplejpeg` to decode JPEGs faster in a new run."
+        )
     plan = fill_autos(recipe, clusters, size, intensity, len(backbones), min_cluster, bands=bands)
     if bands != 3 and any((plan.augment.saturation, plan.augment.hue, plan.augment.gray)):
         notes.append(f"Images of {bands} bands have no colours: augment.saturation, hue and gray are not applied.")
@@ -173,7 +185,10 @@ def fill_autos(
     """
     gpu, device = torch.cuda.is_available(), dist.this_device()
     choices: dict[str, dict[str, Any]] = {
-        "data": {"size": size, "range": intensity, "bands": bands, "workers": _workers(gpu), "mean": None, "std": None},
+        "data": {
+            **{"size": size, "range": intensity, "bands": bands, "workers": _workers(gpu), "mean": None, "std": None},
+            "decoder": "turbo" if jpeg_crops.is_available() else "pil",
+        },
         "memory": {"clusters": clusters, "dtype": "float16" if gpu else "float32"},
         "codc": {"members": [MemberRecipe().model_dump() for _ in range(members)]},
         "kmeans": {"engine": "torch"},  # always installed, on any device, and divided among the ranks

@@ -78,6 +78,9 @@ class DataRecipe(_Group):
     range: _RangeRule | Annotated[tuple[float, float], AfterValidator(_black_to_white)] = "auto"
     # data loader processes per rank; auto: by cores and device
     workers: Auto | Annotated[int, Field(ge=0, le=MAX_WORKERS)] = "auto"
+    # of training crops. turbo: JPEGs by libjpeg-turbo, large ones at a fraction of their size; pil: Pillow, as for
+    # features and evaluation; auto: turbo if simplejpeg is installed
+    decoder: Literal["auto", "pil", "turbo"] = "auto"
     # of the images; auto: as many as the checkpoint takes, nearly always 3 (RGB). To others, one for RGB is widened
     bands: Auto | Annotated[int, Field(ge=2, le=MAX_BANDS)] = "auto"
     # of each channel, in 0..1 of its range; null: the checkpoint's own, or ImageNet's where it states none (of n bands:

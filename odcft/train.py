@@ -190,7 +190,8 @@ def training_order(start: Start, first_step: int = 0) -> TrainingOrder:
 
 def training_crops(start: Start) -> Crops:
     """The images with the random crops of training."""
-    return Crops(start.images, start.plan.view, start.plan.augment, start.plan.seed)
+    plan = start.plan
+    return Crops(start.images, plan.view, plan.augment, plan.seed, plan.data.decoder)
 
 
 def _embed(start: Start, network: Any, device: torch.device, broken: BrokenImages, state: State) -> Tensor:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from odcft import plan as plan_module
 from odcft.backbone.load import load_backbone
 from odcft.data.sources import find_images
 from odcft.errors import OdcftError
@@ -76,12 +77,24 @@ def test_a_plan_has_nothing_left_to_decide_and_is_what_recipe_yaml_says(make_ima
 def test_what_the_recipe_says_is_not_decided_again(make_images, tmp_path):
     backbone, images = load_backbone("scratch:test_resnet").backbone, find_images(make_images(tmp_path))
     asked = ["data.size=64", "data.range=[0,9]", "data.workers=1", "memory.clusters=3", "memory.dtype=float16"]
+    asked += ["data.decoder=pil"]
     asked += ["kmeans.engine=faiss", "optim.final_epochs=1", "optim.precision=bfloat16", "optim.batch_size=4"]
     recipe = load_recipe("small", [*asked, "memory.min_cluster=2"])
     plan, notes = make_plan(recipe, [backbone], images)
     then, now = flatten(recipe.model_dump()), flatten(plan.model_dump())
     assert {name for name in now if now[name] != then[name]} == {"codc.members", "data.bands"}
     assert len(notes) == 1  # three clusters of twelve images are close to the threshold
+
+
+def test_without_simplejpeg_pillow_decodes_and_a_note_says_so(make_images, tmp_path, monkeypatch):
+    backbone, images = load_backbone("scratch:test_resnet").backbone, find_images(make_images(tmp_path))
+    for installed, decoder in ((True, "turbo"), (False, "pil")):
+        monkeypatch.setattr(plan_module.jpeg_crops, "is_available", lambda installed=installed: installed)
+        plan, notes = make_plan(load_recipe("small", ["optim.batch_size=4"]), [backbone], images)
+        assert plan.data.decoder == decoder
+        assert any("simplejpeg is not installed" in note for note in notes) != installed
+    with pytest.raises(OdcftError, match=r"data\.decoder=turbo needs simplejpeg"):
+        make_plan(load_recipe("small", ["optim.batch_size=4", "data.decoder=turbo"]), [backbone], images)
 
 
 def test_clusters_follow_the_images_that_can_be_read():

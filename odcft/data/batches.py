@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from odcft.data import shared_memory
 from odcft.data.augmentation import random_crop
 from odcft.data.image_reading import pixels_of
 from odcft.data.images import Images
+from odcft.data.jpeg_crops import jpeg_crop
 from odcft.data.view import View, centre_crop
 from odcft.distributed import dist, ownership, stop_signals
 from odcft.errors import OdcftError
@@ -30,21 +32,28 @@ class Crops:
         view: how images are prepared; with `augment`, only its size and intensity matter.
         augment: the strengths of random crops, or None for centre crops.
         seed: of the run; seed and epoch matter only with `augment`.
+        decoder: `data.decoder`; matters only with `augment`.
     """
 
     images: Images
     view: View
     augment: AugmentRecipe | None = None
     seed: int = 0
+    decoder: str = "pil"
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | str, int]:
         """Return the pixels (3, size, size) uint8, or why the image cannot be read; and the image's index."""
         epoch, index = key
         try:
-            image = pixels_of(self.images, index, self.view)
+            draw = partial(random.Random, seeds.seed(self.seed, "crop", epoch, index))
+            data = None if self.images.reader is not None else self.images.read(index)
+            if self.augment is not None and self.decoder == "turbo" and data is not None and self.view.bands == 3:
+                pixels = jpeg_crop(data, self.view.size, self.augment, draw())
+                if pixels is not None:
+                    return pixels, index
+            image = pixels_of(self.images, index, self.view, data)
             if self.augment is not None:
-                draw = random.Random(seeds.seed(self.seed, "crop", epoch, index))
-                image = random_crop(image, self.view.size, self.augment, draw)
+                image = random_crop(image, self.view.size, self.augment, draw())
             else:
                 image = centre_crop(image, self.view)
         except OdcftError as error:

@@ -48,7 +48,7 @@ def read_file(path: str) -> bytes:
     if status.st_size > MAX_BYTES:
         raise OdcftError(f"{status.st_size:,} bytes are more than the {MAX_BYTES:,} that odcft reads")
     with open(path, "rb") as file:
-        return file.read(MAX_BYTES)
+        return file.read(status.st_size + 1)  # not MAX_BYTES: Python reserves what it is asked for
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:

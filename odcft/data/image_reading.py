@@ -8,8 +8,8 @@ from odcft.data.images import Images
 from odcft.data.view import View
 
 
-def pixels_of(images: Images, index: int, view: View) -> Any:
-    """Image `index` in 8 bits, as a Pillow image in RGB or a BandStack.
+def pixels_of(images: Images, index: int, view: View, data: bytes | None = None) -> Any:
+    """Image `index` in 8 bits, as a Pillow image in RGB or a BandStack; from its bytes, if they have been read.
 
     Raises:
         OdcftError: it cannot be read; says why.
@@ -17,7 +17,7 @@ def pixels_of(images: Images, index: int, view: View) -> Any:
     """
     if images.reader is not None:
         return to_8_bits(images.reader.values(images, index, view.bands), view.intensity)
-    return read_image(images.read(index), view.intensity, view.bands)
+    return read_image(images.read(index) if data is None else data, view.intensity, view.bands)
 
 
 def high_depth_values(images: Images, index: int, bands: int = 3) -> HighDepthImage | None:

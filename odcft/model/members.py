@@ -26,7 +26,6 @@ from odcft.backbone.network import Backbone
 from odcft.clustering.methods import METHODS
 from odcft.data.augmentation import augment_batch
 from odcft.data.batches import Batch
-from odcft.data.feature_extraction import to_float
 from odcft.distributed import dist
 from odcft.model.losses import losses
 from odcft.model.neck_and_head import Model, Output, make_neck
@@ -66,8 +65,8 @@ class Members(nn.Module):
     def views(self, batch: Batch, step: int, device: torch.device) -> Views:
         """A batch as the members see it: augmented on the device, with the copies that any of them needs."""
         plan, stream = self.plan, (dist.rank(), step)
-        images = to_float(batch.pixels, device)
-        images = augment_batch(images, plan.augment, seeds.generator(plan.seed, "augmentation", *stream))
+        pixels = batch.pixels.to(device, non_blocking=True)
+        images = augment_batch(pixels, plan.augment, seeds.generator(plan.seed, "augmentation", *stream))
         if plan.optim.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return with_copies(images, plan.codc, seeds.generator(plan.seed, "copies", *stream))

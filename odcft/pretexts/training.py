@@ -66,8 +66,9 @@ def train_pretext(
         data: what `find_images` takes; labels are never read.
         arch: the timm name of the network.
         out: the .pth to write: a dict with `task`, `arch`, `arch_args`, `input` ("rgb", or "lab_l" for lightness only),
-            `size`, `crop_fraction` and `intensity` (as in `View`), `mean` and `std` (of RGB in 0..1, or of L in
-            0..100), `epoch`, `reader` (its name), `state_dict` (`backbone.` and `head.`) and `optimizer`.
+            `size`, `crop_fraction` and `intensity` (as in `View`), `decoder` (as `data.decoder`), `mean` and `std` (of
+            RGB in 0..1, or of L in 0..100), `epoch`, `reader` (its name), `state_dict` (`backbone.` and `head.`) and
+            `optimizer`.
         recipe: its seed and its groups data, augment, optim and log are used. Colorization does not jitter colours.
         overwrite: replace `out`.
         resume: continue from the last epoch in `out`.
@@ -142,6 +143,9 @@ def _prepare(
             "augment.quarter_turns turns images at random, so nobody can predict how they were rotated. "
             "Pass --set augment.quarter_turns=false, or choose another task."
         )
+    if state and recipe.data.decoder == "auto":  # older files do not say, and were made with Pillow
+        recipe = recipe.model_copy(deep=True)
+        recipe.data.decoder = "turbo" if state.get("decoder") == "turbo" else "pil"
     plan, notes = make_plan(recipe, [backbone], images, clustered=False)
     plan.allow_rounding()
     backbone.resize(plan.data.size)
@@ -182,7 +186,7 @@ def _train(pretext: _Pretext, progress: Progress) -> dict[str, Any]:
     """
     network, optimizer, plan, order = pretext.network, pretext.optimizer, pretext.plan, pretext.order
     device, images, chance = dist.this_device(), pretext.images, 0.0
-    crops = Crops(images, plan.view, plan.augment, plan.seed)
+    crops = Crops(images, plan.view, plan.augment, plan.seed, plan.data.decoder)
     batches = TrainingBatches(crops, order, plan.data.workers, device)
     sums_3 = torch.zeros(3, dtype=torch.float64, device=device)  # of the epoch so far: loss, correct answers, puzzles
     figures: dict[str, float] = {}
@@ -297,6 +301,7 @@ def _save(pretext: _Pretext, epoch: int) -> None:
             "input": backbone.input.color,
             "size": view.size,
             "crop_fraction": view.crop_fraction,
+            "decoder": pretext.plan.data.decoder,
             "intensity": None if view.intensity is None else list(view.intensity),
             "mean": list(backbone.input.mean),
             "std": list(backbone.input.std),

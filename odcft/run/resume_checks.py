@@ -74,7 +74,9 @@ def resumed_recipe(
     Raises:
         OdcftError: names the first field that differs.
     """
-    then, given_then, now = flatten(saved["recipe"]), flatten(about["asked"]), flatten(given.model_dump(mode="json"))
+    # Runs older than data.range used the full range of the image type; those older than data.decoder used Pillow.
+    then_recipe = {**saved["recipe"], "data": {"range": "full", "decoder": "pil", **saved["recipe"]["data"]}}
+    then, given_then, now = flatten(then_recipe), flatten(about["asked"]), flatten(given.model_dump(mode="json"))
     prolonged = about.get("epochs")
     if not isinstance(prolonged, int) or not 1 <= prolonged <= MAX_EPOCHS:
         prolonged = then["optim.epochs"]
@@ -89,8 +91,7 @@ def resumed_recipe(
             raise OdcftError(
                 f"{run} was started with {name}={then[name]}, not {value}. {how}, or choose another --out."
             )
-    # Runs older than the field data.range used the full range of the image type.
-    recipe = make_recipe({**saved["recipe"], "data": {"range": "full", **saved["recipe"]["data"]}})
+    recipe = make_recipe(then_recipe)
     recipe.log, recipe.data.workers, recipe.data.max_broken = given.log, given.data.workers, given.data.max_broken
     epochs = prolonged if epochs is None else epochs
     if epochs != recipe.optim.epochs:

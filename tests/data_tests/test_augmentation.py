@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
+from odcft.data import augmentation
 from odcft.data.augmentation import augment_batch, random_crop, rotate, rotate_quarters, shift_hue
 from odcft.recipe import AugmentRecipe
 
@@ -231,3 +232,50 @@ def test_fields_that_are_off_draw_nothing():
     torch.Generator.manual_seed(generator, 0)
     augment_batch(images, plain.model_copy(update={"quarter_turns": True}), generator)
     assert not torch.equal(generator.get_state(), drawn)
+
+
+# ---------------------------------------------------------------- on a CPU, a few images at a time
+
+
+def test_bytes_are_augmented_as_floats_are_and_neither_is_changed():
+    pixels = torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8)
+    floats = pixels.float() / 255
+    before = floats.clone()
+    assert torch.equal(augment_batch(pixels, AugmentRecipe(), draw()), augment_batch(floats, AugmentRecipe(), draw()))
+    assert torch.equal(floats, before)
+    augment_batch(floats, only(brightness=0.4, contrast=0.4, saturation=1), draw())
+    assert torch.equal(floats, before)
+
+
+@pytest.mark.parametrize("pixels", [1, 16 * 16 * 2, 1 << 20])
+def test_how_many_images_are_augmented_at_a_time_changes_nothing(monkeypatch, pixels):
+    images = torch.rand(7, 3, 16, 16)
+    together = augment_batch(images, AugmentRecipe(), draw())
+    monkeypatch.setattr(augmentation, "CACHED_PIXELS", pixels)
+    assert torch.allclose(augment_batch(images, AugmentRecipe(), draw()), together, atol=1e-6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (12, 20), (33, 47)])
+def test_rotation_reads_the_pixels_that_affine_grid_names(height, width):
+    images, degrees = torch.rand(5, 3, height, width), torch.tensor([-40.0, -2, 0, 1.3, 90])
+    cos, sin = degrees.deg2rad().cos(), degrees.deg2rad().sin()
+    rows = [torch.stack([cos, -sin * height / width, 0 * sin], 1), torch.stack([sin * width / height, cos, 0 * sin], 1)]
+    grid = torch.nn.functional.affine_grid(torch.stack(rows, 1), [5, 3, height, width], align_corners=False)
+    expected = torch.nn.functional.grid_sample(images, grid, "nearest", "zeros", align_corners=False)
+    assert (rotate(images, degrees) != expected).float().mean() < 1e-3
+
+
+def test_strengths_and_probabilities_have_the_statistics_of_torchvisions():
+    """ColorJitter and RandomGrayscale of torchvision on the same flat colour, many times."""
+    from torchvision.transforms import v2
+
+    colour, count = torch.tensor([0.8, 0.5, 0.3]), 1500
+    images = colour.view(1, 3, 1, 1).expand(count, 3, 2, 2)
+    torch.manual_seed(0)
+    theirs = v2.Compose([v2.ColorJitter(0.4, 0.4, 1.0, 0.5), v2.RandomGrayscale(0.2)])
+    expected = torch.stack([theirs(image)[:, 0, 0] for image in images])
+    found = augment_batch(images, AugmentRecipe(), draw())[:, :, 0, 0]
+    for statistic in (lambda x: x.mean(0), lambda x: x.std(0), lambda x: x.amax(1).quantile(torch.tensor([0.1, 0.9]))):
+        assert torch.allclose(statistic(found), statistic(expected), atol=0.03)
+    is_gray = [(x.amax(1) - x.amin(1) < 0.01).float().mean().item() for x in (found, expected)]
+    assert is_gray[0] == pytest.approx(is_gray[1], abs=0.03)

@@ -26,3 +26,19 @@ def test_a_rate_that_has_dropped_does_not_rise_again_when_a_run_is_prolonged(fin
     """Six epochs of three steps; the last sixth, or as many as are given, at the lower rate."""
     recipe = quick("optim.schedule=step", "optim.epochs=6", f"optim.final_epochs={final}")
     assert prolonged(recipe, 12, step).final_epochs == expected
+
+
+def test_a_run_older_than_the_choice_of_decoder_keeps_pillow():
+    from odcft.errors import OdcftError
+    from odcft.run.resume_checks import resumed_recipe
+
+    def resumed(*given):
+        recipe = quick()
+        asked = recipe.model_dump(mode="json")
+        resolved = {**asked, "data": {k: v for k, v in asked["data"].items() if k != "decoder"}}
+        saved = {"recipe": resolved, "step": 1, "steps_per_epoch": 3}
+        return resumed_recipe(quick(*given), None, Path("run"), {"asked": resolved}, saved)
+
+    assert resumed().data.decoder == resumed("data.decoder=pil").data.decoder == "pil"
+    with pytest.raises(OdcftError, match=r"started with data\.decoder=pil, not turbo"):
+        resumed("data.decoder=turbo")

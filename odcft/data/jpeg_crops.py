@@ -1,0 +1,143 @@
+"""Random crops of JPEG files by libjpeg-turbo (simplejpeg): decoded at a fraction of their size if they are large.
+
+Training sees a crop of 224 pixels of a photograph of thousands. A JPEG at 1/2, 1/4 or 1/8 of its size costs far less to
+decode than the whole, because the inverse transform of a block then yields fewer pixels. The scale is chosen from the
+crop, which never has fewer pixels than the network sees. At full size, pixels are those that Pillow decodes.
+
+Only training crops are made this way: features and evaluation see what Pillow decodes.
+"""
+
+import io
+import random
+import threading
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from odcft.data.augmentation import draw_crop
+from odcft.recipe import AugmentRecipe
+
+SCALES = (
+    8,
+    4,
+    2,
+)  # divisors of the size at which libjpeg-turbo is fast; the largest is taken that leaves enough pixels
+KEPT_BYTES = 1 << 24  # of the buffer that each thread keeps
+_kept = threading.local()
+_START = b"\xff\xd8\xff"
+# EXIF orientation to what makes the stored pixels upright: mirror left to right, mirror top to bottom, then transpose
+_UPRIGHT = {
+    1: (False, False, False),
+    2: (True, False, False),
+    3: (True, True, False),
+    4: (False, True, False),
+    5: (False, False, True),
+    6: (False, True, True),
+    7: (True, True, True),
+    8: (True, False, True),
+}
+
+
+def is_available() -> bool:
+    """Whether simplejpeg can be used on this machine."""
+    try:
+        import simplejpeg  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def jpeg_crop(data: bytes, size: int, recipe: AugmentRecipe, rng: random.Random) -> Tensor | None:
+    """Decode a random crop of a JPEG: what `random_crop` makes of the decoded image, from the same draws.
+
+    Args:
+        data: the content of the file.
+        size: of the crop, in pixels.
+        recipe: ranges of area and aspect ratio; how often to flip.
+        rng: for the draws.
+
+    Returns:
+        (3, size, size) uint8; or None for anything but a sound JPEG of gray or colour, which Pillow then decodes or
+        refuses with the reason.
+    """
+    if not data.startswith(_START) or (header := _header(data)) is None:
+        return None
+    width, height, orientation = header
+    mirrored, upside_down, transposed = _UPRIGHT[orientation]
+    crop = draw_crop(*((height, width) if transposed else (width, height)), recipe, rng)
+    left, top, right, bottom = crop.box  # in the upright image; below, in the stored one
+    if transposed:
+        left, top, right, bottom = top, left, bottom, right
+    if mirrored:
+        left, right = width - right, width - left
+    if upside_down:
+        top, bottom = height - bottom, height - top
+    scale = next((scale for scale in SCALES if min(right - left, bottom - top) >= scale * size), 1)
+    pixels = _decode(data, width, height, scale)
+    if pixels is None:
+        return None
+    resized = _resize(pixels, (left, top, right, bottom), scale, size)
+    resized = resized.flip([axis for axis, flipped in ((1, upside_down), (2, mirrored)) if flipped])
+    resized = resized.transpose(1, 2) if transposed else resized
+    return resized.flip(2) if crop.flipped else resized
+
+
+def _header(data: bytes) -> tuple[int, int, int] | None:
+    """Width, height and orientation of a JPEG in gray or colour whose size is allowed; None for any other file."""
+    try:
+        with warnings.catch_warnings(), io.BytesIO(data) as file:
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=("JPEG", "MPO")) as image:
+                width, height = image.size
+                if image.mode not in ("RGB", "L") or width * height > (Image.MAX_IMAGE_PIXELS or width * height):
+                    return None
+                orientation = image.getexif().get(0x0112, 1)
+                return width, height, orientation if orientation in _UPRIGHT else 1
+    except Exception:  # of many types; Pillow decodes the file again, and says what is wrong
+        return None
+
+
+def _decode(data: bytes, width: int, height: int, scale: int) -> np.ndarray | None:
+    """The pixels (ceil(height / scale), ceil(width / scale), 3); None if the file is damaged in any way.
+
+    They are valid until the next call in the same thread.
+    """
+    import simplejpeg
+
+    shape = (-(-height // scale), -(-width // scale), 3)
+    # Room for what Pillow saw in the header. If libjpeg-turbo sees more (a damaged file may have two), it refuses.
+    room = _buffer(shape[0] * shape[1] * 3)
+    try:
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, min_height=shape[0], min_width=shape[1], buffer=room)
+    except ValueError:  # also for what Pillow only warns of
+        return None
+    return pixels if pixels.shape == shape else None
+
+
+def _buffer(count: int) -> np.ndarray:
+    """Uninitialised bytes, those of the call before unless there are many: new ones cost a tenth of the decoding."""
+    if count > KEPT_BYTES:
+        return np.empty(count, np.uint8)
+    if not hasattr(_kept, "buffer"):
+        _kept.buffer = np.empty(KEPT_BYTES, np.uint8)
+    kept: np.ndarray = _kept.buffer
+    return kept[:count]
+
+
+def _resize(pixels: np.ndarray, box: tuple[int, int, int, int], scale: int, size: int) -> Tensor:
+    """Cut a box, given at full size, from pixels (H, W, 3) at a scale, and resize it: (3, size, size)."""
+    left, top, right, bottom = box
+    first_x, first_y = left // scale, top // scale
+    cut = np.ascontiguousarray(pixels[first_y : -(-bottom // scale), first_x : -(-right // scale)])
+    if scale == 1:
+        chosen = torch.from_numpy(cut).permute(2, 0, 1).unsqueeze(0)
+        # As Pillow in a third of the time, and as torchvision without a look at the pixels around the crop
+        return F.interpolate(chosen, (size, size), mode="bilinear", antialias=True)[0]
+    # The box may begin and end between two pixels, which only Pillow allows.
+    part = (left / scale - first_x, top / scale - first_y, right / scale - first_x, bottom / scale - first_y)
+    image = Image.fromarray(cut).resize((size, size), Image.Resampling.BILINEAR, box=part)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
