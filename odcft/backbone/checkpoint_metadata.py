@@ -119,6 +119,7 @@ class _InputFields(_Strict):
     crop_fraction: _Crop = 0.875
     interpolation: Literal[INTERPOLATIONS] = "bilinear"  # type: ignore[valid-type]
     intensity: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    measured: bool = True
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "_InputFields":

@@ -70,6 +70,10 @@ def make_card(backbone: Backbone, about: dict[str, Any], code: str = "") -> str:
         f"{_COLORS[input.color]}, {input.describe_view()}; values 0..{input.range:g}, "
         f"mean {_numbers(input.mean)}, std {_numbers(input.std)}."
     )
+    if not input.measured:
+        lines.append(
+            "Nothing says which mean and std it was trained with: these are placeholders; measure your images."
+        )
     if input.intensity is not None:
         low, high = input.intensity
         lines.append(f"In images with more than 8 bits a channel, {low:g} is black and {high:g} is white.")

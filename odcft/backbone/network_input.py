@@ -91,13 +91,16 @@ class Input:
             "crop_fraction": self.crop_fraction,
             "interpolation": self.interpolation,
             "intensity": None if self.intensity is None else list(self.intensity),
+            **({} if self.measured else {"measured": False}),
         }
 
 
 def input_from_json(about: dict[str, Any]) -> Input:
     """Read what `dump` wrote. Files of odcft 0.1 have no view fields, and those of `odcft pretext` no channels."""
     optional: dict[str, Any] = {
-        name: about[name] for name in ("channels", "crop_fraction", "interpolation", "intensity") if name in about
+        name: about[name]
+        for name in ("channels", "crop_fraction", "interpolation", "intensity", "measured")
+        if name in about
     }
     if "range" in about:
         optional["range"] = about["range"][1]

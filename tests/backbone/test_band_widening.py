@@ -72,6 +72,9 @@ def test_a_checkpoint_of_n_channels_loads_as_such(tmp_path):
     assert load_backbone(tmp_path / "four.pth", "test_resnet", bands=4).notes == loaded.notes
     with pytest.raises(OdcftError, match=r"data\.bands=3: test_resnet takes 4 bands"):
         load_backbone(tmp_path / "four.pth", "test_resnet", bands=3)
+    export(tmp_path / "four.pth", tmp_path / "out", arch="test_resnet")
+    assert not load_backbone(tmp_path / "out").backbone.input.measured
+    assert "these are placeholders" in (tmp_path / "out" / "README.md").read_text()
     images = find_images(images_of_bands(tmp_path / "set", 4))
     recipe = load_recipe("small", QUICK)
     plan, notes = make_plan(recipe, [loaded.backbone], images)

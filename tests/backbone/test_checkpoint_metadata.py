@@ -458,7 +458,6 @@ def test_impossible_arguments_are_refused_by_name(text, said):
         ("scratch:vit_tiny_patch16_224", {"last_stride": 1}),
         ("scratch:resnet18d", {"small_stem": True}),
         ("scratch:alexnet_deepcluster", {"patch_size": 8}),
-        ("scratch:resnet18", {"in_chans": 5}),
         ("scratch:vit_tiny_patch16_224", {"num_heads": 5}),
         ("torchvision:resnet18", {"small_stem": True}),
     ],

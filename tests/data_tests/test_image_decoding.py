@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 from image_files import png_chunk, write_png, write_tiff
-from PIL import Image
+from PIL import Image, features
 
 from odcft.data.image_decoding import read_image
 from odcft.data.sources import find_images
@@ -319,3 +319,32 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
     assert told["large.png"] == "10,000 x 10,000 pixels are more than Pillow's 89,478,485"
     assert "DecompressionBombError" in told["huge.png"]
     assert "not an image of a format" in told["program.jpg"]
+
+
+# ---------------------------------------------------------------- formats of other packages
+
+
+def test_heic_and_avif_are_read_upright_and_first(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    square = np.kron(DRAW.integers(0, 2, (2, 3, 3)) * 255, np.ones((16, 16, 1))).astype(np.uint8)
+    pillow_heif.from_pillow(Image.fromarray(square)).save(tmp_path / "x.heic", quality=-1, chroma=444)
+    assert np.abs(pixels(tmp_path / "x.heic").astype(int) - square).mean() < 2
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.fromarray(np.ascontiguousarray(np.rot90(square)))
+    if features.check("avif"):
+        turned.save(tmp_path / "x.avif", quality=100, exif=exif, subsampling="4:4:4")
+        assert pixels(tmp_path / "x.avif").shape == square.shape
+        assert np.abs(pixels(tmp_path / "x.avif").astype(int) - square).mean() < 3
+
+
+def test_without_their_packages_heic_and_avif_name_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    for brand in (b"heic", b"mif1"):
+        with pytest.raises(OdcftError, match=r'a HEIC image: .*pip install "odcft\[heic\]"'):
+            read_image(b"\0\0\0\x18ftyp" + brand + bytes(4) + b"mif1heic")
+    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
+    monkeypatch.setattr(Image, "init", lambda: True)
+    for brand in (b"avif", b"mif1"):
+        with pytest.raises(OdcftError, match=r"an AVIF image, which Pillow reads from version 11\.3 on"):
+            read_image(b"\0\0\0\x18ftyp" + brand + bytes(4) + b"mif1avif")

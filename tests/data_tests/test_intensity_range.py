@@ -238,3 +238,54 @@ def test_a_pretext_checkpoint_stores_the_range_it_was_trained_with(tmp_path, tas
     recipe.data.range = (0, 300)
     with pytest.raises(OdcftError, match=r"was trained with data\.range"):
         train_pretext(task, data, "test_resnet", out, recipe, resume=True)
+
+
+def test_set_and_percentiles_are_those_of_the_values(tmp_path):
+    twelve_bits(tmp_path, 10, low=100, high=4000)
+    images = find_images(tmp_path)
+    values = np.concatenate([np.asarray(Image.open(images.path(i))).ravel() for i in range(10)])
+    found, words = choose_range(images, "set")
+    assert found == (values.min(), values.max()) == (100, 4000)
+    assert words == (
+        "10 images of 16 bits: scaled by data.range=set, their smallest and largest value: "
+        "100 is black, 4,000 is white."
+    )
+    found, words = choose_range(images, "2%..97.5%")
+    assert found == pytest.approx(np.percentile(values, [2, 97.5]))
+    assert "scaled by data.range=2%..97.5%, their percentiles: " in words
+    for index in range(10):
+        Image.fromarray(np.full((8, 8), 77, np.uint16)).save(images.path(index))
+    for rule in ("set", "1%..99%"):
+        with pytest.raises(OdcftError, match=f"data.range={rule} cannot be used: .* would both be 77"):
+            choose_range(images, rule)
+
+
+def test_a_rule_for_8_bit_images_is_said_to_change_nothing(tmp_path, make_images):
+    images = find_images(make_images(tmp_path, 4))
+    for rule in ("set", "1%..99%"):
+        said = f"data.range={rule} changes nothing: no image has more than 8 bits a channel."
+        assert choose_range(images, rule) == (None, said)
+
+
+@pytest.mark.parametrize("bad", ["99%..1%", "1%..101%", "1..99", "1%-99%", "%..9%", "5%..5%", "least"])
+def test_percentiles_that_are_none_are_refused(bad):
+    with pytest.raises(OdcftError, match=r"data\.range"):
+        load_recipe("small", [f"data.range={bad}"])
+
+
+@pytest.mark.parametrize("rule", ["set", "1%..99%"])
+def test_what_a_rule_gave_travels_with_memory_run_and_backbone(tmp_path, make_checkpoint, rule, capfd):
+    data, checkpoint = str(twelve_bits(tmp_path / "images", low=90)), str(make_checkpoint(tmp_path / "c.pth"))
+    recipe = load_recipe("small", [*QUICK, f"data.range={rule}"])
+    init_memory(checkpoint, data, tmp_path / "memory", recipe)
+    made = tuple(json.loads((tmp_path / "memory" / "memory.json").read_text())["recipe"]["data"]["range"])
+    assert made == choose_range(find_images(data), rule)[0]
+    fine_tune(checkpoint, data, tmp_path / "run", recipe, memory=tmp_path / "memory")
+    fine_tune(checkpoint, data, tmp_path / "run", recipe, resume=True, epochs=2)
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").data.range == made
+    assert load_backbone(tmp_path / "run" / "backbone").backbone.input.intensity == made
+    assert f"{made[0]:g} is black" in (tmp_path / "run" / "backbone" / "README.md").read_text()
+    assert evaluate(str(tmp_path / "run"), data, None, ["knn"])["view"]["intensity"] == made
+    other = load_recipe("small", [*QUICK, "data.range=3%..50%"])
+    with pytest.raises(OdcftError, match=r"was made with data\.range="):
+        fine_tune(checkpoint, data, tmp_path / "other", other, memory=tmp_path / "memory")

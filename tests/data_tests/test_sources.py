@@ -121,8 +121,8 @@ def test_a_symlinked_folder_is_read_once_under_its_real_name(tmp_path, make_imag
 def test_other_files_in_a_folder_are_counted_by_extension(tmp_path, make_images):
     make_images(tmp_path, 4)
     for i in range(1200):
-        (tmp_path / f"{i}.HEIC").touch()
-    for name in ("a/x.xml", "a/y.XML", "README", "b/v.mp4", ".hidden.png", ".DS_Store", ".git/x.png", "a/d.dcm"):
+        (tmp_path / f"{i}.PSD").touch()
+    for name in ("a/x.xml", "a/y.XML", "README", "b/v.mp4", ".hidden.png", ".DS_Store", ".git/x.png", "a/d.cdf"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
@@ -130,7 +130,7 @@ def test_other_files_in_a_folder_are_counted_by_extension(tmp_path, make_images)
     images = find_images(tmp_path)
     assert len(images) == 6  # dangling links count as images that cannot be read
     assert images.skipped_summary().startswith(
-        "1,200 .psd, 2 .xml, 1 .dcm, 1 .mp4, 1 file without an extension, 1 hidden folder"
+        "1,200 .psd, 2 .xml, 1 .cdf, 1 .mp4, 1 file without an extension, 1 hidden folder"
     )
     assert images.skipped_summary().endswith("1 of 1 other kinds")
     assert images.skipped["hidden image"] == images.skipped["hidden folder"] == 1

@@ -23,10 +23,10 @@ def test_evaluation_says_what_it_left_out(tmp_path, make_images, capfd):
     for folder, side in (("train", 32), ("test", 40)):
         make_images(tmp_path / folder, 24, side)
         (tmp_path / folder / "a" / "000.png").write_bytes(b"no image")
-        (tmp_path / folder / "a" / "x.heic").touch()
+        (tmp_path / folder / "a" / "x.psd").touch()
     evaluate("scratch:test_resnet", str(tmp_path / "train"), str(tmp_path / "test"), ["knn"])
     said = capfd.readouterr().err
-    assert "Not read    2 .heic" in said
+    assert "Not read    2 .psd" in said
     assert "2 of 48 images cannot be read: " in said
 
 

@@ -218,9 +218,9 @@ def test_targets_are_the_labels(images):
 
 def test_files_that_are_not_read_are_counted_in_both_sets(images, make_images, tmp_path):
     test = make_images(tmp_path / "test", 8, side=40)
-    for path in (images / "one.heic", test / "two.heic", test / "three.xml"):
+    for path in (images / "one.psd", test / "two.psd", test / "three.xml"):
         path.write_bytes(b"")
-    assert load_labelled_images(str(images), str(test)).images.skipped == {".heic": 2, ".xml": 1}
+    assert load_labelled_images(str(images), str(test)).images.skipped == {".psd": 2, ".xml": 1}
 
 
 def test_a_set_that_becomes_too_small_to_divide_is_refused(images):
