@@ -1,7 +1,8 @@
-"""Tell a network's build arguments from a file's tensors: input channels, image size, stem, heads of attention.
+"""Tell a network's build arguments from a file's tensors: input channels, image size, stem, windows, attention heads.
 
-`in_chans` shows in the first convolution, `img_size` in the length of the position embedding, and a ResNet's
-`small_stem` in its first kernel. `num_heads` and `last_stride` show in no shape, only in whose code wrote the file.
+`in_chans` shows in the first convolution, `img_size` in the length of the position embedding, a ResNet's `small_stem`
+in its first kernel, and a Swin's `window_size` in its tables of relative positions. `num_heads` and `last_stride` show
+in no shape, only in whose code wrote the file.
 """
 
 import math
@@ -58,6 +59,12 @@ def arguments_explaining(arch: str, network: Mapping[str, Tensor], name: str, te
         patch = 0 if patches is None else patches.shape[-1]
         if side * side + extra == tensor.shape[1] and 8 <= side * patch <= 4096:
             return {"img_size": side * patch}
+    if arch.startswith("swin_") and name.endswith(".relative_position_bias_table") and tensor.ndim == own.ndim == 2:
+        side = math.isqrt(tensor.shape[0])
+        if side % 2 and side * side == tensor.shape[0] and 3 <= side <= 127 and tensor.shape[1] == own.shape[1]:
+            window = (side + 1) // 2
+            # The last of four stages sees 1/32 of the image, and its windows are no larger than that.
+            return {"img_size": 32 * window} if name.startswith("layers.3.") else {"window_size": window}
     return {}
 
 

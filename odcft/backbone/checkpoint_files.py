@@ -40,6 +40,7 @@ from odcft.backbone.safe_unpickle import (
     stand_in,
 )
 from odcft.backbone.tensor_renames import merge_split_tensors
+from odcft.backbone.torchscript_archives import is_torchscript, load_torchscript
 from odcft.backbone.transformers_folder import find_twin
 from odcft.backbone.weight_files import weight_files
 from odcft.errors import OdcftError
@@ -72,7 +73,7 @@ class Contents:
     """What a checkpoint file holds."""
 
     path: Path
-    container: str  # "torch", "torch tar", "pickle", "safetensors", "npz"
+    container: str  # "torch", "torch tar", "torchscript", "pickle", "safetensors", "npz"
     state_dicts: dict[str, dict[str, Tensor]]  # by their path in the file, "" for the file itself
     outer_keys: list[str] = field(default_factory=list)  # keys of the dicts around them
     arch_hints: list[str] = field(default_factory=list)  # strings that may name an architecture
@@ -165,6 +166,8 @@ def _load(path: Path, container: str) -> tuple[Any, list[FoundDict], Metadata, l
             tree = load_pickle(path, replaced)
         elif container == "npz":
             tree = load_npz(path)
+        elif container == "torchscript":
+            tree = load_torchscript(path)
         else:
             tree = _load_torch(path, replaced)
         return tree, list(_find_dicts(tree)), metadata, replaced
@@ -252,7 +255,9 @@ def _detect_container(path: Path, start: bytes) -> str:
         return "safetensors"
     if start.startswith(ZIP_MAGIC):
         _refuse_zip_bomb(path)
-        return "npz" if is_npz(path) else "torch"
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        return "npz" if is_npz(names) else "torchscript" if is_torchscript(names) else "torch"
     if start[257:262] == b"ustar":
         return "torch tar"
     # torch's files before 1.6 start with a pickled magic number; any other pickle was written by other code.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from odcft.backbone.arch_arguments import Kwargs, arguments_explaining
 from odcft.backbone.checkpoint_files import Contents
+from odcft.backbone.equal_networks import without_anti_aliasing
 from odcft.backbone.layer_order import canonical_order, in_network_order, is_numbered
 from odcft.backbone.non_timm_networks import NETWORKS, shapes
 from odcft.backbone.structure_index import general_shape, is_counter, nearby_networks, summary, twins
@@ -108,7 +109,7 @@ def _decide(
     best = [one for one in best if len(one[1]) == fewest]
     names = dict.fromkeys(name for first, _, _ in best for name in (first, *twins(first)))
     by_hint = [(hint, *one[1:]) for hint in hints if hint for one in best if hint in (one[0], *twins(one[0]))][:1]
-    plain = dict.fromkeys(_without_anti_aliasing(name) for name in names)
+    plain = dict.fromkeys(without_anti_aliasing(name) for name in names)
     if by_hint:
         best, names = by_hint, {by_hint[0][0]: None}
     elif len(plain) > 1:
@@ -137,11 +138,6 @@ def _nearest(nearest: list[tuple[float, int, str]]) -> str:
     first, *others = sorted(nearest, reverse=True)
     as_close = [text.split(",")[0] for share, _, text in others if share == first[0]]
     return first[-1] + (f" (as close: {', '.join(as_close[:MAX_NEAR])})" if as_close else "")
-
-
-def _without_anti_aliasing(name: str) -> str:
-    """A network's name without the mark of blurred or averaged strides, which are rare and leave no tensors."""
-    return re.sub(r"_?(aa|blur)(?=\d|_)", "", name)
 
 
 def _fit(
@@ -215,6 +211,7 @@ def _as_match(
         unexpected=[],
         misfits={},
         others=[other for other in contents.state_dicts if other != path],
+        keys={name: named[name] for name in expected if name in named},
     )
 
 
