@@ -177,7 +177,9 @@ def _incomplete(contents: Contents, by_names: Found | None, structure: Structure
             f"different features: {', '.join(structure.equal)}. Pass --arch NAME with the right one."
         )
     if by_names is None or not by_names[2].tensors:
-        near = f" The shapes of its tensors come closest to {structure.nearest}." if structure.nearest else ""
+        near = " No network comes close by the shapes of its tensors either."
+        if structure.nearest:
+            near = f" The shapes of its tensors come closest to {structure.nearest}."
         raise OdcftError(
             f"{contents.path} fits no backbone that odcft knows.{near} "
             "If you know its timm architecture, pass --arch NAME."

@@ -106,7 +106,7 @@ def _decide(
     most = max(match.expected for _, _, match in found)
     best = [one for one in found if one[2].expected == most]
     fewest = min(len(kwargs) for _, kwargs, _ in best)
-    best = [one for one in best if len(one[1]) == fewest]
+    best = _one_of_each_size([one for one in best if len(one[1]) == fewest])
     names = dict.fromkeys(name for first, _, _ in best for name in (first, *twins(first)))
     by_hint = [(hint, *one[1:]) for hint in hints if hint for one in best if hint in (one[0], *twins(one[0]))][:1]
     plain = dict.fromkeys(without_anti_aliasing(name) for name in names)
@@ -129,6 +129,17 @@ def _decide(
             "if the network has another, pass --arch-args num_heads=N"
         )
     return Structure((name, kwargs, match))
+
+
+def _one_of_each_size(found: list[tuple[str, Kwargs, Match]]) -> list[tuple[str, Kwargs, Match]]:
+    """Those that fit, without the same networks for images of other sizes, where the file's size is another still."""
+    kept: dict[str, tuple[str, Kwargs, Match]] = {}
+    for name, kwargs, match in found:
+        stem = re.sub(r"_\d+$", "", name) if "img_size" in kwargs else name
+        other = kept.setdefault(stem, (name, kwargs, match))
+        if list(other[2].tensors) != list(match.tensors):
+            kept[name] = (name, kwargs, match)
+    return list(kept.values())
 
 
 def _nearest(nearest: list[tuple[float, int, str]]) -> str:
