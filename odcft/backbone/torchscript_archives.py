@@ -4,6 +4,7 @@ Such an archive holds code, the tree of its modules as a pickle (`data.pkl`), an
 and numbers are read, with the unpickler that knows no code.
 """
 
+import pickletools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from odcft.backbone.safe_unpickle import (
 )
 from odcft.errors import OdcftError
 
+_TUPLE_OF_ONE = b"\x85"  # the instruction TUPLE1
 MAX_LEVELS = 40  # of modules within modules
 MAX_OBJECTS = 100_000  # modules, lists and tensors in an archive
 
@@ -50,7 +52,7 @@ def load_torchscript(path: Path) -> dict[str, Tensor]:
                 storages[name] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
             return storages[name]
 
-        tree = load_with_storages(reader.get_record("data.pkl"), storage_of)
+        tree = load_with_storages(_with_arguments_in_tuples(reader.get_record("data.pkl")), storage_of)
         return _named_tensors(tree)
     except (DangerousGlobal, TooMuchWork, MemoryError):
         raise
@@ -58,6 +60,24 @@ def load_torchscript(path: Path) -> dict[str, Tensor]:
         raise OdcftError(
             f"{path} is a damaged TorchScript archive ({type(error).__name__}). Copy or download it again."
         ) from None
+
+
+def _with_arguments_in_tuples(program: bytes) -> bytes:
+    """The pickle with every call's argument in a tuple: TorchScript makes members of enums from the bare value."""
+    parts: list[bytes] = []
+    made_by: dict[int, str] = {}  # what made a value in the memo
+    last, done = "", 0
+    for op, argument, place in pickletools.genops(program):
+        if op.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            made_by[int(argument or 0)] = last
+        elif op.name in ("GET", "BINGET", "LONG_BINGET"):
+            last = made_by.get(int(argument or 0), "")
+        else:
+            if op.name == "REDUCE" and "TUPLE" not in last:
+                parts += [program[done:place], _TUPLE_OF_ONE]
+                done = place or 0
+            last = op.name
+    return b"".join([*parts, program[done:]])
 
 
 def _named_tensors(tree: Any) -> dict[str, Tensor]:

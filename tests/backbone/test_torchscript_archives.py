@@ -48,6 +48,13 @@ def test_a_scripted_network_loads_by_its_names(dtype, tmp_path):
     assert loaded.notes == []
 
 
+def test_a_network_with_lists_dicts_and_enums_as_attributes(tmp_path):
+    net = timm.create_model("test_vit", num_classes=0)
+    random_state(net)
+    torch.jit.script(net).save(str(tmp_path / "c.pt"))
+    assert equal(load_backbone(tmp_path / "c.pt").backbone, net.state_dict())
+
+
 def test_a_traced_network_and_tensors_that_share_numbers(tmp_path):
     net = timm.create_model("test_resnet", num_classes=0).eval()
     random_state(net)
