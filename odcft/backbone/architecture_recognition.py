@@ -71,7 +71,7 @@ def recognise(
         by_shapes = structure.fitting
         best = by_shapes or _incomplete(contents, best, structure)
     name, kwargs, found_match = best
-    if by_shapes is None and name not in NETWORKS:
+    if by_shapes is None and name not in NETWORKS and found_match.coverage >= MIN_COVERAGE:
         _refuse_leftovers(contents, name, found_match, arch)
         if not certain:
             name = _among_equals(contents, named, best, user_args)
