@@ -125,6 +125,8 @@ def read(path: Path, merge: Callable[[dict[str, Tensor]], dict[str, Tensor]] = m
         raise OdcftError(f"{path} holds no named tensors, so there is no backbone in it.")
     if container != "safetensors":
         metadata = _metadata_of_tree(tree)
+    if metadata.arguments.get("use_shared_rel_pos_bias"):
+        merge = dict  # timm's network has one table of positions too, so it is not spread over the blocks
     return Contents(
         path=path,
         container=container,
@@ -211,7 +213,8 @@ def _read_folder(folder: Path) -> Contents:
         _read_transformers_folder(folder, config, contents)
         if contents.metadata.architecture is not None:
             return contents
-    contents.state_dicts = {where: merge_split_tensors(tensors) for where, tensors in contents.state_dicts.items()}
+    if not contents.metadata.arguments.get("use_shared_rel_pos_bias"):
+        contents.state_dicts = {where: merge_split_tensors(tensors) for where, tensors in contents.state_dicts.items()}
     return contents
 
 

@@ -172,8 +172,7 @@ def _beit_shared_bias(tensors: Tensors) -> Tensors:
     """BEiT and SimMIM's ViT with one table of relative positions for all blocks, as BEiT's own code spreads it."""
     table = tensors.get("rel_pos_bias.relative_position_bias_table", torch.empty(0))
     blocks = [found[1] for name in tensors if (found := re.fullmatch(r"(blocks\.\d+\.attn)\.qkv\.weight", name))]
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("rel_pos_bias.")}
-    return {**kept, **{f"{block}.relative_position_bias_table": table for block in blocks}}
+    return {**tensors, **{f"{block}.relative_position_bias_table": table for block in blocks}}
 
 
 _CLIP_MARK = r"(?<!embeddings\.)class_embedding"
