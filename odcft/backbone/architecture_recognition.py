@@ -64,7 +64,8 @@ def recognise(
     named = list(islice(_candidates(contents, arch), MAX_COMPARED))
     best = _best_of(contents, named, user_args, bool(certain))
     by_shapes = None
-    if best is None or best[2].coverage < 1:
+    suspect = best is not None and best[0] not in NETWORKS and not certain and leftover_tensor(contents, best[2])[0]
+    if best is None or best[2].coverage < 1 or suspect:
         structure = recognise_structure(contents, certain, {**(named[0][1] if certain else {}), **user_args})
         if structure.fitting is None and not certain and {name for name, _ in named} <= set(contents.arch_hints):
             best = _best_of(contents, _fallbacks(contents, structure.near), user_args, False, best)

@@ -60,3 +60,9 @@ def test_what_stands_beside_the_layers_or_follows_from_sizes_is_no_concern():
 def test_another_copy_in_a_list_of_networks_is_no_layer():
     state = {f"nets.{n}.{name}": tensor for n in range(2) for name, tensor in shapes("test_vit").items()}
     assert recognise(contents(state))[2].where == "nets.0."
+
+
+@pytest.mark.slow
+def test_a_network_that_only_its_shapes_tell_is_found_behind_a_shallower_one():
+    """maxvit_nano_rw_256 has the names of the first blocks, and maxvit_tiny_rw_224 tables of another size."""
+    assert recognise(contents(dict(shapes("maxvit_tiny_rw_256"))))[0] == "maxvit_tiny_rw_256"
