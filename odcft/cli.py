@@ -65,6 +65,15 @@ Part = Annotated[
         help="Which backbone to take where a file holds several, for example student; `inspect` lists them.",
     ),
 ]
+Parts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--part",
+        metavar="PATH",
+        help="Which backbone to take where a file holds several, for example student; `inspect` lists them. "
+        "Of several checkpoints, one counts for all; or repeat it for each, in their order ('' for none).",
+    ),
+]
 Partial = Annotated[
     bool,
     typer.Option(
@@ -123,7 +132,7 @@ def _load_recipe(
     input: str | None = None,
     allow_partial: bool = False,
     arch_args: str | None = None,
-    part: str | None = None,
+    part: str | list[str | None] | None = None,
     preset: str | None = None,
 ) -> Any:
     from odcft.recipe import load_recipe
@@ -134,6 +143,13 @@ def _load_recipe(
     given["backbone.arch_args"] = None if arch_args is None else json.dumps(_parse_arch_args(arch_args))
     overrides = [*(overrides or []), *(f"{k}={v}" for k, v in given.items() if v is not None)]
     return load_recipe(name, overrides, preset=preset)
+
+
+def _parts(given: list[str] | None) -> str | list[str | None] | None:
+    """What --part gives the recipe: one part for all checkpoints, or a list with one for each."""
+    if not given:
+        return None
+    return given[0] if len(given) == 1 else [part or None for part in given]
 
 
 def _parse_arch_args(arch_args: str | None) -> dict[str, Any]:
@@ -345,7 +361,7 @@ def finetune(
     arch: Arch = None,
     arch_args: ArchArgs = None,
     input: Input = None,
-    part: Part = None,
+    part: Parts = None,
     allow_partial: Partial = False,
     reader: ReaderName = None,
     as_json: Json = False,
@@ -359,7 +375,8 @@ def finetune(
         usual = DC_RECIPE if "method=dc" in overrides else DEFAULT_RECIPE
         own = out / "recipe.yaml"
         recipe = str(own) if resume and os.path.isfile(own) and not os.path.islink(own) else usual
-    resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args, part, preset)
+    parts = _parts(part)
+    resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args, parts, preset)
     if dry_run and resume:
         raise OdcftError("--dry-run says what a new run would do; --resume continues one. Drop one of them.")
     _start_processes(devices)

@@ -131,7 +131,9 @@ def _load(run: Run, recipe: Recipe, progress: Progress) -> list[Loaded]:
     """Load the checkpoint of each member, with the options of the recipe."""
     with progress.waiting(f"Loading     {', '.join(run.ckpts)} …"):
         return [
-            load_backbone(ckpt, run.arch, **load_options(recipe), seed=recipe.seed, member=member)
+            load_backbone(
+                *(ckpt, run.arch), **load_options(recipe, member, len(run.ckpts)), seed=recipe.seed, member=member
+            )
             for member, ckpt in enumerate(run.ckpts)
         ]
 

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from odcft.errors import OdcftError
 from odcft.presets import preset_fields
-from odcft.text import short_repr
+from odcft.text import count_of, short_repr
 
 MAX_BYTES, MAX_VALUE_LENGTH, MAX_DEPTH = 1 << 20, 10_000, 30  # of a recipe; characters of a value; nesting levels
 
@@ -113,12 +113,18 @@ class AugmentRecipe(_Group):
     gray: float = Field(0.2, ge=0, le=1)  # probability
 
 
+_PartName = Annotated[str, Field(max_length=300)]
+
+
 class BackboneRecipe(_Group):
     """How to load the checkpoint, to override what its file says or odcft detects."""
 
     input: Literal["rgb", "bgr", "gray", "lab_l", "sobel"] | None = None  # the colours it expects
     allow_partial: bool = False  # accept less than 90 % of the backbone; the rest starts from random weights
-    part: Annotated[str, Field(max_length=300)] | None = None  # of a file with several backbones: where one of them is
+    part: _PartName | Annotated[list[_PartName | None], Field(min_length=1)] | None = (
+        None  # where in a file with several
+    )
+    # backbones one of them is; a list has one for each checkpoint
     arch_args: dict[str, Any] | None = None  # arguments to build the network with: {patch_size: 8}
 
 
@@ -387,10 +393,24 @@ def flatten(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_options(recipe: Recipe) -> dict[str, Any]:
-    """The options for `load_backbone` that a recipe sets; a mean or std that is `auto` is decided after loading."""
+def load_options(recipe: Recipe, member: int = 0, members: int = 1) -> dict[str, Any]:
+    """The options for `load_backbone` that a recipe sets for one of several checkpoints.
+
+    A mean or std that is `auto` is decided after loading.
+
+    Raises:
+        OdcftError: the recipe lists parts for another number of checkpoints.
+    """
     given = {name: getattr(recipe.data, name) for name in ("mean", "std", "bands")}
-    return {**recipe.backbone.model_dump(), **{name: None if v == "auto" else v for name, v in given.items()}}
+    options = {**recipe.backbone.model_dump(), **{name: None if v == "auto" else v for name, v in given.items()}}
+    if isinstance(parts := recipe.backbone.part, list):
+        if len(parts) != members:
+            raise OdcftError(
+                f"backbone.part lists {len(parts)} parts, but there {'is' if members == 1 else 'are'} "
+                f"{count_of(members, 'checkpoint')}. Give one for all of them, or one for each in their order."
+            )
+        options["part"] = parts[member]
+    return options
 
 
 def _apply(fields: dict[str, Any], override: str) -> None:

@@ -26,14 +26,36 @@ OUT = Path(__file__).parent.parent / "odcft" / "backbone" / "timm_index.json"
 WITH_THE_INPUT = ("pos_embed", "relative_position", "attn_mask", "rope", "rel_pos", "num_batches_tracked")
 
 
-def computation(net: nn.Module) -> str:
-    """What a network computes besides its tensors: classes, numbers and names of functions in its modules."""
+# Attributes that follow from the size of the images, or matter for the first weights or the classifier only.
+WITH_THE_SIZE = (
+    *("grid_size", "num_patches", "feature_size", "feat_size", "feat_shape", "input_resolution", "output_resolution"),
+    *("img_size", "num_relative_distance", "init_values", "distillation"),
+)
+# Those of windows: they show in a table of positions, but not in SwinV2.
+OF_WINDOWS = (
+    *("window_size", "window_area", "shift_size", "target_shift_size", "bias_shape", "partition_size"),
+    *("pretrained_window_size", "always_partition"),
+)
+
+
+def computation(net: nn.Module, but: tuple[str, ...] = WITH_THE_SIZE) -> str:
+    """What a network computes besides its tensors: classes, numbers and names of functions in its modules.
+
+    Args:
+        net: the network.
+        but: names of attributes that do not count.
+    """
     told = []
     for module in net.modules():
         for key, value in sorted(vars(module).items()):
             if callable(value):
                 value = getattr(value, "__name__", type(value).__name__)
-            if key[0] != "_" and not key.endswith("_cfg") and isinstance(value, int | float | str | tuple | None):
+            if (
+                key[0] != "_"
+                and key not in but
+                and not key.endswith("_cfg")
+                and isinstance(value, int | float | str | tuple | None)
+            ):
                 told.append((type(module).__name__, key, value))
     return repr(told)
 
@@ -62,7 +84,7 @@ def main() -> None:
     """Build all networks on the meta device, count their fingerprints, and write the index."""
     warnings.filterwarnings("ignore")
     found: dict[str, tuple[int, list[int], list[int]]] = {}
-    same: dict[tuple[int, frozenset[int]], str] = {}
+    same: dict[tuple[int, frozenset[int], str], str] = {}
     same_tensors: dict[tuple[tuple[str, tuple[int, ...]], ...], str] = {}
     computations: dict[str, str] = {}
     structures: dict[str, list[int | str]] = {}
@@ -81,7 +103,8 @@ def main() -> None:
                 structures[twin].append(name)
             continue
         computations[name], structures[name] = computation(net), list(summary(tensors))
-        if same.setdefault((count, frozenset(firsts + prints)), name) == name:
+        alike = count, frozenset(firsts + prints), computation(net, WITH_THE_SIZE + OF_WINDOWS)
+        if same.setdefault(alike, name) == name:
             found[name] = count, firsts, prints
     how_many = Counter(one for _, _, prints in found.values() for one in set(prints))
     index: dict[str, list[int | list[int | str]]] = {name: [own] for name, own in sorted(structures.items())}

@@ -1,10 +1,12 @@
-"""Tell a network's build arguments from a file's tensors: input channels, image size, stem, heads of attention.
+"""Tell a network's build arguments from a file's tensors: input channels, image size, stem, windows, attention heads.
 
-`in_chans` shows in the first convolution, `img_size` in the length of the position embedding, and a ResNet's
-`small_stem` in its first kernel. `num_heads` and `last_stride` show in no shape, only in whose code wrote the file.
+`in_chans` shows in the first convolution, `img_size` in the length of the position embedding, a ResNet's `small_stem`
+in its first kernel, and a Swin's `window_size` in its tables of relative positions. `num_heads` and `last_stride` show
+in no shape, only in whose code wrote the file.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,10 +83,23 @@ def arguments_explaining(arch: str, network: Mapping[str, Tensor], name: str, te
         patches = network.get(name.replace("pos_embed", "patch_embed.proj.weight"))
         extra = own.shape[1] - math.isqrt(own.shape[1]) ** 2  # tokens that are not patches (class, registers)
         side = math.isqrt(max(0, tensor.shape[1] - extra))
-        patch = 0 if patches is None else patches.shape[-1]
+        patch = 0 if patches is None else patches.shape[-1] * _reduction_before(network)
         if side * side + extra == tensor.shape[1] and 8 <= side * patch <= 4096:
             return {"img_size": side * patch}
+    if arch.startswith("swin_") and name.endswith(".relative_position_bias_table") and tensor.ndim == own.ndim == 2:
+        side = math.isqrt(tensor.shape[0])
+        if side % 2 and side * side == tensor.shape[0] and 3 <= side <= 127 and tensor.shape[1] == own.shape[1]:
+            window = (side + 1) // 2
+            # The last of four stages sees 1/32 of the image, and its windows are no larger than that.
+            return {"img_size": 32 * window} if name.startswith("layers.3.") else {"window_size": window}
     return {}
+
+
+def _reduction_before(network: Mapping[str, Tensor]) -> int:
+    """How much smaller an image is where a transformer divides it: 1, unless stages of a ResNet come first."""
+    stages = {found[1] for name in network if (found := re.match(r"patch_embed\.backbone\.stages\.(\d+)\.", name))}
+    hybrid = "patch_embed.backbone.stem.conv.weight" in network or "patch_embed.backbone.conv.weight" in network
+    return 4 * 2 ** max(0, len(stages) - 1) if hybrid else 1
 
 
 def with_hidden_arguments(contents: Contents, arch: str, kwargs: Kwargs, found: Match) -> Kwargs:

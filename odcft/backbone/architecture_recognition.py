@@ -14,8 +14,11 @@ from typing import Any
 
 from odcft.backbone.arch_arguments import Kwargs, match_adjusted, may_be_first_convolution, with_hidden_arguments
 from odcft.backbone.checkpoint_files import Contents
+from odcft.backbone.equal_networks import choose_equal
+from odcft.backbone.leftover_layers import leftover_tensor
 from odcft.backbone.non_timm_networks import NETWORKS, is_network, shapes
-from odcft.backbone.original_layouts import LAYOUTS, may_be, twins_by_shape, without_place
+from odcft.backbone.original_layouts import LAYOUTS, may_be
+from odcft.backbone.structure_index import twins
 from odcft.backbone.structure_recognition import Structure, recognise_structure
 from odcft.backbone.tensor_matching import Match, renamings
 from odcft.errors import OdcftError
@@ -60,29 +63,74 @@ def recognise(
     certain = arch or contents.metadata.architecture
     named = list(islice(_candidates(contents, arch), MAX_COMPARED))
     best = _best_of(contents, named, user_args, bool(certain))
-    if best is None or best[2].coverage < 1:
+    by_shapes = None
+    suspect = best is not None and best[0] not in NETWORKS and not certain and leftover_tensor(contents, best[2])[0]
+    if best is None or best[2].coverage < 1 or suspect:
         structure = recognise_structure(contents, certain, {**(named[0][1] if certain else {}), **user_args})
         if structure.fitting is None and not certain and {name for name, _ in named} <= set(contents.arch_hints):
             best = _best_of(contents, _fallbacks(contents, structure.near), user_args, False, best)
-        best = structure.fitting or _incomplete(contents, best, structure)
+        by_shapes = structure.fitting
+        best = by_shapes or _incomplete(contents, best, structure)
     name, kwargs, found_match = best
-    _refuse_another_layout(contents, name, found_match, bool(certain), user_args)
+    if by_shapes is None and name not in NETWORKS and found_match.coverage >= MIN_COVERAGE:
+        _refuse_leftovers(contents, name, found_match, arch)
+        if not certain:
+            name = _among_equals(contents, named, best, user_args)
     return name, {**with_hidden_arguments(contents, name, kwargs, found_match), **user_args}, found_match
 
 
-def _refuse_another_layout(contents: Contents, name: str, found: Match, certain: bool, user_args: Kwargs) -> None:
-    """Refuse a file of a known layout that holds more than the network, or that also fits a different one."""
-    if left := without_place(contents.layout, found.dropped):
-        raise OdcftError(
-            f"{contents.path} is nearly a {name}, but that has no place for {short_repr(left, 200, quotes=False)}. "
-            "If it is another network, pass --arch NAME."
+def _refuse_leftovers(contents: Contents, name: str, found: Match, arch: str | None) -> None:
+    """Refuse a file whose network has layers, or tensors in its layers, that the one found by names lacks.
+
+    With the user's `arch`, tensors in its layers are only noted.
+    """
+    left, whole = leftover_tensor(contents, found)
+    if not left:
+        return
+    left = short_repr(left, 200, quotes=False)
+    if arch and not whole:
+        found.notes.append(f"{name} has no place for tensors in its layers, so features may differ: {left}")
+        return
+    raise OdcftError(
+        f"{contents.path} is nearly a {name}, but that has no place for {left}. If it is another network, pass "
+        f"--arch NAME{'' if whole else f'; to leave such tensors out, pass --arch {name}'}."
+    )
+
+
+def _among_equals(contents: Contents, named: list[tuple[str, Kwargs]], best: Found, user_args: Kwargs) -> str:
+    """The name of the network found, or of another that has the same tensors and is the right one.
+
+    Raises:
+        OdcftError: several have them that compute something else, and nothing tells which it is.
+    """
+    fitting = [best[0], *(other for other, _ in named if _fits_as_well(contents, other, best, user_args))]
+    every = dict.fromkeys(one for name in fitting for one in (name, *twins(name)))
+    equal = [name for name in every if may_be(contents.layout, name)]
+    if not equal:
+        return best[0]
+    name, rare = choose_equal(contents, equal, user_args)
+    if rare and name not in COMMON_ARCHITECTURES:
+        best[2].notes.append(
+            f"the same tensors also fit {', '.join(rare)}: if that is the right network, pass --arch NAME"
         )
-    told = {"act_layer", "window_size"} & {*user_args, *contents.told_arguments}
-    if not certain and not told and (equal := twins_by_shape(contents.layout, name)):
-        raise OdcftError(
-            f"{contents.path} fits {' and '.join(equal)}, which differ in what no tensor shows. Pass --arch with the "
-            "one it was trained as; of CLIP's, OpenAI's weights have the quick GELU."
-        )
+    return name
+
+
+def _fits_as_well(contents: Contents, other: str, best: Found, user_args: Kwargs) -> bool:
+    """Whether another candidate of as many tensors is covered in full too, with as few arguments."""
+    name, kwargs, found = best
+    if found.coverage < 1 or other == name or other in NETWORKS or not _count(name) or _count(other) != _count(name):
+        return False
+    try:
+        other_kwargs, match = match_adjusted(contents, other, dict(user_args), user_args)
+    except OdcftError:  # not every network takes the user's arguments
+        return False
+    return match.coverage == 1 and len(other_kwargs) <= len(kwargs)
+
+
+def _count(name: str) -> int:
+    """How many tensors one of timm's networks has; 0 if the index lists it under another name."""
+    return _index().get(name, [0])[0]
 
 
 def _best_of(
@@ -97,7 +145,10 @@ def _best_of(
     Raises:
         OdcftError: the candidate is certain, and does not take the user's arguments.
     """
+    complete = 0
     for candidate, kwargs in candidates:
+        if complete and _count(candidate) != complete:  # another that fits may need fewer arguments
+            break
         try:
             found = candidate, *match_adjusted(contents, candidate, {**kwargs, **user_args}, user_args)
         except OdcftError:  # not every candidate takes the user's arguments
@@ -108,7 +159,9 @@ def _best_of(
         if best is None or rank > (*_rank(best[2]), -len(best[1])):
             best = found
         if found[2].coverage == 1 and candidate not in NETWORKS:
-            break
+            complete = _count(candidate)
+            if not (complete and found[1]):
+                break
     return best
 
 
@@ -125,7 +178,9 @@ def _incomplete(contents: Contents, by_names: Found | None, structure: Structure
             f"different features: {', '.join(structure.equal)}. Pass --arch NAME with the right one."
         )
     if by_names is None or not by_names[2].tensors:
-        near = f" The shapes of its tensors come closest to {structure.nearest}." if structure.nearest else ""
+        near = " No network comes close by the shapes of its tensors either."
+        if structure.nearest:
+            near = f" The shapes of its tensors come closest to {structure.nearest}."
         raise OdcftError(
             f"{contents.path} fits no backbone that odcft knows.{near} "
             "If you know its timm architecture, pass --arch NAME."
@@ -152,9 +207,12 @@ def _candidates(contents: Contents, arch: str | None) -> Iterator[tuple[str, Kwa
         return
     hints = [hint for hint in contents.arch_hints if is_network(hint)]
     named_shapes = _named_shapes(contents)
-    by_tensors = [name for name in _matching_timm_names(named_shapes) if may_be(contents.layout, name)]
+    by_tensors = _matching_timm_names(named_shapes)
     if contents.layout:
-        by_tensors = [*LAYOUTS[contents.layout].unlisted, *by_tensors]
+        with_twins = [one for name in by_tensors for one in (name, *twins(name))]
+        by_tensors = [
+            name for name in (*LAYOUTS[contents.layout].unlisted, *with_twins) if may_be(contents.layout, name)
+        ]
     # A hint counts unless the tensors contradict it: DeepCluster's "alexnet" is not torchvision's.
     agreeing = [hint for hint in hints if hint in by_tensors or hint not in _index()]
     # VISSL's trunks end at the last convolution, even where the file still has fully connected layers.

@@ -43,8 +43,36 @@ def complete_parts(contents: Contents, network: Mapping[str, Tensor], found: Mat
     taken = [Part(found.where, True)]
     if found.coverage < 1:
         return taken
-    others = {one.where: one for one in complete_matches(contents, network, len(found.tensors))}
-    return taken + [Part(where, _equal(one, found)) for where, one in others.items() if where != found.where]
+    others = {one.where: _equal(one, found) for one in complete_matches(contents, network, len(found.tensors))}
+    others |= _copies(contents, found)
+    return taken + [Part(where, same) for where, same in others.items() if where != found.where]
+
+
+def _copies(contents: Contents, found: Match) -> dict[str, bool]:
+    """Where in a file the same keys stand under another prefix, and whether the tensors are the same.
+
+    These are copies whatever the names, also where only shapes tell what network it is.
+    """
+    path = next((path for path in contents.state_dicts if path not in found.others), "")
+    tensors = contents.state_dicts.get(path, {})
+    prefix = "" if found.where == "the file itself" else found.where.removeprefix(path).removeprefix("/")
+    inner = {
+        key[len(prefix) :]: tensors[key] for key in found.keys.values() if key.startswith(prefix) and key in tensors
+    }
+    if len(inner) < len(found.keys) or not inner:
+        return {}
+    first = next(iter(inner))
+    copies: dict[str, bool] = {}
+    for other, theirs in contents.state_dicts.items():
+        for key in theirs:
+            start = key[: len(key) - len(first)]
+            if not key.endswith(first) or (start and not start.endswith(".")):
+                continue
+            pairs = [(theirs.get(start + name), own) for name, own in inner.items()]
+            if all(one is not None and one.shape == own.shape for one, own in pairs):
+                where = "/".join(filter(None, (other, start))) or "the file itself"
+                copies[where] = all(_shared(one, own) or torch.equal(one, own) for one, own in pairs if one is not None)
+    return copies
 
 
 def _equal(one: Match, other: Match) -> bool:
@@ -85,11 +113,12 @@ def only_part(contents: Contents, part: str) -> Contents:
         if inside := {key: one for key, one in tensors.items() if _is_under(start + key, wanted)}:
             kept[path] = inside
     if not wanted or not kept:
-        known = ", ".join(short_repr(name, 100, quotes=False) for name in _names(contents)[:10])
+        known = [short_repr(name, 100, quotes=False) for name in _networks(contents)[:10]]
         asked = short_repr(part, 100, quotes=False)
-        raise OdcftError(
-            f"{contents.path}: --part {asked}: no tensors there. Give {known} or a name within one of these."
+        give = (
+            f"Give {', '.join(known)} or a name within one of these." if known else "Drop --part: it holds one network."
         )
+        raise OdcftError(f"{contents.path}: --part {asked}: no tensors there. {give}")
     return replace(contents, state_dicts=kept)
 
 
@@ -97,14 +126,28 @@ def _is_under(name: str, part: str) -> bool:
     return name.startswith(part) and name[len(part) : len(part) + 1] in (".", "/")
 
 
-def _names(contents: Contents) -> list[str]:
-    """Parts by their first names: "state_dict/backbone." for every group of at least MIN_TENSORS tensors."""
-    counts: dict[str, int] = {}
-    for path, tensors in contents.state_dicts.items():
-        for key in tensors:
-            first, dot, rest = key.partition(".")
-            if first == "module" and "." in rest:
-                first = f"module.{rest.partition('.')[0]}"
-            name = "/".join(filter(None, (path, f"{first}{dot}")))
-            counts[name] = counts.get(name, 0) + 1
-    return [name for name, count in counts.items() if count >= MIN_TENSORS] or list(counts)
+def _networks(contents: Contents) -> list[str]:
+    """Parts that look like networks: the innermost that hold a layer or a token directly, and MIN_TENSORS tensors."""
+    return [
+        name
+        for path, tensors in contents.state_dicts.items()
+        for prefix in _networks_under("", list(tensors))
+        if (name := "/".join(filter(None, (path, prefix))))
+    ]
+
+
+def _networks_under(prefix: str, keys: list[str]) -> list[str]:
+    """Prefixes of networks among keys that share a prefix; the numbered parts of a network are layers, not networks."""
+    children: dict[str, list[str]] = {}
+    for key in keys:
+        children.setdefault(key[len(prefix) :].partition(".")[0], []).append(key)
+    inner: list[str] = []
+    inside = 0
+    for name, under in children.items():
+        if len(under) >= MIN_TENSORS and (not name.isdecimal() or prefix in ("", "module.")):
+            found = _networks_under(f"{prefix}{name}.", under)
+            inner += found
+            inside += len(under) if found else 0
+    holds_layers = len(keys) >= MIN_TENSORS and any(key[len(prefix) :].count(".") < 2 for key in keys)
+    # A stem of several layers is not a network of its own, and hardly ever most of one.
+    return inner if inner and (not holds_layers or 2 * inside > len(keys)) else [prefix] if holds_layers else []

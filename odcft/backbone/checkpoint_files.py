@@ -40,6 +40,7 @@ from odcft.backbone.safe_unpickle import (
     stand_in,
 )
 from odcft.backbone.tensor_renames import merge_split_tensors
+from odcft.backbone.torchscript_archives import is_torchscript, load_torchscript
 from odcft.backbone.transformers_folder import find_twin
 from odcft.backbone.weight_files import weight_files
 from odcft.errors import OdcftError
@@ -72,7 +73,7 @@ class Contents:
     """What a checkpoint file holds."""
 
     path: Path
-    container: str  # "torch", "torch tar", "pickle", "safetensors", "npz"
+    container: str  # "torch", "torch tar", "torchscript", "pickle", "safetensors", "npz"
     state_dicts: dict[str, dict[str, Tensor]]  # by their path in the file, "" for the file itself
     outer_keys: list[str] = field(default_factory=list)  # keys of the dicts around them
     arch_hints: list[str] = field(default_factory=list)  # strings that may name an architecture
@@ -124,6 +125,8 @@ def read(path: Path, merge: Callable[[dict[str, Tensor]], dict[str, Tensor]] = m
         raise OdcftError(f"{path} holds no named tensors, so there is no backbone in it.")
     if container != "safetensors":
         metadata = _metadata_of_tree(tree)
+    if metadata.arguments.get("use_shared_rel_pos_bias"):
+        merge = dict  # timm's network has one table of positions too, so it is not spread over the blocks
     return Contents(
         path=path,
         container=container,
@@ -165,6 +168,8 @@ def _load(path: Path, container: str) -> tuple[Any, list[FoundDict], Metadata, l
             tree = load_pickle(path, replaced)
         elif container == "npz":
             tree = load_npz(path)
+        elif container == "torchscript":
+            tree = load_torchscript(path)
         else:
             tree = _load_torch(path, replaced)
         return tree, list(_find_dicts(tree)), metadata, replaced
@@ -208,7 +213,8 @@ def _read_folder(folder: Path) -> Contents:
         _read_transformers_folder(folder, config, contents)
         if contents.metadata.architecture is not None:
             return contents
-    contents.state_dicts = {where: merge_split_tensors(tensors) for where, tensors in contents.state_dicts.items()}
+    if not contents.metadata.arguments.get("use_shared_rel_pos_bias"):
+        contents.state_dicts = {where: merge_split_tensors(tensors) for where, tensors in contents.state_dicts.items()}
     return contents
 
 
@@ -253,7 +259,9 @@ def _detect_container(path: Path, start: bytes) -> str:
         return "safetensors"
     if start.startswith(ZIP_MAGIC):
         _refuse_zip_bomb(path)
-        return "npz" if is_npz(path) else "torch"
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        return "npz" if is_npz(names) else "torchscript" if is_torchscript(names) else "torch"
     if start[257:262] == b"ustar":
         return "torch tar"
     # torch's files before 1.6 start with a pickled magic number; any other pickle was written by other code.

@@ -77,11 +77,27 @@ def in_network_order(tensors: Mapping[str, Tensor], network: Mapping[str, Tensor
     Returns:
         The keys in the network's order, and none if the trees differ; or names of parts that nothing tells apart.
     """
-    found: dict[str, str] = {}
-    unclear = _pair(_tree(tensors), _tree(network), "", "", found, outermost=True)
-    if unclear is None:
-        return [], []
-    return ([], unclear) if unclear else ([found[name] for name in network], [])
+    theirs, own = _tree(tensors), _tree(network)
+    for trees in ((theirs, own), (_in_one_list(theirs), _in_one_list(own))):
+        found: dict[str, str] = {}
+        unclear = _pair(*trees, "", "", found, outermost=True)
+        if unclear is not None:
+            return ([], unclear) if unclear else ([found[name] for name in network], [])
+    return [], []
+
+
+def _in_one_list(tree: Tree) -> Tree:
+    """The tree with layers of equal shapes in one list where they are divided into numbered chunks."""
+    inner = {name: _in_one_list(node) if isinstance(node, dict) else node for name, node in tree.items()}
+    layers = {
+        f"{chunk}.{number}": layer
+        for chunk, numbered in inner.items()
+        for number, layer in (numbered.items() if isinstance(numbered, dict) else ())
+    }
+    all_numbered = all(re.fullmatch(r"\d+\.\d+", name) for name in layers)
+    if not layers or not all_numbered or not all(isinstance(node, dict) for node in inner.values()):
+        return inner
+    return layers if len({_outline(layer) for layer in layers.values()}) == 1 else inner
 
 
 def _tree(tensors: Mapping[str, Tensor]) -> Tree:

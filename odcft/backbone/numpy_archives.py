@@ -15,10 +15,8 @@ MAX_ARRAYS = 30_000
 _KINDS = "fiub"  # of numpy's dtypes: floating point, signed and unsigned integers, booleans
 
 
-def is_npz(path: Path) -> bool:
-    """Whether a zip archive holds numpy's arrays and nothing of torch's."""
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+def is_npz(names: list[str]) -> bool:
+    """Whether a zip archive of these files holds numpy's arrays and nothing of torch's."""
     return bool(names) and all(name.endswith(".npy") for name in names)
 
 
@@ -57,12 +55,18 @@ def _read_array(file: Any, size: int) -> np.ndarray | None:
         raise ValueError(f"version {version}")
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, by_column, dtype = read_header(file)
-    if dtype.hasobject or dtype.kind not in _KINDS or dtype.itemsize > 8:
+    # numpy knows no bfloat16, so JAX's arrays of it are two bytes that mean nothing (void).
+    is_bfloat16 = dtype.kind == "V" and dtype.itemsize == 2 and dtype.names is None and dtype.subdtype is None
+    if dtype.hasobject or (dtype.kind not in _KINDS and not is_bfloat16) or dtype.itemsize > 8:
         return None
     count = 1
     for side in shape:
         count *= int(side)
     if count < 0 or count * dtype.itemsize > size:
         raise ValueError(f"an array of shape {shape} in {size:,} bytes")
-    flat = np.frombuffer(file.read(count * dtype.itemsize), dtype, count).astype(dtype.newbyteorder("="))
+    data = np.frombuffer(file.read(count * dtype.itemsize), dtype, count)
+    if is_bfloat16:
+        flat = torch.from_numpy(data.view(np.int16).copy()).view(torch.bfloat16).float().numpy()
+    else:
+        flat = data.astype(dtype.newbyteorder("="))
     return flat.reshape(shape, order="F" if by_column else "C").copy()

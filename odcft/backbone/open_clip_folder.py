@@ -60,6 +60,8 @@ def from_open_clip_config(where: Path, config: Mapping[str, Any]) -> Metadata:
     if isinstance(name, str) and is_network(name):
         metadata.architecture = name
         return metadata
+    if isinstance(tower.get("layers"), list):  # a ResNet, which its tensors tell in full
+        return metadata
     for field, usual in _USUAL.items():
         if tower.get(field, usual) != usual:
             raise OdcftError(
@@ -81,7 +83,7 @@ def from_open_clip_config(where: Path, config: Mapping[str, Any]) -> Metadata:
         first = error.errors(include_url=False, include_context=False)[0]
         raise OdcftError(
             f"{where}: {first['loc'][0]}: {short_repr(first['msg'], quotes=False)}. "
-            "odcft reads the vision transformers of open_clip."
+            "odcft reads the vision transformers and ResNets of open_clip."
         ) from None
     plan = FAMILIES["clip"][2](checked, where)
     assert plan is not None

@@ -6,6 +6,7 @@ for some of these layouts, but they need a model of the right size first, and re
 Some layouts also tell what no tensor does: an epsilon, an activation, a size of windows.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,12 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odcft.backbone.non_timm_networks import is_network
+from odcft.backbone.encoder_layouts import clip_resnet, efficientnet_pytorch
+from odcft.backbone.jax_layouts import JAX_QUERY, jax_bit, jax_hybrid, jax_mixer, jax_vit
+from odcft.backbone.rename_tables import Tensors, renamed, with_separate_biases
+from odcft.backbone.torchvision_layouts import (
+    torchvision_convnext,
+    torchvision_efficientnet,
+    torchvision_swin,
+    torchvision_vit,
+)
 from odcft.backbone.transformers_tensors import to_timm
-
-Tensors = dict[str, Tensor]
-_LAYER = re.compile(r"(^|\.)(blocks|stages|layers)\.\d+\.")  # under timm's names
-_BUFFER = re.compile(r"\.(relative_position_index|relative_coords_table|attn_mask)$|\.attn\.(query|key|value)\.")
 
 
 @dataclass(frozen=True)
@@ -45,18 +50,19 @@ class Layout:
 
 def layout_of(tensors: Mapping[str, Tensor]) -> str:
     """The name of the layout in LAYOUTS that a state dict has; "" for none of them."""
-    return next((name for name, layout in LAYOUTS.items() if _prefix(tensors, layout) is not None), "")
+    return next((name for name, layout in LAYOUTS.items() if _prefixes(tensors, layout)), "")
 
 
 def with_timm_names(tensors: Tensors) -> Tensors:
-    """A state dict of one of LAYOUTS under timm's names; others, and tensors outside of the network, as they are."""
+    """A state dict of one of LAYOUTS under timm's names, also of copies; others, and tensors around it, as they are."""
     if not (name := layout_of(tensors)):
         return tensors
-    layout = LAYOUTS[name]
-    prefix = _prefix(tensors, layout) or ""
-    inside = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    outside = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix)}
-    return {**outside, **{f"{prefix}{key}": tensor for key, tensor in layout.convert(inside).items()}}
+    layout, outside = LAYOUTS[name], dict(tensors)
+    named: Tensors = {}
+    for prefix in _prefixes(tensors, layout):
+        inside = {key.removeprefix(prefix): outside.pop(key) for key in list(outside) if key.startswith(prefix)}
+        named |= {f"{prefix}{key}": tensor for key, tensor in layout.convert(inside).items()}
+    return {**outside, **named}
 
 
 def may_be(layout: str, arch: str) -> bool:
@@ -76,158 +82,25 @@ def hidden_arguments(layout: str, arch: str) -> dict[str, Any]:
 
 
 def told_arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments that a state dict tells under its own names only: heads of attention (JAX), windows (Swin)."""
+    """Arguments that a state dict tells under its own names only: heads of attention (JAX)."""
     for name, tensor in tensors.items():
-        if _JAX_QUERY.search(name) and tensor.ndim == 3:
+        if JAX_QUERY.search(name) and tensor.ndim == 3:
             return {"num_heads": tensor.shape[1]}
-    if layout_of(tensors) == "microsoft swin":
-        # Version 2 has a table of 2 x window - 1 coordinates, smaller where a stage is smaller than a window.
-        tables = [
-            one.shape[1] for name, one in tensors.items() if name.endswith(".relative_coords_table") and one.ndim == 4
-        ]
-        if tables and 1 <= (window := (max(tables) + 1) // 2) <= 64:
-            return {"window_size": window}
     return {}
 
 
-def twins_by_shape(layout: str, arch: str) -> list[str]:
-    """Networks of timm's that a file of this layout fits as well as this one, if nothing in it tells them apart."""
-    if layout == "clip" and "_clip_" in arch and is_network(other := arch.replace("_clip_", "_clip_quickgelu_")):
-        return [arch, other]
-    if layout == "microsoft swin" and is_network(other := arch.replace("_window8_", "_window16_")) and other != arch:
-        return [arch, other] if arch.startswith("swinv2") else []
-    return []
-
-
-def without_place(layout: str, dropped: list[str]) -> str:
-    """The first tensor of a layer among those that a network has no place for; "" if there is none.
-
-    A deeper network has all tensors of a shallower one, and would otherwise pass for it.
-    """
-    return next((name for name in dropped if layout and _LAYER.search(name) and not _BUFFER.search(name)), "")
-
-
-def _prefix(tensors: Mapping[str, Tensor], layout: Layout) -> str | None:
-    """What stands before the names of a layout; None if the state dict has another."""
+def _prefixes(tensors: Mapping[str, Tensor], layout: Layout) -> list[str]:
+    """What stands before the names of a layout, once for each copy and inner ones first; none for another layout."""
     if layout.also and not any(re.fullmatch(layout.also, name) for name in tensors):
-        return None
+        return []
     pattern = re.compile(rf"(?P<prefix>(?:.*\.)?){layout.mark}")
-    return next((found["prefix"] for name in tensors if (found := pattern.fullmatch(name))), None)
-
-
-def _renamed(tensors: Mapping[str, Tensor], *table: tuple[str, Any]) -> Tensors:
-    """The tensors with every line of a table of regular expressions applied to their names, in order."""
-    named = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in table:
-            name = re.sub(pattern, replacement, name)
-        named[name] = tensor
-    return named
-
-
-def _torchvision_vit(tensors: Tensors) -> Tensors:
-    return _renamed(
-        tensors,
-        (r"^class_token$", "cls_token"),
-        (r"^conv_proj\.", "patch_embed.proj."),
-        (r"^encoder\.pos_embedding$", "pos_embed"),
-        (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
-        (r"\.ln_(\d)\.", r".norm\1."),
-        (r"\.self_attention\.in_proj_", ".attn.qkv."),
-        (r"\.self_attention\.out_proj\.", ".attn.proj."),
-        (r"\.mlp\.(?:0|linear_1)\.", ".mlp.fc1."),
-        (r"\.mlp\.(?:3|linear_2)\.", ".mlp.fc2."),
-        (r"^encoder\.ln\.", "norm."),
-    )
-
-
-def _half(stages: str, kind: str) -> Callable[[re.Match[str]], str]:
-    """torchvision counts what stands between stages as well, timm only stages."""
-    return lambda found: f"{stages}{int(found[1]) // 2}.{kind}.{found[2]}."
-
-
-def _torchvision_convnext(tensors: Tensors) -> Tensors:
-    named = _renamed(
-        tensors,
-        (r"^features\.0\.(\d)\.", r"stem.\1."),
-        (r"^features\.([2468])\.(\d)\.", _half("stages.", "downsample")),
-        (r"^features\.([1357])\.(\d+)\.", _half("stages.", "blocks")),
-        (r"\.layer_scale$", ".gamma"),
-        (r"\.block\.0\.", ".conv_dw."),
-        (r"\.block\.2\.", ".norm."),
-        (r"\.block\.3\.", ".mlp.fc1."),
-        (r"\.block\.5\.", ".mlp.fc2."),
-        (r"^classifier\.0\.", "head.norm."),
-    )
-    return {name: tensor.flatten() if name.endswith(".gamma") else tensor for name, tensor in named.items()}
-
-
-def _torchvision_swin(tensors: Tensors) -> Tensors:
-    named = _renamed(
-        tensors,
-        (r"^features\.0\.0\.", "patch_embed.proj."),
-        (r"^features\.0\.2\.", "patch_embed.norm."),
-        (r"^features\.([2468])\.(reduction|norm)\.", _half("layers.", "downsample")),
-        (r"^features\.([1357])\.(\d+)\.", _half("layers.", "blocks")),
-        (r"\.mlp\.0\.", ".mlp.fc1."),
-        (r"\.mlp\.3\.", ".mlp.fc2."),
-    )
-    if any(".cpb_mlp." in name for name in named):  # version 2, which sets the bias of the keys to zero
-        named = _with_separate_biases(named)
-    return named
-
-
-def _with_separate_biases(named: Tensors) -> Tensors:
-    """The biases of query and value on their own; that of the keys counts for nothing in these networks."""
-    split: Tensors = {}
-    for name, tensor in named.items():
-        if name.endswith(".attn.qkv.bias") and tensor.ndim == 1 and len(tensor) % 3 == 0:
-            start = name.removesuffix("qkv.bias")
-            split[f"{start}q_bias"], _, split[f"{start}v_bias"] = tensor.chunk(3)
-        else:
-            split[name] = tensor
-    return split
-
-
-# Of a block with this many parts, at this place of squeeze and excitation (0 for none): timm's names of the others.
-_EFFICIENTNET_PARTS = {
-    (1, 0): {0: ("conv", "bn1")},
-    (2, 0): {0: ("conv_exp", "bn1"), 1: ("conv_pwl", "bn2")},
-    (3, 1): {0: ("conv_dw", "bn1"), 2: ("conv_pw", "bn2")},
-    (4, 2): {0: ("conv_pw", "bn1"), 1: ("conv_dw", "bn2"), 3: ("conv_pwl", "bn3")},
-}
-
-
-def _torchvision_efficientnet(tensors: Tensors) -> Tensors:
-    blocks: dict[str, set[int]] = {}
-    excited: dict[str, int] = {}
-    for name in tensors:
-        if found := re.match(r"features\.(\d+\.\d+)\.block\.(\d+)\.(fc1)?", name):
-            blocks.setdefault(found[1], set()).add(int(found[2]))
-            if found[3]:
-                excited[found[1]] = int(found[2])
-    named: Tensors = {}
-    for name, tensor in tensors.items():
-        if found := re.fullmatch(r"features\.(\d+)\.(\d+)\.block\.(\d+)\.(\w+)\.(\w+)", name):
-            stage, block, part, layer, leaf = found.groups()
-            key = f"{stage}.{block}"
-            start = f"blocks.{int(stage) - 1}.{block}"
-            parts = _EFFICIENTNET_PARTS.get((len(blocks[key]), excited.get(key, 0)), {})
-            if layer in ("fc1", "fc2"):
-                name = f"{start}.se.{'conv_reduce' if layer == 'fc1' else 'conv_expand'}.{leaf}"
-            elif int(part) in parts and layer in ("0", "1"):
-                name = f"{start}.{parts[int(part)][int(layer)]}.{leaf}"
-        elif found := re.fullmatch(r"features\.(\d+)\.([01])\.(\w+)", name):
-            first = found[1] == "0"
-            conv, norm = ("conv_stem", "bn1") if first else ("conv_head", "bn2")
-            name = f"{(conv, norm)[int(found[2])]}.{found[3]}"
-        named[name] = tensor
-    return named
+    found = dict.fromkeys(one["prefix"] for name in tensors if (one := pattern.fullmatch(name)))
+    return sorted(found, key=len, reverse=True)
 
 
 def _clip(tensors: Tensors) -> Tensors:
     """OpenAI's and open_clip's image towers."""
-    named = _renamed(
+    named = renamed(
         {name: tensor for name, tensor in tensors.items() if name != "proj"},
         (r"^class_embedding$", "cls_token"),
         (r"^positional_embedding$", "pos_embed"),
@@ -249,7 +122,7 @@ def _clip(tensors: Tensors) -> Tensors:
 
 def _dinov3(tensors: Tensors) -> Tensors:
     fixed = re.compile(r".*\.(periods|bias_mask)|mask_token|local_cls_norm\..*")
-    named = _renamed(
+    named = renamed(
         {name: tensor for name, tensor in tensors.items() if not fixed.fullmatch(name)},
         (r"^storage_tokens$", "reg_token"),
         (r"\.ls(\d)\.gamma$", r".gamma_\1"),
@@ -257,16 +130,19 @@ def _dinov3(tensors: Tensors) -> Tensors:
         (r"\.mlp\.w2\.", ".mlp.fc1_x."),
         (r"\.mlp\.w3\.", ".mlp.fc2."),
     )
-    return _with_separate_biases(named)
+    return with_separate_biases(named)
 
 
 def _meta_convnext(tensors: Tensors) -> Tensors:
-    """ConvNeXt as Meta released it: versions 1 and 2, FCMAE, DINOv3."""
-    named = _renamed(
+    """ConvNeXt as Meta released it: versions 1 and 2, FCMAE (also sparse), DINOv3."""
+    tensors = {name: _without_sparse_axes(name, tensor) for name, tensor in tensors.items()}
+    named = renamed(
         tensors,
         (r"^downsample_layers\.0\.", "stem."),
         (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
         (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"\.(?:ln|linear)\.(\w+)$", r".\1"),
+        (r"\.kernel$", ".weight"),
         (r"\.dwconv\.", ".conv_dw."),
         (r"\.pwconv(\d)\.", r".mlp.fc\1."),
         (r"\.grn\.gamma$", ".mlp.grn.weight"),
@@ -276,51 +152,28 @@ def _meta_convnext(tensors: Tensors) -> Tensors:
     return {name: tensor.flatten() if ".grn." in name else tensor for name, tensor in named.items()}
 
 
+def _without_sparse_axes(name: str, tensor: Tensor) -> Tensor:
+    """A tensor of MinkowskiEngine's in torch's shape; it keeps a kernel's places in one axis, columns first."""
+    if name.endswith(".kernel") and tensor.ndim in (2, 3) and (side := math.isqrt(len(tensor))) ** 2 == len(tensor):
+        square = tensor.unflatten(0, (side, side)) if side else tensor
+        if square.ndim == 3:  # (width, height, channels) of a convolution of each channel alone
+            return square.permute(2, 1, 0).unsqueeze(1).contiguous()
+        if square.ndim == 4:  # (width, height, in, out)
+            return square.permute(3, 2, 1, 0).contiguous()
+    return tensor.flatten() if name.endswith("conv.bias") or ".1.bias" in name else tensor
+
+
 def _microsoft_swin(tensors: Tensors) -> Tensors:
     """Swin as Microsoft released it, also of SimMIM, MoBY and EsViT: it downsamples at the end of a layer."""
     shift = (r"^layers\.(\d+)\.downsample\.", lambda found: f"layers.{int(found[1]) + 1}.downsample.")
-    return _renamed(tensors, shift)
+    return renamed(tensors, shift)
 
 
-_JAX_QUERY = re.compile(r"(^|\.)Transformer\.encoderblock_0\.MultiHeadDotProductAttention_\d\.query\.kernel$")
-
-
-def _jax_vit(tensors: Tensors) -> Tensors:
-    """Vision transformers as JAX writes them; the axes of their arrays are in another order."""
-    named = _renamed(
-        {name: _without_jax_axes(name, tensor) for name, tensor in tensors.items() if not name.startswith("head.")},
-        (r"^cls$", "cls_token"),
-        (r"^(?:Transformer\.posembed_input\.)?pos_embedding$", "pos_embed"),
-        (r"^embedding\.", "patch_embed.proj."),
-        (r"^Transformer\.encoder_norm\.", "norm."),
-        (r"^Transformer\.encoderblock_(\d+)\.", r"blocks.\1."),
-        (r"\.LayerNorm_0\.", ".norm1."),
-        (r"\.LayerNorm_[12]\.", ".norm2."),
-        (r"\.MultiHeadDotProductAttention_\d\.out\.", ".attn.proj."),
-        (r"\.MultiHeadDotProductAttention_\d\.", ".attn."),
-        (r"\.MlpBlock_\d\.Dense_0\.", ".mlp.fc1."),
-        (r"\.MlpBlock_\d\.Dense_1\.", ".mlp.fc2."),
-        (r"\.(kernel|scale)$", ".weight"),
-    )
-    for name in [name for name in named if re.search(r"\.attn\.query\.(weight|bias)$", name)]:
-        parts = [named.get(name.replace(".query.", f".{part}.")) for part in ("query", "key", "value")]
-        tensors_of = [part for part in parts if part is not None and part.shape == named[name].shape and part.ndim]
-        if len(tensors_of) == 3:
-            named[name.replace(".query.", ".qkv.")] = torch.cat(tensors_of)
-    return named
-
-
-def _without_jax_axes(name: str, tensor: Tensor) -> Tensor:
-    """An array of JAX's with its axes in torch's order: (out, in) or (out, in, height, width)."""
-    if name.endswith(".out.kernel") and tensor.ndim == 3:  # (heads, width of a head, out)
-        return tensor.flatten(0, 1).T.contiguous()
-    if name.endswith(".kernel"):
-        if tensor.ndim == 3:  # (in, heads, width of a head)
-            tensor = tensor.flatten(1)
-        if tensor.ndim == 4:
-            return tensor.permute(3, 2, 0, 1).contiguous()
-        return tensor.T.contiguous() if tensor.ndim == 2 else tensor
-    return tensor.flatten() if name.endswith(".bias") else tensor
+def _beit_shared_bias(tensors: Tensors) -> Tensors:
+    """BEiT and SimMIM's ViT with one table of relative positions for all blocks, as BEiT's own code spreads it."""
+    table = tensors.get("rel_pos_bias.relative_position_bias_table", torch.empty(0))
+    blocks = [found[1] for name in tensors if (found := re.fullmatch(r"(blocks\.\d+\.attn)\.qkv\.weight", name))]
+    return {**tensors, **{f"{block}.relative_position_bias_table": table for block in blocks}}
 
 
 def _huggingface_beit(tensors: Tensors) -> Tensors:
@@ -330,17 +183,17 @@ def _huggingface_beit(tensors: Tensors) -> Tensors:
 _CLIP_MARK = r"(?<!embeddings\.)class_embedding"
 LAYOUTS: dict[str, Layout] = {
     "torchvision vit": Layout(
-        *(r"encoder\.layers\.encoder_layer_0\.ln_1\.weight", _torchvision_vit),
+        *(r"encoder\.layers\.encoder_layer_0\.ln_1\.weight", torchvision_vit),
         fits=r"vit_\w+_patch\d+_\d+$",
     ),
-    "torchvision convnext": Layout(r"features\.1\.0\.layer_scale", _torchvision_convnext, fits="convnext_"),
+    "torchvision convnext": Layout(r"features\.1\.0\.layer_scale", torchvision_convnext, fits="convnext_"),
     "torchvision swin": Layout(
-        *(r"features\.1\.0\.attn\.qkv\.weight", _torchvision_swin),
+        *(r"features\.1\.0\.attn\.qkv\.weight", torchvision_swin),
         fits=r"swin_\w+_window7_224|swinv2_\w+_window8_256",
         unlisted=("swin_small_patch4_window7_224",),
     ),
     "torchvision efficientnet": Layout(
-        *(r"features\.1\.0\.block\.0\.0\.weight", _torchvision_efficientnet),
+        *(r"features\.1\.0\.block\.0\.0\.weight", torchvision_efficientnet),
         fits=r"efficientnet_b\d$|efficientnetv2_",  # timm's tf_ ones pad otherwise
     ),
     # OpenAI's files hold these three numbers of their own; their activation is the quick GELU.
@@ -356,8 +209,13 @@ LAYOUTS: dict[str, Layout] = {
         fits=r"vit_\w+_dinov3",
         unlisted=tuple(f"vit_{size}_patch16_dinov3_qkvb" for size in ("small", "base", "large")),
     ),
+    "jax hybrid": Layout(
+        *(r"conv_root\.kernel", jax_hybrid),
+        fits=r"vit_\w+_r(26|50)?_s\d+",
+        uses_timm_cfg=True,
+    ),
     "jax vit": Layout(
-        *(r"Transformer\.encoderblock_0\.LayerNorm_0\.scale", _jax_vit),
+        *(r"Transformer\.encoderblock_0\.LayerNorm_0\.scale", jax_vit),
         fits=r"vit_\w+_patch\d+_\d+$",
         uses_timm_cfg=True,
     ),
@@ -367,6 +225,30 @@ LAYOUTS: dict[str, Layout] = {
         fits="beit_",
         unlisted=("beit_base_patch16_224", "beit_large_patch16_224"),
         uses_timm_cfg=True,
+    ),
+    "jax bit": Layout(
+        *(r"root_block\.standardized_conv2d\.kernel", jax_bit),
+        fits=r"resnetv2_\d+x\d_bit$",
+        uses_timm_cfg=True,
+    ),
+    "jax mixer": Layout(
+        *(r"MixerBlock_0\.token_mixing\.Dense_0\.kernel", jax_mixer),
+        fits=r"mixer_",
+        uses_timm_cfg=True,
+    ),
+    "clip resnet": Layout(
+        *(r"attnpool\.positional_embedding", clip_resnet),
+        fits=r"resnet\d+(x\d+)?_clip$",
+        uses_timm_cfg=True,
+    ),
+    # Its networks pad as TensorFlow does and have its epsilon, as timm's tf_ ones.
+    "efficientnet_pytorch": Layout(
+        *(r"_blocks\.0\._depthwise_conv\.weight", efficientnet_pytorch),
+        fits=r"tf_efficientnet_(b\d|l2)$",
+    ),
+    "beit shared bias": Layout(
+        *(r"rel_pos_bias\.relative_position_bias_table", _beit_shared_bias),
+        fits="beit",
     ),
     "meta convnext": Layout(r"downsample_layers\.0\.0\.weight", _meta_convnext, fits="convnext"),
     "microsoft swin": Layout(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from odcft.backbone.arch_arguments import Kwargs, arguments_explaining
 from odcft.backbone.checkpoint_files import Contents
+from odcft.backbone.equal_networks import without_anti_aliasing
 from odcft.backbone.layer_order import canonical_order, in_network_order, is_numbered
 from odcft.backbone.non_timm_networks import NETWORKS, shapes
 from odcft.backbone.structure_index import general_shape, is_counter, nearby_networks, summary, twins
@@ -105,10 +106,10 @@ def _decide(
     most = max(match.expected for _, _, match in found)
     best = [one for one in found if one[2].expected == most]
     fewest = min(len(kwargs) for _, kwargs, _ in best)
-    best = [one for one in best if len(one[1]) == fewest]
+    best = _one_of_each_size([one for one in best if len(one[1]) == fewest])
     names = dict.fromkeys(name for first, _, _ in best for name in (first, *twins(first)))
     by_hint = [(hint, *one[1:]) for hint in hints if hint for one in best if hint in (one[0], *twins(one[0]))][:1]
-    plain = dict.fromkeys(_without_anti_aliasing(name) for name in names)
+    plain = dict.fromkeys(without_anti_aliasing(name) for name in names)
     if by_hint:
         best, names = by_hint, {by_hint[0][0]: None}
     elif len(plain) > 1:
@@ -130,6 +131,17 @@ def _decide(
     return Structure((name, kwargs, match))
 
 
+def _one_of_each_size(found: list[tuple[str, Kwargs, Match]]) -> list[tuple[str, Kwargs, Match]]:
+    """Those that fit, without the same networks for images of other sizes, where the file's size is another still."""
+    kept: dict[str, tuple[str, Kwargs, Match]] = {}
+    for name, kwargs, match in found:
+        stem = re.sub(r"_\d+$", "", name) if "img_size" in kwargs else name
+        other = kept.setdefault(stem, (name, kwargs, match))
+        if list(other[2].tensors) != list(match.tensors):
+            kept[name] = (name, kwargs, match)
+    return list(kept.values())
+
+
 def _nearest(nearest: list[tuple[float, int, str]]) -> str:
     """The network that comes closest in words, and the names of those that come as close."""
     if not nearest:
@@ -137,11 +149,6 @@ def _nearest(nearest: list[tuple[float, int, str]]) -> str:
     first, *others = sorted(nearest, reverse=True)
     as_close = [text.split(",")[0] for share, _, text in others if share == first[0]]
     return first[-1] + (f" (as close: {', '.join(as_close[:MAX_NEAR])})" if as_close else "")
-
-
-def _without_anti_aliasing(name: str) -> str:
-    """A network's name without the mark of blurred or averaged strides, which are rare and leave no tensors."""
-    return re.sub(r"_?(aa|blur)(?=\d|_)", "", name)
 
 
 def _fit(
@@ -215,6 +222,7 @@ def _as_match(
         unexpected=[],
         misfits={},
         others=[other for other in contents.state_dicts if other != path],
+        keys={name: named[name] for name in expected if name in named},
     )
 
 

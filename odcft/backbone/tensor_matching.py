@@ -34,6 +34,7 @@ class Match:
     misfits: dict[str, Tensor]  # the tensors of `unexpected`, by the network's names
     others: list[str]  # state dicts of the same file that were left out
     notes: list[str] = field(default_factory=list)  # how it was recognised, unless by names
+    keys: dict[str, str] = field(default_factory=dict)  # in the state dict, by the network's names
     nearest: str = ""  # if it is incomplete: the network whose shapes come closest, and what differs
 
     @property
@@ -120,6 +121,7 @@ def _match_under(
         unexpected=list(wrong.values()),
         misfits={name: tensors[key] for name, key in wrong.items()},
         others=[other for other in contents.state_dicts if other != path],
+        keys=used,
     )
 
 

@@ -95,6 +95,11 @@ def _jigsaw_pytorch(key: str) -> str:
     return re.sub(r"(^|\.)conv\.(conv\d)_s1\.", r"\1\2.", _strip_wrappers(key))
 
 
+def _features_only(key: str) -> str:
+    """timm's networks built with `features_only`, as in segmentation_models_pytorch's `tu-` encoders."""
+    return re.sub(r"(^|\.)([a-z]+)_(\d+)\.", r"\1\2.\3.", _strip_wrappers(key))
+
+
 # Of these, the first that fits most tensors is used.
 RENAMES: tuple[Callable[[str], str], ...] = (
     lambda key: key,
@@ -107,6 +112,7 @@ RENAMES: tuple[Callable[[str], str], ...] = (
     _mmpretrain,
     _chunked_transformer,
     _jigsaw_pytorch,
+    _features_only,
 )
 
 

@@ -127,8 +127,10 @@ def _load_starting_checkpoints(run: str, members: int, progress: Any) -> list["L
 
     ckpts, reason = find_starting_checkpoints(run, members)
     try:
-        options = load_options_of(run) if ckpts else {}
-        loaded = [load_backbone(one, **options, member=member) for member, one in enumerate(ckpts)]
+        loaded = [
+            load_backbone(one, **load_options_of(run, member, len(ckpts)), member=member)
+            for member, one in enumerate(ckpts)
+        ]
     except OdcftError as error:
         loaded, reason = [], str(error).rstrip(".")
     if reason:

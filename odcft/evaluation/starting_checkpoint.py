@@ -46,14 +46,14 @@ def find_starting_checkpoints(run: str, members: int) -> tuple[list[str], str]:
     return [path for path in found if path is not None], ""
 
 
-def load_options_of(run: str) -> dict[str, Any]:
-    """The options of `load_backbone` that a RUN loaded its checkpoint with, from its recipe and run.json."""
+def load_options_of(run: str, member: int, members: int) -> dict[str, Any]:
+    """The options of `load_backbone` that a RUN loaded one of its checkpoints with, from its recipe and run.json."""
     from odcft.recipe import load_options, load_recipe
 
     options: dict[str, Any] = {}
     with suppress(OdcftError):  # no recipe, or one of another version
         recipe = load_recipe(Path(run) / "recipe.yaml")
-        options = {**load_options(recipe), "seed": recipe.seed}
+        options = {**load_options(recipe, member, members), "seed": recipe.seed}
     with suppress(OdcftError):
         arch = read_json(Path(run) / "run.json").get("arch_given")
         options |= {"arch": arch} if isinstance(arch, str) else {}

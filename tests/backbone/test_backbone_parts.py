@@ -7,7 +7,7 @@ import torch
 from odcft.backbone.backbone_parts import Part, only_part, why_taken
 from odcft.backbone.load import load_backbone
 from odcft.errors import OdcftError
-from odcft.recipe import load_recipe
+from odcft.recipe import load_options, load_recipe
 from tests.backbone.backbone_helpers import contents
 
 
@@ -139,3 +139,56 @@ def test_memory_and_export_take_a_part(tmp_path, make_images, dino, odcft_comman
     assert "backbone.part" in err
     assert odcft_command("export", dino, tmp_path / "out", "--part", "student")[0] == 0
     assert equal(load_backbone(tmp_path / "out").backbone, weights(1))
+
+
+def test_the_parts_named_are_networks_not_layers(tmp_path):
+    names = ("student", "teacher")
+    torch.save({name: weights(1) for name in names} | {"optimizer": {"0": torch.zeros(1)}}, tmp_path / "a.pth")
+    with pytest.raises(OdcftError, match="Give student, teacher or a name within"):
+        load_backbone(tmp_path / "a.pth", part="x")
+    moco = {**weights(1, "module.encoder_q."), **weights(2, "module.encoder_k."), "module.queue": torch.zeros(8, 9)}
+    torch.save({"state_dict": moco}, tmp_path / "b.pth")
+    with pytest.raises(OdcftError, match=r"Give state_dict/module\.encoder_q\., state_dict/module\.encoder_k\. or"):
+        load_backbone(tmp_path / "b.pth", part="x")
+    torch.save(weights(1), tmp_path / "c.pth")
+    with pytest.raises(OdcftError, match="Drop --part: it holds one network"):
+        load_backbone(tmp_path / "c.pth", part="x")
+
+
+def test_copies_under_unknown_names_are_parts_too(tmp_path):
+    def words(prefix, seed):
+        path = {name: f"{prefix}w{number}" for number, name in enumerate({n.rpartition(".")[0]: 0 for n in weights(1)})}
+        return {f"{path[n.rpartition('.')[0]]}.{n.rpartition('.')[2]}": t for n, t in weights(seed).items()}
+
+    torch.save({**words("alpha.", 1), **words("beta.", 2), **words("gamma.", 1)}, tmp_path / "c.pth")
+    loaded = load_backbone(tmp_path / "c.pth")
+    assert loaded.parts == [Part("alpha.", True), Part("beta.", False), Part("gamma.", True)]
+    assert equal(loaded.backbone, weights(1))
+    assert equal(load_backbone(tmp_path / "c.pth", part="beta").backbone, weights(2))
+
+
+def test_each_of_several_checkpoints_has_its_part(dino):
+    recipe = load_recipe("small", ['backbone.part=["student", null]'])
+    parts = [load_options(recipe, member, 2)["part"] for member in range(2)]
+    assert parts == ["student", None]
+    one = load_recipe("small", ["backbone.part=student"])
+    assert [load_options(one, member, 2)["part"] for member in range(2)] == ["student", "student"]
+    with pytest.raises(OdcftError, match=r"lists 2 parts, but there are 3 checkpoints. Give one for all"):
+        load_options(recipe, 0, 3)
+
+
+@pytest.mark.slow
+def test_the_command_line_takes_a_part_for_each_checkpoint(tmp_path, make_images, dino, odcft_command):
+    data, run = make_images(tmp_path / "data", count=24), tmp_path / "run"
+    args = ("finetune", dino, dino, data, "--out", run, "--method", "codc", "--recipe", "small", "--epochs", 1)
+    code, _, err = odcft_command(*args, "--set", "optim.batch_size=4", "--part", "student", "--part", "")
+    assert code == 0, err
+    assert "under student/module.backbone." in err
+    assert "under teacher/backbone." in err
+    assert load_recipe(run / "recipe.yaml").backbone.part == ["student", None]
+    code, out, err = odcft_command("evaluate", run, data, "--protocol", "knn", "--json")
+    assert code == 0, err
+    assert json.loads(out)["before"]
+    code, _, err = odcft_command(*args[:3], tmp_path, *args[3:], "--overwrite", "--part", "student", "--part", "x")
+    assert code == 2
+    assert "backbone.part lists 2 parts, but there are 3 checkpoints" in err

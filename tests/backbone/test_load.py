@@ -137,7 +137,6 @@ def test_an_odd_position_embedding_is_reported_as_missing(tmp_path):
         "mobilenetv3_small_050",
         "regnetx_002",
         "deit3_small_patch16_224",
-        "tf_efficientnet_lite0",
         "poolformer_s12",
         "levit_128s",
         "resnest14d",

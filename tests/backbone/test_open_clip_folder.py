@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from test_original_layouts import as_clip
 
 from odcft.backbone.load import load_backbone
+from odcft.backbone.open_clip_folder import from_open_clip_config
 from odcft.errors import OdcftError
 
 TOWER = {"layers": 2, "width": 48, "head_width": 16, "patch_size": 8, "image_size": 32}
@@ -63,7 +64,7 @@ def test_towers_of_timms_own(tmp_path):
     [
         ({**TOWER, "no_ln_pre": True}, "no_ln_pre=True, which timm's networks lack"),
         ({**TOWER, "pool_type": "avg"}, "pool_type='avg'"),
-        ({**TOWER, "layers": [3, 4, 6, 3]}, "layers: Input should be a valid integer"),
+        ({**TOWER, "layers": "twelve"}, "layers: Input should be a valid integer"),
         ({**TOWER, "width": 10**9}, "width: "),
         ({**TOWER, "patch_size": 1000}, "patch_size"),
         ("x", "no model_cfg with a vision_cfg"),
@@ -73,3 +74,11 @@ def test_other_towers_are_refused(tower, told, tmp_path):
     write(tmp_path, tower)
     with pytest.raises(OdcftError, match=told):
         load_backbone(tmp_path)
+
+
+def test_a_resnet_is_told_by_its_tensors(tmp_path):
+    config = {"model_cfg": {"vision_cfg": {"layers": [3, 4, 6, 3], "width": 64, "image_size": 224}}}
+    config["preprocess_cfg"] = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    metadata = from_open_clip_config(tmp_path, config)
+    assert metadata.architecture is None
+    assert metadata.cfg["mean"] == [0.1, 0.2, 0.3]

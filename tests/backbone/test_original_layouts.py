@@ -268,3 +268,85 @@ def test_odd_tensors_under_the_marks_of_a_layout_are_answered(layout):
         odd = {name: torch.zeros(shape) for name in marks}
         assert len(with_timm_names({**odd, "features.1.0.attn.qkv.bias": torch.zeros(shape)})) >= len(marks) - 2
         LAYOUTS[layout].convert(dict(odd))
+
+
+# ---------------------------------------------------------------- what pretraining code saves
+
+
+def as_sparse_convnext(state):
+    """FCMAE's sparse encoder: MinkowskiEngine keeps a kernel's places in one axis, columns first."""
+    for name, tensor in as_meta_convnext(state):
+        dense = name.startswith("downsample_layers.0.")
+        if name.endswith("weight") and tensor.ndim == 4 and not dense:
+            columns_first = tensor.permute(3, 2, 1, 0) if ".dwconv." not in name else tensor[:, 0].permute(2, 1, 0)
+            yield f"encoder.{name.removesuffix('weight')}kernel", columns_first.flatten(0, 1).contiguous()
+            continue
+        if not dense and (".norm." in name or name.endswith((".0.weight", ".0.bias"))):
+            name = f"{name.rpartition('.')[0]}.ln.{name.rpartition('.')[2]}"
+        if ".pwconv" in name:
+            name = f"{name.rpartition('.')[0]}.linear.{name.rpartition('.')[2]}"
+        if name.endswith(("conv.bias", ".1.bias")) and not dense:
+            tensor = tensor[None]
+        yield f"encoder.{name}", tensor.view(1, -1) if ".grn." in name else tensor
+
+
+def test_fcmaes_sparse_encoder_is_the_dense_one(tmp_path):
+    net = filled(timm.create_model("convnextv2_tiny", num_classes=0, **STAGES))
+    for tensor in net.state_dict().values():
+        tensor.copy_(torch.randn(tensor.shape))
+    state = {name: tensor for name, tensor in net.state_dict().items() if not name.startswith("head.norm.")}
+    theirs = dict(as_sparse_convnext(state))
+    assert theirs["encoder.stages.0.0.dwconv.kernel"].shape[0] == 49
+    torch.save(
+        {"model": {**theirs, "mask_token": torch.ones(1), "decoder.0.dwconv.bias": torch.ones(8)}}, tmp_path / "c"
+    )
+    loaded = load_backbone(tmp_path / "c", "convnextv2_tiny", arch_args=STAGES)
+    told = loaded.backbone.net.state_dict()
+    assert all(torch.equal(told[name], tensor) for name, tensor in state.items())
+    assert loaded.match.missing == ["head.norm.weight", "head.norm.bias"]
+    assert "2 tensors are not in the file, so they start random: head.norm.weight, head.norm.bias" in loaded.notes
+
+
+SWIN_SIZES = [  # the windows and images of SimMIM, MoBY and EsViT
+    ({"window_size": 6, "img_size": 192}, {"window_size": 6, "img_size": 192}),
+    ({"window_size": 14, "img_size": 224}, {"window_size": 14}),
+    ({}, {}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arguments", "told"), SWIN_SIZES)
+def test_windows_of_swin_show_in_its_tables(arguments, told, tmp_path):
+    state = filled(timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, **arguments)).state_dict()
+    theirs = dict(as_microsoft_swin(state))
+    theirs["encoder.mask_token"] = torch.zeros(1, 1, 96)
+    copy = {name.replace("encoder.", "encoder_k."): tensor + 1 for name, tensor in theirs.items()}
+    torch.save({"model": {**copy, **theirs, "decoder.0.weight": torch.ones(3, 3, 1, 1)}}, tmp_path / "c.pth")
+    loaded = load_backbone(tmp_path / "c.pth")
+    assert loaded.match.coverage == 1
+    assert (loaded.backbone.arch, loaded.backbone.arch_args) == ("swin_tiny_patch4_window7_224", told)
+    own = loaded.backbone.net.state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_beit_and_simmim_may_share_their_table_of_positions(shared, tmp_path):
+    arguments = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 32, "patch_size": 8}
+    net = filled(timm.create_model("beit_base_patch16_224", num_classes=0, **arguments))
+    state = {name: torch.randn(tensor.shape) for name, tensor in net.state_dict().items()}
+    table = state["blocks.0.attn.relative_position_bias_table"]
+    theirs = dict(state)
+    for block in range(2):
+        name = f"blocks.{block}.attn.relative_position_bias_table"
+        state[name] = table
+        theirs[name] = table
+        if shared:
+            del theirs[name]
+    if shared:
+        theirs["rel_pos_bias.relative_position_bias_table"] = table
+        theirs["rel_pos_bias.relative_position_index"] = torch.zeros(17, 17, dtype=torch.long)
+    theirs["mask_token"] = torch.zeros(1, 1, 48)
+    torch.save({"model": {f"encoder.{name}": tensor for name, tensor in theirs.items()}}, tmp_path / "c.pth")
+    loaded = load_backbone(tmp_path / "c.pth", "beit_base_patch16_224", arch_args=arguments)
+    assert loaded.match.coverage == 1
+    assert all(torch.equal(loaded.backbone.net.state_dict()[name], tensor) for name, tensor in state.items())

@@ -176,6 +176,7 @@ def exact(state, found):
         ("resnet18", {"small_stem": True}),
         ("test_vit", {"img_size": 96}),
         ("test_vit", {"img_size": 64, "in_chans": 1}),
+        ("vit_tiny_patch16_224", {"img_size": 240}),  # not one of flexivit, nor the one for 384 pixels
     ],
 )
 def test_arguments_are_inferred_without_names_too(arch, kwargs):
@@ -247,6 +248,14 @@ def test_blurred_twins_of_a_plain_network_are_named_in_a_note():
     assert "the same tensors also fit resnetblur18: if that is the right network, pass --arch NAME" in notes
 
 
+@pytest.mark.parametrize(("rename", "result"), [(by_position, "exact"), (lambda state: state, "exact")])
+def test_layers_in_chunks_are_found_in_a_sorted_file(rename, result):
+    state = random_weights("test_vit")
+    chunks = {re.sub(r"^blocks\.(\d)", lambda m: f"b.{int(m[1]) // 2}.{m[1]}", n): t for n, t in state.items()}
+    assert outcome("test_vit", state, dict(sorted(rename(chunks).items())), "safetensors") == result
+    assert outcome("test_vit", state, by_random_words(chunks)) == "exact"
+
+
 # ---------------------------------------------------------------- wrong on purpose
 
 
@@ -293,11 +302,13 @@ def test_swapped_layers_of_different_shapes_are_refused():
 def test_a_deeper_network_is_not_taken_for_a_shallower(rename):
     for depth in (13, 14, 18):
         deeper = timm.create_model("vit_tiny_patch16_224", depth=depth, num_classes=0)
-        refusal(rename(deeper.state_dict()))
+        assert "vit_tiny_patch16_224" in refusal(rename(deeper.state_dict()))
     layers = timm.models.resnet.BasicBlock, [2, 2, 2, 3]
     deeper = timm.models.resnet.ResNet(*layers, num_classes=0).state_dict()
-    refusal(rename(deeper))
-    refusal(rename({re.sub(r"layer(\d)\.(\d)", r"l\1b\2", name): tensor for name, tensor in deeper.items()}))
+    assert "resnet18" in refusal(rename(deeper))
+    assert "resnet18" in refusal(
+        rename({re.sub(r"layer(\d)\.(\d)", r"l\1b\2", name): tensor for name, tensor in deeper.items()})
+    )
 
 
 def test_a_negative_variance_shows_that_the_order_is_another():
@@ -329,5 +340,6 @@ def test_other_kinds_of_networks_are_refused():
         for name, shape in layers.items():
             language |= {f"h.{block}.{name}.w": torch.ones(shape), f"h.{block}.{name}.b": torch.ones(shape[0])}
     for other in (unet, language):
-        refusal(other)
-        refusal(dict(sorted(other.items())), "safetensors")
+        for renamed, container in ((other, "torch"), (dict(sorted(other.items())), "safetensors")):
+            told = refusal(renamed, container)
+            assert re.search(r"No network comes close|come closest to \w+, which needs \d+ other tensors", told)
