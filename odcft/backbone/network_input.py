@@ -63,8 +63,8 @@ class Input:
         return describe_view(self.view)
 
     def with_view(self, view: View) -> "Input":
-        """The same colours and normalisation with another view."""
-        return replace(self, **vars(view))
+        """The same colours and normalisation with another view; how it crops is not the network's affair."""
+        return replace(self, **{name: value for name, value in vars(view).items() if name != "crop"})
 
     def dump(self) -> dict[str, Any]:
         """As JSON; `load` reads it back."""

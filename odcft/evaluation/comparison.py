@@ -12,7 +12,7 @@ import numpy as np
 
 from odcft.errors import OdcftError
 from odcft.evaluation.confidence_intervals import changes_with_intervals
-from odcft.evaluation.protocols import PROTOCOLS, Split, class_numbers, evaluate_arrays, name_left_out
+from odcft.evaluation.protocols import DEFAULT, Split, check_labels, evaluate_arrays, name_left_out
 from odcft.evaluation.starting_checkpoint import find_starting_checkpoints, load_options_of, view_of_run
 from odcft.plan import view_for_evaluation
 
@@ -26,7 +26,7 @@ def evaluate(
     ckpt: str | list[str],
     data: str,
     test: str | None = None,
-    protocols: Sequence[str] = PROTOCOLS,
+    protocols: Sequence[str] = DEFAULT,
     arch: str | None = None,
     size: int | None = None,
     input: str | None = None,
@@ -34,6 +34,8 @@ def evaluate(
     progress: Any = None,
     arch_args: dict[str, Any] | None = None,
     part: str | None = None,
+    *,
+    crop: str = "centre",
 ) -> dict[str, Any]:
     """Run every protocol on the features of labelled images.
 
@@ -50,6 +52,7 @@ def evaluate(
         progress: where to report.
         arch_args: arguments to build the network with, besides its name.
         part: where in the checkpoint to look, if it holds several backbones.
+        crop: "centre", or "squash": the whole image, squashed into a square (as for the published SVMs on VOC07).
 
     Returns:
         The dict of `evaluate_arrays`; for a RUN also `before`, the same for its starting checkpoint, and `change`. For
@@ -67,13 +70,13 @@ def evaluate(
 
     progress = progress or Progress()
     labels = load_labelled_images(data, test)
-    if "knn" in protocols:  # fail before anything slow starts
-        class_numbers(labels.targets[labels.targets.any(1)])
+    labelled = labels.targets[labels.targets.any(1)]
+    check_labels(labelled, labelled, protocols)  # fail before anything slow starts
     sources = ckpt if isinstance(ckpt, list) else _members(ckpt)
     after = [load_backbone(source, arch, input, allow_partial, arch_args=arch_args, part=part) for source in sources]
     before = [] if isinstance(ckpt, list) else _load_starting_checkpoints(ckpt, len(sources), progress)
     run_view = None if isinstance(ckpt, list) else view_of_run(ckpt)
-    views = [view_for_evaluation(one, labels.images, size, run_view) for one in after]
+    views = [replace(view_for_evaluation(one, labels.images, size, run_view), crop=crop) for one in after]
     _report_images(labels, views, progress)
     splits, labels = _make_splits([*after, *before], views + views, labels, progress)
     after_splits, before_splits = splits[: len(after)], splits[len(after) :]
@@ -197,7 +200,7 @@ def _compare(
     after = evaluate_arrays(after_split, protocols, progress)
     results = {**after}
     if before_split is not None:
-        before = evaluate_arrays(before_split, protocols, progress, "SVM before")
+        before = evaluate_arrays(before_split, protocols, progress, " before")
         results |= {"before": before, "change": changes_with_intervals(before, after, after_split.test_targets)}
         name_left_out(before, classes)
     name_left_out(results, classes)
