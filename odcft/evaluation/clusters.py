@@ -3,6 +3,8 @@
 Shapes: N images, F features, K clusters, C classes.
 """
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,37 @@ def nmi(one_N: np.ndarray, other_N: np.ndarray) -> float:
     from sklearn.metrics import normalized_mutual_info_score
 
     return float(normalized_mutual_info_score(one_N, other_N, average_method="geometric"))
+
+
+def compare_run(run: Path, paths: Sequence[str], class_N: np.ndarray) -> dict[str, Any]:
+    """Compare the clusters that a run ended with, in its clusters.parquet, with classes.
+
+    Args:
+        run: a RUN that was trained on images that are among those of `paths`.
+        paths: of labelled images (N). Those the run was not trained on are left out.
+        class_N: their classes, integers from 0.
+
+    Returns:
+        The dict of `agreement` without `correct`, with `k`, the number of clusters these images are in, and `images`,
+        how many the run was trained on.
+
+    Raises:
+        OdcftError: not one is, or the run's files cannot be read.
+    """
+    from odcft.files import read_json
+    from odcft.run.clusters_parquet import read_clusters
+
+    data = Path(str(read_json(run / "run.json").get("data", "")))
+    root = os.path.abspath(data if data.is_dir() else data.parent)
+    listed = read_clusters(run / "clusters.parquet")
+    clusters = {os.path.normpath(os.path.join(root, path)): cluster for path, cluster in listed.items()}
+    found = [(clusters.get(os.path.abspath(path)), number) for path, number in zip(paths, class_N, strict=True)]
+    both = np.array([pair for pair in found if pair[0] is not None], dtype=np.int64)
+    if not len(both):
+        raise OdcftError(f"{run} was not trained on any of these images (but on {data}).")
+    compared = agreement(both[:, 0], both[:, 1])
+    del compared["correct"]
+    return {**compared, "k": len(np.unique(both[:, 0])), "images": len(both)}
 
 
 def nmi_of_runs(one: Path, other: Path) -> dict[str, Any]:

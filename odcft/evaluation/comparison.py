@@ -12,7 +12,7 @@ import numpy as np
 
 from odcft.errors import OdcftError
 from odcft.evaluation.confidence_intervals import changes_with_intervals
-from odcft.evaluation.protocols import DEFAULT, Split, check_labels, evaluate_arrays, name_left_out
+from odcft.evaluation.protocols import DEFAULT, Split, check_labels, class_numbers, evaluate_arrays, name_left_out
 from odcft.evaluation.starting_checkpoint import find_starting_checkpoints, load_options_of, view_of_run
 from odcft.plan import view_for_evaluation
 
@@ -83,6 +83,8 @@ def evaluate(
 
     before_split = _side_by_side(before_splits) if before_splits else None
     results = _compare(_side_by_side(after_splits), before_split, labels.classes, protocols, progress)
+    if "clusters" in protocols and isinstance(ckpt, str):
+        results["clusters"] |= _clusters_of_run(ckpt, labels, progress)
     if len(sources) > 1:
         results["members"] = []
         for m, source in enumerate(sources):
@@ -179,6 +181,21 @@ def _split(rows: np.ndarray, labels: "LabelledImages", source: str) -> Split:
         c: f"{size} image{'s' if size > 1 else ''}, too few to hold out half" for c, size in labels.too_small.items()
     }
     return Split(rows[train], labels.targets[train], rows[test], labels.targets[test], left_out)
+
+
+def _clusters_of_run(run: str, labels: "LabelledImages", progress: Any) -> dict[str, Any]:
+    """`run`: how well the clusters that a RUN ended with match the labels; nothing for other images, or no RUN."""
+    from odcft.evaluation.clusters import compare_run
+
+    if not (Path(run) / "clusters.parquet").exists():
+        return {}
+    rows = np.concatenate([labels.train_rows, labels.test_rows])
+    try:
+        class_N = class_numbers(labels.targets[rows])
+        return {"run": compare_run(Path(run), [labels.images.path(row) for row in rows], class_N)}
+    except OdcftError as error:
+        progress.say(f"Clusters    those of the run are not compared with the labels: {error}")
+        return {}
 
 
 def _side_by_side(splits: list[Split]) -> Split:

@@ -8,7 +8,7 @@ Shapes: N images, F features, B batch, C classes.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from torch import nn
 
 EPOCHS, STEPS = 90, (30, 60)  # the learning rate is divided by 10 after the epochs STEPS
 BATCH, LR, MOMENTUM, WEIGHT_DECAY = 256, 0.01, 0.9, 1e-4  # with Nesterov's momentum
-LARGEST = 1e15  # of features: the square of a larger one comes near the limit of float32
 LOGISTIC_ROWS = 20_000  # training images above which logistic regression would take too long
 LOGISTIC_COSTS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C, for features of unit variance
 
@@ -47,13 +46,13 @@ def linear(
         `predicted`, the classes (N,) of the test images by the last layer. `logistic`: `top1`, `per_layer`, the `costs`
         chosen and `predicted` of logistic regression, unless there are more than LOGISTIC_ROWS training images.
     """
-    train, test = _as_float32(train, test)
-    by_layer = _train_by_sgd(train, train_N, test, epochs, seed, advance)
+    layers = {layer: _Layer(train[layer], test[layer]) for layer in train}
+    by_layer = _train_by_sgd(layers, train_N, epochs, seed, advance)
     results = {**_accuracies(by_layer, test_N), "seed": seed}
     if len(train_N) <= LOGISTIC_ROWS:
         fitted = {}
-        for layer, features in train.items():
-            fitted[layer] = _logistic_regression(features, train_N, test[layer])
+        for name, layer in layers.items():
+            fitted[name] = _logistic_regression(layer, train_N)
             advance(1)
         costs = {layer: cost for layer, (_, cost) in fitted.items()}
         results["logistic"] = {
@@ -74,21 +73,44 @@ def _accuracies(predicted: Mapping[str, np.ndarray], test_N: np.ndarray) -> dict
     return {"top1": per_layer[last], "per_layer": per_layer, "predicted": predicted[last]}
 
 
+class _Layer:
+    """Features of a layer, less their mean and divided by one scale, so that float32 holds them, however large.
+
+    They are scaled as they are used, for no second copy of them might fit into memory. Batch normalisation would undo
+    any other scale as well, except that of features too small for its epsilon.
+    """
+
+    def __init__(self, train_NF: np.ndarray, test_NF: np.ndarray) -> None:
+        self.train_NF, self.test_NF = train_NF, test_NF
+        self.mean_F = train_NF.mean(0, dtype=np.float64)
+        largest = max(float(abs(self.mean_F).max()), *(float(abs(part).max()) for part in _parts(train_NF)))
+        squares = sum(float((((part - self.mean_F) / (largest or 1)) ** 2).sum()) for part in _parts(train_NF))
+        self.scale = largest * (squares / train_NF.size) ** 0.5 or 1.0
+
+    def train(self, row_B: torch.Tensor | slice) -> torch.Tensor:
+        """Training features (B, F) float32."""
+        return self._scaled(self.train_NF[row_B.numpy() if isinstance(row_B, torch.Tensor) else row_B])
+
+    def test(self) -> Iterator[torch.Tensor]:
+        """Test features, some at a time."""
+        return (self._scaled(part) for part in _parts(self.test_NF))
+
+    def _scaled(self, rows_BF: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(((rows_BF - self.mean_F) / self.scale).astype(np.float32))
+
+
+def _parts(rows_NF: np.ndarray) -> Iterator[np.ndarray]:
+    return (rows_NF[start : start + 1024] for start in range(0, len(rows_NF), 1024))
+
+
 def _train_by_sgd(
-    train: Mapping[str, np.ndarray],
-    train_N: np.ndarray,
-    test: Mapping[str, np.ndarray],
-    epochs: int,
-    seed: int,
-    advance: Callable[[int], None],
+    layers: Mapping[str, _Layer], train_N: np.ndarray, epochs: int, seed: int, advance: Callable[[int], None]
 ) -> dict[str, np.ndarray]:
     """The classes (N,) of the test images by each layer, all layers trained on the same batches."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    features, classes = (
-        {layer: torch.from_numpy(rows) for layer, rows in train.items()},
-        torch.from_numpy(train_N).long(),
-    )
-    heads = nn.ModuleList(_Head(rows.shape[1], int(classes.max()) + 1, seed) for rows in features.values()).to(device)
+    classes = torch.from_numpy(train_N).long()
+    widths = [len(layer.mean_F) for layer in layers.values()]
+    heads = nn.ModuleList(_Head(width, int(classes.max()) + 1, seed) for width in widths).to(device)
     optimizer = torch.optim.SGD(heads.parameters(), LR, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [step * epochs // EPOCHS for step in STEPS])
     generator = torch.Generator().manual_seed(seed)
@@ -98,8 +120,8 @@ def _train_by_sgd(
         for row_B in order.tensor_split(-(-len(classes) // BATCH)):
             class_B = classes[row_B].to(device)
             losses = [
-                F.cross_entropy(head(rows[row_B].to(device)), class_B)
-                for head, rows in zip(heads, features.values(), strict=True)
+                F.cross_entropy(head(layer.train(row_B).to(device)), class_B)
+                for head, layer in zip(heads, layers.values(), strict=True)
             ]
             optimizer.zero_grad()
             torch.stack(losses).sum().backward()
@@ -107,12 +129,11 @@ def _train_by_sgd(
         schedule.step()
         advance(1)
     heads.eval()
-    predicted = {}
     with torch.no_grad():
-        for head, (layer, rows) in zip(heads, test.items(), strict=True):
-            parts = [head(part.to(device)).argmax(1).cpu() for part in torch.from_numpy(rows).split(1024)]
-            predicted[layer] = torch.cat(parts).numpy()
-    return predicted
+        return {
+            name: torch.cat([head(part.to(device)).argmax(1).cpu() for part in layer.test()]).numpy()
+            for head, (name, layer) in zip(heads, layers.items(), strict=True)
+        }
 
 
 class _Head(nn.Module):
@@ -130,15 +151,16 @@ class _Head(nn.Module):
         return self.linear(self.norm(rows_BF))
 
 
-def _logistic_regression(train_NF: np.ndarray, train_N: np.ndarray, test_NF: np.ndarray) -> tuple[np.ndarray, float]:
+def _logistic_regression(layer: _Layer, train_N: np.ndarray) -> tuple[np.ndarray, float]:
     """The classes (N,) of the test images, and the cost, chosen by three-fold cross-validation."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import KFold, cross_val_score
     from sklearn.preprocessing import StandardScaler
 
-    scaler = StandardScaler().fit(train_NF)
-    train_NF, test_NF = scaler.transform(train_NF), scaler.transform(test_NF)
+    scaler = StandardScaler()
+    train_NF = scaler.fit_transform(layer.train(slice(None)).numpy())
+    test_NF = scaler.transform(torch.cat(list(layer.test())).numpy())
     folds = KFold(min(3, len(train_N)), shuffle=True, random_state=0)
 
     def accuracy(cost: float) -> float:
@@ -148,14 +170,3 @@ def _logistic_regression(train_NF: np.ndarray, train_N: np.ndarray, test_NF: np.
         warnings.simplefilter("ignore", ConvergenceWarning)
         cost = max(LOGISTIC_COSTS, key=accuracy)  # the first, and so the smallest, of several equally good ones
         return LogisticRegression(C=cost, max_iter=1000).fit(train_NF, train_N).predict(test_NF), cost
-
-
-def _as_float32(train: Mapping[str, np.ndarray], test: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """The features in float32; those of a layer whose squares float32 could not hold, divided by the largest."""
-    made: list[dict[str, np.ndarray]] = [{}, {}]
-    for layer in train:
-        largest = max(float(np.abs(part[layer].astype(np.float64)).max()) for part in (train, test))
-        for part, rows in zip((train, test), made, strict=True):
-            scaled = part[layer] / largest if largest > LARGEST else part[layer]
-            rows[layer] = np.ascontiguousarray(scaled, dtype=np.float32)
-    return made

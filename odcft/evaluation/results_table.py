@@ -62,8 +62,8 @@ def _notes(results: dict[str, Any]) -> list[str]:
         low_shot = results["low_shot"]
         notes.append(f"  Low-shot mAP by images per class: {_by_k(low_shot['per_k'])}")
         if low_shot["too_few"]:
-            notes.append(f"    {', '.join(low_shot['too_few'])}: {next(iter(low_shot['too_few'].values()))}")
-        notes.append("  * the cost that is best on the test images, as in published results")
+            notes.append(f"    not with {', '.join(low_shot['too_few'])}: {next(iter(low_shot['too_few'].values()))}")
+        notes.append("  * with the cost that is best on the test images, as in published results")
     if len(results.get("knn", {}).get("per_k", {})) > 1:
         notes.append(f"  kNN top-1 by neighbours: {_by_k(results['knn']['per_k'])}")
     if run := results.get("clusters", {}).get("run"):

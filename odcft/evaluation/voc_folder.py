@@ -109,7 +109,7 @@ def parse_annotation(xml: bytes) -> tuple[list[str], list[str]]:
     parser.EndElementHandler = lambda tag: path.pop()
     try:
         parser.Parse(xml, True)
-    except expat.ExpatError as error:
+    except (expat.ExpatError, LookupError) as error:  # LookupError: of an unknown encoding
         raise ValueError(str(error)) from None
     names = {one["name"].strip() for one in objects} - {""}
     certain = {one["name"].strip() for one in objects if one["difficult"].strip() != "1"} - {""}
