@@ -14,6 +14,7 @@ from torch import Tensor
 K = 20  # neighbours of the accuracy called `top1`
 KS = (10, 20, 100, 200)  # the numbers of neighbours that are usually reported (DINO)
 TEMPERATURE = 0.07  # of the votes, exp(cosine / T) (Wu et al. 2018; DINO)
+DECIMALS = 12  # of similarities: fewer than float64 has, so that identical images are equally similar
 TRAIN_ROWS, TEST_ROWS = 16_384, 1024  # compared at a time: 128 MB of similarities
 
 
@@ -54,7 +55,7 @@ def _most_similar(train_NF: np.ndarray, test_NF: np.ndarray, k: int, device: tor
     for start in range(0, len(train_NF), TRAIN_ROWS):
         train = _unit_length(train_NF[start : start + TRAIN_ROWS], device)
         for number, test_BF in enumerate(tests):
-            similarity, row = (test_BF @ train.T).topk(min(k, len(train)), dim=1)
+            similarity, row = (test_BF @ train.T).round_(decimals=DECIMALS).topk(min(k, len(train)), dim=1)
             row += start
             if start == 0:
                 best.append((similarity, row))
@@ -77,4 +78,6 @@ def _vote(similarity_Nk: Tensor, classes: Tensor, nearest_Nk: Tensor) -> np.ndar
 
 def _unit_length(features_BF: np.ndarray, device: torch.device) -> Tensor:
     # In float64 the square of a float32 cannot overflow, and rounding does not decide which image is nearest.
+    if features_BF.dtype != np.float32:  # converted on the device: it is half as much to move
+        features_BF = features_BF.astype(np.float64)
     return F.normalize(torch.from_numpy(np.ascontiguousarray(features_BF)).to(device).double(), dim=1)

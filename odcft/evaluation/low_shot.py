@@ -27,6 +27,7 @@ from odcft.evaluation.svm import (
 
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)  # k; VOC07's rarest class has 96 training images
 DRAWS = 5
+MAX_SCORES = 1 << 29  # test images x classes x draws x values of k: 2 GB
 
 
 def low_shot(
@@ -67,6 +68,11 @@ def low_shot(
     measured, reasons = _measured_classes(train_NC, test_NC, left_out or {})
     rarest = int((train_NC[:, measured] == 1).sum(0).min())
     ks = [k for k in shots if k <= rarest]
+    if len(ks) * DRAWS * test_NC.size > MAX_SCORES:
+        raise OdcftError(
+            f"--protocol low-shot: {test_NC.shape[1]:,} classes and {test_NC.shape[0]:,} test images are too many. "
+            "Give fewer, or choose --protocol linear."
+        )
     train, test = unit_length(train_NF), unit_length(test_NF)
     advance(len(reasons))
     rows = DRAWS * sum(ks) * train_NC.shape[1]  # that one cost is fitted to

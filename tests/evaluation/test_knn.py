@@ -90,6 +90,12 @@ def test_numbers_of_neighbours_above_that_of_the_training_images_are_left_out():
     assert list(knn(train[:7], classes[:7], train, classes)["per_k"]) == ["7"]
 
 
+def test_among_identical_features_every_image_gets_the_same_class():
+    train = np.full((40, 5), 3.3)
+    result = knn(train, np.arange(40) % 2, train, np.arange(40) % 2)
+    assert result["per_k"] == {"10": 50, "20": 50}
+
+
 def test_similarities_that_float32_cannot_tell_apart_are_ranked():
     away = 1e-5  # radians: its cosine differs from 1 by 5e-11
     train = np.array([[np.cos(2 * away), np.sin(2 * away)], [np.cos(away), np.sin(away)]])

@@ -127,6 +127,13 @@ def test_classes_that_cannot_be_measured_are_left_out_or_refused():
         low_shot(noisy(classes_N), one_hot(classes_N), noisy(classes_N), 0 * test)
 
 
+def test_more_than_fits_into_memory_is_refused(monkeypatch):
+    classes_N = np.arange(30) % 3
+    monkeypatch.setattr(module, "MAX_SCORES", 2 * 5 * 30 * 3 - 1)
+    with pytest.raises(OdcftError, match="3 classes and 30 test images are too many"):
+        low_shot(noisy(classes_N), one_hot(classes_N), noisy(classes_N), one_hot(classes_N), shots=(1, 2))
+
+
 def test_every_class_is_a_step_of_progress(monkeypatch):
     classes_N, steps = np.arange(30) % 3, []
     arrays = (noisy(classes_N), one_hot(classes_N)) * 2
