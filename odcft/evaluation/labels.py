@@ -201,15 +201,15 @@ def _refuse_if_nothing_left(
 def _read_sets(data: str, test: str | None) -> list[LabelledSet]:
     """The images of DATA and of --test, with their labels; both halves of a VOC folder if --test is not given."""
     read = []
-    for one in (data, test):
+    for one, for_test in ((data, False), (test, True)):
         if one is None:
             continue
         if (folder := find_voc_folder(one)) is not None:
-            sets = load_voc_sets(folder, for_test=one is test)
+            sets = load_voc_sets(folder, for_test)
             read += sets if test is None else sets[:1]
         else:
             images = find_images(one)
-            read.append(LabelledSet(one, images, _labels_per_image(images), [[] for _ in range(len(images))]))
+            read.append(LabelledSet(str(one), images, _labels_per_image(images), [[] for _ in range(len(images))]))
     return read
 
 

@@ -41,7 +41,7 @@ def find_voc_folder(data: str) -> Path | None:
         if _is_voc(Path(data)):
             return Path(data)
         inside = sorted(one for one in Path(data).glob("VOC*") if _is_voc(one))
-    except OSError:
+    except (OSError, ValueError):  # ValueError: of a path with a NUL byte
         return None
     if len(inside) > 1:
         raise OdcftError(

@@ -134,6 +134,7 @@ def test_another_test_set_replaces_the_test_list(voc, tmp_path):
     other = write_voc(tmp_path / "VOC2012", {"val": ["40", "41"]}, {"40": ["cat"], "41": ["dog"]})
     labels = load_labelled_images(str(voc), str(other))
     assert labels.sets == [(f"{voc} (trainval)", 8), (f"{other} (val)", 2)]
+    assert load_labelled_images(str(voc), str(voc)).sets == load_labelled_images(str(voc), None).sets
     assert labels.images.path(9) == str(other / "JPEGImages" / "41.jpg")
 
 
