@@ -506,7 +506,9 @@ def evaluate(
             metavar="DATA", help="Labelled images: one folder per class, or a list, .tar or .parquet with labels."
         ),
     ] = None,
-    protocol: Annotated[str, typer.Option(metavar="P[,P…]", help="svm, knn or both.")] = "svm,knn",
+    protocol: Annotated[str, typer.Option(metavar="P[,P…]", help="Some of svm, low-shot, linear, knn, clusters.")] = (
+        "svm,knn"
+    ),
     test: Annotated[
         str | None,
         typer.Option(metavar="DATA", help="Labelled images to test on; by default half of DATA is held out."),
@@ -514,6 +516,9 @@ def evaluate(
     features: Annotated[
         Path | None, typer.Option(metavar="FILE.npz", help="Features computed elsewhere, instead of CKPT and DATA.")
     ] = None,
+    crop: Annotated[
+        str, typer.Option(help="centre, or squash: the whole image, as in the published results on VOC07.")
+    ] = "centre",
     size: Annotated[
         int | None,
         typer.Option(
@@ -528,13 +533,16 @@ def evaluate(
     reader: ReaderName = None,
     as_json: Json = False,
 ) -> None:
-    """Measure how good a backbone's features are: VOC07 SVM mAP and nearest-neighbour accuracy."""
+    """Measure how good a backbone's features are, by the field's protocols."""
+    from odcft.data.view import CROPS
     from odcft.evaluation.feature_files import evaluate_file
     from odcft.evaluation.protocols import check_protocols
     from odcft.evaluation.results_table import json_values, summary, table_lines
     from odcft.progress import Progress
 
     protocols = check_protocols(protocol)
+    if crop not in CROPS:
+        raise OdcftError(f"--crop {crop}: choose {' or '.join(CROPS)}.")
     if features is not None:
         results = evaluate_file(features, protocols, Progress())
     elif ckpt is None or data is None:
@@ -545,9 +553,8 @@ def evaluate(
         from odcft.evaluation.comparison import evaluate as run
 
         args = _parse_arch_args(arch_args)
-        results = run(
-            ckpt, data, test, protocols, arch, size, input, allow_partial, arch_args=args, part=part, reader=reader
-        )
+        options: dict[str, Any] = {"arch_args": args, "part": part, "reader": reader, "crop": crop}
+        results = run(ckpt, data, test, protocols, arch, size, input, allow_partial, **options)
     members = results.get("members", [])
     report = [summary(results)]
     if members:

@@ -76,8 +76,8 @@ class Input:
         return f"{self.channels} bands" if self.color == "bands" else self.color
 
     def with_view(self, view: View) -> "Input":
-        """The same colours and normalisation with another view."""
-        return replace(self, **{name: value for name, value in vars(view).items() if name != "bands"})
+        """The same colours and normalisation with another view; how it crops is not the network's affair."""
+        return replace(self, **{name: value for name, value in vars(view).items() if name not in ("bands", "crop")})
 
     def dump(self) -> dict[str, Any]:
         """As JSON; `load` reads it back."""

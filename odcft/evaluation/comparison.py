@@ -12,7 +12,7 @@ import numpy as np
 
 from odcft.errors import OdcftError
 from odcft.evaluation.confidence_intervals import changes_with_intervals
-from odcft.evaluation.protocols import PROTOCOLS, Split, class_numbers, evaluate_arrays, name_left_out
+from odcft.evaluation.protocols import DEFAULT, Split, check_labels, class_numbers, evaluate_arrays, name_left_out
 from odcft.evaluation.starting_checkpoint import find_starting_checkpoints, load_options_of, reader_note, view_of_run
 from odcft.plan import view_for_evaluation
 
@@ -26,7 +26,7 @@ def evaluate(
     ckpt: str | list[str],
     data: str,
     test: str | None = None,
-    protocols: Sequence[str] = PROTOCOLS,
+    protocols: Sequence[str] = DEFAULT,
     arch: str | None = None,
     size: int | None = None,
     input: str | None = None,
@@ -36,6 +36,7 @@ def evaluate(
     part: str | None = None,
     *,
     reader: Any = None,
+    crop: str = "centre",
 ) -> dict[str, Any]:
     """Run every protocol on the features of labelled images.
 
@@ -53,6 +54,7 @@ def evaluate(
         arch_args: arguments to build the network with, besides its name.
         part: where in the checkpoint to look, if it holds several backbones.
         reader: the user's function that reads the images (`Reader`), or its name as MODULE:FUNCTION.
+        crop: "centre", or "squash": the whole image, squashed into a square (as for the published SVMs on VOC07).
 
     Returns:
         The dict of `evaluate_arrays`; for a RUN also `before`, the same for its starting checkpoint, and `change`. For
@@ -71,13 +73,13 @@ def evaluate(
 
     progress = progress or Progress()
     labels = load_labelled_images(data, test, progress, make_reader(reader))
-    if "knn" in protocols:  # fail before anything slow starts
-        class_numbers(labels.targets[labels.targets.any(1)])
+    labelled = labels.targets[labels.targets.any(1)]
+    check_labels(labelled, labelled, protocols)  # fail before anything slow starts
     sources = ckpt if isinstance(ckpt, list) else _members(ckpt)
     after = [load_backbone(source, arch, input, allow_partial, arch_args=arch_args, part=part) for source in sources]
     before = [] if isinstance(ckpt, list) else _load_starting_checkpoints(ckpt, len(sources), progress)
     run_view = None if isinstance(ckpt, list) else view_of_run(ckpt)
-    views = [view_for_evaluation(one, labels.images, size, run_view) for one in after]
+    views = [replace(view_for_evaluation(one, labels.images, size, run_view), crop=crop) for one in after]
     for one, view in zip(after, views, strict=True):
         _measure_if_unknown(one, view, labels, progress)
     _report_images(labels, views, progress)
@@ -88,6 +90,8 @@ def evaluate(
 
     before_split = _side_by_side(before_splits) if before_splits else None
     results = _compare(_side_by_side(after_splits), before_split, labels.classes, protocols, progress)
+    if "clusters" in protocols and isinstance(ckpt, str):
+        results["clusters"] |= _clusters_of_run(ckpt, labels, progress)
     if len(sources) > 1:
         results["members"] = []
         for m, source in enumerate(sources):
@@ -201,6 +205,21 @@ def _split(rows: np.ndarray, labels: "LabelledImages", source: str) -> Split:
     return Split(rows[train], labels.targets[train], rows[test], labels.targets[test], left_out)
 
 
+def _clusters_of_run(run: str, labels: "LabelledImages", progress: Any) -> dict[str, Any]:
+    """`run`: how well the clusters that a RUN ended with match the labels; nothing for other images, or no RUN."""
+    from odcft.evaluation.clusters import compare_run
+
+    if not (Path(run) / "clusters.parquet").exists():
+        return {}
+    rows = np.concatenate([labels.train_rows, labels.test_rows])
+    try:
+        class_N = class_numbers(labels.targets[rows])
+        return {"run": compare_run(Path(run), [labels.images.path(row) for row in rows], class_N)}
+    except OdcftError as error:
+        progress.say(f"Clusters    those of the run are not compared with the labels: {error}")
+        return {}
+
+
 def _side_by_side(splits: list[Split]) -> Split:
     """The features of several backbones concatenated, each scaled to unit length; those of a single one unchanged."""
     if len(splits) == 1:
@@ -220,7 +239,7 @@ def _compare(
     after = evaluate_arrays(after_split, protocols, progress)
     results = {**after}
     if before_split is not None:
-        before = evaluate_arrays(before_split, protocols, progress, "SVM before")
+        before = evaluate_arrays(before_split, protocols, progress, " before")
         results |= {"before": before, "change": changes_with_intervals(before, after, after_split.test_targets)}
         name_left_out(before, classes)
     name_left_out(results, classes)

@@ -22,7 +22,7 @@ def changes_with_intervals(
     samples = [generator.integers(0, len(targets_NC), len(targets_NC)) for _ in range(draws)]
     changed = {}
     for protocol, (_, name) in METRICS.items():
-        if protocol in before:
+        if protocol in before and protocol in after:
             change = after[protocol][name] - before[protocol][name]
             resampled = _RESAMPLED_CHANGES[protocol](before[protocol], after[protocol], targets_NC, samples)
             low, high = np.percentile(resampled or [change], [2.5, 97.5])
@@ -30,10 +30,21 @@ def changes_with_intervals(
     return changed
 
 
-def _knn_changes(before: dict, after: dict, targets_NC: np.ndarray, samples: list[np.ndarray]) -> list[float]:
-    """The change of kNN accuracy in each resample."""
+def _accuracy_changes(before: dict, after: dict, targets_NC: np.ndarray, samples: list[np.ndarray]) -> list[float]:
+    """The change of accuracy in each resample."""
     class_N = class_numbers(targets_NC)
-    gain_N = 100.0 * (after["predicted"] == class_N) - 100.0 * (before["predicted"] == class_N)
+    return _share_changes(before["predicted"] == class_N, after["predicted"] == class_N, samples)
+
+
+def _cluster_changes(before: dict, after: dict, targets_NC: np.ndarray, samples: list[np.ndarray]) -> list[float]:
+    """The change of clustering accuracy in each resample; of all images, as training images are clustered too."""
+    generator, count = np.random.default_rng(0), len(before["correct"])
+    resampled = [generator.integers(0, count, count) for _ in samples]
+    return _share_changes(before["correct"], after["correct"], resampled)
+
+
+def _share_changes(before_N: np.ndarray, after_N: np.ndarray, samples: list[np.ndarray]) -> list[float]:
+    gain_N = 100.0 * after_N - 100.0 * before_N
     return [float(gain_N[rows].mean()) for rows in samples]
 
 
@@ -55,4 +66,20 @@ def _svm_changes(before: dict, after: dict, targets_NC: np.ndarray, samples: lis
     return [float(np.mean(gain)) for gain in gains if gain]
 
 
-_RESAMPLED_CHANGES = {"svm": _svm_changes, "knn": _knn_changes}
+def _low_shot_changes(before: dict, after: dict, targets_NC: np.ndarray, samples: list[np.ndarray]) -> list[float]:
+    """The change of low-shot mAP in each resample: the mean over k and draws of the SVM's."""
+    changes = [
+        _svm_changes({"scores": old}, {"scores": new, "per_class": after["per_class"]}, targets_NC, samples)
+        for k in after["scores"]
+        for old, new in zip(before["scores"][k], after["scores"][k], strict=True)
+    ]
+    return np.mean(changes, 0).tolist()
+
+
+_RESAMPLED_CHANGES = {
+    "svm": _svm_changes,
+    "low_shot": _low_shot_changes,
+    "linear": _accuracy_changes,
+    "knn": _accuracy_changes,
+    "clusters": _cluster_changes,
+}

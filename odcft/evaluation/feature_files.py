@@ -14,6 +14,7 @@ import numpy as np
 from odcft.errors import OdcftError
 from odcft.evaluation.protocols import Split, evaluate_arrays, name_left_out
 
+LARGEST = 1e150  # of features
 NAMES = ("train_features", "train_targets", "test_features", "test_targets")
 
 
@@ -65,6 +66,8 @@ def _check_features(train: np.ndarray, test: np.ndarray) -> None:
             raise OdcftError(f"{name} is empty: its shape is {features.shape}")
         if bad := len(features) - int(np.isfinite(features).all(1).sum()):
             raise OdcftError(f"{bad:,} of {len(features):,} rows of {name} hold NaN or infinite numbers")
+        if float(np.abs(features).max()) > LARGEST:
+            raise OdcftError(f"{name} holds numbers above {LARGEST:g}, whose squares overflow. Scale the features")
     if train.shape[1] != test.shape[1]:
         raise OdcftError(
             f"train_features has {train.shape[1]} columns and test_features {test.shape[1]}: make them equal"

@@ -17,6 +17,7 @@ from odcft.data.images import Images
 from odcft.data.names import Names
 from odcft.data.sources import find_images
 from odcft.errors import OdcftError
+from odcft.evaluation.voc_folder import LabelledSet, find_voc_folder, load_voc_sets
 from odcft.progress import Progress
 
 MIN_IMAGES = 4  # of a class, so that half of them can be held out
@@ -24,7 +25,7 @@ MIN_IMAGES = 4  # of a class, so that half of them can be held out
 
 @dataclass
 class LabelledImages:
-    """Images with targets (N, C) of 1 and 0, and the rows to train and test on.
+    """Images with targets (N, C) of 1 (present), 0 (absent) and -1 (difficult), and the rows to train and test on.
 
     Attributes:
         images: those of DATA, followed by those of --test.
@@ -72,7 +73,8 @@ def load_labelled_images(
     """Load a set of labelled images and hold out half of each class; or load two sets, to train and to test on.
 
     Args:
-        data: a folder with one sub-folder per class, or a list with labels (several per image joined by ";").
+        data: a folder with one sub-folder per class, or a list with labels (several per image joined by ";"), or a
+            PASCAL VOC folder, which is divided by its own lists if it has both.
         test: the same, for the images to test on.
         progress: where to show that finding them takes long.
         reader: the user's function that reads the images.
@@ -81,34 +83,38 @@ def load_labelled_images(
         OdcftError: no labels, only one class, no class with enough images, a class that only the test set has, or the
             same images in both sets.
     """
-    found = [find_images(one, progress, reader) for one in (data, test) if one is not None]
-    per_image = [names for images in found for names in _labels_per_image(images)]
-    sets = [(str(name), len(images)) for name, images in zip((data, test), found, strict=False)]
-    count = sets[0][1]
+    read = _read_sets(data, test, progress, reader)
+    found = [one.images for one in read]
+    per_image = [names for one in read for names in one.present]
+    difficult = [names for one in read for names in one.difficult]
+    sets = [(one.name, len(one.images)) for one in read]
+    (train_name, count), test_name = sets[0], sets[-1][0]
     classes = sorted({name for names in per_image[:count] for name in names})
     if len(classes) < 2:
         what = f"only one class ({classes[0]})" if classes else "no labels"
         raise OdcftError(
-            f"{data}: {what}. Put each class into its own folder, or give a .csv with the columns path,label."
+            f"{train_name}: {what}. Put each class into its own folder, or give a .csv with the columns path,label."
         )
     unknown = sorted({name for names in per_image[count:] for name in names} - set(classes))
     if unknown:
-        raise OdcftError(f"{test} has a class that {data} does not have: {unknown[0]}. Both need the same classes.")
-    if test is not None and not any(per_image[count:]):
         raise OdcftError(
-            f"{test}: no labels. Put each class into its own folder, or give a .csv with the columns path,label."
+            f"{test_name} has a class that {train_name} does not have: {unknown[0]}. Both need the same classes."
         )
-    targets = _targets(per_image, classes)
-    images = found[0] if test is None else _joined(*found)
+    if len(found) > 1 and not any(per_image[count:]):
+        raise OdcftError(
+            f"{test_name}: no labels. Put each class into its own folder, or give a .csv with the columns path,label."
+        )
+    targets = _targets(per_image, difficult, classes)
+    images = found[0] if len(found) == 1 else _joined(*found)
     no_rows = np.zeros(0, dtype=np.int64)
     labels = LabelledImages(images, classes, targets, no_rows, no_rows, sets, {}, duplicates=identical_files(images))
-    if test is None:
+    if len(found) == 1:
         _refuse_too_few(labels, targets)
     labels = _divide(labels, {})
     if labels.left_out["overlap"] and not len(labels.train_rows):
         raise OdcftError(
-            f"Every image of {data} is in {test} as well: nothing is left to train on. "
-            f"Give other images to --test, or drop --test to hold out half of {data}."
+            f"Every image of {train_name} is in {test_name} as well: nothing is left to train on. "
+            f"Give other images to --test, or drop --test to hold out half of {train_name}."
         )
     return labels
 
@@ -136,7 +142,7 @@ def without_unreadable(labels: LabelledImages, unreadable: Mapping[int, str]) ->
 def _divide(labels: LabelledImages, unreadable: Mapping[int, str]) -> LabelledImages:
     """Decide which images are left out and why, and which of the others are for training and for testing."""
     images, targets, count = labels.images, labels.targets, labels.sets[0][1]
-    has_label: np.ndarray = (targets == 1).any(1)
+    has_label: np.ndarray = (targets != 0).any(1)  # -1: an image with difficult objects only is a negative
     left_out: dict[str, list[int]] = {
         "unreadable": sorted(unreadable),
         "unlabelled": [i for i in range(len(images)) if not has_label[i] and i not in unreadable],
@@ -160,7 +166,7 @@ def _divide(labels: LabelledImages, unreadable: Mapping[int, str]) -> LabelledIm
     if len(labels.sets) > 1:
         return replace(labels, train_rows=kept[kept < count], test_rows=kept[kept >= count], left_out=left_out)
     held_out = _held_out(targets[kept])
-    too_small = {c: int(size) for c, size in enumerate(targets[kept].sum(0)) if size < MIN_IMAGES}
+    too_small = {c: int(size) for c, size in enumerate((targets[kept] == 1).sum(0)) if size < MIN_IMAGES}
     return replace(labels, train_rows=kept[~held_out], test_rows=kept[held_out], left_out=left_out, too_small=too_small)
 
 
@@ -190,7 +196,7 @@ def describe_left_out(
 
 
 def _refuse_too_few(labels: LabelledImages, targets: np.ndarray) -> None:
-    if targets.sum(0).max() < MIN_IMAGES:
+    if (targets == 1).sum(0).max() < MIN_IMAGES:
         raise OdcftError(
             f"Every class of {labels.sets[0][0]} has fewer than {MIN_IMAGES} images: too few to hold out half. "
             "Give more images, or a test set with --test."
@@ -207,7 +213,7 @@ def _refuse_if_nothing_left(
         raise OdcftError(f"None of the {len(here):,} images in {name} can be read; {first}.")
     what, rows = f"No image of {name}", set(here.tolist())
     if usable[part].any():
-        lost = np.flatnonzero(targets[part].any(0) & ~targets[here[usable[part]]].any(0))
+        lost = np.flatnonzero((targets[part] == 1).any(0) & ~(targets[here[usable[part]]] == 1).any(0))
         if not len(lost):
             return
         what = f"No image of class {labels.classes[lost[0]]} in {name}"
@@ -218,6 +224,21 @@ def _refuse_if_nothing_left(
     )
 
 
+def _read_sets(data: str, test: str | None, progress: Progress | None, reader: Reader | None) -> list[LabelledSet]:
+    """The images of DATA and of --test, with their labels; both halves of a VOC folder if --test is not given."""
+    read = []
+    for one, for_test in ((data, False), (test, True)):
+        if one is None:
+            continue
+        if (folder := find_voc_folder(one)) is not None:
+            sets = load_voc_sets(folder, for_test)
+            read += sets if test is None else sets[:1]
+        else:
+            images = find_images(one, progress, reader)
+            read.append(LabelledSet(str(one), images, _labels_per_image(images), [[] for _ in range(len(images))]))
+    return read
+
+
 def _labels_per_image(images: Images) -> list[list[str]]:
     """The labels of each image: those it is given, which ";" separates, or the name of its folder."""
     if images.classes_are_folders:
@@ -225,12 +246,13 @@ def _labels_per_image(images: Images) -> list[list[str]]:
     return [[part.strip() for part in label.split(";") if part.strip()] for label in images.class_labels()]
 
 
-def _targets(per_image: list[list[str]], classes: list[str]) -> np.ndarray:
-    """Targets (N, C): 1 for the classes of each image, 0 for the others."""
+def _targets(per_image: list[list[str]], difficult: list[list[str]], classes: list[str]) -> np.ndarray:
+    """Targets (N, C): 1 for the classes of each image, -1 for those only difficult objects have, 0 for the others."""
     number = {name: c for c, name in enumerate(classes)}
     targets = np.zeros((len(per_image), len(classes)), dtype=np.int64)
     for i, names in enumerate(per_image):
         targets[i, [number[name] for name in names]] = 1
+        targets[i, [number[name] for name in difficult[i] if name in number]] = -1
     return targets
 
 

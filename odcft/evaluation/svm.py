@@ -6,7 +6,8 @@ Shapes: N images, F features, C classes. A target is 1 (present), 0 (absent) or 
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,6 @@ def voc07_svm(
     Raises:
         OdcftError: no class counts.
     """
-    from joblib import Parallel, cpu_count, delayed
-
     reasons = {**unmeasurable_classes(train_NC, test_NC), **(left_out or {})}
     C = train_NC.shape[1]
     if len(reasons) == C:
@@ -59,15 +58,11 @@ def voc07_svm(
             f"--protocol svm: no class can be measured; the first has {reasons[0]}. "
             "Give more labelled images, or choose --protocol knn."
         )
-    train, test = _unit_length(train_NF), _unit_length(test_NF)
+    train, test = unit_length(train_NF), unit_length(test_NF)
 
     measured = [c for c in range(C) if c not in reasons]
     advance(len(reasons))
-    # Processes, not threads: threads would share liblinear's random numbers, and no two runs would be the same.
-    jobs = min(cpu_count(), len(measured)) if train.size * len(measured) > PARALLEL_ABOVE else 1
-    fitted = Parallel(n_jobs=jobs, return_as="generator")(
-        delayed(_fit)(train, np.where(train_NC[:, c] == 1, 1, -1), test, costs, jobs > 1) for c in measured
-    )
+    fitted = for_each_class(_fit, (train, train_NC, test, costs), measured, train.size * len(measured))
     per_class: list[float | None] = [None] * C
     chosen: list[float | None] = [None] * C
     scores_NC = np.zeros((len(test), C))
@@ -114,50 +109,87 @@ def average_precision_of_ranking(present_N: np.ndarray) -> float:
     return float(envelope[present_N].sum() / max(1, hits[-1]))
 
 
-def _fit(
-    train: np.ndarray, sign: np.ndarray, test: np.ndarray, costs: tuple[float, ...], worker: bool = False
-) -> tuple[float, np.ndarray]:
-    """Choose the cost by cross-validation; return it and the scores of the test images at that cost."""
-    from scipy.sparse import csr_matrix
-    from sklearn import config_context
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.metrics import average_precision_score
-    from sklearn.model_selection import StratifiedKFold
+def for_each_class(
+    function: Callable[..., Any], arguments: tuple[Any, ...], classes: Sequence[int], work: float
+) -> Iterable[Any]:
+    """The results of function(c, *arguments) for these classes, in order; computed by several processes if worth it.
+
+    `work` is rows x features x classes of the SVM's cross-validation, or what takes as long.
+    """
+    from joblib import Parallel, cpu_count, delayed
+
+    # Processes, not threads: threads would share liblinear's random numbers, and no two runs would be the same.
+    jobs = min(cpu_count(), len(classes)) if work > PARALLEL_ABOVE else 1
+    calls = (delayed(_call)(function, jobs > 1, c, *arguments) for c in classes)
+    return Parallel(n_jobs=jobs, return_as="generator")(calls)
+
+
+def _call(function: Callable[..., Any], in_worker: bool, *arguments: Any) -> Any:
+    if in_worker:
+        stop_signals.ignore_signals_in_worker()
+    return function(*arguments)
+
+
+def linear_svm(cost: float, rows: int) -> Any:
+    """The SVM of the protocol, to be fitted to this many rows."""
     from sklearn.svm import LinearSVC
 
-    if worker:
-        stop_signals.ignore_signals_in_worker()
+    return LinearSVC(
+        C=cost,
+        class_weight={1: 2, -1: 1},
+        intercept_scaling=1.0,
+        penalty="l2",
+        loss="squared_hinge",
+        tol=1e-4,
+        dual=rows <= DUAL_ROWS,
+        max_iter=2000,
+        random_state=0,
+    )
 
-    def make_svm(cost: float) -> LinearSVC:
-        return LinearSVC(
-            C=cost,
-            class_weight={1: 2, -1: 1},
-            intercept_scaling=1.0,
-            penalty="l2",
-            loss="squared_hinge",
-            tol=1e-4,
-            dual=len(train) <= DUAL_ROWS,
-            max_iter=2000,
-            random_state=0,
-        )
 
-    splitter = StratifiedKFold(min(FOLDS, int((sign == 1).sum()), int((sign == -1).sum())))
-    # Sparse matrices although they are full: liblinear copies either kind, but a sparse one in a third of the time.
-    folds = [(csr_matrix(train[fit]), sign[fit], train[held], sign[held]) for fit, held in splitter.split(train, sign)]
+@contextmanager
+def quiet_liblinear() -> Iterator[None]:
+    """Fit without checks of finite numbers, and without the warning of an SVM that has not converged."""
+    from sklearn import config_context
+    from sklearn.exceptions import ConvergenceWarning
+
     with warnings.catch_warnings(), config_context(assume_finite=True, skip_parameter_validation=True):
         warnings.simplefilter("ignore", ConvergenceWarning)  # the protocol stops at 2,000 iterations, converged or not
+        yield
 
-        def precision(cost: float, fit: Any, fit_N: np.ndarray, held_NF: np.ndarray, held_N: np.ndarray) -> float:
-            return average_precision_score(held_N, make_svm(cost).fit(fit, fit_N).decision_function(held_NF))
 
+def sparse(rows_BF: np.ndarray) -> Any:
+    """The rows as a sparse matrix, although they are full: liblinear copies either kind, a sparse one much faster."""
+    from scipy.sparse import csr_matrix
+
+    return csr_matrix(rows_BF)
+
+
+def _fit(
+    c: int, train: np.ndarray, train_NC: np.ndarray, test: np.ndarray, costs: tuple[float, ...]
+) -> tuple[float, np.ndarray]:
+    """Choose the cost of class c by cross-validation; return it and the scores of the test images at that cost."""
+    from sklearn.metrics import average_precision_score
+    from sklearn.model_selection import StratifiedKFold
+
+    sign = np.where(train_NC[:, c] == 1, 1, -1)
+    splitter = StratifiedKFold(min(FOLDS, int((sign == 1).sum()), int((sign == -1).sum())))
+    folds = [(sparse(train[fit]), sign[fit], train[held], sign[held]) for fit, held in splitter.split(train, sign)]
+
+    def precision(cost: float, fit: Any, fit_N: np.ndarray, held_NF: np.ndarray, held_N: np.ndarray) -> float:
+        svm = linear_svm(cost, len(train)).fit(fit, fit_N)
+        return average_precision_score(held_N, svm.decision_function(held_NF))
+
+    with quiet_liblinear():
         means = [np.mean([precision(cost, *fold) for fold in folds]) for cost in costs]
         cost = costs[int(np.argmax(means))]  # the first of several equally good ones
-        return float(cost), make_svm(cost).fit(train, sign).decision_function(test)
+        return float(cost), linear_svm(cost, len(train)).fit(train, sign).decision_function(test)
 
 
-def _unit_length(features: np.ndarray) -> np.ndarray:
-    features = features.astype(np.float64)
-    return features / (np.linalg.norm(features, axis=1, keepdims=True) + 1e-5)
+def unit_length(features_NF: np.ndarray) -> np.ndarray:
+    """The features in float64, each divided by its length (plus 1e-5, as the reference scripts have it)."""
+    features_NF = features_NF.astype(np.float64)
+    return features_NF / (np.linalg.norm(features_NF, axis=1, keepdims=True) + 1e-5)
 
 
 def _no_or_1(count: int) -> str:

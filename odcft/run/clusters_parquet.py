@@ -24,6 +24,26 @@ def require_parquet() -> None:
         raise OdcftError(f"clusters.parquet needs pyarrow ({error}): pip install pyarrow.") from None
 
 
+def read_clusters(path: Path) -> dict[str, int]:
+    """The cluster of each image, by its path as `write_clusters` wrote it.
+
+    Raises:
+        OdcftError: the file does not exist, or is not such a file.
+    """
+    require_parquet()
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, columns=["path", "cluster"])
+        if not pa.types.is_string(table["path"].type) or not pa.types.is_integer(table["cluster"].type):
+            raise ValueError("its columns have other types")
+        return dict(zip(table["path"].to_pylist(), table["cluster"].to_pylist(), strict=True))
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OdcftError(f"{path} is not the clusters.parquet of a run, with `path` and `cluster` ({said}).") from None
+
+
 def write_clusters(memory: Memory, images: Images, path: Path) -> None:
     """Write clusters.parquet: path, cluster, and distance of the stored feature to the cluster's centroid.
 

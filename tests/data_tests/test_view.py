@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from odcft.data.view import View, centre_crop
+from odcft.data.view import View, centre_crop, describe_view
 
 
 def test_centre_crop():
@@ -47,3 +47,14 @@ def test_an_image_within_the_aspect_ratio_is_resized_whole(size):
     assert np.array_equal(
         np.array(centre_crop(image, View(40, 1.0))), np.array(whole.crop((left, top, left + 40, top + 40)))
     )
+
+
+@pytest.mark.parametrize("size", [(50, 37), (40, 400), (224, 224)])
+def test_squash_is_two_resizes_as_in_the_published_scripts(size):
+    from torchvision.transforms import Resize
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3)).astype(np.uint8))
+    expected = Resize((28, 28))(Resize(32)(image))
+    view = View(28, crop="squash")
+    assert np.array_equal(np.array(centre_crop(image, view)), np.array(expected))
+    assert "shorter side resized to 32, bilinear, then squashed into a square" in describe_view(view)

@@ -38,7 +38,7 @@ def test_what_is_left_out_is_counted_and_reported(tmp_path, make_images, make_ch
     }
     assert values["classes"] == ["a", "b"]
     assert set(values["svm"]) == {"mAP", "per_class", "costs", "left_out"}
-    assert set(values["knn"]) == {"top1", "k"}
+    assert set(values["knn"]) == {"top1", "k", "per_k"}
     said = err.splitlines()
     assert sum("Left out    3 of 28 images cannot be read: a/x.png (" in line for line in said) == 1
     assert "            1 of 28 images has no label: top.png" in said

@@ -53,6 +53,18 @@ def test_a_perfect_classifier_of_two_of_three_classes_is_perfect(tmp_path, odcft
     assert "    2: no test image" in err.splitlines()
 
 
+@pytest.mark.parametrize("dtype", [">f4", "f2", "u2", "i8", "g"])
+def test_features_of_any_type_of_number(tmp_path, dtype):
+    path = tmp_path / "f.npz"
+    given = arrays()
+    features = {name: (given[name] + 20).astype(dtype) for name in ("train_features", "test_features")}
+    np.savez(path, **{**given, **features})
+    results = evaluate_file(path, ["knn", "linear", "clusters"])
+    assert results["knn"]["top1"] > 85
+    assert results["linear"]["top1"] > 85
+    assert results["clusters"]["accuracy"] > 55
+
+
 def nan(features):
     return np.where(np.arange(features.size).reshape(features.shape) == 7, np.nan, features)
 
@@ -62,6 +74,10 @@ def nan(features):
     [
         ({"train_features": nan(arrays()["train_features"])}, "1 of 30 rows of train_features hold NaN or infinite"),
         ({"test_features": arrays()["test_features"] + np.inf}, "30 of 30 rows of test_features hold NaN or infinite"),
+        (
+            {"test_features": np.full((30, 5), -1e151)},
+            r"test_features holds numbers above 1e\+150, whose squares overflow",
+        ),
         ({"train_features": np.zeros((30, 2, 2))}, "train_features must be numbers with one row per image"),
         ({"train_features": np.zeros((30, 5), complex)}, "must be numbers with one row per image, not complex128"),
         ({"test_features": np.array([["1"] * 5] * 30)}, "test_features must be numbers"),

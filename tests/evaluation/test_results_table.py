@@ -16,3 +16,57 @@ def test_of_many_classes_left_out_only_ten_are_named():
     said = table_lines({"svm": svm})
     assert said[1] == "  SVM mAP is the mean over 1 of 13 classes. Left out:"
     assert said[2:] == [*(f"    c{i}: no image" for i in range(10)), "    and 2 more"]
+
+
+def figures(add=0.0):
+    """Results of every protocol."""
+    return {
+        "svm": {"mAP": 50.0 + add, "per_class": [50.0, None], "left_out": {"b": "no test image"}},
+        "low_shot": {
+            **{"mAP": 40.0 + add, "per_k": {"1": 35.0, "2": 45.0}, "oracle": {"mAP": 41.0}, "per_class": [40.0, None]},
+            **{"too_few": {"4": "a class has only 3 training images"}, "left_out": {"b": "no test image"}},
+        },
+        "linear": {"top1": 60.0, "logistic": {"top1": 62.5}},
+        "knn": {"top1": 55.0, "per_k": {"10": 54.0, "20": 55.0}},
+        "clusters": {"accuracy": 30.0, "purity": 33.0, "nmi": 0.25 + add / 100},
+    }
+
+
+def test_every_protocol_has_its_line():
+    assert table_lines(figures()) == [
+        "  SVM mAP        50.0",
+        "  Low-shot mAP   40.0",
+        "    best cost*   41.0",
+        "  Linear top-1   60.0",
+        "    logistic     62.5",
+        "  kNN top-1      55.0",
+        "  Cluster acc.   30.0",
+        "    purity       33.0",
+        "    NMI          0.25",
+        "  Low-shot mAP by images per class: 1: 35.0 · 2: 45.0",
+        "    not with 4: a class has only 3 training images",
+        "  * with the cost that is best on the test images, as in published results",
+        "  kNN top-1 by neighbours: 10: 54.0 · 20: 55.0",
+        "  SVM mAP is the mean over 1 of 2 classes. Left out:",
+        "    b: no test image",
+    ]
+
+
+def test_before_and_after_of_every_protocol():
+    change = {protocol: {"change": 1.0, "low": -0.5, "high": 2.0} for protocol in figures()}
+    run = {"nmi": 0.5, "purity": 70.0, "accuracy": 20.0, "k": 30, "images": 5000}
+    after = figures(2.0)
+    after["clusters"]["run"] = run
+    lines = table_lines({**after, "before": figures(), "change": change})
+    assert lines[:3] == [
+        "                before   after    change (95 % interval)",
+        "  SVM mAP         50.0    52.0    +2.0  (-0.5 … +2.0)",
+        "  Low-shot mAP    40.0    42.0    +2.0  (-0.5 … +2.0)",
+    ]
+    assert "    NMI           0.25    0.27    +0.02" in lines
+    assert "  Clusters of the run: NMI 0.50, purity 70.0, accuracy 20.0 (30 clusters of 5,000 images)" in lines
+
+
+def test_classes_left_out_of_low_shot_alone_are_named():
+    lines = table_lines({"low_shot": figures()["low_shot"]})
+    assert lines[-2:] == ["  Low-shot mAP is the mean over 1 of 2 classes. Left out:", "    b: no test image"]
