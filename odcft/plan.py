@@ -62,6 +62,7 @@ class KMeansPlan(KMeansRecipe):
 class OptimPlan(OptimRecipe):
     final_epochs: float
     precision: Literal["float32", "bfloat16"]
+    sync_bn: Literal["on", "off"]
 
 
 class Plan(Recipe):
@@ -129,6 +130,11 @@ def make_plan(
                 f"{backbone.arch} was made for images of {backbone.size} pixels: it is built for {size}, "
                 "and its position embedding is resampled."
             )
+    if recipe.optim.sync_bn == "on" and dist.world_size() > 1 and dist.this_device().type == "cpu":
+        notes.append(
+            "optim.sync_bn=on has no effect without GPUs: torch cannot synchronise batch norm on CPUs, so each process "
+            "normalises over its own images."
+        )
     plan = fill_autos(recipe, clusters, size, intensity, len(backbones), min_cluster)
     optim = plan.optim
     if optim.schedule == "step" and optim.final_epochs >= optim.epochs:
@@ -166,6 +172,7 @@ def fill_autos(
         "optim": {
             "final_epochs": recipe.optim.epochs / 6,
             "precision": "bfloat16" if gpu and has_bfloat16(device) else "float32",
+            "sync_bn": "on" if gpu else "off",
         },
     }
     fields = recipe.model_dump()

@@ -3,8 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
+from odcft import plan as plan_module
 from odcft.backbone.load import load_backbone
 from odcft.data.sources import find_images
 from odcft.errors import OdcftError
@@ -76,12 +78,37 @@ def test_a_plan_has_nothing_left_to_decide_and_is_what_recipe_yaml_says(make_ima
 def test_what_the_recipe_says_is_not_decided_again(make_images, tmp_path):
     backbone, images = load_backbone("scratch:test_resnet").backbone, find_images(make_images(tmp_path))
     asked = ["data.size=64", "data.range=[0,9]", "data.workers=1", "memory.clusters=3", "memory.dtype=float16"]
-    asked += ["kmeans.engine=faiss", "optim.final_epochs=1", "optim.precision=bfloat16", "optim.batch_size=4"]
+    asked += [
+        "kmeans.engine=faiss",
+        "optim.sync_bn=on",
+        "optim.final_epochs=1",
+        "optim.precision=bfloat16",
+        "optim.batch_size=4",
+    ]
     recipe = load_recipe("small", [*asked, "memory.min_cluster=2"])
     plan, notes = make_plan(recipe, [backbone], images)
     then, now = flatten(recipe.model_dump()), flatten(plan.model_dump())
     assert {name for name in now if now[name] != then[name]} == {"codc.members"}
     assert len(notes) == 1  # three clusters of twelve images are close to the threshold
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("asked", ["auto", "on", "off"])
+def test_batch_norm_is_synchronised_on_gpus_and_a_note_says_that_cpus_cannot(
+    make_images, tmp_path, monkeypatch, asked, gpu, ranks
+):
+    monkeypatch.setattr(plan_module.dist, "world_size", lambda: ranks)
+    monkeypatch.setattr(plan_module.dist, "this_device", lambda: torch.device("cuda" if gpu else "cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(plan_module.dist, "gather_dict", lambda mine: mine)
+    monkeypatch.setattr(plan_module, "has_bfloat16", lambda device: False)
+    backbone, images = load_backbone("scratch:test_resnet").backbone, find_images(make_images(tmp_path))
+    recipe = load_recipe("small", [f"optim.sync_bn={asked}", "optim.batch_size=4", "memory.min_cluster=2"])
+    plan, notes = make_plan(recipe, [backbone], images)
+    assert plan.optim.sync_bn == ({True: "on", False: "off"}[gpu] if asked == "auto" else asked)
+    said = [note for note in notes if "each process normalises over its own images" in note]
+    assert len(said) == (asked == "on" and not gpu and ranks > 1)
 
 
 def test_clusters_follow_the_images_that_can_be_read():

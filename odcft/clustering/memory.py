@@ -17,8 +17,7 @@ from torch import Tensor
 
 UNIT = 2.0**-32  # of the fixed-point sums: finer than float32 above 2**-8, with room for 2**31 features of unit length
 ROWS = 65536  # processed at a time
-SCORES = 1 << 19  # computed at a time on a CPU: 2 MB, which stay in its cache
-GROUP = 32  # centroids, of which only the best score is compared at first
+SCORES = 3 << 17  # computed at a time on a CPU: 1.5 MB, which stay in its cache
 
 
 @dataclass(frozen=True)
@@ -129,8 +128,8 @@ def minus_half_squares(centroids_KD: Tensor) -> Tensor:
 def nearest_centroid(features_BD: Tensor, centroids_KD: Tensor, minus_half_squares_K: Tensor, rules: Rules) -> Tensor:
     """The label of each feature (eq. 3); of equally near centroids, the first.
 
-    On a CPU it takes less time than a plain product and its argmax: the scores of some centroids at a time stay in
-    cache, and the best is first found among groups of them by `amax`, which is many times as fast as `argmax`.
+    On a CPU the scores of some centroids at a time stay in cache, and only rows that found a better one look for its
+    index: `amax` is many times as fast as `argmax`.
 
     Args:
         features_BD: (B, D) float32.
@@ -141,23 +140,20 @@ def nearest_centroid(features_BD: Tensor, centroids_KD: Tensor, minus_half_squar
     Returns:
         (B,) int64.
     """
-    (B, _), K = features_BD.shape, len(centroids_KD)
-    at_a_time = max(1, SCORES // max(1, B) // GROUP) * GROUP if features_BD.device.type == "cpu" else K
+    B, K = len(features_BD), len(centroids_KD)
+    at_a_time = max(1, SCORES // max(1, B)) if features_BD.device.type == "cpu" else K
     if at_a_time >= K:
         return _scores(features_BD, centroids_KD, minus_half_squares_K, rules).argmax(1)
-    buffer, row_B = features_BD.new_empty(B * at_a_time), torch.arange(B)
-    best_B, label_B = features_BD.new_full((B,), -torch.inf), row_B.new_zeros(B)
+    buffer = features_BD.new_empty(B * at_a_time)
+    best_B, label_B = features_BD.new_full((B,), -torch.inf), torch.zeros(B, dtype=torch.int64)
     for first in range(0, K, at_a_time):
         some = slice(first, first + at_a_time)
         centroids_CD = centroids_KD[some]
-        C = len(centroids_CD)
-        scores_BC = buffer[: B * C].view(B, C)
+        scores_BC = buffer[: B * len(centroids_CD)].view(B, len(centroids_CD))
         _scores(features_BD, centroids_CD, minus_half_squares_K[some], rules, out=scores_BC)
-        group = GROUP if C % GROUP == 0 else C
-        scores_BGP = scores_BC.view(B, C // group, group)
-        score_B, group_B = scores_BGP.amax(2).max(1)
-        position_B = scores_BGP[row_B, group_B].argmax(1)
-        label_B = torch.where(score_B > best_B, position_B + (first + group * group_B), label_B)
+        score_B = scores_BC.amax(1)
+        b_M = (score_B > best_B).nonzero()[:, 0]
+        label_B.index_copy_(0, b_M, scores_BC.index_select(0, b_M).argmax(1).add_(first))
         best_B = torch.maximum(best_B, score_B)
     return label_B
 

@@ -105,8 +105,8 @@ def _disperse(memory: Memory, small_K: Tensor, rules: Rules) -> None:
 class _Members(NamedTuple):
     """Images of a cluster: all of them on the host, or this rank's on its device if they are too many to gather."""
 
-    features_MD: Tensor  # as stored
-    image_M: Tensor  # int64, their numbers, ascending
+    row_M: Tensor  # int64, their rows among the features that were gathered
+    image_M: Tensor  # int64, their numbers
     label: int  # that the memory has for them
 
 
@@ -119,22 +119,20 @@ def _refill(memory: Memory, empty: list[int], at_least: int, rules: Rules, gener
     waiting = list(reversed(empty))
     while waiting and largest[0][0] < -1:
         labels, gathered = _next_to_split(memory, largest, len(waiting))
-        members = _gather_members(memory, labels) if gathered else _own_members(memory, labels)
+        features_GD, members = _gather_members(memory, labels) if gathered else _own_members(memory, labels)
         centroids: dict[int, Tensor] = {}
         while waiting and largest[0][0] < -1 and largest[0][1] in members:
             negative_size, source = largest[0]
             label = waiting.pop()
             min_half = min(at_least, -negative_size // 2)  # a small cluster is better than an empty one
             draws = generator if rules.random_half else torch.Generator().manual_seed(0)  # official: random_state=0
-            stored_MD, image_M, old_label = members[source]
-            second_M, sums_2D, sizes_2 = split_in_two(
-                stored_MD.float(), image_M, min_half, draws, on_all_ranks=not gathered
-            )
+            row_M, image_M, old_label = members[source]
+            features_MD = features_GD.index_select(0, row_M).float()
+            second_M, sums_2D, sizes_2 = split_in_two(features_MD, image_M, min_half, draws, on_all_ranks=not gathered)
             if rules.random_half and torch.rand((), generator=generator) < 0.5:  # "randomly choose one" (sec. 3.2)
                 second_M, sums_2D, sizes_2 = ~second_M, sums_2D.flip(0), sizes_2[::-1]
             for part, side_M, sum_D, size in zip((source, label), (~second_M, second_M), sums_2D, sizes_2, strict=True):
-                row_M = side_M.nonzero()[:, 0]
-                members[part] = _Members(stored_MD.index_select(0, row_M), image_M.index_select(0, row_M), old_label)
+                members[part] = _Members(row_M[side_M], image_M[side_M], old_label)
                 centroids[part] = sum_D.float() * UNIT / size
             heapq.heapreplace(largest, (-sizes_2[0], source))
             heapq.heappush(largest, (-sizes_2[1], label))
@@ -165,24 +163,23 @@ def _next_to_split(memory: Memory, largest: list[tuple[int, int]], splits: int) 
     return (labels, True) if labels else ([min(largest)[1]], False)
 
 
-def _own_members(memory: Memory, clusters: list[int]) -> dict[int, _Members]:
-    """This rank's images of one cluster, on its device."""
+def _own_members(memory: Memory, clusters: list[int]) -> tuple[Tensor, dict[int, _Members]]:
+    """The features of this rank, and its images of one cluster; on its device."""
     (label,), row_M = clusters, rows_of_clusters(memory, clusters)
-    return {label: _Members(memory.features_SD.index_select(0, row_M), ownership.image_of(row_M), label)}
+    return memory.features_SD, {label: _Members(row_M, ownership.image_of(row_M), label)}
 
 
-def _gather_members(memory: Memory, clusters: list[int]) -> dict[int, _Members]:
-    """All images of some clusters on the host, the same on every rank."""
+def _gather_members(memory: Memory, clusters: list[int]) -> tuple[Tensor, dict[int, _Members]]:
+    """The features (G, D) of some clusters' images from all ranks, as stored, and which is which; on the host."""
     row_M = rows_of_clusters(memory, clusters)
     label_and_image_M2 = torch.stack([memory.labels_S.index_select(0, row_M).long(), ownership.image_of(row_M)], 1)
-    label_M, image_M = dist.gather_rows(label_and_image_M2).cpu().unbind(1)
-    features_MD = dist.gather_rows(memory.features_SD.index_select(0, row_M)).cpu()
-    order_M = torch.argsort(image_M)
-    order_M = order_M[torch.argsort(label_M[order_M], stable=True)]
-    label_M, image_M, features_MD = label_M[order_M], image_M[order_M], features_MD.index_select(0, order_M)
-    counts = torch.bincount(label_M, minlength=len(memory.counts_K))[sorted(clusters)].tolist()
-    parts = zip(features_MD.split(counts), image_M.split(counts), strict=True)
-    return {label: _Members(*part, label) for label, part in zip(sorted(clusters), parts, strict=True)}
+    label_G, image_G = dist.gather_rows(label_and_image_M2).cpu().unbind(1)
+    features_GD = dist.gather_rows(memory.features_SD.index_select(0, row_M)).cpu()
+    order_G = torch.argsort(image_G)  # every rank goes through the images in the same order, whoever owns them
+    order_G = order_G[torch.argsort(label_G[order_G], stable=True)]
+    counts = torch.bincount(label_G, minlength=len(memory.counts_K))[sorted(clusters)].tolist()
+    parts = zip(sorted(clusters), order_G.split(counts), image_G[order_G].split(counts), strict=True)
+    return features_GD, {label: _Members(row_M, image_M, label) for label, row_M, image_M in parts}
 
 
 def _set_members(memory: Memory, members: dict[int, _Members], centroids: dict[int, Tensor]) -> None:
