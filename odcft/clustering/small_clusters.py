@@ -8,6 +8,8 @@ every split: each gathers the few members of the largest clusters once, and then
 """
 
 import heapq
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -51,8 +53,8 @@ def handle_small_clusters(memory: Memory, min_cluster: int, rules: Rules, genera
     K-Means gives them. If the largest cluster cannot give two normal ones, nothing is done: a departure from both,
     which only matters if K is close to images / threshold. If it can, but a later split cannot, a half may stay small.
 
-    However many clusters are small, the ranks exchange five tensors, and the host reads seven. There are more only if
-    the largest clusters have more than `GATHERED` bytes of features.
+    However many clusters are small, there are six collectives, and the host waits for the device about ten times; more
+    only if the clusters to split have more than `GATHERED` bytes of features.
 
     Args:
         memory: changed in place, in the same way on every rank.
@@ -113,33 +115,62 @@ class _Members(NamedTuple):
 def _refill(memory: Memory, empty: list[int], at_least: int, rules: Rules, generator: torch.Generator) -> int:
     """Fill each empty cluster with half of the currently largest one; return how many were filled."""
     # E splits only involve clusters that are now among the E largest, and their halves.
-    # The halves are pushed back, and may become the largest again.
-    sizes = ((-size, label) for label, size in enumerate(memory.sizes_K.tolist()))
-    largest = heapq.nsmallest(len(empty), sizes)  # sorted, so a heap
-    waiting = list(reversed(empty))
+    E = len(empty)
+    size_K, label_K = memory.sizes_K.cpu().sort(descending=True, stable=True)
+    pairs = zip(size_K[:E].tolist(), label_K[:E].tolist(), strict=True)
+    largest, waiting = [(-size, label) for size, label in pairs], empty[::-1]
     while waiting and largest[0][0] < -1:
         labels, gathered = _next_to_split(memory, largest, len(waiting))
         features_GD, members = _gather_members(memory, labels) if gathered else _own_members(memory, labels)
-        centroids: dict[int, Tensor] = {}
-        while waiting and largest[0][0] < -1 and largest[0][1] in members:
-            negative_size, source = largest[0]
-            label = waiting.pop()
-            min_half = min(at_least, -negative_size // 2)  # a small cluster is better than an empty one
-            draws = generator if rules.random_half else torch.Generator().manual_seed(0)  # official: random_state=0
-            row_M, image_M, old_label = members[source]
-            features_MD = features_GD.index_select(0, row_M).float()
-            second_M, sums_2D, sizes_2 = split_in_two(features_MD, image_M, min_half, draws, on_all_ranks=not gathered)
-            if rules.random_half and torch.rand((), generator=generator) < 0.5:  # "randomly choose one" (sec. 3.2)
-                second_M, sums_2D, sizes_2 = ~second_M, sums_2D.flip(0), sizes_2[::-1]
-            for part, side_M, sum_D, size in zip((source, label), (~second_M, second_M), sums_2D, sizes_2, strict=True):
-                members[part] = _Members(row_M[side_M], image_M[side_M], old_label)
-                centroids[part] = sum_D.float() * UNIT / size
-            heapq.heapreplace(largest, (-sizes_2[0], source))
-            heapq.heappush(largest, (-sizes_2[1], label))
+        split = partial(split_in_two, on_all_ranks=not gathered)
+        centroids = _split_largest(split, features_GD, members, largest, waiting, at_least, rules, generator)
         _set_members(memory, members, centroids)
     memory.minus_half_squares_K = minus_half_squares(memory.centroids_KD)
     memory.sizes_K = dist.all_sum(memory.counts_K)
-    return len(empty) - len(waiting)
+    return E - len(waiting)
+
+
+def _split_largest(
+    split: Callable[..., tuple[Tensor, Tensor, list[int]]],
+    features_GD: Tensor,
+    members: dict[int, _Members],
+    largest: list[tuple[int, int]],
+    waiting: list[int],
+    at_least: int,
+    rules: Rules,
+    generator: torch.Generator,
+) -> dict[int, Tensor]:
+    """Fill empty clusters as long as the largest is one of those whose members are here.
+
+    Args:
+        split: as `split_in_two`.
+        features_GD: that the rows of the members are of.
+        members: of some clusters; changed to those of the halves.
+        largest: minus its size and the label of each, a heap. The halves are pushed back: they may be the next largest.
+        waiting: the empty clusters, the first one last; those that are filled are removed.
+        at_least: images that each half must have, if there are enough.
+        rules: of the variant.
+        generator: on the CPU, in the same state on every rank.
+
+    Returns:
+        The new centroid (D,) of every cluster that changed.
+    """
+    centroids: dict[int, Tensor] = {}
+    while waiting and largest[0][0] < -1 and largest[0][1] in members:
+        negative_size, source = largest[0]
+        label = waiting.pop()
+        min_half = min(at_least, -negative_size // 2)  # a small cluster is better than an empty one
+        draws = generator if rules.random_half else torch.Generator().manual_seed(0)  # official: random_state=0
+        row_M, image_M, old_label = members[source]
+        second_M, sums_2D, sizes_2 = split(features_GD.index_select(0, row_M).float(), image_M, min_half, draws)
+        if rules.random_half and torch.rand((), generator=generator) < 0.5:  # "randomly choose one" (sec. 3.2)
+            second_M, sums_2D, sizes_2 = ~second_M, sums_2D.flip(0), sizes_2[::-1]
+        for part, side_M, sum_D, size in zip((source, label), (~second_M, second_M), sums_2D, sizes_2, strict=True):
+            members[part] = _Members(row_M[side_M], image_M[side_M], old_label)
+            centroids[part] = sum_D.float() * UNIT / size
+        heapq.heapreplace(largest, (-sizes_2[0], source))
+        heapq.heappush(largest, (-sizes_2[1], label))
+    return centroids
 
 
 def _next_to_split(memory: Memory, largest: list[tuple[int, int]], splits: int) -> tuple[list[int], bool]:
@@ -223,17 +254,7 @@ def split_in_two(
     units_M1 = F.pad(to_units(features_MD), (0, 1), value=1)  # (M, D + 1): a sum of rows then ends with their number
     total_1 = _sum_of_rows(units_M1, on_all_ranks)
     size = int(total_1[-1])
-    mean_D = total_1[:-1].float() * (UNIT / size)
-
-    # Scores are summed row by row: the rounding of a matrix product would depend on how many rows there are.
-    centred_MD = features_MD - mean_D
-    direction_D = torch.randn(features_MD.shape[1], generator=generator).to(features_MD.device)
-    for _ in range(2):
-        along_M1 = (centred_MD * direction_D).sum(1, keepdim=True)
-        spread_D = _sum_of_rows(to_units(centred_MD * along_M1), on_all_ranks)
-        direction_D = F.normalize(spread_D.float(), dim=0)
-    score_M = (centred_MD * direction_D).sum(1)
-
+    score_M = _along_main_direction(features_MD - total_1[:-1].float() * (UNIT / size), generator, on_all_ranks)
     second_M = score_M > 0
     second_1 = _sum_of_rows(units_M1[second_M], on_all_ranks)
     for _ in range(iterations):
@@ -255,6 +276,17 @@ def split_in_two(
         before_M, second_M = second_M, _highest(score_M, image_M, second_size, on_all_ranks)
         second_1 += _change_of_sum(units_M1, before_M, second_M, on_all_ranks)
     return second_M, torch.stack([(total_1 - second_1)[:-1], second_1[:-1]]), [size - second_size, second_size]
+
+
+def _along_main_direction(centred_MD: Tensor, generator: torch.Generator, on_all_ranks: bool) -> Tensor:
+    """Project images onto their first principal component, after two power iterations: (M, D) to (M,)."""
+    # Summed row by row: the rounding of a matrix product would depend on how many rows there are.
+    direction_D = torch.randn(centred_MD.shape[1], generator=generator).to(centred_MD.device)
+    for _ in range(2):
+        along_M1 = (centred_MD * direction_D).sum(1, keepdim=True)
+        spread_D = _sum_of_rows(to_units(centred_MD * along_M1), on_all_ranks)
+        direction_D = F.normalize(spread_D.float(), dim=0)
+    return (centred_MD * direction_D).sum(1)
 
 
 def _sum_of_rows(units_MD: Tensor, on_all_ranks: bool) -> Tensor:
