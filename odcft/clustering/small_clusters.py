@@ -70,9 +70,10 @@ def handle_small_clusters(memory: Memory, min_cluster: int, rules: Rules, genera
     smallest_normal = min_cluster + 1 if rules.threshold_is_small else min_cluster
     if not small_K.any() or int(sizes_K.max()) < 2 * smallest_normal:
         return 0
-    _disperse(memory, small_K, rules)
+    small, normal_C = small_K.nonzero()[:, 0].tolist(), (~small_K).nonzero()[:, 0]
+    _disperse(memory, small, normal_C.to(memory.labels_S.device), rules)
     at_least = smallest_normal if rules.until_none_is_small else 1
-    return _refill(memory, small_K.nonzero()[:, 0].tolist(), at_least, rules, generator)
+    return _refill(memory, small, at_least, rules, generator)
 
 
 def rows_of_clusters(memory: Memory, clusters: list[int]) -> Tensor:
@@ -90,14 +91,15 @@ def rows_of_clusters(memory: Memory, clusters: list[int]) -> Tensor:
     return wanted_K.to(memory.labels_S.device).index_select(0, memory.labels_S).nonzero()[:, 0]
 
 
-def _disperse(memory: Memory, small_K: Tensor, rules: Rules) -> None:
-    """Move the images of all small clusters to the nearest normal ones. small_K: (K,) bool, on the host."""
-    normal_C = (~small_K).nonzero()[:, 0].to(memory.labels_S.device)  # labels of the C normal clusters
-    row_M = rows_of_clusters(memory, small_K.nonzero()[:, 0].tolist())
-    centroids_CD, minus_half_squares_C = memory.centroids_KD[normal_C], memory.minus_half_squares_K[normal_C]
+def _disperse(memory: Memory, small: list[int], normal_C: Tensor, rules: Rules) -> None:
+    """Move the images of all small clusters to the nearest normal ones. normal_C: (C,) int64, labels of these."""
+    row_M = rows_of_clusters(memory, small)
+    centroids_CD = memory.centroids_KD.index_select(0, normal_C)
+    minus_half_squares_C = memory.minus_half_squares_K.index_select(0, normal_C)
     for row_B in row_M.split(ROWS):
         features_BD = memory.features_SD.index_select(0, row_B).float()
-        change_labels(memory, row_B, normal_C[nearest_centroid(features_BD, centroids_CD, minus_half_squares_C, rules)])
+        nearest_B = nearest_centroid(features_BD, centroids_CD, minus_half_squares_C, rules)
+        change_labels(memory, row_B, normal_C.index_select(0, nearest_B))
     memory.sizes_K = dist.all_sum(memory.counts_K)
 
 
@@ -219,9 +221,11 @@ def _set_members(memory: Memory, members: dict[int, _Members], centroids: dict[i
     changed = [(part.image_M, label) for label, part in members.items() if part.label != label]
     image_M = torch.cat([image_M for image_M, _ in changed])
     label_M = torch.cat([torch.full_like(image_M, label) for image_M, label in changed])
-    mine_M = ownership.is_mine(image_M).nonzero()[:, 0]
-    change_labels(memory, ownership.row_of(image_M[mine_M]).to(device), label_M[mine_M].to(device))
-    memory.centroids_KD[list(centroids)] = torch.stack(list(centroids.values())).to(device)
+    mine_M = ownership.is_mine(image_M).nonzero().flatten()
+    row_M = ownership.row_of(image_M.index_select(0, mine_M))
+    change_labels(memory, row_M.to(device), label_M.index_select(0, mine_M).to(device))
+    changed_C = torch.tensor(list(centroids)).to(device)
+    memory.centroids_KD.index_copy_(0, changed_C, torch.stack(list(centroids.values())).to(device))
 
 
 def split_in_two(
