@@ -53,6 +53,7 @@ class Counters:
             self._watch(stack, torch, "equal", lambda *args: self.read())
             for name in COLLECTIVES:
                 self._watch(stack, torch.distributed, name, self._called)
+            self._watch(stack, torch.distributed, "all_gather_object", lambda *args: self._called())
             buffers = "_distributed_broadcast_coalesced"
             self._watch(stack, DistributedDataParallel, buffers, lambda ddp, tensors, *a: self.collective(*tensors))
             whole = DistributedDataParallel.__init__
@@ -70,12 +71,13 @@ class Counters:
 
         def call(*args, **kwargs):
             seen(*args)
-            with self.on_host_copies():  # what one read calls in turn is not another one
+            with self.on_host_copies():  # what a read or a collective calls in turn is not counted
                 return whole(*args, **kwargs)
 
         stack.enter_context(mock.patch.object(owner, name, call))
 
     def _called(self, *args):
+        """Count one collective. `all_gather_object` is two, of sizes and of pickled bytes; these are not counted."""
         mine = args[1] if len(args) > 1 and isinstance(args[1], torch.Tensor) else args[0] if args else None
         self.collective(*[mine] if isinstance(mine, torch.Tensor) else [])
 

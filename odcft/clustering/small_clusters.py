@@ -1,10 +1,10 @@
 """Handling small clusters (paper, sec. 3.2): disperse their images, then refill them by splitting the largest in two.
 
 Shapes as in memory.py; M: some images, E: clusters to refill. All decisions are made from integer sums over all ranks,
-or from the same rows on every rank, so all ranks agree, and the result does not depend on how many there are.
+or by rank 0, so all ranks agree, and the result does not depend on how many there are.
 
 Which cluster is split next depends on the halves of those before it. So the ranks do not exchange sums in every step of
-every split: each gathers the few members of the largest clusters once, and then makes all splits itself, on the host.
+every split: they gather the few members of the largest clusters once, and then rank 0 makes all splits, on the host.
 """
 
 import heapq
@@ -53,8 +53,8 @@ def handle_small_clusters(memory: Memory, min_cluster: int, rules: Rules, genera
     K-Means gives them. If the largest cluster cannot give two normal ones, nothing is done: a departure from both,
     which only matters if K is close to images / threshold. If it can, but a later split cannot, a half may stay small.
 
-    However many clusters are small, there are six collectives, and the host waits for the device about ten times; more
-    only if the clusters to split have more than `GATHERED` bytes of features.
+    However many clusters are small, there are eight collectives, and the host waits for the device about a dozen times;
+    more only if the clusters to split have more than `GATHERED` bytes of features.
 
     Args:
         memory: changed in place, in the same way on every rank.
@@ -125,7 +125,12 @@ def _refill(memory: Memory, empty: list[int], at_least: int, rules: Rules, gener
         labels, gathered = _next_to_split(memory, largest, len(waiting))
         features_GD, members = _gather_members(memory, labels) if gathered else _own_members(memory, labels)
         split = partial(split_in_two, on_all_ranks=not gathered)
-        centroids = _split_largest(split, features_GD, members, largest, waiting, at_least, rules, generator)
+        centroids: dict[int, Tensor] = {}
+        if not gathered or dist.rank() == 0:
+            centroids = _split_largest(split, features_GD, members, largest, waiting, at_least, rules, generator)
+        if gathered:  # rank 0 decides: processors of different kinds may round differently
+            decided = {0: (members, centroids, largest, waiting)} if dist.rank() == 0 else {}
+            members, centroids, largest, waiting = dist.gather_dict(decided)[0]
         _set_members(memory, members, centroids)
     memory.minus_half_squares_K = minus_half_squares(memory.centroids_KD)
     memory.sizes_K = dist.all_sum(memory.counts_K)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent.parent / "on_ranks.py"
 K, D = 40, 8  # of the case `wire`
-A_PASS = 6  # collectives that handling small clusters adds to a step
+A_PASS = 8  # collectives that handling small clusters adds to a step
 
 
 def counted(ranks, case, folder):
