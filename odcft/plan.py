@@ -67,6 +67,7 @@ class KMeansPlan(KMeansRecipe):
 class OptimPlan(OptimRecipe):
     final_epochs: float
     precision: Literal["float32", "bfloat16"]
+    sync_bn: Literal["on", "off"]
 
 
 class Plan(Recipe):
@@ -140,11 +141,7 @@ def make_plan(
                 f"{backbone.arch} was made for images of {backbone.size} pixels: it is built for {size}, "
                 "and its position embedding is resampled."
             )
-    if recipe.data.decoder == "auto" and not jpeg_crops.is_available():
-        notes.append(
-            "simplejpeg is not installed, so Pillow decodes the training crops (data.decoder=pil). "
-            "`pip install simplejpeg` to decode JPEGs faster in a new run."
-        )
+    notes += _notes_on_machine(recipe)
     plan = fill_autos(recipe, clusters, size, intensity, len(backbones), min_cluster, bands=bands)
     if bands != 3 and any((plan.augment.saturation, plan.augment.hue, plan.augment.gray)):
         notes.append(f"Images of {bands} bands have no colours: augment.saturation, hue and gray are not applied.")
@@ -160,6 +157,22 @@ def make_plan(
             "rate. Choose more epochs, or, for a new run, --set optim.final_epochs=auto: a sixth of them."
         )
     return plan, [note, *notes] if note else notes
+
+
+def _notes_on_machine(recipe: Recipe) -> list[str]:
+    """What this machine cannot do as the recipe would have it."""
+    notes = []
+    if recipe.data.decoder == "auto" and not jpeg_crops.is_available():
+        notes.append(
+            "simplejpeg is not installed, so Pillow decodes the training crops (data.decoder=pil). "
+            "`pip install simplejpeg` to decode JPEGs faster in a new run."
+        )
+    if recipe.optim.sync_bn == "on" and dist.world_size() > 1 and dist.this_device().type == "cpu":
+        notes.append(
+            "optim.sync_bn=on has no effect without GPUs: torch cannot synchronise batch norm on CPUs, so each process "
+            "normalises over its own images."
+        )
+    return notes
 
 
 def fill_autos(
@@ -195,6 +208,7 @@ def fill_autos(
         "optim": {
             "final_epochs": recipe.optim.epochs / 6,
             "precision": "bfloat16" if gpu and has_bfloat16(device) else "float32",
+            "sync_bn": "on" if gpu else "off",
         },
     }
     fields = recipe.model_dump()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from odcft.errors import OdcftError
 from odcft.presets import preset_fields
@@ -63,6 +63,11 @@ def _known_rule(rule: str) -> str:
 
 
 _RangeRule = Annotated[str, AfterValidator(_known_rule)]
+
+
+def _on_or_off(value: Any) -> Any:
+    """YAML reads a bare `on` as true, and `off` as false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class DataRecipe(_Group):
@@ -205,6 +210,8 @@ class OptimRecipe(_Group):
     head_lr: float = Field(1.0, gt=0)  # the head's learning rate, as a multiple of lr
     weight_decay: float = Field(1e-5, ge=0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast on a GPU that has it
+    # batch norm of the backbone over all processes, on GPUs only; auto: on (the neck's own never is, as in the code)
+    sync_bn: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = "auto"
     channels_last: bool = True
     tf32: bool = True
     skip_non_finite: int = Field(0, ge=0)  # consecutive steps that may be skipped because a gradient is not finite

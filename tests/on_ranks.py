@@ -1,4 +1,4 @@
-"""What tests/distributed/test_ranks.py runs on one process or two: `python on_ranks.py RANKS CASE OUT`."""
+"""What tests of tests/distributed run on one process or several: `python on_ranks.py RANKS CASE OUT`."""
 
 import contextlib
 import json
@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from step_counters import Counters
 
 from odcft import train
 from odcft.clustering import odc
+from odcft.clustering import small_clusters as small_clusters_module
 from odcft.clustering.kmeans import kmeans
 from odcft.clustering.memory import VARIANTS, new_memory, set_centroids
 from odcft.clustering.small_clusters import handle_small_clusters
@@ -134,6 +136,65 @@ def goes_on():
         if first
         else {}
     )
+
+
+def counts():
+    """What each step of a run counts: a line (refilled, collectives, bytes, reads) for each, by method."""
+    folder, counters, refilled, lines = Path(sys.argv[3]).parent, Counters(), [], []
+    quick = ["optim.batch_size=8", "optim.epochs=2", "neck.hidden=24", "neck.dim=8", "data.size=32"]
+    quick += ["memory.clusters=6", "memory.min_cluster=4", "memory.centroid_interval=4", "dc.pca=6"]
+    quick += ["log.interval=1000", "log.tensorboard=false", "log.snapshot_minutes=1000", "optim.lr=0.05"]
+    handle, split, set_lr, result = odc.handle_small_clusters, small_clusters_module._split_largest, train.set_lr, {}
+
+    def handle_and_note(*args):
+        refilled.append(handle(*args))
+
+    def split_on_the_host(*args):
+        with counters.on_host_copies():
+            return split(*args)
+
+    def begin_step(*args):
+        lines.append([sum(refilled), *counters.take()])  # of the step before
+        refilled.clear()
+        set_lr(*args)
+
+    odc.handle_small_clusters, small_clusters_module._split_largest = handle_and_note, split_on_the_host
+    train.set_lr = begin_step
+    for method in ("odc", "dc", "codc"):
+        lines.clear()
+        ckpts = [str(folder / "c.pth")] * (2 if method == "codc" else 1)
+        recipe = load_recipe("small", [*quick, f"method={method}"])
+        with counters.counting():
+            fine_tune(ckpts, str(folder / "images"), folder / f"{method}-{dist.world_size()}", recipe)
+        result[method] = torch.tensor(lines)
+    return result
+
+
+def wire():
+    """What a memory step counts, by the number of images and of small clusters."""
+    counters, result, whole = Counters(), {}, small_clusters_module._split_largest
+    K, D = 40, 8
+
+    def split_on_the_host(*args):
+        with counters.on_host_copies():
+            return whole(*args)
+
+    small_clusters_module._split_largest = split_on_the_host
+    for images in (10_000, 1_000_000):
+        for small in (0, 1, 15):
+            settings = MemoryRecipe(clusters=K, min_cluster=20, centroid_interval=2, dtype="float32")
+            mine = torch.tensor(ownership.my_images(images))
+            features_SD = torch.randn(len(mine), D, generator=torch.Generator().manual_seed(dist.rank()))
+            state = odc.start(features_SD, small + mine % (K - small), fill_autos(Recipe(memory=settings)))
+            row_B, lines = torch.arange(16), []
+            with counters.counting():
+                for step in range(4):
+                    counters.take()
+                    odc.update(state, row_B + 16 * step, features_SD[:16].flip(0), step)
+                    lines.append(counters.take())
+            assert int(state.memory.sizes_K.min()) > 20
+            result[f"{images} {small}"] = torch.tensor(lines)
+    return result
 
 
 if __name__ == "__main__":

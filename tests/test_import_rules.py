@@ -153,6 +153,7 @@ def test_the_folders_of_tests_mirror_those_of_odcft():
             "backbone/checkpoint_layouts",
             "backbone/malicious_files",
             "clustering/golden_traces",
+            "distributed/collectives",
             "distributed/fake_gpu",
         ),
         *("distributed/ranks", "evaluation/golden_svm", "evaluation/bad_images", "run/outputs", "run/resume"),

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from odcft import plan as plan_module
@@ -77,8 +78,14 @@ def test_a_plan_has_nothing_left_to_decide_and_is_what_recipe_yaml_says(make_ima
 def test_what_the_recipe_says_is_not_decided_again(make_images, tmp_path):
     backbone, images = load_backbone("scratch:test_resnet").backbone, find_images(make_images(tmp_path))
     asked = ["data.size=64", "data.range=[0,9]", "data.workers=1", "memory.clusters=3", "memory.dtype=float16"]
-    asked += ["data.decoder=pil"]
-    asked += ["kmeans.engine=faiss", "optim.final_epochs=1", "optim.precision=bfloat16", "optim.batch_size=4"]
+    asked += [
+        "data.decoder=pil",
+        "kmeans.engine=faiss",
+        "optim.sync_bn=on",
+        "optim.final_epochs=1",
+        "optim.precision=bfloat16",
+        "optim.batch_size=4",
+    ]
     recipe = load_recipe("small", [*asked, "memory.min_cluster=2"])
     plan, notes = make_plan(recipe, [backbone], images)
     then, now = flatten(recipe.model_dump()), flatten(plan.model_dump())
@@ -95,6 +102,25 @@ def test_without_simplejpeg_pillow_decodes_and_a_note_says_so(make_images, tmp_p
         assert any("simplejpeg is not installed" in note for note in notes) != installed
     with pytest.raises(OdcftError, match=r"data\.decoder=turbo needs simplejpeg"):
         make_plan(load_recipe("small", ["optim.batch_size=4", "data.decoder=turbo"]), [backbone], images)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("asked", ["auto", "on", "off"])
+def test_batch_norm_is_synchronised_on_gpus_and_a_note_says_that_cpus_cannot(
+    make_images, tmp_path, monkeypatch, asked, gpu, ranks
+):
+    monkeypatch.setattr(plan_module.dist, "world_size", lambda: ranks)
+    monkeypatch.setattr(plan_module.dist, "this_device", lambda: torch.device("cuda" if gpu else "cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(plan_module.dist, "gather_dict", lambda mine: mine)
+    monkeypatch.setattr(plan_module, "has_bfloat16", lambda device: False)
+    backbone, images = load_backbone("scratch:test_resnet").backbone, find_images(make_images(tmp_path))
+    recipe = load_recipe("small", [f"optim.sync_bn={asked}", "optim.batch_size=4", "memory.min_cluster=2"])
+    plan, notes = make_plan(recipe, [backbone], images)
+    assert plan.optim.sync_bn == ({True: "on", False: "off"}[gpu] if asked == "auto" else asked)
+    said = [note for note in notes if "each process normalises over its own images" in note]
+    assert len(said) == (asked == "on" and not gpu and ranks > 1)
 
 
 def test_clusters_follow_the_images_that_can_be_read():

@@ -104,3 +104,15 @@ def test_field_that_is_there_twice_is_refused(tmp_path, text):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(OdcftError, match=r"is not valid YAML \(line [23]\): (optim|size) appears twice"):
         load_recipe(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize("value", ["on", "off", "auto"])
+def test_on_and_off_need_no_quotes(tmp_path, value):
+    """YAML reads them as true and false."""
+    (tmp_path / "mine.yaml").write_text(f"optim: {{sync_bn: {value}}}")
+    for recipe in (load_recipe(str(tmp_path / "mine.yaml")), load_recipe("small", [f"optim.sync_bn={value}"])):
+        assert recipe.optim.sync_bn == value
+        assert make_recipe(yaml.safe_load(dump(recipe))) == recipe
+    for wrong in ("1", "yes please", "null"):
+        with pytest.raises(OdcftError, match=r"optim\.sync_bn="):
+            load_recipe("small", [f"optim.sync_bn={wrong}"])

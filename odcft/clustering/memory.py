@@ -17,6 +17,7 @@ from torch import Tensor
 
 UNIT = 2.0**-32  # of the fixed-point sums: finer than float32 above 2**-8, with room for 2**31 features of unit length
 ROWS = 65536  # processed at a time
+SCORES = 3 << 17  # computed at a time on a CPU: 1.5 MB, which stay in its cache
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,10 @@ def minus_half_squares(centroids_KD: Tensor) -> Tensor:
 
 
 def nearest_centroid(features_BD: Tensor, centroids_KD: Tensor, minus_half_squares_K: Tensor, rules: Rules) -> Tensor:
-    """The label of each feature (eq. 3).
+    """The label of each feature (eq. 3); of equally near centroids, the first.
+
+    On a CPU the scores of some centroids at a time stay in cache, and only rows that found a better one look for its
+    index: `amax` is many times as fast as `argmax`.
 
     Args:
         features_BD: (B, D) float32.
@@ -136,9 +140,31 @@ def nearest_centroid(features_BD: Tensor, centroids_KD: Tensor, minus_half_squar
     Returns:
         (B,) int64.
     """
+    B, K = len(features_BD), len(centroids_KD)
+    at_a_time = max(1, SCORES // max(1, B)) if features_BD.device.type == "cpu" else K
+    if at_a_time >= K:
+        return _scores(features_BD, centroids_KD, minus_half_squares_K, rules).argmax(1)
+    buffer = features_BD.new_empty(B * at_a_time)
+    best_B, label_B = features_BD.new_full((B,), -torch.inf), torch.zeros(B, dtype=torch.int64)
+    for first in range(0, K, at_a_time):
+        some = slice(first, first + at_a_time)
+        centroids_CD = centroids_KD[some]
+        scores_BC = buffer[: B * len(centroids_CD)].view(B, len(centroids_CD))
+        _scores(features_BD, centroids_CD, minus_half_squares_K[some], rules, out=scores_BC)
+        score_B = scores_BC.amax(1)
+        b_M = (score_B > best_B).nonzero()[:, 0]
+        label_B.index_copy_(0, b_M, scores_BC.index_select(0, b_M).argmax(1).add_(first))
+        best_B = torch.maximum(best_B, score_B)
+    return label_B
+
+
+def _scores(
+    features_BD: Tensor, centroids_CD: Tensor, minus_half_squares_C: Tensor, rules: Rules, out: Tensor | None = None
+) -> Tensor:
+    """(B, C) scores, of which the highest is that of the nearest centroid."""
     if rules.nearest == "dot":
-        return (features_BD @ centroids_KD.T).argmax(1)
-    return torch.addmm(minus_half_squares_K, features_BD, centroids_KD.T).argmax(1)  # argmin |f - c|^2
+        return torch.mm(features_BD, centroids_CD.T, out=out)
+    return torch.addmm(minus_half_squares_C, features_BD, centroids_CD.T, out=out)  # |f - c|^2 is smallest there
 
 
 def last_of_each(row_B: Tensor) -> Tensor:
@@ -195,9 +221,9 @@ def change_labels(memory: Memory, row_M: Tensor, label_M: Tensor) -> None:
         row_M: (M,) int64, each row at most once.
         label_M: (M,) integers.
     """
-    units_MD = to_units(memory.features_SD[row_M])
-    old_M = memory.labels_S[row_M]
+    units_MD = to_units(memory.features_SD.index_select(0, row_M))
+    old_M = memory.labels_S.index_select(0, row_M)
     ones_M = torch.ones_like(row_M)
-    memory.labels_S[row_M] = label_M.to(torch.int32)
-    memory.sums_KD.index_add_(0, old_M, -units_MD).index_add_(0, label_M, units_MD)
+    memory.labels_S.index_copy_(0, row_M, label_M.to(torch.int32))
+    memory.sums_KD.index_add_(0, label_M, units_MD).index_add_(0, old_M, units_MD.neg_())
     memory.counts_K.index_add_(0, old_M, -ones_M).index_add_(0, label_M, ones_M)

@@ -6,6 +6,7 @@ and only tensors with one entry or row per cluster are exchanged.
 
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import NoReturn
 
@@ -122,14 +123,22 @@ def gather_dict(mine: dict) -> dict:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with gradients averaged and batch statistics taken over all ranks; unchanged in a single process."""
+def data_parallel(model: nn.Module, device: torch.device, sync_bn: Iterable[nn.Module] = ()) -> nn.Module:
+    """The model with gradients averaged over all ranks; unchanged in a single process.
+
+    Args:
+        model: on the device.
+        device: of this rank.
+        sync_bn: the parts of the model whose batch norm takes its statistics over all ranks; changed in place. Only on
+            a GPU: torch cannot do it on CPUs, whose ranks normalise over their own batches.
+    """
     if world_size() == 1:
         return model
-    if device.type == "cuda":  # SyncBN needs an accelerator; CPU ranks normalise over their own batches
+    if device.type == "cuda":
         from timm.layers import convert_sync_batchnorm  # torch's own drops the activation of BatchNormAct2d
 
-        model = convert_sync_batchnorm(model)
+        for part in sync_bn:
+            convert_sync_batchnorm(part)
     ids = [device.index] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 

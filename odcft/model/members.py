@@ -113,7 +113,9 @@ def on_all_ranks(network: Members, device: torch.device) -> nn.Module:
     buckets it exchanges, which decides in which order three or more ranks add them up. A resumed run must start from
     the same buckets as an uninterrupted one.
     """
-    model, plan = dist.data_parallel(network, device), network.plan
+    plan = network.plan
+    # Not the necks, as in the official code.
+    model = dist.data_parallel(network, device, [m.backbone for m in network] if plan.optim.sync_bn == "on" else [])
     if dist.world_size() == 1:
         return model
     images = torch.zeros(2, plan.data.bands, plan.data.size, plan.data.size, device=device)

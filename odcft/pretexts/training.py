@@ -191,7 +191,8 @@ def _train(pretext: _Pretext, progress: Progress) -> dict[str, Any]:
     sums_3 = torch.zeros(3, dtype=torch.float64, device=device)  # of the epoch so far: loss, correct answers, puzzles
     figures: dict[str, float] = {}
     unreadable: dict[int, str] = {}
-    model, step = dist.data_parallel(network, device), order.first_step
+    sync_bn = [network] if plan.optim.sync_bn == "on" else []
+    model, step = dist.data_parallel(network, device, sync_bn), order.first_step
     network.train()
     with closing(batches), progress.phase(pretext.task.capitalize(), order.images_left()) as advance:
         for epoch in range(step // order.steps_per_epoch, plan.optim.epochs):

@@ -121,6 +121,23 @@ def test_nearest_centroid_is_the_one_at_the_least_distance():
     assert torch.equal(memory.nearest_centroid(features, centroids, halves, OFFICIAL), product.argmax(1))
 
 
+@pytest.mark.parametrize("scores", [1, 7 * 3, 7 * 64, 1 << 19])
+@pytest.mark.parametrize("K", [1, 31, 64, 100, 200])
+@pytest.mark.parametrize("rules", [PAPER, OFFICIAL])
+def test_scores_in_pieces_give_the_first_of_the_best_as_all_at_once_do(monkeypatch, rules, K, scores):
+    """Whole numbers, of which many are equally near: within a piece, and in two."""
+    monkeypatch.setattr(memory, "SCORES", scores)
+    for seed in range(10):
+        draw = torch.Generator().manual_seed(seed)
+        features = torch.randint(-2, 3, (7, 3), generator=draw).float()
+        centroids = torch.randint(-2, 3, (K, 3), generator=draw).float()
+        halves = memory.minus_half_squares(centroids)
+        found = memory.nearest_centroid(features, centroids, halves, rules)
+        shorter = halves if rules is PAPER else torch.zeros(K)
+        assert torch.equal(found, (features @ centroids.T + shorter).argmax(1))
+    assert memory.nearest_centroid(features[:0], centroids, halves, rules).shape == (0,)
+
+
 def test_last_of_each_row():
     assert memory.last_of_each(torch.tensor([5, 3, 5, 9, 3, 5])).tolist() == [5, 4, 5, 3, 4, 5]
     rows = torch.randint(40, (500,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -9,7 +9,7 @@ import torch
 
 from odcft.clustering import small_clusters
 from odcft.clustering.memory import UNIT, VARIANTS, new_memory, set_centroids
-from odcft.clustering.small_clusters import SmallClusterWatch, handle_small_clusters, rows_by_cluster, split_in_two
+from odcft.clustering.small_clusters import SmallClusterWatch, handle_small_clusters, rows_of_clusters, split_in_two
 from odcft.distributed import dist, ownership
 
 PAPER, OFFICIAL = VARIANTS["paper"], VARIANTS["official"]
@@ -115,13 +115,8 @@ def test_split_leaves_enough_on_both_sides():
 
 def test_rows_of_several_clusters():
     mem = make([[1.0, 0.0]] * 6, [2, 0, 2, 1, 0, 2], 4)
-    found = rows_by_cluster(mem, [2, 3, 0])
-    assert {label: rows.tolist() for label, rows in found.items()} == {0: [1, 4], 2: [0, 2, 5], 3: []}
-    with pytest.raises(ValueError, match="shorter"):
-        rows_by_cluster(mem, [2, 2])
-    mem = make([[1.0, 0.0]] * 500, [row % 3 for row in range(500)], 3)
-    assert rows_by_cluster(mem, [1])[1].tolist() == list(range(1, 500, 3))
-    assert rows_by_cluster(mem, [2, 0])[0].tolist() == list(range(0, 500, 3))
+    assert rows_of_clusters(mem, [2, 3, 0]).tolist() == [0, 1, 2, 4, 5]
+    assert rows_of_clusters(mem, [3]).tolist() == rows_of_clusters(mem, []).tolist() == []
 
 
 # ---------------------------------------------------------------- when, and which
@@ -227,7 +222,7 @@ def test_half_may_be_a_single_image_in_the_code_and_is_never_small_in_the_paper(
 def test_either_half_is_as_often_the_new_one(monkeypatch):
     """Whatever the cut calls the second side: here it is always the 8 and the 9."""
 
-    def cut(features_MD, row_M, at_least, generator):
+    def cut(features_MD, image_M, at_least, generator, on_all_ranks):
         second_M = features_MD[:, 0] > 5
         sums_2D = torch.stack([features_MD[~second_M].sum(0), features_MD[second_M].sum(0)]).double() / UNIT
         return second_M, sums_2D.long(), [int((~second_M).sum()), int(second_M.sum())]
@@ -263,7 +258,7 @@ def test_the_code_draws_its_start_from_seed_0_whatever_the_run_s_generator():
 
 
 def cut(numbers, at_least=1, seed=0, **kwargs):
-    """Which of these numbers are on the second side; row i is number i."""
+    """Which of these numbers are on the second side; image i is number i."""
     features = torch.tensor(numbers, dtype=torch.float32).reshape(len(numbers), -1)
     second, sums, sizes = split_in_two(features, torch.arange(len(numbers)), at_least, generator(seed), **kwargs)
     assert sizes == [int((~second).sum()), int(second.sum())]
@@ -371,10 +366,10 @@ def test_cut_in_space_is_that_of_two_means(iterations, at_least):
 
 
 def test_of_equal_images_the_last_are_on_the_second_side():
-    rows = torch.randperm(3000, generator=generator())
-    second, _, sizes = split_in_two(torch.full((3000, 2), 0.3), rows, 1400, generator())
+    images = torch.randperm(3000, generator=generator())
+    second, _, sizes = split_in_two(torch.full((3000, 2), 0.3), images, 1400, generator())
     assert sizes in ([1400, 1600], [1600, 1400])
-    assert rows[second].min() == sizes[0]
+    assert images[second].min() == sizes[0]
 
 
 # ---------------------------------------------------------------- any number of ranks
@@ -383,8 +378,12 @@ def test_of_equal_images_the_last_are_on_the_second_side():
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("case", ["spread", "equal", "few"])
 @pytest.mark.parametrize("rules", [PAPER, OFFICIAL])
-def test_ranks_come_to_what_one_comes_to(on_threads, ranks, case, rules):
-    """Images spread out, all the same (so that their numbers decide), and so few that a rank has no member of some."""
+@pytest.mark.parametrize("gathered", [1 << 28, 70 * 16, 0])
+def test_ranks_come_to_what_one_comes_to(on_threads, monkeypatch, ranks, case, rules, gathered):
+    """Images spread out, all the same (so that their numbers decide), and so few that a rank has no member of some.
+
+    Whether members are gathered at once, in pieces (of 70 images of 16 bytes), or not at all makes no difference.
+    """
     images = 14 if case == "few" else 203
     features = torch.randn(images, 4, generator=generator(1)) if case != "equal" else torch.full((images, 4), 0.3)
     labels = torch.randint(7, (images,), generator=generator(2))
@@ -400,6 +399,7 @@ def test_ranks_come_to_what_one_comes_to(on_threads, ranks, case, rules):
 
     alone = work()
     assert alone[0] >= 4
+    monkeypatch.setattr(small_clusters, "GATHERED", gathered)
     parts = on_threads(ranks, work)
     for filled, sizes_K, centroids_KD, counts_K, _ in parts:
         assert filled == alone[0]
@@ -416,7 +416,7 @@ def test_ranks_stop_cutting_together(on_threads):
 
     def work():
         mine = list(ownership.my_images(len(numbers)))
-        return split_in_two(numbers[mine], torch.arange(len(mine)), 1, generator())
+        return split_in_two(numbers[mine], torch.tensor(mine), 1, generator(), on_all_ranks=True)
 
     second, sums, sizes = work()
     for rank, part in enumerate(on_threads(2, work)):

@@ -1,5 +1,7 @@
 """Device discipline without a device: a step on fake tensors of a fake GPU, where mixing devices is an error."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from odcft.clustering import deepcluster, odc
+from odcft.clustering import deepcluster, odc, small_clusters
 from odcft.clustering.clusters import Clusters
-from odcft.clustering.memory import Memory
+from odcft.clustering.memory import VARIANTS, Memory
 from odcft.data.augmentation import augment_batch, rotate_quarters
 from odcft.distributed.delayed_reader import DelayedReader
 from odcft.model.losses import losses
@@ -139,3 +141,19 @@ def test_dc_step_stays_on_the_device_and_never_waits(fake_gpu):
         label_B, weight_K = deepcluster.targets(state, row_B)
         moved = deepcluster.update(state, row_B, torch.empty(8, 16, device=CUDA), 0)
     assert label_B.device == weight_K.device == moved.device == CUDA
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+def test_small_clusters_are_changed_on_the_device_wherever_their_members_are(fake_gpu, monkeypatch, gathered):
+    """Members that were gathered are on the host. How many rows there are is what the host waits for; here it is 7."""
+    memory, where = fake_state("paper", torch.float16).memory, torch.device("cpu") if gathered else CUDA
+    found = SimpleNamespace(nonzero=lambda: torch.empty(7, 1, dtype=torch.int64, device=where))
+    monkeypatch.setattr(small_clusters, "rows_of_clusters", lambda *args: torch.empty(7, dtype=torch.int64).to(CUDA))
+    monkeypatch.setattr(small_clusters.ownership, "is_mine", lambda images: found)
+    image_M = torch.empty(9, dtype=torch.int64).to(where)
+    members = {label: small_clusters._Members(image_M, image_M, 3) for label in (3, 5)}
+    with NoWaiting():
+        small_clusters._disperse(memory, [5], torch.empty(19, dtype=torch.int64).to(CUDA), VARIANTS["paper"])
+        _, own = small_clusters._own_members(memory, [3])
+        small_clusters._set_members(memory, members, {label: torch.empty(16).to(where) for label in members})
+    assert own[3].image_M.device == memory.centroids_KD.device == memory.sizes_K.device == CUDA

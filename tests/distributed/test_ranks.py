@@ -19,15 +19,16 @@ def on_ranks(ranks, case, out):
     )
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", ["small_clusters", "clustering", "steps", "leaving"])
-def test_two_ranks_end_with_the_memory_of_one(tmp_path, case):
-    for ranks in (1, 2):
-        result = on_ranks(ranks, case, tmp_path / f"{ranks}.safetensors")
+def test_ranks_end_with_the_memory_of_one(tmp_path, case, ranks):
+    for number in (1, ranks):
+        result = on_ranks(number, case, tmp_path / f"{number}.safetensors")
         assert result.returncode == 0, result.stderr
-    one, two = load_file(tmp_path / "1.safetensors"), load_file(tmp_path / "2.safetensors")
+    one, several = load_file(tmp_path / "1.safetensors"), load_file(tmp_path / f"{ranks}.safetensors")
     assert one
     for name in one:
-        assert torch.equal(one[name], two[name]), name
+        assert torch.equal(one[name], several[name]), name
 
 
 def test_an_error_on_one_rank_ends_all_with_its_message(tmp_path):

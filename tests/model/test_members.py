@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from odcft.backbone.load import load_backbone
+from odcft.distributed import dist
 from odcft.errors import OdcftError
 from odcft.model.losses import losses
-from odcft.model.members import joint_features
+from odcft.model.members import joint_features, make_members, make_necks, on_all_ranks
 from odcft.model.neck_and_head import Output
 from odcft.model.views import Views, with_copies
-from odcft.plan import CODCPlan
+from odcft.plan import CODCPlan, fill_autos
 from odcft.recipe import MemberRecipe, load_recipe
 from odcft.train import fine_tune
 
@@ -47,6 +49,31 @@ def test_one_member_is_odc_bit_for_bit(tmp_path, checkpoints, images):
         runs.append(state(tmp_path / method))
     assert set(runs[0]) == set(runs[1])
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+@pytest.mark.parametrize("sync_bn", ["on", "off"])
+def test_batch_norm_of_backbones_is_synchronised_on_gpus_that_of_necks_never(monkeypatch, sync_bn):
+    class Wrapped(Exception):
+        """The throwaway pass after it needs the GPU."""
+
+    def wrap(model, device_ids):
+        raise Wrapped
+
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", wrap)
+    plan = fill_autos(load_recipe("small", [f"optim.sync_bn={sync_bn}", *QUICK]), members=2)
+    backbones = [load_backbone("scratch:test_resnet").backbone for _ in range(2)]
+    necks, dim = make_necks(backbones, plan)
+    network = make_members(backbones, necks, dim, plan)
+    names, layers = list(network.state_dict()), sum(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules())
+    with pytest.raises(Wrapped):
+        on_all_ranks(network, torch.device("cuda", 0))
+    synchronised = [name for name, m in network.named_modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    assert len(synchronised) == (layers if sync_bn == "on" else 0)
+    assert layers > 0
+    assert not any("neck" in name for name in synchronised)
+    assert sum(type(m) is torch.nn.BatchNorm1d for m in network.modules()) == 2  # the necks'
+    assert list(network.state_dict()) == names
 
 
 def test_three_kinds_of_members_train_together_and_each_is_exported(tmp_path, checkpoints, images):
