@@ -366,14 +366,13 @@ def export(
 
 @app.command()
 def evaluate(
-    ckpt: Annotated[
-        str | None,
+    ckpts: Annotated[
+        list[str] | None,
         typer.Argument(
-            metavar="CKPT", help="Checkpoint or RUN; a RUN is compared with the checkpoint it was started from."
+            metavar="CKPT… DATA",
+            help="Checkpoint or RUN, then labelled images: one folder per class, or a list with labels. A RUN is "
+            "compared with the checkpoint it was started from; of several, each is compared with the last.",
         ),
-    ] = None,
-    data: Annotated[
-        str | None, typer.Argument(metavar="DATA", help="Labelled images: one folder per class, or a list with labels.")
     ] = None,
     protocol: Annotated[str, typer.Option(metavar="P[,P…]", help="svm, knn or both.")] = "svm,knn",
     test: Annotated[
@@ -381,8 +380,19 @@ def evaluate(
         typer.Option(metavar="DATA", help="Labelled images to test on; by default half of DATA is held out."),
     ] = None,
     features: Annotated[
-        Path | None, typer.Option(metavar="FILE.npz", help="Features computed elsewhere, instead of CKPT and DATA.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.npz",
+            help="Features computed elsewhere or written by `odcft embed`, instead of CKPT and DATA.",
+        ),
     ] = None,
+    layers: Annotated[
+        str,
+        typer.Option(
+            metavar="last|all|best",
+            help="Layer to evaluate: the last, the one that cross-validation on the training images prefers, or all.",
+        ),
+    ] = "last",
     size: Annotated[
         int | None,
         typer.Option(
@@ -394,34 +404,77 @@ def evaluate(
     input: Input = None,
     part: Part = None,
     allow_partial: Partial = False,
+    devices: Devices = 1,
     as_json: Json = False,
 ) -> None:
     """Measure how good a backbone's features are: VOC07 SVM mAP and nearest-neighbour accuracy."""
     from odcft.evaluation.feature_files import evaluate_file
     from odcft.evaluation.protocols import check_protocols
-    from odcft.evaluation.results_table import json_values, summary, table_lines
+    from odcft.evaluation.results_table import json_values, report_lines
     from odcft.progress import Progress
 
     protocols = check_protocols(protocol)
     if features is not None:
-        results = evaluate_file(features, protocols, Progress())
-    elif ckpt is None or data is None:
+        if ckpts:
+            raise OdcftError("--features takes the place of checkpoint and images. Drop one or the other.")
+        results = evaluate_file(features, protocols, Progress(), test=Path(test) if test else None)
+    elif not ckpts or len(ckpts) < 2:
         raise OdcftError(
             "evaluate takes a checkpoint and labelled images (odcft evaluate CKPT DATA), or --features FILE.npz."
         )
     else:
+        _start_processes(devices)
         from odcft.evaluation.comparison import evaluate as run
 
+        *sources, data = ckpts
         args = _parse_arch_args(arch_args)
-        results = run(ckpt, data, test, protocols, arch, size, input, allow_partial, arch_args=args, part=part)
-    members = results.get("members", [])
-    report = [summary(results)]
-    if members:
-        report.append(f"All {len(members)} members side by side:")
-    report += table_lines(results)
-    for member in members:
-        report += [f"{member['source']} alone:", *table_lines(member)]
-    _report(json_values(results), as_json, report)
+        source = sources if len(sources) > 1 else sources[0]
+        shared = (arch, size, input, allow_partial)
+        results = run(source, data, test, protocols, *shared, arch_args=args, part=part, layers=layers)
+        if not results:  # rank 0 has them
+            return
+    _report(json_values(results), as_json, report_lines(results))
+
+
+@app.command()
+def embed(
+    ckpt: Ckpt,
+    data: Data,
+    out: Annotated[Path, typer.Option(metavar="FILE.(npz|parquet)", help="File to write.")],
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=8, max=MAX_IMAGE_SIZE, help="Image size in pixels; by default that of the RUN or the network."
+        ),
+    ] = None,
+    arch: Arch = None,
+    arch_args: ArchArgs = None,
+    input: Input = None,
+    part: Part = None,
+    allow_partial: Partial = False,
+    devices: Devices = 1,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write the backbone's features of all images, with their paths, and labels if there are any."""
+    _start_processes(devices)
+    from odcft.embeddings import embed as run
+
+    args = _parse_arch_args(arch_args)
+    options: dict[str, Any] = {
+        "arch": arch,
+        "arch_args": args,
+        "input": input,
+        "part": part,
+        "allow_partial": allow_partial,
+    }
+    values = run(ckpt, data, out, size=size, overwrite=overwrite, **options)
+    if not values:  # rank 0 has them
+        return
+    lines = [f"Wrote {out}: {values['images']:,} images, {values['width']:,} features each."]
+    for name, why in list(values["unreadable"].items())[:1]:
+        lines.append(f"Left out    {len(values['unreadable']):,} that cannot be read; the first is {name} ({why}).")
+    _report(values, as_json, lines)
 
 
 @app.command()

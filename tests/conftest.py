@@ -1,5 +1,6 @@
 """Images and checkpoints that tests make for themselves: nothing is downloaded."""
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,12 @@ import torch
 from PIL import Image
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_cache():
+    """Tests neither read nor write the cache of whoever runs them."""
+    os.environ["ODCFT_CACHE"] = "off"
 
 
 @pytest.fixture

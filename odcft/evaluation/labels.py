@@ -56,7 +56,7 @@ def load_labelled_images(data: str, test: str | None) -> LabelledImages:
             same images in both sets.
     """
     found = [find_images(one) for one in (data, test) if one is not None]
-    per_image = [names for images in found for names in _labels_per_image(images)]
+    per_image = [names for images in found for names in _labels_of(images)]
     sets = [(str(name), len(images)) for name, images in zip((data, test), found, strict=False)]
     count = sets[0][1]
     classes = sorted({name for names in per_image[:count] for name in names})
@@ -72,7 +72,7 @@ def load_labelled_images(data: str, test: str | None) -> LabelledImages:
         raise OdcftError(
             f"{test}: no labels. Put each class into its own folder, or give a .csv with the columns path,label."
         )
-    targets = _targets(per_image, classes)
+    targets = label_targets(per_image, classes)
     images = found[0] if test is None else _joined(*found)
     no_rows = np.zeros(0, dtype=np.int64)
     labels = LabelledImages(images, classes, targets, no_rows, no_rows, sets, {}, duplicates=identical_files(images))
@@ -133,9 +133,9 @@ def _divide(labels: LabelledImages, unreadable: Mapping[int, str]) -> LabelledIm
     kept = np.flatnonzero(usable)
     if len(labels.sets) > 1:
         return replace(labels, train_rows=kept[kept < count], test_rows=kept[kept >= count], left_out=left_out)
-    held_out = _held_out(targets[kept])
+    is_test = held_out(targets[kept])
     too_small = {c: int(size) for c, size in enumerate(targets[kept].sum(0)) if size < MIN_IMAGES}
-    return replace(labels, train_rows=kept[~held_out], test_rows=kept[held_out], left_out=left_out, too_small=too_small)
+    return replace(labels, train_rows=kept[~is_test], test_rows=kept[is_test], left_out=left_out, too_small=too_small)
 
 
 REASONS = {  # of one image, of several images
@@ -192,14 +192,19 @@ def _refuse_if_nothing_left(
     )
 
 
-def _labels_per_image(images: Images) -> list[list[str]]:
-    """The labels of each image: those in the list, which ";" separates, or the name of its folder."""
+def labels_per_image(labels: list[str]) -> list[list[str]]:
+    """The labels of each image, which ";" separates."""
+    return [[part.strip() for part in label.split(";") if part.strip()] for label in labels]
+
+
+def _labels_of(images: Images) -> list[list[str]]:
+    """The labels of each image: those in the list, or the name of its folder, which is one label whatever it is."""
     if images.labels is None:
         return [[label] if label else [] for label in images.class_labels()]
-    return [[part.strip() for part in label.split(";") if part.strip()] for label in images.labels]
+    return labels_per_image(images.labels)
 
 
-def _targets(per_image: list[list[str]], classes: list[str]) -> np.ndarray:
+def label_targets(per_image: list[list[str]], classes: list[str]) -> np.ndarray:
     """Targets (N, C): 1 for the classes of each image, 0 for the others."""
     number = {name: c for c, name in enumerate(classes)}
     targets = np.zeros((len(per_image), len(classes)), dtype=np.int64)
@@ -215,7 +220,7 @@ def _joined(train: Images, test: Images) -> Images:
     return Images(train.source, train.root.__class__(""), paths, None, dict(skipped))
 
 
-def _held_out(targets: np.ndarray) -> np.ndarray:
+def held_out(targets: np.ndarray) -> np.ndarray:
     """Which rows to test on: every other one of each combination of labels, in a random order with a fixed seed."""
     order = np.random.default_rng(0).permutation(len(targets))
     groups: dict[bytes, int] = {}

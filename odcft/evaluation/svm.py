@@ -44,8 +44,9 @@ def voc07_svm(
 
     Returns:
         `mAP` in 0..100 over the classes that count; `per_class` average precisions in 0..100 and the `costs` chosen,
-        None for a class that does not count; `left_out`, the classes that do not count and why; and the `scores`
-        (N, C) of the test images, zero for a class that does not count.
+        None for a class that does not count; `left_out`, the classes that do not count and why; `cv`, the mean average
+        precision of the cross-validation on the training images; and the `scores` (N, C) of the test images, zero for a
+        class that does not count.
 
     Raises:
         OdcftError: no class counts.
@@ -71,16 +72,19 @@ def voc07_svm(
     per_class: list[float | None] = [None] * C
     chosen: list[float | None] = [None] * C
     scores_NC = np.zeros((len(test), C))
-    for c, (cost, scores) in zip(measured, fitted, strict=True):
+    validated = []
+    for c, (cost, precision, scores) in zip(measured, fitted, strict=True):
         certain = test_NC[:, c] != -1
         per_class[c] = 100 * average_precision(test_NC[certain, c] == 1, scores[certain])
         chosen[c], scores_NC[:, c] = cost, scores
+        validated.append(100 * precision)
         advance(1)
     return {
         "mAP": float(np.mean([per_class[c] for c in measured])),
         "per_class": per_class,
         "costs": chosen,
         "left_out": dict(sorted(reasons.items())),
+        "cv": float(np.mean(validated)),
         "scores": scores_NC,
     }
 
@@ -116,8 +120,8 @@ def average_precision_of_ranking(present_N: np.ndarray) -> float:
 
 def _fit(
     train: np.ndarray, sign: np.ndarray, test: np.ndarray, costs: tuple[float, ...], worker: bool = False
-) -> tuple[float, np.ndarray]:
-    """Choose the cost by cross-validation; return it and the scores of the test images at that cost."""
+) -> tuple[float, float, np.ndarray]:
+    """Choose the cost by cross-validation; return it, its mean precision and the scores of the test images."""
     from scipy.sparse import csr_matrix
     from sklearn import config_context
     from sklearn.exceptions import ConvergenceWarning
@@ -152,7 +156,7 @@ def _fit(
 
         means = [np.mean([precision(cost, *fold) for fold in folds]) for cost in costs]
         cost = costs[int(np.argmax(means))]  # the first of several equally good ones
-        return float(cost), make_svm(cost).fit(train, sign).decision_function(test)
+        return float(cost), float(max(means)), make_svm(cost).fit(train, sign).decision_function(test)
 
 
 def _unit_length(features: np.ndarray) -> np.ndarray:
