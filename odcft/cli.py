@@ -262,6 +262,16 @@ def finetune(
     ] = None,
     clusters: Clusters = None,
     memory: Annotated[Path | None, typer.Option(help="Folder written by `odcft init-memory` to start from.")] = None,
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            "--eval",
+            metavar="DATA",
+            help="Labelled images to measure nearest-neighbour accuracy on after an epoch; training never sees the "
+            "labels. The best epoch's backbone is kept in RUN/backbone_best.",
+        ),
+    ] = None,
+    eval_every: Annotated[int, typer.Option(min=1, metavar="n", help="Epochs between two measurements of --eval.")] = 1,
     devices: Devices = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the RUN in --out from its last saved state.")
@@ -291,7 +301,14 @@ def finetune(
 
     try:
         values = fine_tune(
-            *(ckpts, data, out, resolved), arch=arch, memory=memory, resume=resume, overwrite=overwrite, epochs=epochs
+            *(ckpts, data, out, resolved),
+            arch=arch,
+            memory=memory,
+            resume=resume,
+            overwrite=overwrite,
+            epochs=epochs,
+            eval_data=eval_data,
+            eval_every=eval_every,
         )
     except stop_signals.Stopped as stopped:
         stopped.args = (f"{stopped} Continue with: {_resume_command(sys.argv)}",)
@@ -359,7 +376,7 @@ def export(
         )
     lines += [
         f"This is the first of several members; another is {other}."
-        for other in sorted(Path(source).glob("backbone_*"))
+        for other in sorted(Path(source).glob("backbone_[0-9]"))
     ]
     _report({"out": str(out), "format": format}, as_json, lines)
 

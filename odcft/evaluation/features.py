@@ -41,7 +41,7 @@ class Features:
 
 
 def features_of(
-    backbone: Backbone, images: Images, view: View, progress: Progress, *, all_layers: bool = False, title: str = ""
+    backbone: Backbone, images: Images, view: View, progress: Progress, *, all_layers: bool = False, keep: bool = True
 ) -> Features:
     """Extract the features of all images, on all ranks together, or take them from the cache.
 
@@ -53,7 +53,7 @@ def features_of(
         view: how they are resized and cropped.
         progress: where to report.
         all_layers: the features of all layers, not only of the last.
-        title: of the progress bar.
+        keep: use the cache.
 
     Raises:
         OdcftError: the network cannot process images of that size.
@@ -68,22 +68,20 @@ def features_of(
     names = network.names if isinstance(network, LayerFeatures) else [LAST]
 
     key, known = "", None
-    if dist.rank() == 0:  # the other ranks may have another disk
+    if keep and dist.rank() == 0:  # the other ranks may have another disk
         key = feature_cache.key(backbone, images, view, "bfloat16" if half else "float32")
         known = feature_cache.read(key, names, len(images))
     if float(dist.all_sum(torch.tensor(float(known is not None), device=device))):
         return Features(*(known or ({}, {})), cached=True)
 
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        features_SF, mine = extract(
-            network, Crops(images, view), BATCH, loader_workers(device), device, progress, title or "Features"
-        )
+        features_SF, mine = extract(network, Crops(images, view), BATCH, loader_workers(device), device, progress)
     features_NF = ownership.in_dataset_order(features_SF.cpu(), len(images))
     unreadable = dist.gather_dict(mine)
     if not features_NF.shape[1]:  # not one image could be read
         features_NF = features_NF.new_zeros(len(images), backbone.width)
         return Features({LAST: features_NF.numpy()}, unreadable)
     tensors = network.split(features_NF) if isinstance(network, LayerFeatures) else {LAST: features_NF}
-    if dist.rank() == 0:
+    if keep and dist.rank() == 0:
         feature_cache.write(key, tensors, unreadable)
     return Features({name: tensor.numpy() for name, tensor in tensors.items()}, unreadable)
