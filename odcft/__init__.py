@@ -16,6 +16,7 @@ _VERBS = {
     "init_memory": "odcft.first_memory",
     "fine_tune": "odcft.train",
     "evaluate": "odcft.evaluation.comparison",
+    "embed": "odcft.embeddings",
     "export": "odcft.exports",
 }
 

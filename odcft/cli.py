@@ -349,6 +349,16 @@ def finetune(
     ] = None,
     clusters: Clusters = None,
     memory: Annotated[Path | None, typer.Option(help="Folder written by `odcft init-memory` to start from.")] = None,
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            "--eval",
+            metavar="DATA",
+            help="Labelled images to measure nearest-neighbour accuracy on after an epoch; training never sees the "
+            "labels. The best epoch's backbone is kept in RUN/backbone_best.",
+        ),
+    ] = None,
+    eval_every: Annotated[int, typer.Option(min=1, metavar="n", help="Epochs between two measurements of --eval.")] = 1,
     devices: Devices = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what the run would do, need and take; write nothing.")
@@ -397,6 +407,8 @@ def finetune(
             resume=resume,
             overwrite=overwrite,
             epochs=epochs,
+            eval_data=eval_data,
+            eval_every=eval_every,
         )
     except stop_signals.Stopped as stopped:
         stopped.args = (f"{stopped} Continue with: {_resume_command(sys.argv)}",)
@@ -487,35 +499,42 @@ def export(
         )
     lines += [
         f"This is the first of several members; another is {other}."
-        for other in sorted(Path(source).glob("backbone_*"))
+        for other in sorted(Path(source).glob("backbone_[0-9]"))
     ]
     _report({"out": str(out), "format": format}, as_json, lines)
 
 
 @app.command()
 def evaluate(
-    ckpt: Annotated[
-        str | None,
+    ckpts: Annotated[
+        list[str] | None,
         typer.Argument(
-            metavar="CKPT", help="Checkpoint or RUN; a RUN is compared with the checkpoint it was started from."
+            metavar="CKPT… DATA",
+            help="Checkpoint or RUN, then labelled images: one folder per class, or a list, .tar or .parquet with labels. "
+            "A RUN is compared with the checkpoint it was started from; of several, each is compared with the last.",
         ),
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="DATA", help="Labelled images: one folder per class, or a list, .tar or .parquet with labels."
-        ),
-    ] = None,
-    protocol: Annotated[str, typer.Option(metavar="P[,P…]", help="Some of svm, low-shot, linear, knn, clusters.")] = (
-        "svm,knn"
-    ),
+    protocol: Annotated[
+        str, typer.Option(metavar="P[,P…]", help="Some of svm, low-shot, linear, knn, clusters.")
+    ] = "svm,knn",
     test: Annotated[
         str | None,
         typer.Option(metavar="DATA", help="Labelled images to test on; by default half of DATA is held out."),
     ] = None,
     features: Annotated[
-        Path | None, typer.Option(metavar="FILE.npz", help="Features computed elsewhere, instead of CKPT and DATA.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.npz",
+            help="Features computed elsewhere or written by `odcft embed`, instead of CKPT and DATA.",
+        ),
     ] = None,
+    layers: Annotated[
+        str,
+        typer.Option(
+            metavar="last|all|best",
+            help="Layer to evaluate: the last, the one that cross-validation on the training images prefers, or all.",
+        ),
+    ] = "last",
     crop: Annotated[
         str, typer.Option(help="centre, or squash: the whole image, as in the published results on VOC07.")
     ] = "centre",
@@ -531,38 +550,81 @@ def evaluate(
     part: Part = None,
     allow_partial: Partial = False,
     reader: ReaderName = None,
+    devices: Devices = 1,
     as_json: Json = False,
 ) -> None:
     """Measure how good a backbone's features are, by the field's protocols."""
     from odcft.data.view import CROPS
     from odcft.evaluation.feature_files import evaluate_file
     from odcft.evaluation.protocols import check_protocols
-    from odcft.evaluation.results_table import json_values, summary, table_lines
+    from odcft.evaluation.results_table import json_values, report_lines
     from odcft.progress import Progress
 
     protocols = check_protocols(protocol)
     if crop not in CROPS:
         raise OdcftError(f"--crop {crop}: choose {' or '.join(CROPS)}.")
     if features is not None:
-        results = evaluate_file(features, protocols, Progress())
-    elif ckpt is None or data is None:
+        if ckpts:
+            raise OdcftError("--features takes the place of checkpoint and images. Drop one or the other.")
+        results = evaluate_file(features, protocols, Progress(), test=Path(test) if test else None)
+    elif not ckpts or len(ckpts) < 2:
         raise OdcftError(
             "evaluate takes a checkpoint and labelled images (odcft evaluate CKPT DATA), or --features FILE.npz."
         )
     else:
+        _start_processes(devices)
         from odcft.evaluation.comparison import evaluate as run
 
+        *sources, data = ckpts
         args = _parse_arch_args(arch_args)
-        options: dict[str, Any] = {"arch_args": args, "part": part, "reader": reader, "crop": crop}
-        results = run(ckpt, data, test, protocols, arch, size, input, allow_partial, **options)
-    members = results.get("members", [])
-    report = [summary(results)]
-    if members:
-        report.append(f"All {len(members)} members side by side:")
-    report += table_lines(results)
-    for member in members:
-        report += [f"{member['source']} alone:", *table_lines(member)]
-    _report(json_values(results), as_json, report)
+        source = sources if len(sources) > 1 else sources[0]
+        options: dict[str, Any] = {"arch_args": args, "part": part, "layers": layers, "crop": crop, "reader": reader}
+        results = run(source, data, test, protocols, arch, size, input, allow_partial, **options)
+        if not results:  # rank 0 has them
+            return
+    _report(json_values(results), as_json, report_lines(results))
+
+
+@app.command()
+def embed(
+    ckpt: Ckpt,
+    data: Data,
+    out: Annotated[Path, typer.Option(metavar="FILE.(npz|parquet)", help="File to write.")],
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=8, max=MAX_IMAGE_SIZE, help="Image size in pixels; by default that of the RUN or the network."
+        ),
+    ] = None,
+    arch: Arch = None,
+    arch_args: ArchArgs = None,
+    input: Input = None,
+    part: Part = None,
+    allow_partial: Partial = False,
+    reader: ReaderName = None,
+    devices: Devices = 1,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write the backbone's features of all images, with their paths, and labels if there are any."""
+    _start_processes(devices)
+    from odcft.embeddings import embed as run
+
+    args = _parse_arch_args(arch_args)
+    options: dict[str, Any] = {
+        "arch": arch,
+        "arch_args": args,
+        "input": input,
+        "part": part,
+        "allow_partial": allow_partial,
+    }
+    values = run(ckpt, data, out, size=size, reader=reader, overwrite=overwrite, **options)
+    if not values:  # rank 0 has them
+        return
+    lines = [f"Wrote {out}: {values['images']:,} images, {values['width']:,} features each."]
+    for name, why in list(values["unreadable"].items())[:1]:
+        lines.append(f"Left out    {len(values['unreadable']):,} that cannot be read; the first is {name} ({why}).")
+    _report(values, as_json, lines)
 
 
 @app.command()

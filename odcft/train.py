@@ -23,6 +23,7 @@ from odcft.data.feature_extraction import extract
 from odcft.distributed import dist, ownership, stop_signals
 from odcft.distributed.agreement import Agreement, asked_anywhere
 from odcft.distributed.stop_signals import Stopped
+from odcft.evaluation.during_training import EpochEvaluation, load_images_to_evaluate
 from odcft.model.members import joint_features, on_all_ranks
 from odcft.optim import lr_at, set_lr
 from odcft.prepare import Start, new_run, resumed_run
@@ -55,6 +56,8 @@ def fine_tune(
     overwrite: bool = False,
     progress: Progress | None = None,
     epochs: int | None = None,
+    eval_data: str | None = None,
+    eval_every: int = 1,
 ) -> dict[str, Any]:
     """Fine-tune a checkpoint on unlabelled images, and write a RUN folder with the fine-tuned backbone.
 
@@ -70,6 +73,8 @@ def fine_tune(
         overwrite: replace the run in `out`.
         progress: where to report.
         epochs: overrides the recipe's; with `resume` it can prolong the run.
+        eval_data: labelled images to measure kNN accuracy on while training; the best epoch's backbone is kept, too.
+        eval_every: epochs between two such measurements.
 
     Returns:
         A summary of the run: out, backbone, load (a line of Python), images, unreadable (left out from the start),
@@ -86,6 +91,7 @@ def fine_tune(
         recipe.optim.epochs = epochs
     resume = check_output(out, resume, overwrite, progress)
     require_parquet()
+    labels = load_images_to_evaluate(eval_data, make_reader(reader)) if eval_data is not None else None
     try:
         with locked(out, progress.say), explain_failures(recipe):
             began = time.monotonic()
@@ -99,7 +105,11 @@ def fine_tune(
             if resume and finished_after(out) == steps:
                 progress.say(f"Finished    {out} has done all of its {steps:,} steps; nothing is left to do.")
             else:
-                broken = train(start, state, run, progress)
+                evaluation = None
+                if labels is not None:
+                    view, backbones = start.plan.view, start.backbones
+                    evaluation = EpochEvaluation(labels, eval_every, start.plan.optim.epochs, backbones, view, out)
+                broken = train(start, state, run, progress, evaluation)
                 write_results(start, state, run)
             return _result(start, out, steps, broken, time.monotonic() - began)
     except Stopped as stopped:
@@ -121,14 +131,15 @@ def check_output(out: Path, resume: bool, overwrite: bool, progress: Progress) -
     return False
 
 
-def train(start: Start, state: State, run: Run, progress: Progress) -> int:
+def train(start: Start, state: State, run: Run, progress: Progress, evaluation: EpochEvaluation | None = None) -> int:
     """Train from `state.step` to the last step (1. to 4.: the paper's fig. 2); return how many images broke."""
     plan, method, network, clusters = start.plan, METHODS[start.plan.method], state.network, state.clusters
     device, optim, order = dist.this_device(), plan.optim, training_order(start, first_step=state.step)
     batches = TrainingBatches(training_crops(start), order, plan.data.workers, device)
     metrics = Metrics(run.out, plan.log.tensorboard, state.logged)
     guard = NonFiniteGuard(state, optim.skip_non_finite, run.out, progress.say)
-    log = TrainingLog(metrics, plan, state, order.steps_per_epoch, guard=guard, say=progress.say)
+    evaluate = evaluation.after_epoch if evaluation else None
+    log = TrainingLog(metrics, plan, state, order.steps_per_epoch, guard=guard, say=progress.say, evaluate=evaluate)
     saver = Saver(run.out, plan, state, order, metrics=metrics, guard=guard, say=progress.say)
     broken = BrokenImages(start.images, plan.data.max_broken, progress.say)
     ranks, embed = Agreement(), partial(_embed, start, network, device, broken, state)

@@ -13,6 +13,12 @@ torch.set_num_threads(1)
 os.environ["ODCFT_CACHE"] = "off"  # nothing outside the folders of tests is written
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_cache():
+    """Tests neither read nor write the cache of whoever runs them."""
+    os.environ["ODCFT_CACHE"] = "off"
+
+
 @pytest.fixture
 def make_images():
     """A function that writes `count` small photographs-like images of two kinds into folders `a` and `b`."""

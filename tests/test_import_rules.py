@@ -17,7 +17,7 @@ FLOORS = [
     {"cli"},
     {"demo"},
     {"dry_run"},  # takes a few steps of train
-    {"train", "first_memory", "exports", "check_data"},  # programs: only cli, demo and dry_run call them
+    {"train", "first_memory", "exports", "embeddings", "check_data"},  # programs: only cli, demo and dry_run call them
     {"evaluation", "pretexts", "prepare"},
     {"run"},
     {"state", "normalisation"},
@@ -44,7 +44,7 @@ ONLY_IN = {
     "rich": ("progress.py",),
     "pickle": ("backbone/safe_unpickle.py",),
     "onnx": ("exports.py", "run/output_checks.py"),
-    "pyarrow": ("run/clusters_parquet.py", "data/stores/"),
+    "pyarrow": ("run/clusters_parquet.py", "data/stores/", "evaluation/embedding_files.py"),
     "fsspec": ("data/stores/remote.py",),
     "tarfile": ("data/stores/tar_headers.py", "backbone/safe_unpickle.py"),
     "yaml": ("recipe.py",),

@@ -4,16 +4,19 @@ Shapes: N images, F features, C classes.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from odcft.distributed import dist
 from odcft.errors import OdcftError
 from odcft.evaluation.confidence_intervals import changes_with_intervals
-from odcft.evaluation.protocols import DEFAULT, Split, check_labels, class_numbers, evaluate_arrays, name_left_out
+from odcft.evaluation.layer_choice import check_layers, evaluate_layers
+from odcft.evaluation.protocols import DEFAULT, Split, check_labels, class_numbers, name_left_out
 from odcft.evaluation.starting_checkpoint import find_starting_checkpoints, load_options_of, reader_note, view_of_run
+from odcft.evaluation.verdict import verdict
 from odcft.plan import view_for_evaluation
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    ckpt: str | list[str],
+    ckpt: str | Sequence[str],
     data: str,
     test: str | None = None,
     protocols: Sequence[str] = DEFAULT,
@@ -35,14 +38,15 @@ def evaluate(
     arch_args: dict[str, Any] | None = None,
     part: str | None = None,
     *,
-    reader: Any = None,
+    layers: str = "last",
     crop: str = "centre",
+    reader: Any = None,
 ) -> dict[str, Any]:
     """Run every protocol on the features of labelled images.
 
     Args:
         ckpt: anything `load_backbone` takes. A RUN is compared with the checkpoint it was started from, if that can be
-            found. Several are evaluated side by side and each alone.
+            found. Of several, each is compared with the last.
         data: labelled images: one sub-folder per class, or a list with labels.
         test: images to test on; without them, a stratified half of `data` is held out.
         protocols: some of PROTOCOLS.
@@ -53,55 +57,131 @@ def evaluate(
         progress: where to report.
         arch_args: arguments to build the network with, besides its name.
         part: where in the checkpoint to look, if it holds several backbones.
-        reader: the user's function that reads the images (`Reader`), or its name as MODULE:FUNCTION.
+        layers: one of LAYERS (layer_choice.py): which layer's features are evaluated.
         crop: "centre", or "squash": the whole image, squashed into a square (as for the published SVMs on VOC07).
+        reader: the user's function that reads the images (`Reader`), or its name as MODULE:FUNCTION.
 
     Returns:
-        The dict of `evaluate_arrays`; for a RUN also `before`, the same for its starting checkpoint, and `change`. For
-        a RUN of several members these are the results of all of them side by side, and `members` has those of each.
-        `classes` are the class names; `images` is how many were found, of which `train_images` and `test_images` were
-        used; the others are counted by the reason they were left out (labels.py): `unreadable`, `unlabelled`,
-        `overlap`, `copies`, `contradictory`. `view` is how the images were resized and cropped.
+        On rank 0 the dict of `evaluate_layers`; for a RUN also `before`, the same for its starting checkpoint, `change`
+        with its intervals, and `verdict`. For a RUN of several members these are the results of all of them side by
+        side, and `members` has those of each. Of several checkpoints these are the results of the first, and `columns`
+        has those of each, with its `source`. `classes` are the class names; `images` is how many were found, of which
+        `train_images` and `test_images` were used; the others are counted by the reason they were left out (labels.py):
+        `unreadable`, `unlabelled`, `overlap`, `copies`, `contradictory`. `view` is how the images were resized and
+        cropped. On other ranks nothing.
 
     Raises:
         OdcftError: labels or images that cannot be evaluated on, or a checkpoint that cannot be loaded.
     """
-    from odcft.backbone.load import load_backbone
     from odcft.data.custom_reader import make_reader
     from odcft.evaluation.labels import load_labelled_images
     from odcft.progress import Progress
 
-    progress = progress or Progress()
+    progress, several = progress or Progress(), not isinstance(ckpt, str)
+    check_layers(layers)
     labels = load_labelled_images(data, test, progress, make_reader(reader))
     labelled = labels.targets[labels.targets.any(1)]
     check_labels(labelled, labelled, protocols)  # fail before anything slow starts
-    sources = ckpt if isinstance(ckpt, list) else _members(ckpt)
-    after = [load_backbone(source, arch, input, allow_partial, arch_args=arch_args, part=part) for source in sources]
-    before = [] if isinstance(ckpt, list) else _load_starting_checkpoints(ckpt, len(sources), progress)
-    run_view = None if isinstance(ckpt, list) else view_of_run(ckpt)
-    views = [replace(view_for_evaluation(one, labels.images, size, run_view), crop=crop) for one in after]
-    for one, view in zip(after, views, strict=True):
-        _measure_if_unknown(one, view, labels, progress)
-    _report_images(labels, views, progress)
-    if note := [] if isinstance(ckpt, list) else reader_note(ckpt, labels.images.reader):
-        progress.say(f"Note        {note}")
-    splits, labels = _make_splits([*after, *before], views + views, labels, progress)
-    after_splits, before_splits = splits[: len(after)], splits[len(after) :]
-
-    before_split = _side_by_side(before_splits) if before_splits else None
-    results = _compare(_side_by_side(after_splits), before_split, labels.classes, protocols, progress)
-    if "clusters" in protocols and isinstance(ckpt, str):
-        results["clusters"] |= _clusters_of_run(ckpt, labels, progress)
-    if len(sources) > 1:
-        results["members"] = []
-        for m, source in enumerate(sources):
-            before_split = before_splits[m] if before_splits else None
-            alone = _compare(after_splits[m], before_split, labels.classes, protocols, progress)
-            results["members"].append({"source": source, **alone})
+    options = {"arch": arch, "input": input, "allow_partial": allow_partial, "arch_args": arch_args, "part": part}
+    sources = [ckpt] if isinstance(ckpt, str) else ckpt
+    columns = [_column(one, options, labels, size, crop, progress) for one in sources]
+    if not several and (before := _load_starting_checkpoints(columns[0], progress)):
+        columns.append(Column(before[0].source, before, columns[0].views, suffix=" before"))
+    _report_images(labels, [view for column in columns for view in column.views], progress)
+    for source in sources:
+        if note := reader_note(source, labels.images.reader):
+            progress.say(f"Note        {note}")
+    labels = _add_splits(columns, labels, layers != "last", progress)
+    if dist.rank() > 0:
+        return {}
+    for column in columns:
+        _evaluate_column(column, protocols, layers, labels.classes, progress, alone=not several)
+    results = _compared(columns, labels, several)
+    if "clusters" in protocols:
+        results["clusters"] |= _clusters_of_run(sources[0], labels, progress)
     counts = {"images": len(labels.images)}
     counts |= {"train_images": len(labels.train_rows), "test_images": len(labels.test_rows)}
     counts |= {reason: len(rows) for reason, rows in labels.left_out.items()}
-    return {**results, "classes": labels.classes, **counts, "view": vars(views[0])}
+    return {**results, "classes": labels.classes, **counts, "view": vars(columns[0].views[0])}
+
+
+@dataclass
+class Column:
+    """What is evaluated: a backbone, or the members of a RUN of collaborative ODC side by side.
+
+    Attributes:
+        source: as the user gave it.
+        parts: the backbones.
+        views: how each sees the images.
+        splits: of each, by layer.
+        results: of all of them side by side.
+        members: of each alone, if there are several.
+        suffix: of the titles of progress bars.
+    """
+
+    source: str
+    parts: list["Loaded"]
+    views: list["View"]
+    splits: list[dict[str, Split]] = field(default_factory=list)
+    results: dict[str, Any] = field(default_factory=dict)
+    members: list[dict[str, Any]] = field(default_factory=list)
+    suffix: str = ""
+
+
+def _column(
+    ckpt: str, options: dict[str, Any], labels: "LabelledImages", size: int | None, crop: str, progress: Any
+) -> Column:
+    """Load a checkpoint, or all members of a RUN."""
+    from odcft.backbone.load import load_backbone
+
+    parts = [load_backbone(source, **options) for source in _members(ckpt)]
+    run = view_of_run(ckpt)
+    views = [replace(view_for_evaluation(one, labels.images, size, run), crop=crop) for one in parts]
+    for one, view in zip(parts, views, strict=True):
+        _measure_if_unknown(one, view, labels, progress)
+    return Column(ckpt, parts, views)
+
+
+def _evaluate_column(
+    column: Column, protocols: Sequence[str], layers: str, classes: list[str], progress: Any, alone: bool
+) -> None:
+    """Fill in the results of a column; if `alone`, those of each of its members, too."""
+
+    def run(splits: dict[str, Split]) -> dict[str, Any]:
+        results = evaluate_layers(splits, protocols, layers, progress, column.suffix)
+        name_left_out(results, classes)
+        return results
+
+    column.results = run(_side_by_side(column.splits))
+    if alone and len(column.splits) > 1:
+        column.members = [run(splits) for splits in column.splits]
+
+
+def _compared(columns: list[Column], labels: "LabelledImages", several: bool) -> dict[str, Any]:
+    """The results of the first column, with what it or each of several columns is compared with."""
+    targets = labels.targets[labels.test_rows]
+    last = columns[-1]
+
+    def change(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+        changes = changes_with_intervals(before, after, targets)
+        return {"change": changes, "verdict": verdict(changes)}
+
+    if several:
+        rows = [
+            {"source": one.source, **one.results, **(change(one.results, last.results) if one is not last else {})}
+            for one in columns
+        ]
+        return {**rows[0], "columns": rows}
+    results = dict(columns[0].results)
+    if len(columns) > 1:
+        results |= {"before": last.results, **change(results, last.results)}
+    members = []
+    for m, alone in enumerate(columns[0].members):
+        row = {"source": columns[0].parts[m].source, **alone}
+        if len(columns) > 1:
+            row |= {"before": last.members[m], **change(alone, last.members[m])}
+        members.append(row)
+    return {**results, "members": members} if members else results
 
 
 def _measure_if_unknown(loaded: "Loaded", view: "View", labels: "LabelledImages", progress: Any) -> None:
@@ -125,11 +205,12 @@ def _members(ckpt: str) -> list[str]:
     return members if len(members) > 1 else [ckpt]
 
 
-def _load_starting_checkpoints(run: str, members: int, progress: Any) -> list["Loaded"]:
+def _load_starting_checkpoints(column: Column, progress: Any) -> list["Loaded"]:
     """Load the checkpoints a RUN was started from; if that is impossible, say why and return none."""
     from odcft.backbone.load import load_backbone
 
-    ckpts, reason = find_starting_checkpoints(run, members)
+    run = column.source
+    ckpts, reason = find_starting_checkpoints(run, len(column.parts))
     try:
         loaded = [
             load_backbone(one, **load_options_of(run, member, len(ckpts)), member=member)
@@ -153,41 +234,26 @@ def _report_images(labels: "LabelledImages", views: list["View"], progress: Any)
         progress.say(f"Not read    {labels.images.skipped_summary()}")
 
 
-def _make_splits(
-    backbones: list["Loaded"], views: list["View"], labels: "LabelledImages", progress: Any
-) -> tuple[list[Split], "LabelledImages"]:
-    """The features of each backbone as a split, and the labels without the images that cannot be read."""
+def _add_splits(columns: list[Column], labels: "LabelledImages", all_layers: bool, progress: Any) -> "LabelledImages":
+    """Extract the features of each column; return the labels without the images that cannot be read."""
+    from odcft.evaluation.features import features_of
     from odcft.evaluation.labels import describe_left_out, without_unreadable
 
-    features: list[np.ndarray] = []
     unreadable: dict[int, str] = {}
-    for one, view in zip(backbones, views, strict=False):
-        rows, failed = _extract_features(one, labels, view, progress)
-        features.append(rows)
-        unreadable |= failed
+    found = []
+    for column in columns:
+        for one, view in zip(column.parts, column.views, strict=True):
+            features = features_of(one.backbone, labels.images, view, progress, all_layers=all_layers)
+            found.append((column, one.source, features.layers))
+            unreadable |= features.unreadable
+    if dist.rank() > 0:
+        return labels
     labels = without_unreadable(labels, unreadable)
     for i, line in enumerate(describe_left_out(labels.left_out, labels, unreadable)):
         progress.say(f"{'Left out' if i == 0 else '':<12}{line}")
-    return [_split(rows, labels, one.source) for rows, one in zip(features, backbones, strict=True)], labels
-
-
-def _extract_features(
-    loaded: "Loaded", labels: "LabelledImages", view: "View", progress: Any
-) -> tuple[np.ndarray, dict[int, str]]:
-    """Backbone features (N, F) of all images, zero for those that cannot be read; and the reasons, by image number."""
-    import torch
-
-    from odcft.data.batches import Crops
-    from odcft.data.feature_extraction import extract
-
-    backbone = loaded.backbone
-    backbone.resize(view.size)
-    if not backbone.accepts_size(view.size):
-        raise OdcftError(f"{backbone.arch} cannot process images of {view.size} pixels. Try --size {backbone.size}.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    crops = Crops(labels.images, view)
-    features, unreadable = extract(backbone.to(device).eval(), crops, 128, 0, device, progress)
-    return features.cpu().numpy(), unreadable
+    for column, source, layers in found:
+        column.splits.append({name: _split(rows, labels, source) for name, rows in layers.items()})
+    return labels
 
 
 def _split(rows: np.ndarray, labels: "LabelledImages", source: str) -> Split:
@@ -220,27 +286,24 @@ def _clusters_of_run(run: str, labels: "LabelledImages", progress: Any) -> dict[
         return {}
 
 
-def _side_by_side(splits: list[Split]) -> Split:
-    """The features of several backbones concatenated, each scaled to unit length; those of a single one unchanged."""
-    if len(splits) == 1:
-        return splits[0]
+def _side_by_side(members: list[dict[str, Split]]) -> dict[str, Split]:
+    """The features of several backbones concatenated, each scaled to unit length; those of a single one unchanged.
 
-    def joined(name: str) -> np.ndarray:
-        parts = [getattr(split, name) for split in splits]
+    Layers that not all of them have are left out.
+    """
+    if len(members) == 1:
+        return members[0]
+
+    def joined(layer: str, name: str) -> np.ndarray:
+        parts = [getattr(splits[layer], name) for splits in members]
         return np.concatenate([part / (np.linalg.norm(part, axis=1, keepdims=True) + 1e-5) for part in parts], axis=1)
 
-    return replace(splits[0], train_features=joined("train_features"), test_features=joined("test_features"))
-
-
-def _compare(
-    after_split: Split, before_split: Split | None, classes: list[str], protocols: Sequence[str], progress: Any
-) -> dict[str, Any]:
-    """Results of one backbone; with those `before` and the `change` if there is a starting checkpoint."""
-    after = evaluate_arrays(after_split, protocols, progress)
-    results = {**after}
-    if before_split is not None:
-        before = evaluate_arrays(before_split, protocols, progress, " before")
-        results |= {"before": before, "change": changes_with_intervals(before, after, after_split.test_targets)}
-        name_left_out(before, classes)
-    name_left_out(results, classes)
-    return results
+    return {
+        layer: replace(
+            split,
+            train_features=joined(layer, "train_features"),
+            test_features=joined(layer, "test_features"),
+        )
+        for layer, split in members[0].items()
+        if all(layer in splits for splits in members)
+    }

@@ -1,4 +1,4 @@
-"""Run the protocols on features computed elsewhere, read from an .npz file.
+"""Run the protocols on features read from a file: computed elsewhere, or by `odcft embed`.
 
 Shapes: N images, C classes.
 """
@@ -12,16 +12,25 @@ from typing import Any
 import numpy as np
 
 from odcft.errors import OdcftError
+from odcft.evaluation.embedding_files import read_parquet
+from odcft.evaluation.labels import held_out, label_targets, labels_per_image
 from odcft.evaluation.protocols import Split, evaluate_arrays, name_left_out
 
 LARGEST = 1e150  # of features
 NAMES = ("train_features", "train_targets", "test_features", "test_targets")
 
 
-def evaluate_file(path: Path, protocols: Sequence[str], progress: Any = None) -> dict[str, Any]:
-    """Run `evaluate_arrays` on an .npz of train_features, train_targets, test_features, test_targets.
+def evaluate_file(
+    path: Path, protocols: Sequence[str], progress: Any = None, *, test: Path | None = None
+) -> dict[str, Any]:
+    """Run `evaluate_arrays` on features from a file.
 
-    Targets may be (N, C) of 1, 0, -1, or (N,) class numbers or names.
+    Args:
+        path: an .npz of train_features, train_targets, test_features and test_targets; or what `odcft embed` writes
+            (.npz or .parquet, with labels). Targets may be (N, C) of 1, 0, -1, or (N,) class numbers or names.
+        protocols: some of PROTOCOLS.
+        progress: where to report.
+        test: of files that `odcft embed` wrote, the one to test on; without it, a stratified half is held out.
 
     Returns:
         The dict of `evaluate_arrays`, with `classes`, `train_images` and `test_images`.
@@ -29,7 +38,23 @@ def evaluate_file(path: Path, protocols: Sequence[str], progress: Any = None) ->
     Raises:
         OdcftError: the file does not exist, or its arrays do not match.
     """
-    train, train_targets, test, test_targets = _read(path)
+    arrays = _read(path)
+    if "features" in arrays:
+        split, classes = _split_embedding(path, arrays, test)
+    elif test is not None:
+        raise OdcftError(f"{path} has test features of its own. Drop --test.")
+    else:
+        split, classes = _split_arrays(path, *(arrays[name] for name in NAMES))
+    results = evaluate_arrays(split, protocols, progress)
+    name_left_out(results, classes)
+    counts = {"train_images": len(split.train_features), "test_images": len(split.test_features)}
+    return {**results, "classes": classes, **counts}
+
+
+def _split_arrays(
+    path: Path, train: np.ndarray, train_targets: np.ndarray, test: np.ndarray, test_targets: np.ndarray
+) -> tuple[Split, list[str]]:
+    """A split of checked arrays, and its classes."""
     try:
         _check_features(train, test)
         _check_shapes(train, train_targets, test, test_targets)
@@ -39,21 +64,55 @@ def evaluate_file(path: Path, protocols: Sequence[str], progress: Any = None) ->
             classes, train_targets, test_targets = _targets_of_rows(train_targets, test_targets)
     except OdcftError as error:
         raise OdcftError(f"{path}: {error}.") from None
-    results = evaluate_arrays(Split(train, train_targets, test, test_targets), protocols, progress)
-    name_left_out(results, classes)
-    return {**results, "classes": classes, "train_images": len(train), "test_images": len(test)}
+    return Split(train, train_targets, test, test_targets), classes
 
 
-def _read(path: Path) -> list[np.ndarray]:
-    """The arrays of NAMES."""
+def _split_embedding(path: Path, arrays: dict[str, np.ndarray], test: Path | None) -> tuple[Split, list[str]]:
+    """A split of what `odcft embed` writes: of one file, half of the images of each class is held out."""
+    found = [(path, arrays)]
+    if test is not None:
+        found.append((test, _read(test)))
+    labelled = []
+    for name, one in found:
+        if "labels" not in one:
+            raise OdcftError(f"{name} has no labels. Embed images with one folder per class, or a .csv of path,label.")
+        names = labels_per_image([str(label) for label in one["labels"]])
+        rows = one["features"]
+        if rows.ndim != 2 or len(rows) != len(names):
+            raise OdcftError(f"{name}: {len(names):,} labels do not match features of shape {rows.shape}.")
+        kept = [i for i, mine in enumerate(names) if mine]
+        labelled.append((rows[np.array(kept, dtype=np.int64)], [names[i] for i in kept]))
+    classes = sorted({label for mine in labelled[0][1] for label in mine})
+    if len(classes) < 2:
+        raise OdcftError(f"{path}: {f'only one class ({classes[0]})' if classes else 'no labels'}.")
+    unknown = sorted({label for _, names in labelled[1:] for mine in names for label in mine} - set(classes))
+    if unknown:
+        raise OdcftError(f"{test} has a class that {path} does not have: {unknown[0]}. Both need the same classes.")
+    targets = [label_targets(names, [[]] * len(names), classes) for _, names in labelled]
+    features = [one for one, _ in labelled]
+    if test is None:
+        half = held_out(targets[0])
+        features, targets = [features[0][~half], features[0][half]], [targets[0][~half], targets[0][half]]
+    return _split_arrays(path, features[0], targets[0], features[1], targets[1])[0], classes
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of NAMES; or `features` and, if there are any, `labels`, of what `odcft embed` writes."""
     unusable = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is not a file")
+        if path.suffix == ".parquet":
+            return read_parquet(path)
         with np.load(path) as arrays:  # refuses pickled objects
-            return [arrays[name] for name in NAMES]
+            if "features" in arrays and NAMES[0] not in arrays:
+                return {name: arrays[name] for name in ("features", "labels") if name in arrays}
+            return {name: arrays[name] for name in NAMES}
     except (*unusable, MemoryError) as error:
-        raise OdcftError(f"{path} is not an .npz file with {', '.join(NAMES[:3])} and {NAMES[3]} ({error}).") from None
+        raise OdcftError(
+            f"{path} is not an .npz file with {', '.join(NAMES[:3])} and {NAMES[3]}, nor one that "
+            f"odcft embed wrote ({error})."
+        ) from None
 
 
 def _check_features(train: np.ndarray, test: np.ndarray) -> None:

@@ -6,7 +6,7 @@ the test set; if their labels differ, none. Otherwise a test image could also be
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -104,7 +104,7 @@ def load_labelled_images(
         raise OdcftError(
             f"{test_name}: no labels. Put each class into its own folder, or give a .csv with the columns path,label."
         )
-    targets = _targets(per_image, difficult, classes)
+    targets = label_targets(per_image, difficult, classes)
     images = found[0] if len(found) == 1 else _joined(*found)
     no_rows = np.zeros(0, dtype=np.int64)
     labels = LabelledImages(images, classes, targets, no_rows, no_rows, sets, {}, duplicates=identical_files(images))
@@ -165,9 +165,9 @@ def _divide(labels: LabelledImages, unreadable: Mapping[int, str]) -> LabelledIm
     kept = np.flatnonzero(usable)
     if len(labels.sets) > 1:
         return replace(labels, train_rows=kept[kept < count], test_rows=kept[kept >= count], left_out=left_out)
-    held_out = _held_out(targets[kept])
+    is_test = held_out(targets[kept])
     too_small = {c: int(size) for c, size in enumerate((targets[kept] == 1).sum(0)) if size < MIN_IMAGES}
-    return replace(labels, train_rows=kept[~held_out], test_rows=kept[held_out], left_out=left_out, too_small=too_small)
+    return replace(labels, train_rows=kept[~is_test], test_rows=kept[is_test], left_out=left_out, too_small=too_small)
 
 
 REASONS = {  # of one image, of several images
@@ -235,18 +235,23 @@ def _read_sets(data: str, test: str | None, progress: Progress | None, reader: R
             read += sets if test is None else sets[:1]
         else:
             images = find_images(one, progress, reader)
-            read.append(LabelledSet(str(one), images, _labels_per_image(images), [[] for _ in range(len(images))]))
+            read.append(LabelledSet(str(one), images, _labels_of(images), [[] for _ in range(len(images))]))
     return read
 
 
-def _labels_per_image(images: Images) -> list[list[str]]:
-    """The labels of each image: those it is given, which ";" separates, or the name of its folder."""
+def labels_per_image(labels: Iterable[str]) -> list[list[str]]:
+    """The labels of each image, which ";" separates."""
+    return [[part.strip() for part in label.split(";") if part.strip()] for label in labels]
+
+
+def _labels_of(images: Images) -> list[list[str]]:
+    """The labels of each image: those it is given, or the name of its folder, which is one label whatever it is."""
     if images.classes_are_folders:
         return [[label] if label else [] for label in images.class_labels()]
-    return [[part.strip() for part in label.split(";") if part.strip()] for label in images.class_labels()]
+    return labels_per_image(images.class_labels())
 
 
-def _targets(per_image: list[list[str]], difficult: list[list[str]], classes: list[str]) -> np.ndarray:
+def label_targets(per_image: list[list[str]], difficult: list[list[str]], classes: list[str]) -> np.ndarray:
     """Targets (N, C): 1 for the classes of each image, -1 for those only difficult objects have, 0 for the others."""
     number = {name: c for c, name in enumerate(classes)}
     targets = np.zeros((len(per_image), len(classes)), dtype=np.int64)
@@ -264,7 +269,7 @@ def _joined(train: Images, test: Images) -> Images:
     return Images(train.source, "", paths, None, dict(skipped), store, train.reader)
 
 
-def _held_out(targets: np.ndarray) -> np.ndarray:
+def held_out(targets: np.ndarray) -> np.ndarray:
     """Which rows to test on: every other one of each combination of labels, in a random order with a fixed seed."""
     order = np.random.default_rng(0).permutation(len(targets))
     groups: dict[bytes, int] = {}

@@ -45,8 +45,9 @@ def voc07_svm(
 
     Returns:
         `mAP` in 0..100 over the classes that count; `per_class` average precisions in 0..100 and the `costs` chosen,
-        None for a class that does not count; `left_out`, the classes that do not count and why; and the `scores`
-        (N, C) of the test images, zero for a class that does not count.
+        None for a class that does not count; `left_out`, the classes that do not count and why; `cv`, the mean average
+        precision of the cross-validation on the training images; and the `scores` (N, C) of the test images, zero for a
+        class that does not count.
 
     Raises:
         OdcftError: no class counts.
@@ -65,17 +66,19 @@ def voc07_svm(
     fitted = for_each_class(_fit, (train, train_NC, test, costs), measured, train.size * len(measured))
     per_class: list[float | None] = [None] * C
     chosen: list[float | None] = [None] * C
-    scores_NC = np.zeros((len(test), C))
-    for c, (cost, scores) in zip(measured, fitted, strict=True):
+    scores_NC, validated = np.zeros((len(test), C)), []
+    for c, (cost, precision, scores) in zip(measured, fitted, strict=True):
         certain = test_NC[:, c] != -1
         per_class[c] = 100 * average_precision(test_NC[certain, c] == 1, scores[certain])
         chosen[c], scores_NC[:, c] = cost, scores
+        validated.append(100 * precision)
         advance(1)
     return {
         "mAP": float(np.mean([per_class[c] for c in measured])),
         "per_class": per_class,
         "costs": chosen,
         "left_out": dict(sorted(reasons.items())),
+        "cv": float(np.mean(validated)),
         "scores": scores_NC,
     }
 
@@ -167,8 +170,8 @@ def sparse(rows_BF: np.ndarray) -> Any:
 
 def _fit(
     c: int, train: np.ndarray, train_NC: np.ndarray, test: np.ndarray, costs: tuple[float, ...]
-) -> tuple[float, np.ndarray]:
-    """Choose the cost of class c by cross-validation; return it and the scores of the test images at that cost."""
+) -> tuple[float, float, np.ndarray]:
+    """Choose the cost of class c by cross-validation; return it, its precision and the scores of the test images."""
     from sklearn.metrics import average_precision_score
     from sklearn.model_selection import StratifiedKFold
 
@@ -183,7 +186,8 @@ def _fit(
     with quiet_liblinear():
         means = [np.mean([precision(cost, *fold) for fold in folds]) for cost in costs]
         cost = costs[int(np.argmax(means))]  # the first of several equally good ones
-        return float(cost), linear_svm(cost, len(train)).fit(train, sign).decision_function(test)
+        scores = linear_svm(cost, len(train)).fit(train, sign).decision_function(test)
+        return float(cost), float(max(means)), scores
 
 
 def unit_length(features_NF: np.ndarray) -> np.ndarray:

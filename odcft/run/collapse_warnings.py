@@ -64,6 +64,7 @@ def summary(figures: dict[str, Any], method: str) -> str:
     early = "too early to tell" if figures["centroid_spread"] < SPREAD else "healthy"
     condition = "not learning yet" if figures["loss_over_ln_k"] >= CHANCE else early
     kept = f"NMI with the epoch before {figures['nmi_previous']:.2f} · " if "nmi_previous" in figures else ""
+    kept += f"kNN {figures['knn']:.1f} · " if "knn" in figures else ""
     return (
         f"loss {figures['loss']:.2f} ({figures['loss_over_ln_k']:.2f} of ln K) · {moving}{kept}"
         f"clusters {figures['smallest']} … {figures['largest']} · data wait {figures['data_wait']:.0%} · "

@@ -17,6 +17,7 @@ LOCK = "lock"
 BACKBONE_FILES: Layout = {"config.json": None, "model.safetensors": None, "README.md": None}
 EXPORT_FILES: Layout = {**BACKBONE_FILES, "preprocessor_config.json": None}
 BACKBONES = ("backbone", *(f"backbone_{member}" for member in range(2, MAX_MEMBERS + 1)))  # of codc, in order
+BEST_BACKBONES = tuple(name.replace("backbone", "backbone_best") for name in BACKBONES)  # of the best epoch, by --eval
 MEMORY_FILES: Layout = dict.fromkeys(
     ("memory.safetensors", "neck.safetensors", "memory.json", "images.csv", "quarantine.csv", LOCK)
 )
@@ -25,7 +26,7 @@ STATE_FILES: Layout = {"same.safetensors": None, "rank-*-of-*.safetensors": None
 RUN_FILES: Layout = {
     **dict.fromkeys(("recipe.yaml", "run.json", "metrics.jsonl", "images.csv", "quarantine.csv", LOCK)),
     **dict.fromkeys(("clusters.parquet", "report.html")),
-    **dict.fromkeys(BACKBONES, BACKBONE_FILES),
+    **dict.fromkeys((*BACKBONES, *BEST_BACKBONES), BACKBONE_FILES),
     "checkpoints": {STEP: STATE_FILES, f"damaged-{STEP}": STATE_FILES},
     "tensorboard": {"events.out.tfevents.*": None},
 }

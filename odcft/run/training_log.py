@@ -28,6 +28,8 @@ class TrainingLog:
         steps_per_epoch: of this run.
         guard: makes the error for a loss that is not finite.
         say: called with each warning.
+        evaluate: at the end of an epoch, called on all ranks with its number, the lines so far and `say`; what it
+            returns goes into the line.
     """
 
     def __init__(
@@ -39,7 +41,9 @@ class TrainingLog:
         *,
         guard: NonFiniteGuard,
         say: Callable[[str], None],
+        evaluate: Callable[[int, list[dict[str, Any]], Callable[[str], None]], dict[str, Any]] | None = None,
     ) -> None:
+        self.evaluate = evaluate
         self.metrics, self.plan, self.state = metrics, plan, state
         self.steps_per_epoch, self.guard, self.say = steps_per_epoch, guard, say
 
@@ -80,6 +84,9 @@ class TrainingLog:
         if epoch_ends and not (plan.method == "dc" and torch.equal(state.labels_before_S, clusters.labels_S)):
             figures["nmi_previous"] = nmi(state.labels_before_S, clusters.labels_S)
             state.labels_before_S = clusters.labels_S.clone()
+        if epoch_ends and self.evaluate is not None:
+            figures |= self.evaluate(state.step // self.steps_per_epoch, self.metrics.lines(), self.say)
+            state.window.opened = time.perf_counter()  # its time is not training's
         self._warn(last, figures)
         self.metrics.write(last, figures)
         return f"epoch {math.ceil(figures['epoch'])}/{plan.optim.epochs} · {summary(figures, plan.method)}"

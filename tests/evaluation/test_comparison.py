@@ -37,7 +37,7 @@ def test_what_is_left_out_is_counted_and_reported(tmp_path, make_images, make_ch
         **{"unreadable": 3, "unlabelled": 1, "copies": 1, "overlap": 0, "contradictory": 0},
     }
     assert values["classes"] == ["a", "b"]
-    assert set(values["svm"]) == {"mAP", "per_class", "costs", "left_out"}
+    assert set(values["svm"]) == {"mAP", "per_class", "costs", "left_out", "cv"}
     assert set(values["knn"]) == {"top1", "k", "per_k"}
     said = err.splitlines()
     assert sum("Left out    3 of 28 images cannot be read: a/x.png (" in line for line in said) == 1
@@ -90,7 +90,7 @@ def test_a_backbone_of_nan_is_refused(tmp_path, make_images, make_checkpoint, mo
     def broken(*args):
         return torch.full((12, 4), torch.nan), {}
 
-    monkeypatch.setattr("odcft.data.feature_extraction.extract", broken)
+    monkeypatch.setattr("odcft.evaluation.features.extract", broken)
     with pytest.raises(OdcftError, match=r"c\.pth gives features that are NaN or infinite for 12 of 12 images"):
         evaluate(checkpoint, str(images), progress=RecordedProgress())
 

@@ -119,7 +119,7 @@ def test_files_that_hold_no_features_are_refused(tmp_path, what):
     path = tmp_path / "f.npz"
     np.savez_compressed(path, **arrays())
     if what == "no array":
-        np.savez(path, features=np.zeros(3))
+        np.savez(path, rows=np.zeros(3))
     elif what == "cut":
         path.write_bytes(path.read_bytes()[:900])
     elif what in ("empty", "text"):

@@ -1,0 +1,98 @@
+"""`odcft embed`: the backbone's features of all images, in one file, with their paths and labels."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from odcft.backbone.layers import LAST
+from odcft.backbone.load import load_backbone
+from odcft.data.custom_reader import make_reader
+from odcft.data.sources import find_images
+from odcft.data.view import describe_view
+from odcft.distributed import dist
+from odcft.errors import OdcftError
+from odcft.evaluation.embedding_files import write_embedding, written_by_embed
+from odcft.evaluation.features import features_of
+from odcft.evaluation.starting_checkpoint import view_of_run
+from odcft.plan import view_for_evaluation
+from odcft.progress import Progress
+from odcft.run import output_checks
+
+
+def embed(
+    ckpt: str,
+    data: str,
+    out: Path,
+    *,
+    size: int | None = None,
+    arch: str | None = None,
+    arch_args: dict[str, Any] | None = None,
+    input: str | None = None,
+    part: str | None = None,
+    allow_partial: bool = False,
+    reader: Any = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the features (N, F) of all images that can be read.
+
+    The file has `features` (float32), `paths`, and `labels` if the images have any: the names of their folders, or
+    those of the list, several of one image joined by ";". In .npz these are arrays, in .parquet columns. `odcft
+    evaluate --features` takes both.
+
+    Args:
+        ckpt: anything `load_backbone` takes.
+        data: the images.
+        out: a `.npz` or `.parquet` file.
+        size: image size in pixels; by default chosen by `view_for_evaluation`.
+        arch, arch_args, input, part, allow_partial: how to load it, as for `load_backbone`.
+        reader: the user's function that reads the images (`Reader`), or its name as MODULE:FUNCTION.
+        overwrite: replace a file that `embed` wrote.
+        progress: where to report.
+
+    Returns:
+        On rank 0 `out`, `images` (how many were written), `width` (F), `unreadable` (name to reason) and whether the
+        features were `cached`; on other ranks nothing.
+
+    Raises:
+        OdcftError: a checkpoint or images that cannot be read, or a file that exists.
+    """
+    progress = progress or Progress()
+    _refuse(out, overwrite)
+    images = find_images(data, progress, make_reader(reader))
+    loaded = load_backbone(ckpt, arch, input, allow_partial, arch_args=arch_args, part=part)
+    view = view_for_evaluation(loaded, images, size, view_of_run(ckpt))
+    progress.say(f"Images      {len(images):,} in {data} · {describe_view(view)}")
+    if images.skipped:
+        progress.say(f"Not read    {images.skipped_summary()}")
+    found = features_of(loaded.backbone, images, view, progress)
+    if dist.rank() > 0:
+        return {}
+    good = np.array([i for i in range(len(images)) if i not in found.unreadable], dtype=np.int64)
+    bad = {images.names[i]: why for i, why in sorted(found.unreadable.items())}
+    if not len(good):
+        name, why = next(iter(bad.items()))
+        raise OdcftError(f"None of the {len(images):,} images in {data} can be read; the first is {name} ({why}).")
+    features_NF = found.layers[LAST][good]
+    labels = images.class_labels()
+    write_embedding(
+        out, features_NF, [images.names[i] for i in good], [labels[i] for i in good] if any(labels) else None
+    )
+    counts = {"images": len(good), "width": features_NF.shape[1]}
+    return {"out": str(out), **counts, "unreadable": bad, "cached": found.cached}
+
+
+def _refuse(out: Path, overwrite: bool) -> None:
+    """Refuse a place where nothing can or should be written."""
+    if out.suffix not in (".npz", ".parquet"):
+        raise OdcftError(f"--out {out}: end the name with .npz or .parquet, which says the format to write.")
+    output_checks.refuse_unwritable(out)
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not overwrite:
+        raise OdcftError(f"{out} exists. Choose another file, or pass --overwrite.")
+    if out.is_symlink() or not out.is_file() or not written_by_embed(out):
+        raise OdcftError(
+            f"{out} was not written by odcft embed, so --overwrite will not touch it. Choose another file."
+        )
