@@ -131,8 +131,18 @@ def test_anything_but_a_sound_jpeg_is_left_to_pillow(kind, tmp_path):
 
 def test_no_memory_is_taken_for_a_size_that_only_libjpeg_sees(monkeypatch):
     """Whatever Pillow understood of the header, libjpeg-turbo gets room for that and no more."""
-    monkeypatch.setattr(jpeg_crops, "_header", lambda data: (16, 16, 1))
+    monkeypatch.setattr(jpeg_crops, "_plain_header", lambda data: (16, 16, 1))
     assert jpeg_crop(WHOLE, 16, RECIPE, random.Random(0)) is None
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"comment": b"a" * 300}, {"exif": b"Exif\0\0"}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_header_says_what_pillow_understands(mode, options):
+    data = jpeg(photo(37, 21).convert(mode), **options)
+    by_pillow = jpeg_crops._header(data)
+    assert by_pillow == (None if mode == "CMYK" else (37, 21, 1))
+    assert jpeg_crops._plain_header(data) == (None if "exif" in options else by_pillow)
+    assert all(jpeg_crops._plain_header(data[:cut]) in (None, by_pillow) for cut in range(2, len(data), 7))
 
 
 def test_a_photo_beyond_pillows_limit_is_not_decoded(monkeypatch):
