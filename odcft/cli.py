@@ -510,8 +510,8 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="CKPT… DATA",
-            help="Checkpoint or RUN, then labelled images: one folder per class, or a list, .tar or .parquet with labels. "
-            "A RUN is compared with the checkpoint it was started from; of several, each is compared with the last.",
+            help="Checkpoint or RUN, then labelled images: one folder per class, or a list, .tar or .parquet with labels "
+            "(a RUN is compared with the checkpoint it was started from; of several, each with the last).",
         ),
     ] = None,
     protocol: Annotated[

@@ -64,8 +64,8 @@ def seen(images, view=None):
 
 
 def test_a_reader_gets_bytes_or_a_path_and_every_file_of_a_folder(here):
-    from_bytes = find_images(here / "set", make_reader("my_reader:read"))
-    from_path = find_images(here / "set", make_reader("my_reader:read_path"))
+    from_bytes = find_images(here / "set", reader=make_reader("my_reader:read"))
+    from_path = find_images(here / "set", reader=make_reader("my_reader:read_path"))
     assert len(from_bytes) == 16
     assert all(torch.equal(a, b) for a, b in zip(seen(from_bytes), seen(from_path), strict=True))
     assert all(isinstance(data, bytes) for data in sys.modules["my_reader"].calls)
@@ -94,7 +94,7 @@ def test_a_reader_gets_bytes_or_a_path_and_every_file_of_a_folder(here):
     ],
 )
 def test_what_a_reader_returns_is_checked(here, result, words):
-    images = find_images(here / "set", Reader(lambda data: result))
+    images = find_images(here / "set", reader=Reader(lambda data: result))
     assert isinstance(seen(images)[0], str)
     with pytest.raises(OdcftError, match=words):
         images.reader.values(images, 0, 3)
@@ -106,7 +106,7 @@ def test_what_a_reader_returns_is_checked(here, result, words):
 )
 def test_every_type_of_array_becomes_8_bits(here, dtype, value, shown):
     for shape in ((8, 9), (8, 9, 1), (8, 9, 3)):
-        images = find_images(here / "set", Reader(lambda data, s=shape: np.full(s, value, dtype)))
+        images = find_images(here / "set", reader=Reader(lambda data, s=shape: np.full(s, value, dtype)))
         (pixels, *_) = seen(images, View(8, 1.0))
         assert pixels.shape == (3, 8, 8)
         assert (pixels == shown).all()
@@ -115,7 +115,8 @@ def test_every_type_of_array_becomes_8_bits(here, dtype, value, shown):
 def test_errors_of_a_reader_are_reasons_of_single_images(here):
     for name, words in (("fail", "ValueError: no such instrument"), ("leave", "SystemExit: 3")):
         assert (
-            seen(find_images(here / "set", make_reader(f"my_reader:{name}")))[3] == f"my_reader:{name} failed: {words}"
+            seen(find_images(here / "set", reader=make_reader(f"my_reader:{name}")))[3]
+            == f"my_reader:{name} failed: {words}"
         )
 
 
@@ -150,7 +151,7 @@ def test_a_reader_is_pickled_by_its_name(here):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_loader_processes_use_the_reader(here, method):
-    images = find_images(here / "set", make_reader("my_reader:read"))
+    images = find_images(here / "set", reader=make_reader("my_reader:read"))
     crops, device = Crops(images, View(32, 1.0, intensity=(0, 4095))), torch.device("cpu")
     loader = make_loader(crops, sequential_batches(range(16), 8), 2, device)
     loader.multiprocessing_context = method
