@@ -17,6 +17,25 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from odcft import __version__
+from odcft.cli_options import (
+    Arch,
+    ArchArgs,
+    Ckpt,
+    Clusters,
+    Data,
+    Devices,
+    Input,
+    Json,
+    Overwrite,
+    Part,
+    Partial,
+    Parts,
+    Preset,
+    ReaderName,
+    RecipeName,
+    Seed,
+    Set,
+)
 from odcft.distributed import stop_signals
 from odcft.errors import OdcftError
 from odcft.text import printable
@@ -27,97 +46,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune a self-supervised vision checkpoint on unlabelled images with Online Deep Clustering (ODC).",
 )
-
-Ckpt = Annotated[
-    str,
-    typer.Argument(
-        metavar="CKPT",
-        help="Checkpoint file, timm folder, RUN (the folder `finetune` writes), timm:NAME or scratch:NAME.",
-    ),
-]
-Data = Annotated[
-    str,
-    typer.Argument(
-        metavar="DATA",
-        help="Folder of images, list file (.txt, .csv, .tsv), shards (.tar, .parquet, or a pattern), or a URL.",
-    ),
-]
-Arch = Annotated[
-    str | None, typer.Option(help="Architecture (timm name), if it cannot be detected from the checkpoint.")
-]
-ArchArgs = Annotated[
-    str | None,
-    typer.Option(metavar="NAME=VALUE,…", help="Extra arguments to build the network with, for example patch_size=8."),
-]
-Input = Annotated[
-    str | None,
-    typer.Option(
-        "--input",
-        metavar="COLOR",
-        help="Colours the network expects: rgb, bgr, gray, lab_l or sobel; detected by default.",
-    ),
-]
-Part = Annotated[
-    str | None,
-    typer.Option(
-        "--part",
-        metavar="PATH",
-        help="Which backbone to take where a file holds several, for example student; `inspect` lists them.",
-    ),
-]
-Parts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--part",
-        metavar="PATH",
-        help="Which backbone to take where a file holds several, for example student; `inspect` lists them. "
-        "Of several checkpoints, one counts for all; or repeat it for each, in their order ('' for none).",
-    ),
-]
-Partial = Annotated[
-    bool,
-    typer.Option(
-        "--allow-partial",
-        help="Accept a checkpoint with less than 90 % of the backbone; the rest starts from random weights.",
-    ),
-]
-ReaderName = Annotated[
-    str | None,
-    typer.Option(
-        "--reader",
-        metavar="MODULE:FUNCTION",
-        help="Your own function that reads an image: the file's bytes (or its `path`) to an array H x W x C.",
-    ),
-]
-RecipeName = Annotated[
-    str, typer.Option("--recipe", help="Name of a shipped recipe (see `odcft recipes`) or a YAML file.")
-]
-Preset = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Augmentation that suits the images: photo, gray, microscopy, satellite or document (docs/data.md).",
-    ),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="FIELD=VALUE",
-        help="Change a field of the recipe, for example memory.momentum=0.3; repeatable.",
-    ),
-]
-Clusters = Annotated[
-    str | None, typer.Option(metavar="K|auto", help="Number of clusters; auto means images / 128, at most 10,000.")
-]
-Seed = Annotated[
-    int | None, typer.Option(min=0, help="Random seed. The same seed on the same machine gives the same backbone.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what odcft wrote there earlier.")]
-Devices = Annotated[
-    int, typer.Option(min=1, help="Number of processes on this machine, one per GPU; without GPUs they share the CPU.")
-]
 
 LOST_PEER_DELAY = 5.0  # seconds: the launcher usually ends this process before it repeats what another says better
 MOST_EPOCHS, MAX_IMAGE_SIZE = 1_000_000, 4096  # same as in recipe.py, which is slow to import
@@ -510,8 +438,8 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="CKPT… DATA",
-            help="Checkpoint or RUN, then labelled images: one folder per class, or a list, .tar or .parquet with labels "
-            "(a RUN is compared with the checkpoint it was started from; of several, each with the last).",
+            help="Checkpoint or RUN, then labelled images: one folder per class, or a list, .tar or .parquet with "
+            "labels (a RUN is compared with the checkpoint it was started from; of several, each with the last).",
         ),
     ] = None,
     protocol: Annotated[

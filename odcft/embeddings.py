@@ -37,9 +37,8 @@ def embed(
 ) -> dict[str, Any]:
     """Write the features (N, F) of all images that can be read.
 
-    The file has `features` (float32), `paths`, and `labels` if the images have any: the names of their folders, or
-    those of the list, several of one image joined by ";". In .npz these are arrays, in .parquet columns. `odcft
-    evaluate --features` takes both.
+    The file has `features` (float32), `paths`, and `labels` if the images have any (several of one joined by ";"). In
+    .npz these are arrays, in .parquet columns. `odcft evaluate --features` takes both.
 
     Args:
         ckpt: anything `load_backbone` takes.

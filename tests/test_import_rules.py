@@ -15,6 +15,7 @@ PACKAGE = ROOT / "odcft"
 FLOORS = [
     {"__main__"},
     {"cli"},
+    {"cli_options"},
     {"demo"},
     {"dry_run"},  # takes a few steps of train
     {"train", "first_memory", "exports", "embeddings", "check_data"},  # programs: only cli, demo and dry_run call them
@@ -40,7 +41,7 @@ ONLY_IN = {
     "faiss": ("clustering/kmeans.py",),
     "torch.distributed": ("distributed/",),
     "sklearn": ("evaluation/", "clustering/cluster_statistics.py", "demo.py"),
-    "typer": ("cli.py",),
+    "typer": ("cli.py", "cli_options.py"),
     "rich": ("progress.py",),
     "pickle": ("backbone/safe_unpickle.py",),
     "onnx": ("exports.py", "run/output_checks.py"),

@@ -258,6 +258,9 @@ SPEECH = {
     "backbone.arch_args",  # of a network that is built by name: tests/backbone/test_checkpoint_metadata.py
     "backbone.part",  # of a file with several backbones: tests/backbone/test_backbone_parts.py
     "data.workers",
+    "data.decoder",  # the images of this test are PNG; of JPEGs: tests/data_tests/test_jpeg_crops.py
+    "optim.sync_bn",  # of several GPUs: tests/distributed/test_fake_gpu.py
+    "data.bands",  # of other images: tests/backbone/test_band_widening.py
     "data.max_broken",  # when to give up: tests/run/test_broken_images.py
     "backbone.allow_partial",
     "optim.channels_last",

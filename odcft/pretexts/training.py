@@ -67,12 +67,11 @@ def train_pretext(
         arch: the timm name of the network.
         out: the .pth to write: a dict with `task`, `arch`, `arch_args`, `input` ("rgb", or "lab_l" for lightness only),
             `size`, `crop_fraction` and `intensity` (as in `View`), `decoder` (as `data.decoder`), `mean` and `std` (of
-            RGB in 0..1, or of L in 0..100), `epoch`, `reader` (its name), `state_dict` (`backbone.` and `head.`) and
-            `optimizer`.
+            RGB in 0..1, or L in 0..100), `epoch`, `reader`, `state_dict` (`backbone.` and `head.`) and `optimizer`.
         recipe: its seed and its groups data, augment, optim and log are used. Colorization does not jitter colours.
         overwrite: replace `out`.
         resume: continue from the last epoch in `out`.
-        reader: the user's function that reads the images (`Reader`), or its name as MODULE:FUNCTION.
+        reader: the user's function that reads the images (`Reader`), or its name.
         progress: where to print.
 
     Returns:
@@ -274,11 +273,8 @@ def _refuse_other_settings(out: Path, state: dict[str, Any], backbone: Backbone,
 def new_backbone(arch: str, task: str, recipe: Recipe) -> Backbone:
     """Build a network with random weights, for RGB images, or for lightness only if the task is colorization."""
     refuse_unknown_arch(arch)
-    if recipe.data.bands not in ("auto", 3) or "auto" in (recipe.data.mean, recipe.data.std):
-        raise OdcftError(
-            "odcft pretext trains on RGB images, with the mean and std given. Drop data.bands, data.mean=auto and "
-            "data.std=auto."
-        )
+    if recipe.data.bands not in ("auto", 3):
+        raise OdcftError("odcft pretext trains on RGB images only. Drop data.bands.")
     arch_args = check_arguments(recipe.backbone.arch_args or {})
     backbone = Backbone(arch, **arch_args)
     if task == "colorization":

@@ -13,6 +13,7 @@ from odcft.errors import OdcftError
 from odcft.evaluation.comparison import evaluate
 from odcft.exports import export
 from odcft.first_memory import init_memory
+from odcft.normalisation import decide_normalisation
 from odcft.plan import make_plan, view_for_evaluation
 from odcft.pretexts.training import train_pretext
 from odcft.recipe import load_recipe
@@ -77,9 +78,10 @@ def test_a_checkpoint_of_n_channels_loads_as_such(tmp_path):
     assert "these are placeholders" in (tmp_path / "out" / "README.md").read_text()
     images = find_images(images_of_bands(tmp_path / "set", 4))
     recipe = load_recipe("small", QUICK)
-    plan, notes = make_plan(recipe, [loaded.backbone], images)
+    plan, _ = make_plan(recipe, [loaded.backbone], images)
     assert plan.data.bands == plan.view.bands == 4
-    assert any(note.startswith("Mean and standard deviation of each channel, measured on 16 images") for note in notes)
+    plan, notes = decide_normalisation(recipe, plan, [loaded], images)
+    assert any("measured on 16 images, because the checkpoint states none" in note for note in notes)
     assert loaded.backbone.input.mean == tuple(plan.data.mean)
     assert loaded.backbone.input.measured
 
@@ -122,18 +124,12 @@ def test_n_bands_from_memory_to_export(tmp_path, make_checkpoint, capfd):
 
 def test_images_of_another_number_of_bands_are_refused_by_name(tmp_path, make_checkpoint):
     data, recipe = str(images_of_bands(tmp_path / "set", 4)), load_recipe("small", [*QUICK, "data.bands=5"])
-    with pytest.raises(OdcftError, match=r"None of the images .* a TIFF of 4 bands of 16 bits .*; the network takes 5"):
+    refusal = r"None of the 16 images .* a TIFF of 4 bands of 16 bits .*; the network takes 5"
+    with pytest.raises(OdcftError, match=refusal):
         fine_tune(str(make_checkpoint(tmp_path / "c.pth")), data, tmp_path / "run", recipe)
 
 
-def test_mean_and_std_are_measured_for_rgb_where_the_recipe_asks(tmp_path, make_checkpoint, make_images):
-    checkpoint, data = str(make_checkpoint(tmp_path / "c.pth")), str(make_images(tmp_path / "set"))
-    recipe = load_recipe("small", [*QUICK, "data.mean=auto", "data.std=auto"])
-    fine_tune(checkpoint, data, tmp_path / "run", recipe)
-    made = load_recipe(tmp_path / "run" / "recipe.yaml").data
-    assert load_backbone(tmp_path / "run").backbone.input.mean == pytest.approx(made.mean)
-    assert load_backbone(tmp_path / "run").backbone.input.std == pytest.approx(made.std)
-    with pytest.raises(OdcftError, match=r"data\.mean=auto measures RGB images or those of n bands, and"):
-        make_plan(recipe, [load_backbone(checkpoint, input="gray").backbone], find_images(data))
+def test_pretext_tasks_take_rgb_only(tmp_path, make_images):
+    data = str(make_images(tmp_path / "set"))
     with pytest.raises(OdcftError, match="odcft pretext trains on RGB images"):
         train_pretext("rotation", data, "test_resnet", tmp_path / "p.pth", load_recipe("pretext", ["data.bands=4"]))

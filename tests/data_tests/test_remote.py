@@ -22,7 +22,7 @@ fsspec = pytest.importorskip("fsspec")
 def remote(request, tmp_path, make_images):
     """The URL of a folder, and the same folder here."""
     data = make_images(tmp_path / "set", 6)
-    (data / "x.heic").touch()
+    (data / "x.psd").touch()
     (data / "a/.hidden.png").touch()
     (tmp_path / "shards").mkdir()
     with tarfile.open(tmp_path / "shards/x.tar", "w") as tar:
@@ -48,7 +48,7 @@ def test_a_url_holds_the_same_images_as_the_folder_here(remote, what):
     assert identical_files(images) == identical_files(local)
     if "x" not in what and "shards" not in what:
         assert images.names == local.names
-        assert images.skipped == {".heic": 1, "hidden image": 1} == local.skipped
+        assert images.skipped == {".psd": 1, "hidden image": 1} == local.skipped
         assert images.path(0) == f"{url}/set/a/000.png"
         assert checksums(images)["a/000.png"] == file_sha256(here / "set/a/000.png")
 

@@ -95,16 +95,16 @@ def test_memory_that_runs_out_names_the_batch_to_try(go, monkeypatch):
 
 
 def test_data_worker_that_dies_is_named(go, monkeypatch):
-    from odcft.data import batches
+    from odcft.data import images
 
-    whole, me = batches.read_image, os.getpid()
+    whole, me = images.read_file, os.getpid()
 
-    def read(path, *more):
+    def read(path):
         if os.getpid() != me:
             os.kill(os.getpid(), signal.SIGKILL)
-        return whole(path, *more)
+        return whole(path)
 
-    monkeypatch.setattr(batches, "read_image", read)
+    monkeypatch.setattr(images, "read_file", read)
     with pytest.raises(OdcftError, match=r"A data worker died \(DataLoader worker .*--set data.workers=1"):
         go(quick("data.workers=2"))
 
