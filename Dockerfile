@@ -17,7 +17,7 @@ RUN python -m venv /opt/odcft
 # Dependencies are gigabytes and seldom change: install them before the source, so that a new source keeps this layer.
 WORKDIR /src
 COPY pyproject.toml constraints.txt tools/requirements.py ./
-RUN python requirements.py pyproject.toml gpu onnx > requirements.txt \
+RUN python requirements.py pyproject.toml gpu onnx tiff heic dicom remote > requirements.txt \
     && pip install --constraint constraints.txt --requirement requirements.txt
 
 COPY README.md LICENSE setup.py ./

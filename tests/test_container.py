@@ -34,7 +34,8 @@ def test_every_dependency_and_the_gpu_extra_have_one_version():
         return re.match(r"[\w-]+", line)[0].lower().replace("_", "-")
 
     pinned = {name(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
-    wanted = {name(line) for line in requirements(ROOT / "pyproject.toml", ["gpu", "onnx", "faiss"])}
+    extras = ["gpu", "onnx", "faiss", "tiff", "heic", "dicom", "remote"]
+    wanted = {name(line) for line in requirements(ROOT / "pyproject.toml", extras)}
     assert wanted <= pinned
     assert "faiss-gpu" in wanted
 

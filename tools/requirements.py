@@ -1,6 +1,6 @@
 """Print the requirements in pyproject.toml, one per line, to install them in their own layer of a container image.
 
-    python tools/requirements.py pyproject.toml gpu onnx      (the file, then the extras to include)
+    python tools/requirements.py pyproject.toml gpu onnx tiff      (the file, then the extras to include)
 
 Needs Python 3.11 or newer.
 """

@@ -42,6 +42,7 @@ from odcft.backbone.safe_unpickle import (
 from odcft.backbone.tensor_renames import merge_split_tensors
 from odcft.backbone.torchscript_archives import is_torchscript, load_torchscript
 from odcft.backbone.transformers_folder import find_twin
+from odcft.backbone.transformers_twins import FAMILIES
 from odcft.backbone.weight_files import weight_files
 from odcft.errors import OdcftError
 from odcft.files import read_json
@@ -251,6 +252,12 @@ def _read_transformers_folder(folder: Path, config: dict[str, Any], contents: Co
                 f"without a preprocessor_config.json that tells mean and std, they are those of timm's {twin.arch}; "
                 "if they were others, pass --set data.mean=[…] and data.std=[…]"
             )
+    elif isinstance(kind := config.get("model_type"), str) and kind not in FAMILIES:
+        metadata.from_transformers = True
+        metadata.notes.append(
+            f"config.json says model_type={short_repr(kind)}, which odcft has no table for: the network was found by "
+            "its tensors alone, and activations, epsilons and padding are taken to be timm's"
+        )
 
 
 def _detect_container(path: Path, start: bytes) -> str:

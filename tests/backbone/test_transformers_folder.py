@@ -160,6 +160,20 @@ def test_without_a_preprocessor_a_note_says_whose_mean_it_is(tmp_path):
     assert (loaded.backbone.input.mean, loaded.backbone.size) == ((0.1, 0.2, 0.3), 32)  # a network of one size only
 
 
+def test_a_family_without_a_table_is_known_by_its_tensors_and_a_note_says_so(tmp_path):
+    import timm
+
+    net = timm.create_model("test_resnet", num_classes=0)
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bit", "hidden_act": "relu"}))
+    loaded = load_backbone(tmp_path)
+    assert loaded.family == "transformers"
+    assert loaded.backbone.arch == "test_resnet"
+    assert any(
+        note.startswith("config.json says model_type='bit', which odcft has no table for") for note in loaded.notes
+    )
+
+
 @pytest.mark.parametrize("network", ["dinov3", "beit_shared", "swinv2", "convnext", "siglip"])
 def test_an_exported_twin_loads_in_timm(network, tmp_path):
     write(tmp_path / "theirs", network)
