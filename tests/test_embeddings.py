@@ -5,8 +5,14 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
+from stopped_runs import quick
 
-from odcft import embed, evaluate
+from odcft import embed, evaluate, fine_tune, load_backbone
+from odcft.data.batches import Crops
+from odcft.data.feature_extraction import to_float
+from odcft.data.sources import find_images
 from odcft.evaluation.feature_files import evaluate_file
 
 
@@ -97,3 +103,23 @@ def test_files_of_others_are_kept(tmp_path, make_images, odcft_command):
     code, err = run(tmp_path / "f.csv")
     assert code == 2
     assert "end the name with .npz or .parquet" in err
+
+
+def test_images_of_12_bits_are_embedded_as_they_were_trained_on(tmp_path, make_checkpoint):
+    draw = np.random.default_rng(0)
+    (tmp_path / "set").mkdir()
+    for i in range(12):
+        values = draw.integers(100 * i, 100 * i + 2000, (32, 32)).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / "set" / f"{i:02d}.png")
+    data = str(tmp_path / "set")
+    fine_tune(str(make_checkpoint(tmp_path / "c.pth")), data, tmp_path / "run", quick())
+    for path in sorted((tmp_path / "set").iterdir())[3:]:
+        path.unlink()  # the range of three images would be another than that of the run
+    embed(str(tmp_path / "run"), data, tmp_path / "f.npz")
+    backbone = load_backbone(tmp_path / "run").backbone
+    assert backbone.input.view.intensity is not None
+    crops = Crops(find_images(data), backbone.input.view)
+    pixels = torch.stack([crops[0, i][0] for i in range(3)])
+    with torch.no_grad():
+        expected = backbone(to_float(pixels, torch.device("cpu")))
+    assert np.allclose(np.load(tmp_path / "f.npz")["features"], expected.numpy(), atol=1e-5)

@@ -28,7 +28,7 @@ FLOORS = [
     {"backbone"},
     {"data"},
     {"progress", "optim"},
-    {"recipe", "files"},
+    {"recipe", "files", "cache_folder"},
     {"distributed"},
     {"presets"},
     {"errors", "text", "seeds", "precision", "__init__"},

@@ -2,17 +2,13 @@
 
 An entry is one file: a line of JSON that describes the arrays behind it. It is mapped into memory, so all processes of
 a machine share its pages. It is data like any other: what is damaged, or is not ours, is not used but built again.
-
-Environment:
-    ODCFT_CACHE: the folder to use instead of XDG_CACHE_HOME/odcft (~/.cache/odcft); "off" to do without.
-    ODCFT_CACHE_GB: the size that all entries may have together, 4 by default; those unused for longest are removed.
+Where it is, and how large it may become, says odcft/cache_folder.py.
 """
 
 import hashlib
 import json
 import mmap
 import os
-import stat
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from odcft.cache_folder import cache_folder, cache_limit, is_ours, make_room
 from odcft.data.names import Names
 from odcft.data.shared_arrays import drop_pages
 from odcft.files import atomic_file
@@ -137,7 +134,7 @@ def cached(
 
 def entry_of(key: Iterable[str]) -> Path | None:
     """The path of an entry; None if there is no cache."""
-    place = _folder()
+    place = cache_folder("index")
     name = hashlib.sha256("\0".join(key).encode("utf-8", "surrogatepass")).hexdigest()[:40]
     return None if place is None else place / f"{name}.index"
 
@@ -152,14 +149,14 @@ def read(entry: Path | None, use: Callable[[Index], Result | None]) -> Result | 
     try:
         descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | getattr(os, "O_CLOEXEC", 0))
         with os.fdopen(descriptor, "rb"):
-            if not _is_ours(os.fstat(descriptor), stat.S_ISREG):
+            if not is_ours(os.fstat(descriptor)):
                 return None
             memory = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         result = use(_parse(memory))
         if result is not None:
             drop_pages(memory)
             with suppress(OSError):
-                os.utime(entry)  # for `_evict`
+                os.utime(entry)  # for `make_room`
         return result
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError):
         return None
@@ -170,31 +167,7 @@ def write(entry: Path | None, index: Index) -> None:
     if entry is not None:
         with suppress(OSError):  # the cache only saves time
             _write(entry, index)
-            _evict(entry.parent, keep=entry)
-
-
-def _folder() -> Path | None:
-    """The folder of the entries, which is ours alone; None if there is none and none can be made."""
-    place = os.environ.get("ODCFT_CACHE")
-    if place is not None and place.strip().lower() in ("", "0", "no", "off"):
-        return None
-    try:
-        if place is None:
-            base = os.environ.get("XDG_CACHE_HOME", "")
-            place = os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "odcft")
-        folder = Path(os.path.abspath(place)) / "index"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-        return folder if _is_ours(folder.lstat(), stat.S_ISDIR) else None
-    except (OSError, ValueError):
-        return None
-
-
-def _is_ours(found: os.stat_result, kind: Callable[[int], bool]) -> bool:
-    """Whether nobody else can write there."""
-    user = os.geteuid() if hasattr(os, "geteuid") else found.st_uid
-    return kind(found.st_mode) and found.st_uid == user and not found.st_mode & 0o022
+            make_room(entry.parent, keep=entry)
 
 
 @contextmanager
@@ -234,7 +207,7 @@ def _write(path: Path, index: Index) -> None:
         described[name] = [array.dtype.str, list(array.shape), offset, zlib.crc32(_as_bytes(array))]
         offset += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
     header = json.dumps({"arrays": described, "about": index.about, "clock": index.clock, "bytes": offset}).encode()
-    if offset + len(header) > _limit() or len(header) > MAX_HEADER:
+    if offset + len(header) > cache_limit() or len(header) > MAX_HEADER:
         return
     start = _start_of_arrays(len(header))
     with atomic_file(path) as unfinished:
@@ -286,26 +259,6 @@ def _parse(memory: mmap.mmap) -> Index:
         raise ValueError("stamps of other paths")
     named = {name.removeprefix("data/"): array for name, array in arrays.items()}
     return Index(named, header["about"], watched, stamps, header["clock"])
-
-
-def _limit() -> float:
-    try:
-        return float(os.environ.get("ODCFT_CACHE_GB", "4")) * 1e9
-    except ValueError:
-        return 4e9
-
-
-def _evict(place: Path, keep: Path) -> None:
-    """Remove the entries that were not used for longest, until all others together keep the limit."""
-    with os.scandir(place) as listing:
-        found = [(entry.stat(follow_symlinks=False), entry) for entry in listing if not entry.name.startswith("lock-")]
-    left = sum(status.st_size for status, _ in found)
-    for status, entry in sorted(found, key=lambda one: one[0].st_mtime_ns):
-        if left <= _limit():
-            break
-        if entry.name != keep.name and entry.is_file(follow_symlinks=False):
-            os.unlink(entry.path)
-            left -= status.st_size
 
 
 def checked_counts(counts: Any) -> dict[str, int]:

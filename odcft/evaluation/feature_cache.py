@@ -2,16 +2,12 @@
 
 An entry is one layer of one network for one set of images. Its name is a hash of everything the features depend on:
 the weights, the bytes of the images, how they are resized and cropped, the precision and the version of this format.
-
-The environment decides where the entries are:
-    ODCFT_CACHE: the folder to use instead of XDG_CACHE_HOME/odcft (~/.cache/odcft); "off" to do without.
-    ODCFT_CACHE_GB: the size that the features together may have; those not used for longest are removed. 4 by default.
+Where they are, and how large they may become, says odcft/cache_folder.py.
 """
 
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from odcft.backbone.network import Backbone
+from odcft.cache_folder import cache_folder, cache_limit, is_ours, make_room
 from odcft.data.images import Images
 from odcft.data.view import View
 from odcft.files import atomic_file, save_file
@@ -30,11 +27,13 @@ Entry = tuple[dict[str, np.ndarray], dict[int, str]]  # layers and unreadable im
 
 
 def key(backbone: Backbone, images: Images, view: View, precision: str) -> str:
-    """What the features of all layers depend on, as a hash; "" if there is no cache."""
-    if _folder() is None:
+    """What the features of all layers depend on, as a hash; "" if they are not to be kept.
+
+    Those of images that the user's own function reads are not: nothing would tell that it has changed.
+    """
+    if cache_folder("features") is None or images.reader is not None:
         return ""
-    reader = None if images.reader is None else images.reader.name
-    about = [VERSION, backbone.arch, backbone.arch_args, vars(backbone.input), vars(view), precision, reader]
+    about = [VERSION, backbone.arch, backbone.arch_args, vars(backbone.input), vars(view), precision]
     digest = hashlib.blake2b(json.dumps(about, default=str, sort_keys=True).encode(), digest_size=20)
     for name, tensor in backbone.net.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -58,9 +57,9 @@ def read(key: str, layers: list[str], count: int) -> Entry | None:
     unreadable: dict[int, str] = {}
     for layer in layers:
         path = _path(key, layer)
-        if path is None or not path.is_file():
-            return None
         try:
+            if path is None or not is_ours(path.lstat()):
+                return None
             with safe_open(path, framework="np") as file:
                 found[layer] = file.get_tensor("features")
                 unreadable = {int(i): str(why) for i, why in json.loads(file.metadata()["unreadable"]).items()}
@@ -78,7 +77,7 @@ def read(key: str, layers: list[str], count: int) -> Entry | None:
 
 def write(key: str, layers: Mapping[str, Tensor], unreadable: Mapping[int, str]) -> None:
     """Keep features; do nothing where they cannot be written or would not fit."""
-    if sum(tensor.nbytes for tensor in layers.values()) > _limit():
+    if sum(tensor.nbytes for tensor in layers.values()) > cache_limit():
         return
     for layer, tensor in layers.items():
         path = _path(key, layer)
@@ -87,51 +86,12 @@ def write(key: str, layers: Mapping[str, Tensor], unreadable: Mapping[int, str])
         with suppress(OSError), atomic_file(path) as unfinished:  # the cache only saves time
             save_file({"features": tensor.contiguous()}, unfinished, {"unreadable": json.dumps(dict(unreadable))})
             unfinished.chmod(0o600)
-    _evict()
+        with suppress(OSError):
+            make_room(path.parent, keep=path)
 
 
 def _path(key: str, layer: str) -> Path | None:
-    folder = _folder()
+    folder = cache_folder("features")
     if not key or folder is None:
         return None
     return folder / f"{key}-{hashlib.blake2b(layer.encode(), digest_size=6).hexdigest()}.safetensors"
-
-
-def _folder() -> Path | None:
-    """The folder of the entries, which nobody else can write to; None if there is none and none can be made."""
-    place = os.environ.get("ODCFT_CACHE")
-    if place is not None and place.strip().lower() in ("", "0", "no", "off"):
-        return None
-    try:
-        if place is None:
-            base = os.environ.get("XDG_CACHE_HOME", "")
-            place = os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "odcft")
-        folder = Path(os.path.abspath(place)) / "features"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.lstat()
-    except (OSError, ValueError):
-        return None
-    mine = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
-    return folder if stat.S_ISDIR(status.st_mode) and mine and not status.st_mode & 0o022 else None
-
-
-def _limit() -> float:
-    try:
-        return float(os.environ.get("ODCFT_CACHE_GB", "4")) * 1e9
-    except ValueError:
-        return 4e9
-
-
-def _evict() -> None:
-    """Remove the entries that were not used for longest, until the others keep the limit."""
-    folder = _folder()
-    if folder is None:
-        return
-    with suppress(OSError):
-        entries = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in folder.glob("*.safetensors"))
-        left = sum(size for _, size, _ in entries)
-        for _, size, path in entries:
-            if left <= _limit():
-                break
-            path.unlink()
-            left -= size
