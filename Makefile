@@ -27,10 +27,11 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 .venv/ready: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "Setting up .venv: torch and the other packages of constraints.txt (once; a minute or two, 2 GB) …"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,faiss,onnx]"
-	$(BIN)/python tools/torchvision_on_cpu.py
+	@$(BIN)/python tools/torchvision_on_cpu.py
 	touch $@
 
 clean:
