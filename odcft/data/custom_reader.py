@@ -68,7 +68,7 @@ class Reader:
         try:
             result = self._function(given)
         except (Exception, SystemExit) as error:
-            raise OdcftError(f"{self.name} failed: {type(error).__name__}: {str(error)[:300]}") from None
+            raise OdcftError(f"{self.name} failed: {_said(error)}") from None
         return _checked(result, self.name, bands)
 
 
@@ -107,7 +107,7 @@ def _imported(name: str) -> Callable[[Any], Any]:
     try:
         function = getattr(importlib.import_module(module_name), function_name, None)
     except (Exception, SystemExit) as error:
-        why = f"{type(error).__name__}: {str(error)[:300]}".rstrip(".")
+        why = _said(error).rstrip(".")
         raise OdcftError(
             f"--reader {name}: {module_name} cannot be imported ({why}). Modules are looked up in the current folder "
             "and among the installed packages."
@@ -115,6 +115,14 @@ def _imported(name: str) -> Callable[[Any], Any]:
     if not callable(function):
         raise OdcftError(f"--reader {name}: {module_name} has no function {function_name}.")
     return function
+
+
+def _said(error: BaseException) -> str:
+    """What an error of the user's code says, in a line; its text is code of theirs, too."""
+    try:
+        return f"{type(error).__name__}: {str(error)[:300]}"
+    except (Exception, SystemExit):
+        return type(error).__name__
 
 
 def _first_parameter(name: str, function: Callable[[Any], Any]) -> str:
@@ -135,7 +143,10 @@ def _checked(result: Any, name: str, bands: int | None) -> HighDepthImage:
     Raises:
         OdcftError: it is not an array of an image, or of another number of channels than the network takes.
     """
-    values = np.asarray(result)
+    try:
+        values = np.asarray(result)
+    except (Exception, SystemExit) as error:
+        raise OdcftError(f"{name} returned {type(result).__name__}, which is not an array ({_said(error)})") from None
     if values.dtype.kind not in "uif":
         raise OdcftError(f"{name} returned {type(result).__name__} of type {values.dtype}, not an array of numbers")
     if values.ndim not in (2, 3) or 0 in values.shape:

@@ -34,6 +34,10 @@ def find_in_shards(
         progress: where to report.
     """
     refuse_compressed(names)
+    for name in names:
+        path = os.path.join(root, name)
+        if not is_url(path) and not os.path.isfile(path):  # reading a pipe might never end
+            raise OdcftError(f"{path} is not a file. Remove it, or give {source} as a pattern that leaves it out.")
     kinds = sorted({os.path.splitext(name)[1].lower() for name in names})
     if len(kinds) > 1 or kinds[0] not in SHARDS:
         found = ", ".join(kind or "files without an extension" for kind in kinds)

@@ -57,7 +57,7 @@ def read_parquet(path: Path) -> dict[str, np.ndarray]:
     """The `features` (N, F) of a .parquet file and, if it has any, the `labels` (N,).
 
     Raises:
-        OSError, ValueError and their kinds: it is not such a file.
+        OSError, ValueError and their kinds: it is not such a file, or it is far larger than it seems.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -65,8 +65,17 @@ def read_parquet(path: Path) -> dict[str, np.ndarray]:
     schema = pq.read_schema(path)
     if "features" not in schema.names or not pa.types.is_fixed_size_list(schema.field("features").type):
         raise ValueError(f"its columns are {', '.join(schema.names)[:200]}")
+    metadata = pq.read_metadata(path)
+    if metadata.num_rows * schema.field("features").type.list_size > 1 << 33:
+        raise ValueError(f"{metadata.num_rows:,} rows of {schema.field('features').type.list_size:,} features")
     table = pq.read_table(path, columns=[name for name in ("features", "label") if name in schema.names])
     column = table["features"].combine_chunks()
+    if column.null_count:
+        raise ValueError("some of its features are missing")
     rows = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
-    labels = {"labels": np.array(table["label"].to_pylist(), dtype=str)} if "label" in table.column_names else {}
+    labels = (
+        {"labels": np.array([label or "" for label in table["label"].to_pylist()], dtype=str)}
+        if "label" in table.column_names
+        else {}
+    )
     return {"features": rows, **labels}

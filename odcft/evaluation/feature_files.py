@@ -3,6 +3,7 @@
 Shapes: N images, C classes.
 """
 
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from odcft.evaluation.labels import held_out, label_targets, labels_per_image
 from odcft.evaluation.protocols import Split, evaluate_arrays, name_left_out
 
 LARGEST = 1e150  # of features
+MAX_TARGETS = 1 << 29  # images times classes
+MAX_EXPANDED = 1 << 31  # bytes that any archive may expand to
 NAMES = ("train_features", "train_targets", "test_features", "test_targets")
 
 
@@ -76,8 +79,10 @@ def _split_embedding(path: Path, arrays: dict[str, np.ndarray], test: Path | Non
     for name, one in found:
         if "labels" not in one:
             raise OdcftError(f"{name} has no labels. Embed images with one folder per class, or a .csv of path,label.")
-        names = labels_per_image([str(label) for label in one["labels"]])
-        rows = one["features"]
+        rows, labels = one["features"], one["labels"]
+        if labels.ndim != 1:
+            raise OdcftError(f"{name}: labels should be one text per image, but their shape is {labels.shape}.")
+        names = labels_per_image([str(label) for label in labels])
         if rows.ndim != 2 or len(rows) != len(names):
             raise OdcftError(f"{name}: {len(names):,} labels do not match features of shape {rows.shape}.")
         kept = [i for i, mine in enumerate(names) if mine]
@@ -85,6 +90,8 @@ def _split_embedding(path: Path, arrays: dict[str, np.ndarray], test: Path | Non
     classes = sorted({label for mine in labelled[0][1] for label in mine})
     if len(classes) < 2:
         raise OdcftError(f"{path}: {f'only one class ({classes[0]})' if classes else 'no labels'}.")
+    if len(labelled[0][1]) * len(classes) > MAX_TARGETS:
+        raise OdcftError(f"{path}: {len(classes):,} classes of {len(labelled[0][1]):,} images are too many to compare.")
     unknown = sorted({label for _, names in labelled[1:] for mine in names for label in mine} - set(classes))
     if unknown:
         raise OdcftError(f"{test} has a class that {path} does not have: {unknown[0]}. Both need the same classes.")
@@ -99,20 +106,32 @@ def _split_embedding(path: Path, arrays: dict[str, np.ndarray], test: Path | Non
 def _read(path: Path) -> dict[str, np.ndarray]:
     """The arrays of NAMES; or `features` and, if there are any, `labels`, of what `odcft embed` writes."""
     unusable = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
+    odd = (RuntimeError, tokenize.TokenError, SyntaxError)  # encrypted or unknown members, headers that are not Python
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is not a file")
+        _refuse_bomb(path)
         if path.suffix == ".parquet":
             return read_parquet(path)
         with np.load(path) as arrays:  # refuses pickled objects
             if "features" in arrays and NAMES[0] not in arrays:
                 return {name: arrays[name] for name in ("features", "labels") if name in arrays}
             return {name: arrays[name] for name in NAMES}
-    except (*unusable, MemoryError) as error:
+    except (*unusable, *odd, MemoryError) as error:
         raise OdcftError(
             f"{path} is not an .npz file with {', '.join(NAMES[:3])} and {NAMES[3]}, nor one that "
             f"odcft embed wrote ({error})."
         ) from None
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raise a ValueError if the arrays of an .npz would take far more memory than the file suggests."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        expanded = sum(member.file_size for member in archive.infolist())
+    if expanded > max(MAX_EXPANDED, 20 * path.stat().st_size):
+        raise ValueError(f"its {path.stat().st_size:,} bytes expand to {expanded:,}")
 
 
 def _check_features(train: np.ndarray, test: np.ndarray) -> None:

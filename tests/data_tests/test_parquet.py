@@ -169,3 +169,17 @@ def test_more_rows_than_bytes_are_refused(tmp_path):
     path = write(tmp_path / "x.parquet", image=pa.array([None] * 1_000_000, pa.binary()), row_group_size=1_000_000)
     with pytest.raises(OdcftError, match="is damaged: it claims 1,000,000 rows in"):
         find_images(path)
+
+
+def test_one_value_repeated_by_reference_is_not_expanded_beyond_reason(tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from odcft.data.stores import parquet
+
+    pq.write_table(pa.table({"image": [b"x" * 100_000] * 300}), tmp_path / "x.parquet", use_dictionary=True)
+    assert (tmp_path / "x.parquet").stat().st_size < 200_000
+    monkeypatch.setattr(parquet, "MAX_BYTES", 1_000_000)
+    images = find_images(tmp_path / "x.parquet")
+    with pytest.raises(OdcftError, match="a row group of more than 500,000 bytes"):
+        images.read(0)

@@ -122,3 +122,12 @@ def test_paths_of_this_machine_are_not_urls(path):
 
 def test_chained_urls_are_urls():
     assert image_files.is_url("simplecache::s3://bucket/x")
+
+
+def test_a_pipe_of_this_machine_is_not_waited_for(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "x.png")
+    images = find_images(f"file://{tmp_path}")
+    with pytest.raises(OdcftError, match="a pipe, not a file"):
+        images.read(0)

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from odcft.data.sources import find_images
+from odcft.errors import OdcftError
 
 KINDS = ("folder", "list", "tar", "shards", "parquet", "dataset", "url")
 
@@ -96,3 +97,12 @@ def test_a_run_on_shards_resumes_and_is_evaluated(tmp_path, same_images, make_ch
     assert len(pq.read_table(run / "clusters.parquet")) == 12
     with pytest.raises(OdcftError, match="has changed since: 12 are missing"):
         fine_tune(checkpoint, str(tmp_path / "images"), run, recipe, resume=True, epochs=3)
+
+
+@pytest.mark.parametrize("ending", ["tar", "parquet"])
+def test_a_pipe_among_the_shards_is_refused_and_not_waited_for(tmp_path, ending):
+    import os
+
+    os.mkfifo(tmp_path / f"a.{ending}")
+    with pytest.raises(OdcftError, match=rf"a\.{ending} is not a file"):
+        find_images(str(tmp_path / f"*.{ending}"))

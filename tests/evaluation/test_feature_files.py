@@ -133,3 +133,22 @@ def test_files_that_hold_no_features_are_refused(tmp_path, what):
             path.mkdir()
     with pytest.raises(OdcftError, match=r"is not an \.npz file with"):
         evaluate_file(path, ["knn"])
+
+
+def test_an_archive_that_expands_beyond_reason_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("odcft.evaluation.feature_files.MAX_EXPANDED", 1000)
+    path = tmp_path / "f.npz"
+    np.savez_compressed(path, **arrays(), more=np.zeros(1_000_000))
+    with pytest.raises(OdcftError, match="bytes expand to 8,0"):
+        evaluate_file(path, ["knn"])
+
+
+def test_labels_that_are_no_texts_or_too_many_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "f.npz"
+    np.savez(path, features=np.ones((4, 2), np.float32), labels=np.array("a"))
+    with pytest.raises(OdcftError, match=r"their shape is \(\)"):
+        evaluate_file(path, ["knn"])
+    np.savez(path, features=np.ones((4, 2), np.float32), labels=np.array(list("abcd")))
+    monkeypatch.setattr("odcft.evaluation.feature_files.MAX_TARGETS", 10)
+    with pytest.raises(OdcftError, match="4 classes of 4 images are too many"):
+        evaluate_file(path, ["knn"])

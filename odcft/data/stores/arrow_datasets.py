@@ -46,6 +46,8 @@ def read_state(folder: Path, advance: Callable[..., None]) -> tuple[list[str], C
     columns, groups = None, list[list[int]]()
     for name in names:
         path = str(folder / name)
+        if not os.path.isfile(path):
+            raise OdcftError(f"{path}, which state.json lists, is not a file. Save the dataset again.")
         batches = _batches(path, os.getpid())
         found = _told(path, partial(_columns, path, info.get("features")))
         if columns is not None and found != columns:
@@ -82,8 +84,14 @@ def _batches(path: str, process: int) -> list[Any]:
     def read() -> list[Any]:
         import pyarrow as pa
 
+        batches, most = [], 2 * os.path.getsize(path) + (64 << 20)
         with pa.ipc.open_stream(pa.memory_map(path)) as stream:
-            return list(stream)
+            for batch in stream:
+                most -= batch.nbytes
+                if most < 0:  # what save_to_disk writes stays in the file; compressed batches would be in memory
+                    raise OdcftError(f"{path} is compressed. Save the dataset again, without compression.")
+                batches.append(batch)
+        return batches
 
     return _told(path, read)
 

@@ -43,9 +43,22 @@ def read_row_group(path: str, number: int, column: str) -> Any:
     claimed = _told(path, lambda: file.metadata.row_group(number).total_byte_size)
     if claimed > 2 * MAX_BYTES:
         raise OdcftError(f"a row group of {claimed:,} bytes; write the file with smaller ones")
-    table = _told(path, lambda: file.read_row_group(number, columns=[column], use_threads=False))
+    table = _told(path, partial(_read_bounded, file, number, column))
     column_array = _told(path, lambda: table.column(0).combine_chunks())
     return column_array.chunk(0) if hasattr(column_array, "chunk") else column_array
+
+
+def _read_bounded(file: Any, number: int, column: str) -> Any:
+    """A row group as a table, a few rows at a time: one value repeated by reference may be gigabytes as an array."""
+    import pyarrow as pa
+
+    batches, size = [], 0
+    for batch in file.iter_batches(batch_size=16, row_groups=[number], columns=[column], use_threads=False):
+        size += batch.nbytes
+        if size > MAX_BYTES // 2:
+            raise OdcftError(f"a row group of more than {MAX_BYTES // 2:,} bytes; write the file with smaller ones")
+        batches.append(batch)
+    return pa.Table.from_batches(batches)
 
 
 def _columns(path: str, file: Any) -> Columns:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from odcft.data.image_files import skipped_ending
+from odcft.data.image_files import skipped_ending, special_kind
 from odcft.errors import OdcftError
 
 Result = TypeVar("Result")
@@ -17,13 +17,19 @@ Result = TypeVar("Result")
 
 def open_file(url: str) -> Any:
     """Open for reading, as a binary file."""
-    return _told(url, lambda fs, path: fs.open(path, "rb"))
+
+    def open_it(fs: Any, path: str) -> Any:
+        _refuse_special(fs, path)
+        return fs.open(path, "rb")
+
+    return _told(url, open_it)
 
 
 def read_file(url: str, most: int) -> bytes:
     """The whole content, at most `most` bytes."""
 
     def read(fs: Any, path: str) -> bytes:
+        _refuse_special(fs, path)
         size = fs.info(path).get("size") or 0
         if size > most:
             raise OdcftError(f"{size:,} bytes are more than the {most:,} that odcft reads")
@@ -35,6 +41,13 @@ def read_file(url: str, most: int) -> bytes:
 def read_range(url: str, offset: int, size: int) -> bytes:
     """`size` bytes from an offset on."""
     return _told(url, lambda fs, path: fs.cat_file(path, start=offset, end=offset + size)) if size else b""
+
+
+def _refuse_special(fs: Any, path: str) -> None:
+    """Refuse a pipe, a device or a socket of this machine (file://…): reading it might never end."""
+    here = "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
+    if here and (kind := special_kind(os.stat(path).st_mode)):
+        raise OdcftError(f"a {kind}, not a file")
 
 
 def file_size(url: str) -> int:

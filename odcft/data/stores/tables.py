@@ -128,7 +128,10 @@ def _bytes_of(value: Any) -> bytes:
     """The bytes of a cell: of its field `bytes`, if it is a struct."""
     inner = value["bytes"] if hasattr(value, "keys") and value.is_valid else value
     if inner.is_valid:
-        return inner.as_py()
+        content = inner.as_py()
+        if not isinstance(content, bytes):
+            raise OdcftError(f"no bytes, but {type(content).__name__}")
+        return content
     where = value["path"].as_py() if inner is not value and "path" in value.keys() else None  # noqa: SIM118
     raise OdcftError(f"no bytes, only a path ({where[:100]})" if isinstance(where, str) and where else "no bytes")
 
