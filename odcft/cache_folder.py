@@ -7,10 +7,13 @@ Environment:
 """
 
 import os
+import re
 import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+ENTRY = re.compile(r"[0-9a-f]{40}(\.index|-[0-9a-f]{12}\.safetensors)")  # how all entries are called
 
 
 def cache_folder(kind: str) -> Path | None:
@@ -46,9 +49,12 @@ def cache_limit() -> float:
 
 
 def make_room(folder: Path, keep: Path) -> None:
-    """Remove the entries that were not used for longest, until all together keep the limit; `keep` stays."""
+    """Remove the entries that were not used for longest, until all together keep the limit; `keep` stays.
+
+    Files under other names are left alone: ODCFT_CACHE may name a folder that holds something else.
+    """
     with os.scandir(folder) as listing:
-        found = [(entry.stat(follow_symlinks=False), entry) for entry in listing if not entry.name.startswith("lock-")]
+        found = [(entry.stat(follow_symlinks=False), entry) for entry in listing if ENTRY.fullmatch(entry.name)]
     left = sum(status.st_size for status, _ in found)
     for status, entry in sorted(found, key=lambda one: one[0].st_mtime_ns):
         if left <= cache_limit():

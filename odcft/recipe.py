@@ -91,7 +91,7 @@ class DataRecipe(_Group):
     # of each channel, in 0..1 of its range; null: the checkpoint's own, or ImageNet's where it states none (of n bands:
     # as auto); auto: the checkpoint's own, or measured on the images where it states none
     mean: Auto | list[float] | None = None
-    std: Auto | list[Annotated[float, Field(gt=0)]] | None = None  # the standard deviation, likewise
+    std: Auto | list[Annotated[float, Field(ge=1e-6)]] | None = None  # the standard deviation, likewise
     # the share of the images that may become unreadable while a run trains, before it stops
     max_broken: float = Field(0.01, ge=0, le=1)
 

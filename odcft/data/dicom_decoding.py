@@ -43,7 +43,7 @@ def read_dicom(data: bytes) -> HighDepthImage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they quote values
         try:
-            if DEFLATED.encode() in data[:2048]:
+            if DEFLATED.encode() in data:
                 raise OdcftError("a DICOM file that is compressed as a whole (deflated), which odcft does not read")
             file = pydicom.dcmread(io.BytesIO(data))
             return _first_frame(file)

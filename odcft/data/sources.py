@@ -161,7 +161,7 @@ def _find_remote(url: str, endings: tuple[str, ...], progress: Progress) -> Imag
     refuse_compressed([url])
     if not remote.is_folder(url):
         raise OdcftError(f"{url} is neither a folder nor a list, nor shards. Give {WHAT}.")
-    url = url.rstrip("/")
+    url = url.rstrip("/") if url.rstrip("/")[-1] != ":" else url  # not of file:///, which is the root
     with progress.waiting(f"Indexing    {url} …"):
         names, skipped = remote.search(url, endings)
     if not names and any(skipped[ending] for ending in SHARDS):

@@ -18,6 +18,7 @@ def write_embedding(path: Path, features_NF: np.ndarray, names: Sequence[str], l
     """Write features with the names and labels of their images. Bytes of a name that are not UTF-8 become \\xNN."""
     paths = [_utf8(name) for name in names]
     text = None if labels is None else [_utf8(label) for label in labels]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as unfinished:
         if path.suffix == ".npz":
             arrays = {"features": features_NF, "paths": np.array(paths), "made_by": np.array(MADE_BY)}

@@ -205,3 +205,18 @@ def test_a_set_is_indexed_by_one_process_while_others_wait(tmp_path, make_images
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert queue.get(timeout=5) == "searched"
     assert queue.empty()
+
+
+def test_files_that_are_no_entries_are_never_removed(tmp_path, monkeypatch):
+    from odcft.cache_folder import cache_folder, make_room
+
+    monkeypatch.setenv("ODCFT_CACHE", str(tmp_path))
+    monkeypatch.setenv("ODCFT_CACHE_GB", "0")
+    folder = cache_folder("index")
+    mine = [folder / "my_thesis.txt", folder / "my_model.safetensors", folder / ("0" * 40)]
+    old = folder / f"{'0' * 40}.index"
+    for path in [*mine, old]:
+        path.write_text("text")
+    make_room(folder, keep=folder / "other")
+    assert all(path.exists() for path in mine)
+    assert not old.exists()
