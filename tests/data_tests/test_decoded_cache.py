@@ -1,6 +1,7 @@
 """Images kept decoded in memory give the same crops, to the bit, as those that are read again."""
 
 import copy
+import os
 import random
 import time
 
@@ -109,14 +110,14 @@ def test_a_slot_that_is_half_written_counts_as_empty():
     found, orientation = cache.get(1)
     assert np.array_equal(found, pixels)
     assert orientation == 6
-    slot = cache._slot_of(1)
-    written = bytes(slot)
-    for at in range(len(written) - 3 * 80):  # what lies beyond these pixels does not matter
-        slot[at] ^= 255
+    slot = cache.nbytes // 3
+    written = os.pread(cache._file, slot, slot)
+    for at in range(len(written)):
+        os.pwrite(cache._file, bytes([written[at] ^ 255]), slot + at)
         assert cache.get(1) is None, at
-        slot[at] ^= 255
+        os.pwrite(cache._file, written[at : at + 1], slot + at)
     assert cache.get(1) is not None
-    cache._slot_of(2)[:] = written
+    os.pwrite(cache._file, written, 2 * slot)
     assert cache.get(2) is None  # another image's
 
 
@@ -154,8 +155,29 @@ def test_there_is_none_where_it_would_not_pay_or_cannot_be_had(images, tmp_path,
     def refuse(*args):
         raise OSError("no memory")
 
-    monkeypatch.setattr(decoded_cache.mmap, "mmap", refuse)
+    monkeypatch.setattr(os, "memfd_create", refuse)
     assert make_cache(images, View(32)) is None
+    monkeypatch.delattr(os, "memfd_create")  # not Linux
+    assert make_cache(images, View(32)) is None
+
+
+def test_a_full_memory_is_not_an_error(monkeypatch):
+    def refuse(*args):
+        raise OSError("no space left")
+
+    cache = DecodedCache(1, 100, 64)
+    monkeypatch.setattr(os, "pwritev", refuse)
+    cache.put(0, np.ones((5, 5, 3), np.uint8))
+    assert cache.get(0) is None
+
+
+def test_the_memory_is_given_back():
+    cache = DecodedCache(1, 100, 64)
+    file = cache._file
+    os.fstat(file)
+    del cache
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(file)
 
 
 def test_a_process_that_is_not_forked_does_without(images):
