@@ -25,7 +25,9 @@ from odcft.clustering.methods import METHODS
 from odcft.data import shared_memory
 from odcft.data.batches import Batch, Crops, TrainingBatches, make_loader
 from odcft.data.custom_reader import Reader, make_reader
+from odcft.data.decoded_cache import DecodedCache
 from odcft.data.feature_extraction import to_float
+from odcft.data.host_memory import free_host_memory
 from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
 from odcft.model.members import joint_features, make_members, make_necks, on_all_ranks
@@ -89,14 +91,15 @@ def dry_run(
             seconds = {"loading": time.monotonic() - began, "features": 0.0, "kmeans": 0.0}
         state = new_state(make_members(start.backbones, start.necks, start.dim, start.plan), start.clusters, start.plan)
         order = training_order(start)
-        timed, step_seconds, workers = _time_steps(start, state, progress)
+        crops = training_crops(start)
+        timed, step_seconds, workers = _time_steps(start, state, crops, progress)
     plan = start.plan
     seconds["training"] = order.steps * step_seconds
     if plan.method == "dc":  # clusters again at the start of later epochs
         again = (plan.optim.epochs - 1) // plan.dc.interval
         seconds["training"] += again * (seconds["features"] + seconds["kmeans"])
     seconds["total"] = sum(seconds.values())
-    needs = dist.gather_dict({dist.rank(): _needs(start, state, workers)})
+    needs = dist.gather_dict({dist.rank(): _needs(start, state, workers, crops.cache)})
     most = {name: max(one[name] for one in needs.values()) for name in needs[0]}
     too_much = problems(most, free, plan)
     return {
@@ -187,10 +190,10 @@ def _like(features_MD: Tensor, rows: int) -> Tensor:
     return features_SD
 
 
-def _time_steps(start: Start, state: State, progress: Progress) -> tuple[int, float, int]:
+def _time_steps(start: Start, state: State, crops: Crops, progress: Progress) -> tuple[int, float, int]:
     """Take steps as `train` does; return how many were timed, the seconds of one, and the bytes of loader processes."""
     order, clock = training_order(start), _Clock()
-    batches = TrainingBatches(training_crops(start), order, start.plan.data.workers, dist.this_device())
+    batches = TrainingBatches(crops, order, start.plan.data.workers, dist.this_device())
     network = on_all_ranks(state.network, dist.this_device()).train()
     most = min(order.steps, WARM_UP + max(MOST_BATCHES, 2 * start.plan.data.workers))
 
@@ -267,7 +270,7 @@ def _wait() -> None:
 # ---------------------------------------------------------------- memory and disk
 
 
-def _needs(start: Start, state: State, workers: int) -> dict[str, int]:
+def _needs(start: Start, state: State, workers: int, cache: DecodedCache | None) -> dict[str, int]:
     """Bytes that this process and its loader processes take; and all of them together, in shared memory and on disk."""
     plan, ranks = start.plan, dist.world_size()
     snapshot = stored(state, plan, len(start.images), 1)
@@ -277,7 +280,8 @@ def _needs(start: Start, state: State, workers: int) -> dict[str, int]:
     batch = 3 * plan.data.size**2 * plan.batch_of_rank
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
-        "host": peak + _bytes(snapshot.same) + own,  # safetensors copies what it writes
+        # safetensors copies what it writes
+        "host": peak + _bytes(snapshot.same) + own + (0 if cache is None else cache.nbytes),
         "workers": workers,
         "gpu": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
         "shared": ranks * plan.data.workers * 4 * batch,  # each loader process reads 4 batches ahead
@@ -302,12 +306,7 @@ def _memory_of_children() -> int:
 def free_space(out: Path) -> dict[str, int | None]:
     """Bytes that are free before anything is loaded; None where the system does not say."""
     free: dict[str, int | None] = dict.fromkeys(("host", "gpu", "shared", "disk"))
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free["host"] = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    with suppress(OSError, ValueError):  # a container's limit
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        free["host"] = min(limit - used, free["host"] or limit)
+    free["host"] = free_host_memory()
     if torch.cuda.is_available():
         free["gpu"] = torch.cuda.mem_get_info()[0]
     with suppress(OSError):

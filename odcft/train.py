@@ -19,6 +19,7 @@ from odcft.backbone.timm_folder import write_timm
 from odcft.clustering.methods import METHODS
 from odcft.data.batches import Crops, TrainingBatches, TrainingOrder
 from odcft.data.custom_reader import Reader, make_reader
+from odcft.data.decoded_cache import make_cache
 from odcft.data.feature_extraction import extract
 from odcft.distributed import dist, ownership, stop_signals
 from odcft.distributed.agreement import Agreement, asked_anywhere
@@ -202,7 +203,8 @@ def training_order(start: Start, first_step: int = 0) -> TrainingOrder:
 def training_crops(start: Start) -> Crops:
     """The images with the random crops of training."""
     plan = start.plan
-    return Crops(start.images, plan.view, plan.augment, plan.seed, plan.data.decoder)
+    cache = make_cache(start.images, plan.view) if plan.data.cache == "on" else None
+    return Crops(start.images, plan.view, plan.augment, plan.seed, plan.data.decoder, cache)
 
 
 def _embed(start: Start, network: Any, device: torch.device, broken: BrokenImages, state: State) -> Tensor:

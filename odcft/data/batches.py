@@ -13,9 +13,10 @@ from torch import Tensor
 from odcft import seeds
 from odcft.data import shared_memory
 from odcft.data.augmentation import random_crop
-from odcft.data.image_reading import pixels_of
+from odcft.data.decoded_cache import DecodedCache
+from odcft.data.image_reading import image_of, pixels_of
 from odcft.data.images import Images
-from odcft.data.jpeg_crops import jpeg_crop
+from odcft.data.jpeg_crops import crop_of_decoded, jpeg_crop
 from odcft.data.view import View, centre_crop
 from odcft.distributed import dist, ownership, stop_signals
 from odcft.errors import OdcftError
@@ -33,6 +34,7 @@ class Crops:
         augment: the strengths of random crops, or None for centre crops.
         seed: of the run; seed and epoch matter only with `augment`.
         decoder: `data.decoder`; matters only with `augment`.
+        cache: where to keep decoded images (`data.cache`); used only with `augment`.
     """
 
     images: Images
@@ -40,28 +42,44 @@ class Crops:
     augment: AugmentRecipe | None = None
     seed: int = 0
     decoder: str = "pil"
+    cache: DecodedCache | None = None
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | str, int]:
         """Return the pixels (3, size, size) uint8, or why the image cannot be read; and the image's index."""
         epoch, index = key
         try:
-            draw = partial(random.Random, seeds.seed(self.seed, "crop", epoch, index))
-            data = None if self.images.reader is not None else self.images.read(index)
-            if self.augment is not None and self.decoder == "turbo" and data is not None and self.view.bands == 3:
-                pixels = jpeg_crop(data, self.view.size, self.augment, draw())
-                if pixels is not None:
-                    return pixels, index
-            image = pixels_of(self.images, index, self.view, data)
             if self.augment is not None:
-                image = random_crop(image, self.view.size, self.augment, draw())
-            else:
-                image = centre_crop(image, self.view)
+                return self._random_crop(epoch, index, self.augment), index
+            return _to_tensor(centre_crop(pixels_of(self.images, index, self.view), self.view)), index
         except OdcftError as error:
             return printable(error), index
         except Exception as error:  # Pillow raises a dozen types for broken files; none may stop a long run
             said = error.strerror if isinstance(error, OSError) else None  # without errno and path
             return printable(said or f"{type(error).__name__}: {error}"), index
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), index
+
+    def _random_crop(self, epoch: int, index: int, augment: AugmentRecipe) -> Tensor:
+        """The crop (3, size, size) uint8 of a training image. Raises as `pixels_of`."""
+        size, rng = self.view.size, partial(random.Random, seeds.seed(self.seed, "crop", epoch, index))
+        cache = self.cache
+        if cache is not None and (kept := cache.get(index)) is not None:
+            pixels, orientation = kept
+            if orientation:
+                return crop_of_decoded(pixels, orientation, size, augment, rng())
+            return _to_tensor(random_crop(image_of(pixels), size, augment, rng()))
+        data = None if self.images.reader is not None else self.images.read(index)
+        if self.decoder == "turbo" and data is not None and self.view.bands == 3:
+            crop = jpeg_crop(data, size, augment, rng(), None if cache is None else partial(cache.put, index))
+            if crop is not None:
+                return crop
+        image = pixels_of(self.images, index, self.view, data)
+        if cache is not None and max(image.size) < cache.side:
+            cache.put(index, np.asarray(image))
+        return _to_tensor(random_crop(image, size, augment, rng()))
+
+
+def _to_tensor(image: Any) -> Tensor:
+    """The pixels (C, H, W) of a Pillow image or a BandStack."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 @dataclass

@@ -2,6 +2,10 @@
 
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from odcft.data.band_stack import BandStack
 from odcft.data.high_depth import HighDepthImage, to_8_bits
 from odcft.data.image_decoding import image_size, read_high_depth, read_image
 from odcft.data.images import Images
@@ -18,6 +22,11 @@ def pixels_of(images: Images, index: int, view: View, data: bytes | None = None)
     if images.reader is not None:
         return to_8_bits(images.reader.values(images, index, view.bands), view.intensity)
     return read_image(images.read(index) if data is None else data, view.intensity, view.bands)
+
+
+def image_of(pixels: np.ndarray) -> Any:
+    """The Pillow image in RGB, or the BandStack, with these pixels (H, W, C) uint8: the inverse of `np.array`."""
+    return Image.fromarray(pixels) if pixels.shape[2] == 3 else BandStack.of(pixels)
 
 
 def high_depth_values(images: Images, index: int, bands: int = 3) -> HighDepthImage | None:

@@ -15,13 +15,17 @@ _MOST_VALUES = 1 << 24  # that percentiles are taken of
 
 def median_shorter_side(images: Images, sample: int = 32) -> int:
     """Return the median shorter side, in pixels, of a few images spread over the set; 0 if none can be read."""
-    sides = []
-    for index in range(0, len(images), max(1, len(images) // sample)):
-        try:
-            sides.append(min(size_of(images, index)))
-        except Exception:  # reported later, when the image is read for training
-            continue
+    sides = [min(size) for size in size_of_some(images, sample)]
     return int(np.median(sides)) if sides else 0
+
+
+def size_of_some(images: Images, sample: int = 32) -> list[tuple[int, int]]:
+    """Return width and height, as stored, of a few images spread over the set, without those that cannot be read."""
+    sizes = []
+    for index in range(0, len(images), max(1, len(images) // sample)):
+        with suppress(Exception):  # reported later, when the image is read for training
+            sizes.append(size_of(images, index))
+    return sizes
 
 
 def choose_range(

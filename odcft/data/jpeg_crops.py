@@ -12,6 +12,7 @@ import random
 import struct
 import threading
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -54,7 +55,13 @@ def is_available() -> bool:
     return True
 
 
-def jpeg_crop(data: bytes, size: int, recipe: AugmentRecipe, rng: random.Random) -> Tensor | None:
+def jpeg_crop(
+    data: bytes,
+    size: int,
+    recipe: AugmentRecipe,
+    rng: random.Random,
+    keep: Callable[[np.ndarray, int], None] | None = None,
+) -> Tensor | None:
     """Decode a random crop of a JPEG: what `random_crop` makes of the decoded image, from the same draws.
 
     Args:
@@ -62,6 +69,7 @@ def jpeg_crop(data: bytes, size: int, recipe: AugmentRecipe, rng: random.Random)
         size: of the crop, in pixels.
         recipe: ranges of area and aspect ratio; how often to flip.
         rng: for the draws.
+        keep: called with what `crop_of_decoded` needs, if the JPEG was decoded at full size.
 
     Returns:
         (3, size, size) uint8; or None for anything but a sound JPEG of gray or colour, which Pillow then decodes or
@@ -72,6 +80,37 @@ def jpeg_crop(data: bytes, size: int, recipe: AugmentRecipe, rng: random.Random)
     width, height, orientation = header
     if width * height > (Image.MAX_IMAGE_PIXELS or width * height):
         return None
+    (left, top, right, bottom), flipped = _draw_stored(width, height, orientation, recipe, rng)
+    scale = next((scale for scale in SCALES if min(right - left, bottom - top) >= scale * size), 1)
+    pixels = _decode(data, width, height, scale)
+    if pixels is None:
+        return None
+    if keep is not None and scale == 1:
+        keep(pixels, orientation)
+    return _upright(_resize(pixels, (left, top, right, bottom), scale, size), orientation, flipped)
+
+
+def crop_of_decoded(
+    pixels: np.ndarray, orientation: int, size: int, recipe: AugmentRecipe, rng: random.Random
+) -> Tensor:
+    """Make the same crop as `jpeg_crop`, from what it decoded at full size before.
+
+    Args:
+        pixels: (H, W, 3) uint8, as stored in the file.
+        orientation: EXIF's, 1 to 8.
+        size: of the crop, in pixels.
+        recipe: ranges of area and aspect ratio; how often to flip.
+        rng: for the draws.
+    """
+    height, width = pixels.shape[:2]
+    box, flipped = _draw_stored(width, height, orientation, recipe, rng)
+    return _upright(_resize(pixels, box, 1, size), orientation, flipped)
+
+
+def _draw_stored(
+    width: int, height: int, orientation: int, recipe: AugmentRecipe, rng: random.Random
+) -> tuple[tuple[int, int, int, int], bool]:
+    """Draw a crop of the upright image: its box in the image as stored, and whether the crop is flipped."""
     mirrored, upside_down, transposed = _UPRIGHT[orientation]
     crop = draw_crop(*((height, width) if transposed else (width, height)), recipe, rng)
     left, top, right, bottom = crop.box  # in the upright image; below, in the stored one
@@ -81,15 +120,16 @@ def jpeg_crop(data: bytes, size: int, recipe: AugmentRecipe, rng: random.Random)
         left, right = width - right, width - left
     if upside_down:
         top, bottom = height - bottom, height - top
-    scale = next((scale for scale in SCALES if min(right - left, bottom - top) >= scale * size), 1)
-    pixels = _decode(data, width, height, scale)
-    if pixels is None:
-        return None
-    resized = _resize(pixels, (left, top, right, bottom), scale, size)
+    return (left, top, right, bottom), crop.flipped
+
+
+def _upright(resized: Tensor, orientation: int, flipped: bool) -> Tensor:
+    """Turn a crop (3, size, size) of the image as stored upright; then perhaps flip it left to right."""
+    mirrored, upside_down, transposed = _UPRIGHT[orientation]
     if upside_down or mirrored:
-        resized = resized.flip([axis for axis, flipped in ((1, upside_down), (2, mirrored)) if flipped])
+        resized = resized.flip([axis for axis, backwards in ((1, upside_down), (2, mirrored)) if backwards])
     resized = resized.transpose(1, 2) if transposed else resized
-    return resized.flip(2) if crop.flipped else resized
+    return resized.flip(2) if flipped else resized
 
 
 def _plain_header(data: bytes) -> tuple[int, int, int] | None:

@@ -25,6 +25,7 @@ from odcft.backbone.network import Backbone
 from odcft.backbone.network_input import Input
 from odcft.data.batches import Batch, Crops, TrainingBatches, TrainingOrder
 from odcft.data.custom_reader import Reader, make_reader, refuse_other_reader
+from odcft.data.decoded_cache import make_cache
 from odcft.data.feature_extraction import to_float
 from odcft.data.images import Images
 from odcft.data.sources import find_images
@@ -185,7 +186,8 @@ def _train(pretext: _Pretext, progress: Progress) -> dict[str, Any]:
     """
     network, optimizer, plan, order = pretext.network, pretext.optimizer, pretext.plan, pretext.order
     device, images, chance = dist.this_device(), pretext.images, 0.0
-    crops = Crops(images, plan.view, plan.augment, plan.seed, plan.data.decoder)
+    cache = make_cache(images, plan.view) if plan.data.cache == "on" else None
+    crops = Crops(images, plan.view, plan.augment, plan.seed, plan.data.decoder, cache)
     batches = TrainingBatches(crops, order, plan.data.workers, device)
     sums_3 = torch.zeros(3, dtype=torch.float64, device=device)  # of the epoch so far: loss, correct answers, puzzles
     figures: dict[str, float] = {}

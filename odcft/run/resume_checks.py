@@ -16,7 +16,7 @@ from odcft.run.folder import read_quarantine
 from odcft.text import short_repr
 
 # Speed, how often a run logs, and when it gives up: these do not change the result.
-MAY_CHANGE = ("data.workers", "data.max_broken", "log")
+MAY_CHANGE = ("data.workers", "data.max_broken", "data.cache", "log")
 
 
 def read_run_json(run: Path) -> dict[str, Any]:
@@ -93,6 +93,7 @@ def resumed_recipe(
             )
     recipe = make_recipe(then_recipe)
     recipe.log, recipe.data.workers, recipe.data.max_broken = given.log, given.data.workers, given.data.max_broken
+    recipe.data.cache = given.data.cache
     epochs = prolonged if epochs is None else epochs
     if epochs != recipe.optim.epochs:
         _prolong(

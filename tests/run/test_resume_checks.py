@@ -42,3 +42,15 @@ def test_a_run_older_than_the_choice_of_decoder_keeps_pillow():
     assert resumed().data.decoder == resumed("data.decoder=pil").data.decoder == "pil"
     with pytest.raises(OdcftError, match=r"started with data\.decoder=pil, not turbo"):
         resumed("data.decoder=turbo")
+
+
+def test_the_cache_of_decoded_images_may_change_and_older_runs_have_not_chosen():
+    from odcft.run.resume_checks import resumed_recipe
+
+    asked = quick().model_dump(mode="json")
+    older = {**asked, "data": {name: value for name, value in asked["data"].items() if name != "cache"}}
+    for then in (asked, older):
+        saved = {"recipe": then, "step": 1, "steps_per_epoch": 3}
+        for given in ("on", "off"):
+            recipe = quick(f"data.cache={given}")
+            assert resumed_recipe(recipe, None, Path("run"), {"asked": then}, saved).data.cache == given
