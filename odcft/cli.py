@@ -320,6 +320,11 @@ def finetune(
     _start_processes(devices)
     _say_preset(preset)
     if dry_run:
+        if eval_data is not None:
+            from odcft.data.custom_reader import make_reader
+            from odcft.evaluation.during_training import load_images_to_evaluate
+
+            load_images_to_evaluate(eval_data, make_reader(reader))  # refused here as in the run
         options = {"arch": arch, "reader": reader, "memory": memory, "overwrite": overwrite}
         _dry_run(ckpts, data, out, resolved, as_json, epochs=epochs, **options)
         return

@@ -92,5 +92,8 @@ Seed = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what odcft wrote there earlier.")]
 Devices = Annotated[
-    int, typer.Option(min=1, help="Number of processes on this machine, one per GPU; without GPUs they share the CPU.")
+    int,
+    typer.Option(
+        min=1, max=1024, help="Number of processes on this machine, one per GPU; without GPUs they share the CPU."
+    ),
 ]

@@ -74,12 +74,21 @@ def embed(
         name, why = next(iter(bad.items()))
         raise OdcftError(f"None of the {len(images):,} images in {data} can be read; the first is {name} ({why}).")
     features_NF = found.layers[LAST][good]
+    _refuse_non_finite(features_NF, ckpt)
     labels = images.class_labels()
     write_embedding(
         out, features_NF, [images.names[i] for i in good], [labels[i] for i in good] if any(labels) else None
     )
     counts = {"images": len(good), "width": features_NF.shape[1]}
     return {"out": str(out), **counts, "unreadable": bad, "cached": found.cached}
+
+
+def _refuse_non_finite(features_NF: np.ndarray, ckpt: str) -> None:
+    if bad := len(features_NF) - int(np.isfinite(features_NF).all(1).sum()):
+        raise OdcftError(
+            f"{ckpt} gives features that are NaN or infinite for {bad:,} of {len(features_NF):,} images: its weights "
+            "are damaged. Use another checkpoint."
+        )
 
 
 def _refuse(out: Path, overwrite: bool) -> None:

@@ -108,7 +108,7 @@ class Progress:
                 nonlocal done
                 done += count
                 rate = done / max(1e-9, time.monotonic() - started)
-                bar.update(task, advance=count, rate=f"{rate:,.0f} {unit}/s")
+                bar.update(task, advance=count, rate=f"{rate:,.{1 if rate < 10 else 0}f} {unit}/s")
                 if note:
                     bar.update(task, note=printable(note))
 
@@ -128,7 +128,7 @@ class Progress:
                 last_line = now
                 rate = done / max(1e-9, now - started)
                 left = duration((total - done) / max(1e-9, rate))
-                text = f"{title}: {done:,}/{total:,} {unit}, {rate:,.0f} {unit}/s, {left} left"
+                text = f"{title}: {done:,}/{total:,} {unit}, {rate:,.{1 if rate < 10 else 0}f} {unit}/s, {left} left"
                 self.say(f"{text}  {last_note}" if last_note else text)
 
         return advance

@@ -252,8 +252,10 @@ def _read_transformers_folder(folder: Path, config: dict[str, Any], contents: Co
                 f"without a preprocessor_config.json that tells mean and std, they are those of timm's {twin.arch}; "
                 "if they were others, pass --set data.mean=[…] and data.std=[…]"
             )
-    elif isinstance(kind := config.get("model_type"), str) and kind not in FAMILIES:
+    elif isinstance(kind := config.get("model_type"), str):
         metadata.from_transformers = True
+        if kind in FAMILIES:
+            return
         metadata.notes.append(
             f"config.json says model_type={short_repr(kind)}, which odcft has no table for: the network was found by "
             "its tensors alone, and activations, epsilons and padding are taken to be timm's"

@@ -42,6 +42,8 @@ def read_image(data: bytes, intensity: tuple[float, float] | None = None, bands:
         OdcftError: the image is of a kind that odcft does not read; says which.
         OSError, ValueError, SyntaxError and others: raised by Pillow for a file that is not a complete image.
     """
+    if not data:
+        raise OdcftError("an empty file (0 bytes)")
     decoded, turned = _decode(data, bands)
     image: Any = to_8_bits(decoded, intensity) if isinstance(decoded, HighDepthImage) else decoded
     transpose = _UNDO_ORIENTATION.get(turned)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from odcft.data.custom_reader import Reader
-from odcft.data.image_files import ENDINGS, file_size, is_url, read_file
+from odcft.data.image_files import ENDINGS, MAX_BYTES, file_size, is_url, read_file
 from odcft.data.images import Images
 from odcft.data.index_cache import Index, cached, checked_counts, stamps_of
 from odcft.data.names import Names
@@ -49,6 +49,8 @@ def find_images(data: str | Path, progress: Progress | None = None, reader: Read
 
 def _find(data: str | Path, endings: tuple[str, ...], progress: Progress) -> Images:
     """Find the images; those of a folder are the files with these endings."""
+    if not os.fspath(data):
+        raise OdcftError(f"DATA is empty. Give {WHAT}.")
     if is_url(os.fspath(data)):
         try:
             return _find_remote(str(data), endings, progress)
@@ -118,6 +120,8 @@ def _find_in_list(path: Path, progress: Progress) -> Images:
         with progress.waiting(f"Reading     {path} …"):
             stamps = stamps_of([os.path.abspath(path)])
             try:
+                if path.stat().st_size > MAX_BYTES:
+                    raise OdcftError(f"{path} has more than {MAX_BYTES:,} bytes: too many for a list. Divide it.")
                 content = path.read_bytes()
             except OSError as error:
                 raise OdcftError(f"{path} cannot be read: {error.strerror}.") from None

@@ -32,8 +32,14 @@ def run_ranks(ranks: int) -> int:
     environment = _environment(ranks)
     workers: list[subprocess.Popen] = []
     received = _forward_signals(workers)
-    for rank in range(ranks):
-        workers.append(_start_rank(rank, environment))
+    try:
+        for rank in range(ranks):
+            workers.append(_start_rank(rank, environment))
+    except OSError as error:
+        for worker in workers:
+            worker.kill()
+        print(f"odcft: {ranks} processes cannot be started: {error.strerror}. Choose fewer --devices.", file=sys.stderr)
+        return 2
     stderr = {rank: _StderrTail(worker) for rank, worker in enumerate(workers) if rank}
 
     running, first_stop = dict(enumerate(workers)), 0.0

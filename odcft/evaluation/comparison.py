@@ -87,7 +87,7 @@ def evaluate(
     columns = [_column(one, options, labels, size, crop, progress) for one in sources]
     if not several and (before := _load_starting_checkpoints(columns[0], progress)):
         columns.append(Column(before[0].source, before, columns[0].views, suffix=" before"))
-    _report_images(labels, [view for column in columns for view in column.views], progress)
+    _report_images(labels, columns, progress)
     for source in sources:
         if note := reader_note(source, labels.images.reader):
             progress.say(f"Note        {note}")
@@ -223,13 +223,20 @@ def _load_starting_checkpoints(column: Column, progress: Any) -> list["Loaded"]:
     return loaded
 
 
-def _report_images(labels: "LabelledImages", views: list["View"], progress: Any) -> None:
-    """Say which images were found and how the networks see them."""
+def _report_images(labels: "LabelledImages", columns: list[Column], progress: Any) -> None:
+    """Say which images were found and how the networks see them; if they see them differently, which does how."""
     from odcft.data.view import describe_view
 
     found = ", ".join(f"{count:,} in {name}" for name, count in labels.sets)
-    for view in dict.fromkeys(views):
-        progress.say(f"Images      {found} · {describe_view(view)}")
+    if labels.images.classes_are_folders and any(name.lower().endswith((".csv", ".tsv")) for name, _ in labels.sets):
+        progress.say("Labels      the folder of each image: the table has no column called label, class or the like")
+    views = dict.fromkeys((view, column.source) for column in columns for view in column.views)
+    if len({view for view, _ in views}) == 1:
+        progress.say(f"Images      {found} · {describe_view(next(iter(views))[0])}")
+    else:
+        progress.say(f"Images      {found}")
+        for view, source in views:
+            progress.say(f"            {source}: {describe_view(view)}")
     if labels.images.skipped:
         progress.say(f"Not read    {labels.images.skipped_summary()}")
 

@@ -8,6 +8,7 @@ Where they are, and how large they may become, says odcft/cache_folder.py.
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -51,22 +52,29 @@ def _content(images: Images, index: int) -> bytes:
         return hashlib.blake2b(repr(error).encode(), digest_size=20, person=b"unreadable").digest()
 
 
-def read(key: str, layers: list[str], count: int) -> Entry | None:
-    """The features (`count`, F) of these layers, and the unreadable images; None if any is missing or damaged."""
+def read(key: str, widths: Mapping[str, int], count: int) -> Entry | None:
+    """The features (`count`, F) of layers, and the unreadable images; None if any is missing or damaged.
+
+    Args:
+        key: of the network and the images.
+        widths: layer to F.
+        count: of the images.
+    """
     found: dict[str, np.ndarray] = {}
     unreadable: dict[int, str] = {}
-    for layer in layers:
+    for layer, width in widths.items():
         path = _path(key, layer)
         try:
             if path is None or not is_ours(path.lstat()):
                 return None
             with safe_open(path, framework="np") as file:
                 found[layer] = file.get_tensor("features")
-                unreadable = {int(i): str(why) for i, why in json.loads(file.metadata()["unreadable"]).items()}
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError):
+                about = file.metadata()
+            unreadable = {int(i): str(why) for i, why in json.loads(about["unreadable"]).items()}
+            whole = zlib.crc32(np.ascontiguousarray(found[layer]).data) == int(about["crc32"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
             return None
-        features = found[layer]
-        if features.ndim != 2 or len(features) != count or features.dtype != np.float32:
+        if not whole or found[layer].shape != (count, width) or found[layer].dtype != np.float32:
             return None
         if any(not 0 <= index < count for index in unreadable):
             return None
@@ -84,7 +92,11 @@ def write(key: str, layers: Mapping[str, Tensor], unreadable: Mapping[int, str])
         if path is None:
             return
         with suppress(OSError), atomic_file(path) as unfinished:  # the cache only saves time
-            save_file({"features": tensor.contiguous()}, unfinished, {"unreadable": json.dumps(dict(unreadable))})
+            about = {
+                "unreadable": json.dumps(dict(unreadable)),
+                "crc32": str(zlib.crc32(tensor.contiguous().numpy().data)),
+            }
+            save_file({"features": tensor.contiguous()}, unfinished, about)
             unfinished.chmod(0o600)
         with suppress(OSError):
             make_room(path.parent, keep=path)

@@ -65,12 +65,14 @@ def features_of(
     half = device.type == "cuda" and has_bfloat16(device)
     backbone = backbone.to(device).eval()
     network = LayerFeatures(backbone, view.size) if all_layers else backbone
-    names = network.names if isinstance(network, LayerFeatures) else [LAST]
+    widths = {LAST: backbone.width}
+    if isinstance(network, LayerFeatures):
+        widths = dict(zip(network.names, network.widths, strict=True))
 
     key, known = "", None
     if keep and dist.rank() == 0:  # the other ranks may have another disk
         key = feature_cache.key(backbone, images, view, "bfloat16" if half else "float32")
-        known = feature_cache.read(key, names, len(images))
+        known = feature_cache.read(key, widths, len(images))
     if float(dist.all_sum(torch.tensor(float(known is not None), device=device))):
         return Features(*(known or ({}, {})), cached=True)
 

@@ -20,6 +20,10 @@ from odcft.errors import OdcftError
 from odcft.evaluation.voc_folder import LabelledSet, find_voc_folder, load_voc_sets
 from odcft.progress import Progress
 
+HOW_TO_LABEL = (
+    "Put each class into its own folder, or give a table (.csv, .parquet) with a column `label`, or tar shards with "
+    ".cls members."
+)
 MIN_IMAGES = 4  # of a class, so that half of them can be held out
 
 
@@ -92,18 +96,14 @@ def load_labelled_images(
     classes = sorted({name for names in per_image[:count] for name in names})
     if len(classes) < 2:
         what = f"only one class ({classes[0]})" if classes else "no labels"
-        raise OdcftError(
-            f"{train_name}: {what}. Put each class into its own folder, or give a .csv with the columns path,label."
-        )
+        raise OdcftError(f"{train_name}: {what}. {HOW_TO_LABEL}")
     unknown = sorted({name for names in per_image[count:] for name in names} - set(classes))
     if unknown:
         raise OdcftError(
             f"{test_name} has a class that {train_name} does not have: {unknown[0]}. Both need the same classes."
         )
     if len(found) > 1 and not any(per_image[count:]):
-        raise OdcftError(
-            f"{test_name}: no labels. Put each class into its own folder, or give a .csv with the columns path,label."
-        )
+        raise OdcftError(f"{test_name}: no labels. {HOW_TO_LABEL}")
     targets = label_targets(per_image, difficult, classes)
     images = found[0] if len(found) == 1 else _joined(*found)
     no_rows = np.zeros(0, dtype=np.int64)

@@ -50,13 +50,17 @@ def evaluate_layers(
     """
     if layers == "last":
         return evaluate_arrays(splits[LAST], protocols, progress, suffix)
+    choosing = [name for name in protocols if name in CHOOSING]
+    everywhere = choosing if layers == "best" and choosing else protocols  # the others wait until a layer is chosen
     by_layer = {
-        name: evaluate_arrays(split, protocols, progress, f" of {name}{suffix}") for name, split in splits.items()
+        name: evaluate_arrays(split, everywhere, progress, f" of {name}{suffix}") for name, split in splits.items()
     }
     figures = {protocol: _figures(protocol, splits, by_layer) for protocol in by_layer[LAST]}
     best = {protocol: _best(figures[protocol], "cv") for protocol in CHOOSING if protocol in figures}
-    usual = next(iter(best.values()), LAST)
-    results: dict[str, Any] = {}
+    usual = next(iter(best.values()), LAST) if layers == "best" else LAST
+    others = [name for name in protocols if name not in everywhere]
+    results = evaluate_arrays(splits[usual], others, progress, f" of {usual}{suffix}") if others else {}
+    results = {protocol: {**result, "layer": usual} for protocol, result in results.items()}
     for protocol, by_name in figures.items():
         metric = METRICS[protocol][1]
         layer = best.get(protocol, usual) if layers == "best" else LAST
@@ -67,7 +71,7 @@ def evaluate_layers(
             "per_layer": by_name,
             "best_on_test": {"layer": published, metric: by_name[published][metric]},
         }
-    return results
+    return {protocol: results[protocol] for protocol in METRICS if protocol in results}
 
 
 def _figures(

@@ -32,7 +32,9 @@ def report_lines(results: dict[str, Any]) -> list[str]:
         lines += [f"{member['source']} alone:", *table_lines(member)]
     if "columns" in results:
         *compared, reference = results["columns"]
-        lines += [f"{one['source']}: {verdict_line(one['change'], tested, reference['source'])}" for one in compared]
+        for one in compared:
+            said = verdict_line(one["change"], tested, reference["source"])
+            lines.append(f"{one['source']}: {said[0].lower()}{said[1:]}")
     elif "change" in results:
         lines.append(verdict_line(results["change"], tested, "the checkpoint it was started from"))
     return lines
@@ -41,7 +43,7 @@ def report_lines(results: dict[str, Any]) -> list[str]:
 def table_lines(results: dict[str, Any]) -> list[str]:
     """The results as a table, before and after if there are both, followed by what explains the figures."""
     if "columns" in results:
-        return _side_by_side(results["columns"]) + _notes(results)
+        return _side_by_side(results["columns"])
     rows = []
     compared = "before" in results
     if compared:
@@ -123,6 +125,10 @@ def _side_by_side(columns: list[dict[str, Any]]) -> list[str]:
             change = _interval(column["change"][protocol]) if "change" in column else ""
             cells += f"  {column[protocol][name]:>9.1f}  {change:<24}"
         rows.append(f"  {source:<{wide}}{cells}".rstrip())
+    if "layer" in columns[0][metrics[0][0]]:
+        for column in columns:
+            chosen = ", ".join(f"{title} of {column[protocol]['layer']}" for protocol, title, _ in metrics)
+            rows.append(f"  {column['source']}: {chosen}")
     return rows
 
 

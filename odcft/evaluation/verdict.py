@@ -42,24 +42,28 @@ def verdict_line(changes: Mapping[str, Mapping[str, float]], test_images: int, t
         down = " and ".join(METRICS[name][0] for name, change in changes.items() if change["high"] < 0)
         return f"Mixed: better than {than} by {up}, worse by {down}."
     line = f"No difference from {than} that {test_images:,} test images can show."
-    needed = images_needed(changes, test_images)
-    return line if needed is None else f"{line} A change of this size would show with about {needed:,}."
+    if (needed := images_needed(changes, test_images)) is None:
+        return line
+    protocol, count = needed
+    title, change = METRICS[protocol][0], changes[protocol]["change"]
+    return f"{line} A change of {change:+.1f} in {title} would show with about {count:,}."
 
 
-def images_needed(changes: Mapping[str, Mapping[str, float]], test_images: int) -> int | None:
+def images_needed(changes: Mapping[str, Mapping[str, float]], test_images: int) -> tuple[str, int] | None:
     """How many test images would show the change: an interval shrinks with the square root of their number.
 
     Returns:
-        The number for the metric that needs least, to two digits; None if no metric changed, or if even a hundred times
-        as many would not do.
+        The protocol that needs least, and how many, to two digits; None if no figure changed, or if even a hundred
+        times as many would not do.
     """
-    factors = [
-        (max(change["high"] - change["change"], change["change"] - change["low"]) / abs(change["change"])) ** 2
-        for change in changes.values()
+    factors = {
+        protocol: (max(change["high"] - change["change"], change["change"] - change["low"]) / change["change"]) ** 2
+        for protocol, change in changes.items()
         if change["change"]
-    ]
-    if not factors or min(factors) > 100:
+    }
+    if not factors or min(factors.values()) > 100:
         return None
-    needed = test_images * min(factors)
+    protocol = min(factors, key=lambda name: factors[name])
+    needed = test_images * factors[protocol]
     digits = max(0, len(str(int(needed))) - 2)
-    return int(-(-needed // 10**digits) * 10**digits)
+    return protocol, int(-(-needed // 10**digits) * 10**digits)

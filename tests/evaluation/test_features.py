@@ -72,7 +72,9 @@ def test_anything_that_matters_is_noticed(cache, backbone, images, changed):
 def test_a_damaged_or_foreign_entry_is_computed_again(cache, backbone, images):
     first = extracted(backbone, images)
     (entry,) = cache.iterdir()
-    for damage in (b"", b"no features", entry.read_bytes()[:-8], feature_file(3), feature_file(6, np.float64)):
+    whole = entry.read_bytes()
+    flipped = whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:]
+    for damage in (b"", b"no features", whole[:-8], flipped, feature_file(3), feature_file(6, np.float64)):
         entry.write_bytes(damage)
         found = extracted(backbone, images)
         assert not found.cached

@@ -9,6 +9,9 @@ def change(low, high):
     return {"change": (low + high) / 2, "low": low, "high": high}
 
 
+NONE = "No difference from c that 100 test images can show."
+
+
 @pytest.mark.parametrize(
     ("svm", "knn", "expected"),
     [
@@ -19,14 +22,14 @@ def change(low, high):
         (
             (-1, 1),
             (0, 2),
-            "No difference from c that 100 test images can show. A change of this size would show with about 100.",
+            NONE + " A change of +1.0 in kNN top-1 would show with about 100.",
         ),
         (
             (-1, 3),
             (-3, 3),
-            "No difference from c that 100 test images can show. A change of this size would show with about 400.",
+            NONE + " A change of +1.0 in SVM mAP would show with about 400.",
         ),
-        ((-1, 1), (-2, 2), "No difference from c that 100 test images can show."),
+        ((-1, 1), (-2, 2), NONE),
     ],
 )
 def test_sentences(svm, knn, expected):
@@ -37,5 +40,8 @@ def test_sentences(svm, knn, expected):
 
 
 def test_images_needed_grow_with_the_square_of_the_interval():
-    assert images_needed({"svm": {"change": 1.0, "low": -1.5, "high": 3.5}}, 5000) == 32_000  # 6.25 times as many
+    assert images_needed({"svm": {"change": 1.0, "low": -1.5, "high": 3.5}}, 5000) == (
+        "svm",
+        32_000,
+    )  # 6.25 times as many
     assert images_needed({"svm": {"change": 0.01, "low": -1.5, "high": 3.5}}, 5000) is None
