@@ -50,9 +50,10 @@ def test_steps_of_a_run_exchange_and_read_the_same_few_things(tmp_path, make_che
         least = 0 if ranks == 1 else 4 if method == "dc" else 5
         assert {line[0] for line in ordinary} <= {least, least + (ranks > 1) * (method != "dc")}
         assert len({line[1] for line in ordinary}) <= 2
-        # The flags, whether a cluster is small, and 17 of the host's own: the order of batches and of colour jitter.
-        assert {line[2] for line in ordinary} == {18 if method == "dc" else 19}
+        # The flags, whether a cluster is small, and three of the host's own: which images come next, in which order
+        # their colours change, and which become gray.
+        assert {line[2] for line in ordinary} == {4 if method == "dc" else 5}
         assert bool(refilling) == (method != "dc")
         for collectives, _, reads in refilling:
             assert collectives <= least + (ranks > 1) * (1 + A_PASS)
-            assert reads <= 19 + 19
+            assert reads <= 5 + 19
