@@ -71,14 +71,13 @@ def embed(
     good = np.array([i for i in range(len(images)) if i not in found.unreadable], dtype=np.int64)
     bad = {images.names[i]: why for i, why in sorted(found.unreadable.items())}
     if not len(good):
-        name, why = next(iter(bad.items()))
-        raise OdcftError(f"None of the {len(images):,} images in {data} can be read; the first is {name} ({why}).")
+        first = "{} ({})".format(*next(iter(bad.items())))
+        raise OdcftError(f"None of the {len(images):,} images in {data} can be read; the first is {first}.")
     features_NF = found.layers[LAST][good]
     _refuse_non_finite(features_NF, ckpt)
     labels = images.class_labels()
-    write_embedding(
-        out, features_NF, [images.names[i] for i in good], [labels[i] for i in good] if any(labels) else None
-    )
+    names, labels_kept = [images.names[i] for i in good], [labels[i] for i in good] if any(labels) else None
+    write_embedding(out, features_NF, names, labels_kept)
     counts = {"images": len(good), "width": features_NF.shape[1]}
     return {"out": str(out), **counts, "unreadable": bad, "cached": found.cached}
 

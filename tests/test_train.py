@@ -261,6 +261,7 @@ SPEECH = {
     "data.decoder",  # the images of this test are PNG; of JPEGs: tests/data_tests/test_jpeg_crops.py
     "optim.sync_bn",  # of several GPUs: tests/distributed/test_fake_gpu.py
     "data.bands",  # of other images: tests/backbone/test_band_widening.py
+    "data.cache",  # images are the same: tests/data_tests/test_decoded_cache.py
     "data.max_broken",  # when to give up: tests/run/test_broken_images.py
     "backbone.allow_partial",
     "optim.channels_last",

@@ -155,7 +155,7 @@ def check_damaged_files(folder, count, seconds):
         if name.startswith("named"):
             assert reason == "", name  # the ending does not matter
         if name.startswith("zero"):
-            assert reason == "OdcftError: not an image of a format that odcft reads"
+            assert reason == "OdcftError: an empty file (0 bytes)"
     refused = sum(reason != "" for reason in found.values())
     assert len(found) // 10 < refused < len(found)
     return len(found)
