@@ -18,6 +18,7 @@ import typer
 
 from odcft import __version__
 from odcft.cli_options import (
+    MAX_IMAGE_SIZE,
     Arch,
     ArchArgs,
     Ckpt,
@@ -35,6 +36,7 @@ from odcft.cli_options import (
     RecipeName,
     Seed,
     Set,
+    Size,
 )
 from odcft.distributed import stop_signals
 from odcft.errors import OdcftError
@@ -48,7 +50,7 @@ app = typer.Typer(
 )
 
 LOST_PEER_DELAY = 5.0  # seconds: the launcher usually ends this process before it repeats what another says better
-MOST_EPOCHS, MAX_IMAGE_SIZE = 1_000_000, 4096  # same as in recipe.py, which is slow to import
+MOST_EPOCHS = 1_000_000  # same as in recipe.py, which is slow to import
 DEFAULT_RECIPE, DC_RECIPE = "odc_r50_finetune", "dc_r50_finetune"
 
 
@@ -471,12 +473,7 @@ def evaluate(
     crop: Annotated[
         str, typer.Option(help="centre, or squash: the whole image, as in the published results on VOC07.")
     ] = "centre",
-    size: Annotated[
-        int | None,
-        typer.Option(
-            min=8, max=MAX_IMAGE_SIZE, help="Image size in pixels; by default that of the RUN or the network."
-        ),
-    ] = None,
+    size: Size = None,
     arch: Arch = None,
     arch_args: ArchArgs = None,
     input: Input = None,
@@ -523,12 +520,7 @@ def embed(
     ckpt: Ckpt,
     data: Data,
     out: Annotated[Path, typer.Option(metavar="FILE.(npz|parquet)", help="File to write.")],
-    size: Annotated[
-        int | None,
-        typer.Option(
-            min=8, max=MAX_IMAGE_SIZE, help="Image size in pixels; by default that of the RUN or the network."
-        ),
-    ] = None,
+    size: Size = None,
     arch: Arch = None,
     arch_args: ArchArgs = None,
     input: Input = None,

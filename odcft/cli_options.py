@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+MAX_IMAGE_SIZE = 4096  # same as in recipe.py, which is slow to import
+
 Ckpt = Annotated[
     str,
     typer.Argument(
@@ -96,4 +98,8 @@ Devices = Annotated[
     typer.Option(
         min=1, max=1024, help="Number of processes on this machine, one per GPU; without GPUs they share the CPU."
     ),
+]
+Size = Annotated[
+    int | None,
+    typer.Option(min=8, max=MAX_IMAGE_SIZE, help="Image size in pixels; by default that of the RUN or the network."),
 ]

@@ -228,8 +228,8 @@ def _report_images(labels: "LabelledImages", columns: list[Column], progress: An
     from odcft.data.view import describe_view
 
     found = ", ".join(f"{count:,} in {name}" for name, count in labels.sets)
-    if labels.images.classes_are_folders and any(name.lower().endswith((".csv", ".tsv")) for name, _ in labels.sets):
-        progress.say("Labels      the folder of each image: the table has no column called label, class or the like")
+    for name in labels.from_folders:
+        progress.say(f"Labels      the folder of each image: {name} has no column called label, class or the like")
     views = dict.fromkeys((view, column.source) for column in columns for view in column.views)
     if len({view for view, _ in views}) == 1:
         progress.say(f"Images      {found} · {describe_view(next(iter(views))[0])}")

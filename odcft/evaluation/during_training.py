@@ -100,7 +100,8 @@ class EpochEvaluation:
         return {"knn": result["top1"]}
 
     def _keep_best(self, epoch: int) -> None:
-        for member, (backbone, name) in enumerate(zip(self.backbones, BEST_BACKBONES, strict=False)):
+        names = BEST_BACKBONES[: len(self.backbones)]
+        for member, (backbone, name) in enumerate(zip(self.backbones, names, strict=True)):
             copy = deepcopy(backbone).cpu().eval()
             copy.set_view(self.view)
             write_timm(copy, self.out / name, {**about_run(self.out, member), "epochs": epoch})

@@ -40,6 +40,7 @@ class LabelledImages:
         left_out: reason to image numbers; the reasons are the keys of REASONS.
         too_small: classes with too few images to hold out half, and how many they have.
         duplicates: groups of images with the same bytes.
+        from_folders: the tables without a column of labels, where the folder of an image is its label.
     """
 
     images: Images
@@ -51,11 +52,12 @@ class LabelledImages:
     left_out: dict[str, list[int]]
     too_small: dict[int, int] = field(default_factory=dict)
     duplicates: list[list[int]] = field(default_factory=list)
+    from_folders: list[str] = field(default_factory=list)
 
 
 @dataclass
 class _BothSets:
-    """Where the images of two sets are: a store for `Images`."""
+    """Where the images of two sets are, one after the other: a store for `Images`."""
 
     train: Images
     test: Images
@@ -64,7 +66,12 @@ class _BothSets:
         return self.train.read(row) if row < len(self.train) else self.test.read(row - len(self.train))
 
     def take(self, rows: np.ndarray) -> "_BothSets":
-        raise NotImplementedError("nothing is left out of labelled images: their rows are chosen instead")
+        """Those of these rows, which ascend: both sets stay one after the other."""
+        count, left_out = len(self.train), set(range(len(self.train) + len(self.test))) - set(rows.tolist())
+        return _BothSets(
+            self.train.without({row for row in left_out if row < count}),
+            self.test.without({row - count for row in left_out if row >= count}),
+        )
 
     def sizes(self) -> np.ndarray | None:
         sizes = self.train.sizes(), self.test.sizes()
@@ -108,6 +115,9 @@ def load_labelled_images(
     images = found[0] if len(found) == 1 else _joined(*found)
     no_rows = np.zeros(0, dtype=np.int64)
     labels = LabelledImages(images, classes, targets, no_rows, no_rows, sets, {}, duplicates=identical_files(images))
+    labels.from_folders = [
+        one.name for one in read if one.images.classes_are_folders and one.name.lower().endswith((".csv", ".tsv"))
+    ]
     if len(found) == 1:
         _refuse_too_few(labels, targets)
     labels = _divide(labels, {})

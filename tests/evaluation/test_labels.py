@@ -259,3 +259,32 @@ def test_sets_of_different_kinds_are_joined(tmp_path, images):
     assert split.classes == ["a", "b"]
     assert len(split.left_out["overlap"]) == tested == 19
     assert split.images.read(24) == split.images.read(0)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_labels_that_are_folders_are_said_to_be_and_no_others(tmp_path, make_images, labelled, odcft_command):
+    make_images(tmp_path / "images", 16)
+    for name, first in (("fit", 0), ("test", 8)):
+        rows = [f"images/{'ab'[i % 2]}/{i:03d}.png,{'ab'[i % 2]}" for i in range(first, first + 8)]
+        header = "path,label" if labelled else "path,species"
+        (tmp_path / f"{name}.csv").write_text("\n".join([header, *rows]))
+    code, _, err = odcft_command(
+        *("evaluate", "scratch:test_resnet", tmp_path / "fit.csv", "--test", tmp_path / "test.csv", "--protocol", "knn")
+    )
+    assert code == 0
+    said = [line for line in err.splitlines() if line.startswith("Labels ")]
+    assert len(said) == (0 if labelled else 2)
+
+
+def test_images_can_be_left_out_of_two_joined_sets(tmp_path, make_images):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = make_images(tmp_path / "images", 12)
+    for name, first in (("fit", 0), ("test", 6)):
+        paths = [images / "ab"[i % 2] / f"{i:03d}.png" for i in range(first, first + 6)]
+        table = {"image": [path.read_bytes() for path in paths], "label": [path.parent.name for path in paths]}
+        pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+    whole = load_labelled_images(str(tmp_path / "fit.parquet"), str(tmp_path / "test.parquet")).images
+    some = whole.without({1, 5, 6, 11})
+    assert [some.read(i) for i in range(8)] == [whole.read(i) for i in (0, 2, 3, 4, 7, 8, 9, 10)]
