@@ -10,6 +10,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from odcft.data.images import Images
 from odcft.data.view import View
 from odcft.files import atomic_file, save_file
 
-VERSION = 1
+VERSION, THREADS, PIECE = 1, 8, 256  # of the format; that read images; images that each reads in a row
 Entry = tuple[dict[str, np.ndarray], dict[int, str]]  # layers and unreadable images
 
 
@@ -39,8 +40,10 @@ def key(backbone: Backbone, images: Images, view: View, precision: str) -> str:
     for name, tensor in backbone.net.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    for index in range(len(images)):
-        digest.update(_content(images, index))
+    pieces = [range(start, min(start + PIECE, len(images))) for start in range(0, len(images), PIECE)]
+    with ThreadPoolExecutor(THREADS) as pool:  # hashing lets other threads run
+        for contents in pool.map(lambda piece: [_content(images, index) for index in piece], pieces):
+            digest.update(b"".join(contents))
     return digest.hexdigest()
 
 
