@@ -1,6 +1,5 @@
 """The program behind `odcft check-data`: what these images are, and whether they are enough; nothing is written."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ from odcft.data.sources import find_images
 from odcft.data.survey import Survey, survey
 from odcft.data.view import View
 from odcft.errors import OdcftError
-from odcft.plan import decide_clusters, suitable_recipe
+from odcft.plan import cores_of_rank, decide_clusters, suitable_recipe
 from odcft.progress import Progress
 from odcft.recipe import DEFAULT, Recipe, load_recipe
 from odcft.text import count_of
@@ -98,8 +97,7 @@ def _workers(recipe: Recipe) -> int:
     """Loader processes: the recipe's number, or one a core."""
     if recipe.data.workers != "auto":
         return recipe.data.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_WORKERS, cores)
+    return min(MAX_WORKERS, cores_of_rank())
 
 
 def _verdict(recipe: Recipe, found: Survey, count: int) -> tuple[int | None, str]:

@@ -430,15 +430,16 @@ def view_for_evaluation(loaded: Loaded, images: Images, size: int | None, run: V
 
 def _workers(gpu: bool) -> int:
     """Data loader processes for each rank: its share of this machine's cores if a GPU trains, else none."""
-    return min(16, _cores_of_rank()) if gpu else 0
+    return min(16, cores_of_rank()) if gpu else 0
 
 
 def loader_workers(device: torch.device) -> int:
     """Data loader processes for each rank while features are extracted: on a CPU, the network needs most cores."""
-    return _workers(True) if device.type == "cuda" else min(4, _cores_of_rank() // 4)
+    return _workers(True) if device.type == "cuda" else min(4, cores_of_rank() // 4)
 
 
-def _cores_of_rank() -> int:
+def cores_of_rank() -> int:
+    """This rank's share of the cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores // int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
 

@@ -23,11 +23,8 @@ from torch import Tensor
 from odcft.data.augmentation import draw_crop
 from odcft.recipe import AugmentRecipe
 
-SCALES = (
-    8,
-    4,
-    2,
-)  # divisors of the size at which libjpeg-turbo is fast; the largest is taken that leaves enough pixels
+# Divisors of the size at which libjpeg-turbo is fast; the largest is taken that leaves enough pixels.
+SCALES = (8, 4, 2)
 KEPT_BYTES = 1 << 24  # of the buffer that each thread keeps
 _kept = threading.local()
 _START = b"\xff\xd8\xff"

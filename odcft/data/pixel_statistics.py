@@ -9,8 +9,6 @@ from odcft.data.images import Images
 from odcft.data.view import View
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
-
-
 COLOURLESS = 2  # of 255: channels that differ no more are gray, as JPEG rounds
 
 

@@ -15,18 +15,8 @@ from odcft.data.shared_arrays import SharesArrays
 from odcft.data.stores.lists import label_column
 from odcft.errors import OdcftError
 
-IMAGE_COLUMNS = (
-    "image",
-    "img",
-    "image_bytes",
-    "bytes",
-    "content",
-    "data",
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-)  # by precedence
+# Names of the column of images, by precedence
+IMAGE_COLUMNS = ("image", "img", "image_bytes", "bytes", "content", "data", "jpg", "jpeg", "png", "webp")
 KEPT_BYTES = 256 << 20  # of decoded chunks, in each process
 MAX_LABEL = 4096  # characters
 
@@ -84,11 +74,7 @@ class TableStore(SharesArrays):
         column = _chunk(self.read_chunk, self.paths[file], number, self.columns.image)
         try:
             return _bytes_of(column[row - int(self.starts[chunk])])
-        except (
-            ValueError,
-            IndexError,
-            KeyError,
-        ) as error:  # text that is not UTF-8, or a chunk that has become shorter
+        except (ValueError, IndexError, KeyError) as error:  # not UTF-8, or a chunk that has become shorter
             raise OdcftError(f"a damaged row ({error})") from None
 
     def take(self, rows: np.ndarray) -> "TableStore":
