@@ -281,7 +281,7 @@ def _build_timm(arch: str, kwargs: dict[str, Any]) -> nn.Module:
 
 # torch.nn.init's functions are listed too: __torch_function__ does not see what they call.
 _RANDOM_INIT = {
-    *("normal_", "uniform_", "trunc_normal_", "erfinv_", "bernoulli_", "orthogonal_"),
+    *("normal_", "uniform_", "trunc_normal_", "_trunc_normal_", "erfinv_", "bernoulli_", "orthogonal_"),
     *("kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_"),
 }
 
@@ -291,19 +291,20 @@ class SkipRandomInit(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Return tensors as they are instead of filling them at random."""
-        if getattr(func, "__name__", "") in _RANDOM_INIT:
+        name = getattr(func, "__name__", "")
+        if name in _RANDOM_INIT or (name == "clamp_" and args[0].is_meta):  # follows a draw; slow on the meta device
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 
 
 def shapes(arch: str, **kwargs: Any) -> dict[str, Tensor]:
     """A network's state dict on the meta device: names and shapes, without allocating memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), SkipRandomInit():
         return build(arch, **kwargs).state_dict()
 
 
 def count_elements(arch: str, **kwargs: Any) -> int:
     """How many numbers a network holds, counted without allocating memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), SkipRandomInit():
         net = build(arch, **kwargs)
     return sum(tensor.numel() for tensors in (net.parameters(), net.buffers()) for tensor in tensors)
