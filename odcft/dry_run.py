@@ -28,16 +28,17 @@ from odcft.data.custom_reader import Reader, make_reader
 from odcft.data.decoded_cache import DecodedCache
 from odcft.data.feature_extraction import to_float
 from odcft.data.host_memory import free_host_memory
-from odcft.distributed import dist, ownership
+from odcft.distributed import accelerator, dist, ownership
 from odcft.errors import OdcftError
-from odcft.model.members import joint_features, make_members, make_necks, on_all_ranks
+from odcft.model.backpropagation import backpropagate
+from odcft.model.members import make_members, make_necks, on_all_ranks
 from odcft.optim import lr_at, set_lr
 from odcft.plan import Plan
 from odcft.prepare import Start, feature_network, load_and_plan, prepare_start
 from odcft.progress import Progress
 from odcft.recipe import Recipe
 from odcft.run.clusters_parquet import require_parquet
-from odcft.run.failure_messages import explain_failures, smaller_batch
+from odcft.run.failure_messages import explain_failures, more_parts, smaller_batch
 from odcft.run.folder import Run
 from odcft.seeds import seed
 from odcft.state import State, new_state, stored
@@ -151,7 +152,7 @@ def _start_like_a_run(
 
 def _refuse_memory_too_large(rows: int, dim: int, free: dict[str, int | None]) -> None:
     """Refuse a samples memory larger than what is free, before it is allocated."""
-    where = "gpu" if torch.cuda.is_available() else "host"
+    where = "host" if free["gpu"] is None else "gpu"
     needed, there = rows * dim * 4, free[where]
     if there is not None and needed > there:
         raise OdcftError(
@@ -203,7 +204,7 @@ def _time_steps(start: Start, state: State, crops: Crops, progress: Progress) ->
 
     with closing(batches), progress.phase("Steps", most, "step") as advance:
         for step, batch in enumerate(itertools.islice(all_batches(), most)):
-            if len(batch.index_B) < 2:
+            if len(batch.index_B) < 2 * start.plan.optim.accumulate:
                 raise OdcftError(
                     f"Hardly any image of a batch can be read: `odcft check-data {start.images.source}` says why."
                 )
@@ -224,14 +225,12 @@ def _take_step(start: Start, state: State, network: Any, batch: Batch, step: int
     set_lr(state.optimizer, lr_at(step, steps_per_epoch, plan.optim))
     row_B = ownership.row_of(batch.index_B).to(device, non_blocking=True)
     views = state.network.views(batch, step, device)
-    with plan.autocast(device):
-        outputs = network(views.images, views.rotated, views.mixed)
-    label_B, weight_K = method.targets(state.clusters, row_B)
-    loss, _ = state.network.losses(outputs, views, label_B, weight_K)
     state.optimizer.zero_grad()
-    loss.backward()
-    state.optimizer.step()
-    features_BD = joint_features([output.features_BD.detach().float() for output in outputs])
+    label_B, weight_K = method.targets(state.clusters, row_B)
+    factor = state.loss_scale.factor
+    features_BD, _, _ = backpropagate(network, state.network, views, label_B, weight_K, factor)
+    if state.loss_scale.allows_step(state.network):
+        state.optimizer.step()
     method.update(state.clusters, row_B, features_BD, step)
 
 
@@ -263,8 +262,7 @@ class _Clock:
 
 def _wait() -> None:
     """Wait until the device has done what it was asked to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    accelerator.synchronize()
 
 
 # ---------------------------------------------------------------- memory and disk
@@ -283,7 +281,7 @@ def _needs(start: Start, state: State, workers: int, cache: DecodedCache | None)
         # safetensors copies what it writes
         "host": peak + _bytes(snapshot.same) + own + (0 if cache is None else cache.nbytes),
         "workers": workers,
-        "gpu": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
+        "gpu": accelerator.most_memory_used(),
         "shared": ranks * plan.data.workers * 4 * batch,  # each loader process reads 4 batches ahead
         "disk": STATES * (_bytes(snapshot.same) + ranks * own) + backbones + names,
     }
@@ -307,8 +305,7 @@ def free_space(out: Path) -> dict[str, int | None]:
     """Bytes that are free before anything is loaded; None where the system does not say."""
     free: dict[str, int | None] = dict.fromkeys(("host", "gpu", "shared", "disk"))
     free["host"] = free_host_memory()
-    if torch.cuda.is_available():
-        free["gpu"] = torch.cuda.mem_get_info()[0]
+    free["gpu"] = accelerator.free_memory()
     with suppress(OSError):
         free["shared"] = shutil.disk_usage(shared_memory.SHARED_MEMORY).free
     with suppress(OSError, StopIteration):
@@ -332,7 +329,7 @@ def problems(needs: dict[str, int], free: dict[str, int | None], plan: Plan) -> 
             f"{_gb(here * (needs['host'] + needs['workers']))}. Pass {fewer}{smaller_batch(plan)}."
         )
     if too_much("gpu", needs["gpu"]):
-        found.append(f"GPU memory: pass {smaller_batch(plan)}.")
+        found.append(f"GPU memory: pass {more_parts(plan)}{smaller_batch(plan)}.")
     if too_much("shared", needs["shared"]):
         workers = int(plan.data.workers * TIGHT * (free["shared"] or 0) / needs["shared"])
         found.append(

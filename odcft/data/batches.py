@@ -19,6 +19,7 @@ from odcft.data.images import Images
 from odcft.data.jpeg_crops import crop_of_decoded, jpeg_crop
 from odcft.data.view import View, centre_crop
 from odcft.distributed import dist, ownership, stop_signals
+from odcft.distributed.accelerator import ASYNCHRONOUS
 from odcft.errors import OdcftError
 from odcft.recipe import AugmentRecipe
 from odcft.text import printable
@@ -233,7 +234,7 @@ def make_loader(
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=collate,
-        pin_memory=device.type == "cuda",
+        pin_memory=device.type in ASYNCHRONOUS,
         prefetch_factor=4 if workers else None,
         persistent_workers=persistent and workers > 0,
         worker_init_fn=_init_worker,

@@ -6,13 +6,16 @@ and only tensors with one entry or row per cluster are exchanged.
 
 import os
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+
+from odcft.distributed import accelerator
+from odcft.errors import OdcftError
 
 
 def rank() -> int:
@@ -32,7 +35,8 @@ def local_rank() -> int:
 
 def this_device() -> torch.device:
     """Where this rank computes: a GPU of its own if there are any, else the CPU."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    kind = accelerator.kind()
+    return torch.device(kind) if kind in ("cpu", "mps") else torch.device(kind, local_rank())
 
 
 def _started() -> bool:
@@ -42,9 +46,10 @@ def _started() -> bool:
 def start(device: torch.device) -> None:
     """Join the other processes that torchrun (or `--devices`) started; do nothing in a single process."""
     if "RANK" in os.environ and not _started():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type not in accelerator.BACKENDS:
+            raise OdcftError(f"Several processes cannot share work on {device.type}. Use one, or --accelerator cpu.")
+        accelerator.set_device(device)
+        torch.distributed.init_process_group(accelerator.BACKENDS[device.type])
 
 
 def is_lost_peer_error(error: BaseException) -> bool:
@@ -134,13 +139,23 @@ def data_parallel(model: nn.Module, device: torch.device, sync_bn: Iterable[nn.M
     """
     if world_size() == 1:
         return model
-    if device.type == "cuda":
+    if device.type != "cpu":
         from timm.layers import convert_sync_batchnorm  # torch's own drops the activation of BatchNormAct2d
 
         for part in sync_bn:
             convert_sync_batchnorm(part)
-    ids = [device.index] if device.type == "cuda" else None
+    ids = [device.index] if device.type != "cpu" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+
+@contextmanager
+def exchanging_gradients(model: nn.Module, now: bool) -> Iterator[None]:
+    """A context for forward and backward pass; with `now` false, gradients are only added up on this rank."""
+    if now or not isinstance(model, nn.parallel.DistributedDataParallel):
+        yield
+    else:
+        with model.no_sync():
+            yield
 
 
 def barrier() -> None:

@@ -62,7 +62,7 @@ def features_of(
     if not backbone.accepts_size(view.size):
         raise OdcftError(f"{backbone.arch} cannot process images of {view.size} pixels. Try --size {backbone.size}.")
     device = dist.this_device()
-    half = device.type == "cuda" and has_bfloat16(device)
+    half = device.type != "cpu" and has_bfloat16(device)
     backbone = backbone.to(device).eval()
     network = LayerFeatures(backbone, view.size) if all_layers else backbone
     widths = {LAST: backbone.width}

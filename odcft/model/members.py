@@ -75,9 +75,11 @@ class Members(nn.Module):
         """The output of each member."""
         return [member(images, rotated, mixed) for member in self.members]
 
-    def losses(self, outputs: list[Output], views: Views, label_B: Tensor, weight_K: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(
+        self, outputs: list[Output], views: Views, label_B: Tensor, weight_K: Tensor, whole_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Call `losses` with the weights from the plan."""
-        return losses(outputs, self.plan.codc, label_B, weight_K, views)
+        return losses(outputs, self.plan.codc, label_B, weight_K, views, whole_B)
 
 
 # ---------------------------------------------------------------- making the networks
