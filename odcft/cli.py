@@ -341,14 +341,15 @@ def finetune(
     from odcft.text import duration
     from odcft.train import fine_tune
 
+    restarted = not resume and _restarted_by_torchrun()
     try:
         values = fine_tune(
             *(ckpts, data, out, resolved),
             arch=arch,
             reader=reader,
             memory=memory,
-            resume=resume,
-            overwrite=overwrite,
+            resume=resume or restarted,
+            overwrite=overwrite and not restarted,
             epochs=epochs,
             eval_data=eval_data,
             eval_every=eval_every,
@@ -378,6 +379,19 @@ def _dry_run(
     _report(values, as_json, [*describe(values), *([f"Start it:   {words}"] if values["fits"] else [])])
     if not values["fits"]:
         raise typer.Exit(2)
+
+
+def _restarted_by_torchrun() -> bool:
+    """Whether torchrun (`--max-restarts`) has started this command again after a failure, which is then said."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    from odcft.distributed import dist
+    from odcft.progress import Progress
+
+    restarted = dist.was_restarted()
+    if restarted:
+        Progress().say("Note        torchrun has started the processes again: the run goes on from its last state.")
+    return restarted
 
 
 def _resume_command(argv: list[str]) -> str:

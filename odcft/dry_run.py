@@ -269,20 +269,21 @@ def _wait() -> None:
 
 
 def _needs(start: Start, state: State, workers: int, cache: DecodedCache | None) -> dict[str, int]:
-    """Bytes that this process and its loader processes take; and all of them together, in shared memory and on disk."""
+    """Bytes that this process and its loader processes take; and all of this machine in shared memory, all on disk."""
     plan, ranks = start.plan, dist.world_size()
     snapshot = stored(state, plan, len(start.images), 1)
     own = _bytes(snapshot.rows) + _bytes(snapshot.own)
     backbones = sum(_bytes(backbone.net.state_dict()) for backbone in start.backbones)
     names = 100 * len(start.images)  # clusters.parquet and images.csv, roughly
-    batch = 3 * plan.data.size**2 * plan.batch_of_rank
+    batch = plan.data.bands * plan.data.size**2 * plan.batch_of_rank
+    queue = shared_memory.fitting_queue(plan.data.workers, batch)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         # safetensors copies what it writes
         "host": peak + _bytes(snapshot.same) + own + (0 if cache is None else cache.nbytes),
         "workers": workers,
         "gpu": accelerator.most_memory_used(),
-        "shared": ranks * plan.data.workers * 4 * batch,  # each loader process reads 4 batches ahead
+        "shared": dist.local_world_size() * queue.workers * queue.ahead * batch,
         "disk": STATES * (_bytes(snapshot.same) + ranks * own) + backbones + names,
     }
 

@@ -16,7 +16,7 @@ from odcft.backbone.activation_memory import bytes_per_image
 from odcft.backbone.input_resizing import USUAL_SIZE
 from odcft.backbone.load import Loaded
 from odcft.backbone.network import Backbone
-from odcft.data import jpeg_crops
+from odcft.data import jpeg_crops, shared_memory
 from odcft.data.images import Images
 from odcft.data.intensity_range import choose_range, median_shorter_side
 from odcft.data.view import View
@@ -144,6 +144,9 @@ def make_plan(
     size = _decide_size(recipe, backbones, images)
     bands = _decide_bands(recipe, backbones)
     intensity, note = _decide_range(recipe, images, bands)
+    if recipe.optim.checkpointing:
+        for backbone in backbones:
+            backbone.save_activations_at_blocks_only()
     for backbone in backbones:
         _refuse_size(backbone, size)
         if backbone.fixed_size and size != backbone.size:
@@ -166,8 +169,9 @@ def make_plan(
             f"optim.final_epochs={optim.final_epochs:g} of {optim.epochs} epochs leaves none at the full learning "
             "rate. Choose more epochs, or, for a new run, --set optim.final_epochs=auto: a sixth of them."
         )
+    plan, fewer = with_fitting_queue(plan)
     plan, more = decide_parts(plan, recipe, backbones, len(images))
-    return plan, [*([note] if note else []), *notes, *more]
+    return plan, [*([note] if note else []), *notes, *fewer, *more]
 
 
 def _notes_on_machine(recipe: Recipe) -> list[str]:
@@ -495,6 +499,21 @@ def bytes_of_step(plan: Plan, backbones: Sequence[Backbone], images: int, part: 
 # ---------------------------------------------------------------- the machine
 
 
+def with_fitting_queue(plan: Plan) -> tuple[Plan, list[str]]:
+    """The plan with as many loader processes as fit in shared memory, and a note if those are fewer or read less."""
+    wanted, batch = plan.data.workers, plan.data.bands * plan.data.size**2 * plan.batch_of_rank
+    queue = shared_memory.fitting_queue(wanted, batch)
+    if queue == (wanted, shared_memory.AHEAD):
+        return plan, []
+    note = (
+        f"{shared_memory.SHARED_MEMORY} is small for {wanted} loader processes on each of {dist.local_world_size()} "
+        f"ranks: {count_of(queue.workers, 'process').replace('processs', 'processes')} each, reading "
+        f"{count_of(queue.ahead, 'batch').replace('batchs', 'batches')} ahead instead of {shared_memory.AHEAD}. "
+        f"{shared_memory.REMEDY}."
+    )
+    return plan.model_copy(update={"data": plan.data.model_copy(update={"workers": queue.workers})}), [note]
+
+
 def automatic_precision(device: torch.device) -> Literal["float32", "bfloat16", "float16"]:
     """The precision that `auto` stands for: of 16 bits on a GPU that is faster with them."""
     if device.type != "cpu" and has_bfloat16(device):
@@ -515,7 +534,7 @@ def loader_workers(device: torch.device) -> int:
 def cores_of_rank() -> int:
     """This rank's share of the cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
+    return cores // dist.local_world_size()
 
 
 # ---------------------------------------------------------------- which recipe fits

@@ -115,6 +115,7 @@ def load_and_plan(
     plan, measured = decide_normalisation(recipe, plan, loaded, images)
     notes += [*measured, *(_note_on_gray_images(plan, images) if training else [])]
     _describe(loaded, images, plan, notes, progress, training)
+    dist.wait_for_all()
     return Planned(requested, plan, loaded, images, stored)
 
 
@@ -255,6 +256,7 @@ def resumed_run(run: Run, recipe: Recipe, epochs: int | None, progress: Progress
         OdcftError: no state is intact, or recipe, checkpoint or data differ from those the run was started with.
     """
     snapshot = snapshot_files.load(snapshot_files.newest(run.out, progress.say))
+    dist.wait_for_all()
     resume_checks.refuse_malformed_state(run.out, snapshot.about)
     about = resume_checks.read_run_json(run.out)
     recipe = resume_checks.resumed_recipe(recipe, epochs, run.out, about, snapshot.about)

@@ -215,6 +215,10 @@ class OptimRecipe(_Group):
     # in how many parts, one after the other, a process computes its batch: the batch stays the same and needs less
     # memory, but batch norm sees one part at a time; auto: as few as fit on the GPU
     accumulate: Auto | Annotated[int, Field(ge=1, le=MAX_PARTS)] = 1
+    # keep only the activations between the blocks of a network without batch norm (timm's gradient checkpointing), and
+    # compute the others again: the same result with less memory, in about a third more time
+    checkpointing: bool = False
+    compile: bool = False  # the backbones with torch.compile
     # of autocast; auto: bfloat16 on a GPU that has it, float16 (with loss scaling) on a V100 or T4
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # batch norm of the backbone over all processes, on GPUs only; auto: on (the neck's own never is, as in the code)

@@ -144,7 +144,7 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
     log = TrainingLog(metrics, plan, state, order.steps_per_epoch, guard=guard, say=progress.say, evaluate=evaluate)
     saver = Saver(run.out, plan, state, order, metrics=metrics, guard=guard, say=progress.say)
     broken = BrokenImages(start.images, plan.data.max_broken, progress.say, least=2 * optim.accumulate)
-    ranks, embed = Agreement(), partial(_embed, start, network, device, broken, state)
+    ranks, embed = Agreement(), partial(_embed, start, network, device, broken, state, batches)
     parallel_network = on_all_ranks(network, device).train()  # the same network; gradients are averaged over the ranks
     if not snapshot_files.exists(run.out):
         saver.save_first()
@@ -156,7 +156,6 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
             # DeepCluster only: new labels, so new heads. ODC's labels change in every step, and this is always False.
             if at_epoch_start and method.begin_epoch(clusters, epoch, embed):
                 network.new_heads(state.optimizer, state.step)
-                batches.discard_prefetched()
             for batch in log.timed(broken.checked(batches.of_epoch(state.step), state.step)):
                 set_lr(state.optimizer, lr_at(state.step, order.steps_per_epoch, optim))
                 torch.manual_seed(seeds.seed(plan.seed, "dropout", dist.rank(), state.step))
@@ -196,7 +195,9 @@ def training_order(start: Start, first_step: int = 0) -> TrainingOrder:
     """The batches of the run, in the order that the method draws from its clusters."""
     plan, draw = start.plan, partial(METHODS[start.plan.method].draw, start.clusters)
     batch = plan.optim.batch_size // dist.world_size()
-    return TrainingOrder(len(start.images), batch, plan.optim.epochs, plan.seed, first_step, draw)
+    return TrainingOrder(
+        len(start.images), batch, plan.optim.epochs, plan.seed, first_step, draw, reads_ahead=plan.method != "dc"
+    )
 
 
 def training_crops(start: Start) -> Crops:
@@ -206,13 +207,18 @@ def training_crops(start: Start) -> Crops:
     return Crops(start.images, plan.view, plan.augment, plan.seed, plan.data.decoder, cache)
 
 
-def _embed(start: Start, network: Any, device: torch.device, broken: BrokenImages, state: State) -> Tensor:
+def _embed(
+    start: Start, network: Any, device: torch.device, broken: BrokenImages, state: State, batches: TrainingBatches
+) -> Tensor:
     """Backbone features (S, F) of this rank's images without augmentation, in evaluation mode.
+
+    The loader processes of training end first, so that there are never two sets of them.
 
     Raises:
         Stopped: some rank was asked to stop in the meantime.
     """
     (model,), plan = network, start.plan
+    batches.close()
     network.eval()
     with plan.autocast(device):
         features_SF, unreadable = extract(

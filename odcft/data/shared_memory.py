@@ -7,10 +7,13 @@ prints a traceback in the worker and loses the batch, and training waits for it 
 import multiprocessing
 import multiprocessing.queues
 import os
+import shutil
 import sys
 import threading
 import time
 import warnings
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +22,43 @@ from odcft.distributed import dist
 from odcft.text import printable
 
 SHARED_MEMORY = "/dev/shm"
+AHEAD = 4  # batches that a loader process reads ahead, if they fit
+BUDGET = 0.5  # of the free shared memory
 REMEDY = "In a container, give it more: docker run --shm-size=8g"
+
+
+class Queue(NamedTuple):
+    """How far the loader processes of one rank read ahead."""
+
+    workers: int
+    ahead: int  # batches of each
+
+
+def fitting_queue(workers: int, batch_bytes: int) -> Queue:
+    """As many loader processes, and batches that each reads ahead, as fit in shared memory.
+
+    The queues of all ranks of this machine may together take half of what was free at first: features for an
+    evaluation are read while training has its own queue. Reading ahead is reduced before workers are.
+
+    Args:
+        workers: of each rank, as wanted.
+        batch_bytes: of the pixels of a batch.
+    """
+    free = _free_at_first()
+    if not workers or free is None:
+        return Queue(workers, AHEAD)
+    fitting = int(BUDGET * free / dist.local_world_size() / max(1, batch_bytes))  # batches for each rank
+    ahead = min(AHEAD, max(1, fitting // workers))
+    return Queue(min(workers, max(1, fitting // ahead)), ahead)
+
+
+@cache
+def _free_at_first() -> int | None:
+    """Bytes of shared memory that were free when this process first asked; None where the system does not say."""
+    try:
+        return shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return None
 
 
 def usable_workers(workers: int) -> int:

@@ -73,6 +73,7 @@ def features_of(
     if keep and dist.rank() == 0:  # the other ranks may have another disk
         key = feature_cache.key(backbone, images, view, "bfloat16" if half else "float32")
         known = feature_cache.read(key, widths, len(images))
+    dist.wait_for_all()
     if float(dist.all_sum(torch.tensor(float(known is not None), device=device))):
         return Features(*(known or ({}, {})), cached=True)
 

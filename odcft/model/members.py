@@ -116,6 +116,9 @@ def on_all_ranks(network: Members, device: torch.device) -> nn.Module:
     the same buckets as an uninterrupted one.
     """
     plan = network.plan
+    if plan.optim.compile:
+        for member in network:
+            member.backbone.compile()  # in place: the names of its tensors stay
     # Not the necks, as in the official code.
     model = dist.data_parallel(network, device, [m.backbone for m in network] if plan.optim.sync_bn == "on" else [])
     if dist.world_size() == 1:

@@ -129,6 +129,7 @@ def _prepare(
     task: str, images: Images, arch: str, out: Path, recipe: Recipe, resume: bool, progress: Progress
 ) -> _Pretext:
     """Build the network, with the weights of the last epoch if the task is resumed."""
+    _refuse_settings_of_finetune(recipe)
     progress.say(f"Images      {len(images):,} in {images.source}")
     if images.skipped:
         progress.say(f"Not read    {images.skipped_summary()}")
@@ -148,11 +149,6 @@ def _prepare(
     if state and recipe.data.decoder == "auto":  # older files do not say, and were made with Pillow
         recipe = recipe.model_copy(deep=True)
         recipe.data.decoder = "turbo" if state.get("decoder") == "turbo" else "pil"
-    if recipe.optim.accumulate != 1:
-        raise OdcftError(
-            "optim.accumulate is for finetune: a pretext task computes its batch in one part. Choose a smaller "
-            "optim.batch_size instead."
-        )
     plan, notes = make_plan(recipe, [backbone], images, clustered=False)
     plan.allow_rounding()
     backbone.resize(plan.data.size)
@@ -185,6 +181,17 @@ def _prepare(
     scale = LossScale(optim.precision == "float16")
     scale.restore(state.get("loss_scale") or {})
     return _Pretext(task, out, network, optimizer, plan, images, order, scale)
+
+
+def _refuse_settings_of_finetune(recipe: Recipe) -> None:
+    """Refuse what only `finetune` does, rather than train without it."""
+    if recipe.optim.accumulate != 1:
+        raise OdcftError(
+            "optim.accumulate is for finetune: a pretext task computes its batch in one part. Choose a smaller "
+            "optim.batch_size instead."
+        )
+    if recipe.optim.compile:
+        raise OdcftError("optim.compile is for finetune. Drop it to train a pretext task.")
 
 
 def _train(pretext: _Pretext, progress: Progress) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from odcft.distributed import dist
 from odcft.errors import OdcftError, ran_out_of_memory
 from odcft.recipe import Recipe
+from odcft.text import short_repr
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -24,6 +25,8 @@ def explain_failures(recipe: Recipe, in_parts: bool = True) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if ran_out_of_memory(error):
             raise OdcftError(out_of_memory(recipe, in_parts)) from None
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise OdcftError(could_not_compile(error)) from None
         if "DataLoader worker" in str(error):
             raise OdcftError(worker_died(str(error), recipe)) from None
         raise
@@ -44,6 +47,15 @@ def out_of_memory(recipe: Recipe, in_parts: bool = True) -> str:
         f"Out of memory with optim.batch_size={optim.batch_size} on {ranks} process{'es' if ranks > 1 else ''}. "
         f"Start again with {more_parts(recipe) if in_parts else ''}{smaller_batch(recipe)}, or, "
         f"if you have more devices, continue with --resume --devices {2 * ranks}: the processes share the batch."
+    )
+
+
+def could_not_compile(error: Exception) -> str:
+    """The error after torch.compile failed."""
+    why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return (
+        f"torch.compile failed ({short_repr(why, 200, quotes=False)}). It needs a C++ compiler on a CPU, and Triton on "
+        "a GPU. Start again without optim.compile."
     )
 
 

@@ -17,6 +17,7 @@ from odcft.data.batches import Batch, Crops, make_loader, sequential_batches
 from odcft.data.sources import find_images
 from odcft.data.view import View
 from odcft.errors import OdcftError
+from odcft.plan import fill_autos, with_fitting_queue
 from odcft.recipe import load_recipe
 from odcft.run.failure_messages import explain_failures
 
@@ -160,3 +161,38 @@ def test_run_ends_with_the_same_bits_on_a_small_shared_memory(crops, tmp_path, s
     assert result.returncode == 0, result.stderr
     alone, with_workers = result.stdout.split()
     assert alone == with_workers
+
+
+@pytest.mark.parametrize(
+    ("free", "ranks", "queue"),
+    [
+        (64 << 30, 8, (16, 4)),
+        (48 << 30, 8, (16, 4)),
+        (16 << 30, 8, (16, 3)),
+        (8 << 30, 8, (16, 1)),
+        (1 << 30, 8, (3, 1)),
+        (64 << 20, 1, (1, 1)),
+        (None, 8, (16, 4)),
+    ],
+)
+def test_the_queues_of_all_ranks_fit_in_half_of_the_free_shared_memory(monkeypatch, free, ranks, queue):
+    monkeypatch.setattr(shared_memory, "_free_at_first", lambda: free)
+    monkeypatch.setattr(shared_memory.dist, "local_world_size", lambda: ranks)
+    batch = 3 * 224 * 224 * 128
+    workers, ahead = shared_memory.fitting_queue(16, batch)
+    assert (workers, ahead) == queue
+    if free and free > 2 * ranks * batch:  # one batch for each rank there must be; it may go through a pipe
+        assert ranks * workers * ahead * batch <= free / 2
+    assert shared_memory.fitting_queue(0, batch).workers == 0
+
+
+def test_the_loader_and_the_plan_take_the_queue_that_fits(crops, monkeypatch):
+    monkeypatch.setattr(shared_memory, "_free_at_first", lambda: 2 * 3 * 32 * 32 * 3 * 5)  # five batches of three
+    loader = make_loader(crops, sequential_batches(range(12), 3), 4, torch.device("cpu"))
+    assert (loader.num_workers, loader.prefetch_factor) == (4, 1)
+    plan = fill_autos(load_recipe("small", ["data.workers=4", "optim.batch_size=3", "data.size=32"]), size=32)
+    plan, (note,) = with_fitting_queue(plan)
+    assert plan.data.workers == 4
+    assert "4 processes each, reading 1 batch ahead instead of 4" in note
+    monkeypatch.setattr(shared_memory, "_free_at_first", lambda: 1 << 40)
+    assert with_fitting_queue(plan) == (plan, [])
