@@ -283,7 +283,7 @@ def _needs(start: Start, state: State, workers: int, cache: DecodedCache | None)
         "host": peak + _bytes(snapshot.same) + own + (0 if cache is None else cache.nbytes),
         "workers": workers,
         "gpu": accelerator.most_memory_used(),
-        "shared": dist.local_world_size() * queue.workers * queue.ahead * batch,
+        "shared": dist.local_world_size() * plan.data.workers * queue.ahead * batch * queue.shared,
         "disk": STATES * (_bytes(snapshot.same) + ranks * own) + backbones + names,
     }
 

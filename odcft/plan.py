@@ -169,9 +169,8 @@ def make_plan(
             f"optim.final_epochs={optim.final_epochs:g} of {optim.epochs} epochs leaves none at the full learning "
             "rate. Choose more epochs, or, for a new run, --set optim.final_epochs=auto: a sixth of them."
         )
-    plan, fewer = with_fitting_queue(plan)
     plan, more = decide_parts(plan, recipe, backbones, len(images))
-    return plan, [*([note] if note else []), *notes, *fewer, *more]
+    return plan, [*([note] if note else []), *notes, *notes_on_queue(plan), *more]
 
 
 def _notes_on_machine(recipe: Recipe) -> list[str]:
@@ -499,19 +498,17 @@ def bytes_of_step(plan: Plan, backbones: Sequence[Backbone], images: int, part: 
 # ---------------------------------------------------------------- the machine
 
 
-def with_fitting_queue(plan: Plan) -> tuple[Plan, list[str]]:
-    """The plan with as many loader processes as fit in shared memory, and a note if those are fewer or read less."""
-    wanted, batch = plan.data.workers, plan.data.bands * plan.data.size**2 * plan.batch_of_rank
-    queue = shared_memory.fitting_queue(wanted, batch)
-    if queue == (wanted, shared_memory.AHEAD):
-        return plan, []
-    note = (
-        f"{shared_memory.SHARED_MEMORY} is small for {wanted} loader processes on each of {dist.local_world_size()} "
-        f"ranks: {count_of(queue.workers, 'process').replace('processs', 'processes')} each, reading "
-        f"{count_of(queue.ahead, 'batch').replace('batchs', 'batches')} ahead instead of {shared_memory.AHEAD}. "
+def notes_on_queue(plan: Plan) -> list[str]:
+    """A note if the loader processes read fewer batches ahead than usual, because shared memory is small."""
+    workers, batch = plan.data.workers, plan.data.bands * plan.data.size**2 * plan.batch_of_rank
+    ahead, shared = shared_memory.fitting_queue(workers, batch)
+    if not workers or (ahead == shared_memory.AHEAD and shared):
+        return []
+    return [
+        f"{shared_memory.SHARED_MEMORY} is small for {workers * dist.local_world_size()} loader processes: each reads "
+        f"{ahead} instead of {shared_memory.AHEAD} batches ahead{'' if shared else ', through a pipe'}. "
         f"{shared_memory.REMEDY}."
-    )
-    return plan.model_copy(update={"data": plan.data.model_copy(update={"workers": queue.workers})}), [note]
+    ]
 
 
 def automatic_precision(device: torch.device) -> Literal["float32", "bfloat16", "float16"]:

@@ -227,13 +227,13 @@ def make_loader(
     Args:
         crops: the images.
         batches: lists of (epoch, index).
-        workers: loader processes; fewer if their queues would not fit in shared memory.
+        workers: loader processes; they read as far ahead as fits in shared memory.
         device: the device that the batches will be moved to.
         persistent: whether to keep the processes for the next iteration.
     """
     images = batches.batch if isinstance(batches, TrainingOrder) else max(map(len, batches), default=0)
     queue = shared_memory.fitting_queue(workers, crops.view.bands * crops.view.size**2 * images)
-    workers = shared_memory.usable_workers(queue.workers)
+    workers = shared_memory.usable_workers(workers)
     return torch.utils.data.DataLoader(
         crops,  # type: ignore[arg-type]
         batch_sampler=batches,  # type: ignore[arg-type]
@@ -242,11 +242,13 @@ def make_loader(
         pin_memory=device.type in ASYNCHRONOUS,
         prefetch_factor=queue.ahead if workers else None,
         persistent_workers=persistent and workers > 0,
-        worker_init_fn=_init_worker,
+        worker_init_fn=partial(_init_worker, queue.shared),
     )
 
 
-def _init_worker(worker: int) -> None:
+def _init_worker(shared: bool, worker: int) -> None:
     torch.set_num_threads(1)
     stop_signals.ignore_signals_in_worker()
+    if not shared:
+        shared_memory.use_pipes()
     shared_memory.exit_instead_of_hanging()

@@ -66,6 +66,11 @@ def synchronize() -> None:
         _module(kind()).synchronize()
 
 
+def new_event() -> Any:
+    """An event, which the host can wait for once the device has got there."""
+    return _module(kind()).Event()
+
+
 def free_memory() -> int | None:
     """Bytes that are free on the device; None for a CPU, and where nothing says it."""
     if kind() == "mps":

@@ -11,8 +11,9 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
-from torch.distributed import DistNetworkError, Store
+import torch.distributed
 
 from odcft.errors import OdcftError
 from odcft.text import short_repr
@@ -45,7 +46,7 @@ class Attendance:
         limit: after which time without a sign of life a rank is lost.
     """
 
-    def __init__(self, store: Store, rank: int, ranks: int, limit: timedelta) -> None:
+    def __init__(self, store: Any, rank: int, ranks: int, limit: timedelta) -> None:
         self.store, self.rank, self.ranks, self.limit = store, rank, ranks, limit.total_seconds()
         self.rounds = 0
         self.heard: dict[int, tuple[bytes, float]] = {}  # rank to its last sign of life, and when it came
@@ -76,7 +77,9 @@ class Attendance:
             if self.heard.get(rank, (b"", 0.0))[0] != beat:
                 self.heard[rank] = (beat, now)
             elif now - self.heard[rank][1] > self.limit:
-                raise DistNetworkError(f"process {rank} has given no sign of life for {self.limit:,.0f} seconds")
+                raise torch.distributed.DistNetworkError(
+                    f"process {rank} has given no sign of life for {self.limit:,.0f} seconds"
+                )
 
     def _beat(self, number: int) -> None:
         self.store.set(f"beat {self.rank}", str(number))

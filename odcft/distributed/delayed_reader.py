@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odcft.distributed.accelerator import ASYNCHRONOUS
+from odcft.distributed import accelerator
 
 
 class DelayedReader:
@@ -31,7 +31,7 @@ class DelayedReader:
         before = self.pending()
         if self._host is None:
             self._host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-            self._arrived = torch.get_device_module(value.device).Event()
+            self._arrived = accelerator.new_event()
         self._host.copy_(value, non_blocking=True)
         self._arrived.record()
         return before
@@ -39,7 +39,7 @@ class DelayedReader:
     @staticmethod
     def delay(device: torch.device) -> int:
         """How many steps late values from this device are."""
-        return int(device.type in ASYNCHRONOUS)
+        return int(device.type in accelerator.ASYNCHRONOUS)
 
     def pending(self) -> Tensor | None:
         """The value that the next `read` will return, if it is already known."""
@@ -51,4 +51,4 @@ class DelayedReader:
 
     def restore_pending(self, value: Tensor) -> None:
         """Make the next `read` return this value, which was `pending` when a snapshot was written."""
-        self._host, self._arrived = value.pin_memory(), torch.get_device_module().Event()
+        self._host, self._arrived = value.pin_memory(), accelerator.new_event()
