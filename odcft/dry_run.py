@@ -70,10 +70,11 @@ def dry_run(
     """Say what `fine_tune` with these arguments would do; nothing is written, and what it refuses is refused here.
 
     Returns:
-        archs, method, images, clusters, size, epochs, steps, batch_size, batch_of_rank, processes, device, precision;
-        steps_timed, images_per_second (of all processes); seconds (loading, features, kmeans, training, total); needs
-        (bytes: host and workers of one process, gpu of one process, shared and disk of all), free (bytes: host, gpu,
-        shared, disk; None where unknown), problems (what does not fit and which setting changes that), fits.
+        archs, method, images, clusters, size, epochs, steps, batch_size, batch_of_rank, parts (of a batch), processes,
+        device, precision; steps_timed, images_per_second (of all processes); seconds (loading, features, kmeans,
+        training, total); needs (bytes: host, workers and gpu of one process, shared of this machine, disk of all), free
+        (bytes: host, gpu, shared, disk; None where unknown), problems (what does not fit and which setting changes
+        that), fits.
 
     Raises:
         OdcftError: for anything the user can fix; so also if memory runs out here.
@@ -107,7 +108,8 @@ def dry_run(
         **{"archs": [backbone.arch for backbone in start.backbones], "method": plan.method},
         **{"images": len(start.images), "clusters": plan.memory.clusters, "size": plan.data.size},
         **{"epochs": plan.optim.epochs, "steps": order.steps, "steps_per_epoch": order.steps_per_epoch},
-        **{"batch_size": plan.optim.batch_size, "batch_of_rank": order.batch, "processes": dist.world_size()},
+        **{"batch_size": plan.optim.batch_size, "batch_of_rank": order.batch, "parts": plan.optim.accumulate},
+        "processes": dist.world_size(),
         **{"device": dist.this_device().type, "precision": plan.optim.precision, "steps_timed": timed},
         "images_per_second": round(order.batch * dist.world_size() / step_seconds, 1),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -347,7 +349,8 @@ def problems(needs: dict[str, int], free: dict[str, int | None], plan: Plan) -> 
 def describe(result: dict[str, Any]) -> list[str]:
     """What `dry_run` returned, as lines for the user."""
     ranks, needs, free, seconds = result["processes"], result["needs"], result["free"], result["seconds"]
-    batch = f"batch {result['batch_size']}" + (f" ({result['batch_of_rank']} a process)" if ranks > 1 else "")
+    parts = f" in {result['parts']} parts" if result["parts"] > 1 else ""
+    batch = f"batch {result['batch_size']}" + (f" ({result['batch_of_rank']} a process)" if ranks > 1 else "") + parts
     epochs = result["epochs"]
     lines = [
         f"Would train {' and '.join(result['archs'])} at {result['size']} pixels · {result['method'].upper()} · "

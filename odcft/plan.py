@@ -475,6 +475,12 @@ def decide_parts(plan: Plan, recipe: Recipe, backbones: Sequence[Backbone], imag
     return plan.model_copy(update={"optim": optim}), [note] if parts > 1 else []
 
 
+def batch_in_parts(plan: Plan) -> str:
+    """The batch of a plan as text: "batch 512", or "batch 512 in 4 parts"."""
+    parts = plan.optim.accumulate
+    return f"batch {plan.optim.batch_size}" + (f" in {parts} parts" if parts > 1 else "")
+
+
 def bytes_of_step(plan: Plan, backbones: Sequence[Backbone], images: int, part: int) -> int:
     """About how many bytes of a device a training step needs, measured on the shapes of its tensors.
 

@@ -28,6 +28,7 @@ def test_it_says_what_the_run_then_does_and_writes_nothing(tmp_path, given, meth
     recipe, before = load_recipe("small", [*QUICK, f"method={method}"]), tree(tmp_path)
     told = dry_run(*given, tmp_path / "run", recipe)
     assert tree(tmp_path) == before
+    assert "batch 4 in 2 parts" in describe({**told, "parts": 2})[0]
     done = fine_tune(*given, tmp_path / "run", recipe)
     for name in ("images", "clusters", "epochs", "steps"):
         assert told[name] == done[name], name
