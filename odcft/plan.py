@@ -158,6 +158,13 @@ def make_plan(
     plan = fill_autos(recipe, clusters, size, intensity, len(backbones), min_cluster, bands=bands)
     if bands != 3 and any((plan.augment.saturation, plan.augment.hue, plan.augment.gray)):
         notes.append(f"Images of {bands} bands have no colours: augment.saturation, hue and gray are not applied.")
+    _refuse_contradictions(plan)
+    plan, more = decide_parts(plan, recipe, backbones, len(images))
+    return plan, [*([note] if note else []), *notes, *notes_on_queue(plan), *more]
+
+
+def _refuse_contradictions(plan: Plan) -> None:
+    """Refuse settings that do not go together."""
     if plan.augment.quarter_turns and any(member.rotation for member in plan.codc.members):
         raise OdcftError(
             "augment.quarter_turns turns images at random, so no member can predict how a copy was rotated. Pass "
@@ -169,8 +176,6 @@ def make_plan(
             f"optim.final_epochs={optim.final_epochs:g} of {optim.epochs} epochs leaves none at the full learning "
             "rate. Choose more epochs, or, for a new run, --set optim.final_epochs=auto: a sixth of them."
         )
-    plan, more = decide_parts(plan, recipe, backbones, len(images))
-    return plan, [*([note] if note else []), *notes, *notes_on_queue(plan), *more]
 
 
 def _notes_on_machine(recipe: Recipe) -> list[str]:
