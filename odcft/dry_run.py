@@ -349,8 +349,8 @@ def problems(needs: dict[str, int], free: dict[str, int | None], plan: Plan) -> 
 def describe(result: dict[str, Any]) -> list[str]:
     """What `dry_run` returned, as lines for the user."""
     ranks, needs, free, seconds = result["processes"], result["needs"], result["free"], result["seconds"]
-    parts = f" in {result['parts']} parts" if result["parts"] > 1 else ""
-    batch = f"batch {result['batch_size']}" + (f" ({result['batch_of_rank']} a process)" if ranks > 1 else "") + parts
+    divided = f" in {result['parts']} parts" if result["parts"] > 1 else ""
+    batch = f"batch {result['batch_size']}" + (f" ({result['batch_of_rank']} a process)" if ranks > 1 else "") + divided
     epochs = result["epochs"]
     lines = [
         f"Would train {' and '.join(result['archs'])} at {result['size']} pixels · {result['method'].upper()} · "
