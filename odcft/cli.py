@@ -19,6 +19,7 @@ import typer
 from odcft import __version__
 from odcft.cli_options import (
     MAX_IMAGE_SIZE,
+    Accelerator,
     Arch,
     ArchArgs,
     Ckpt,
@@ -88,23 +89,28 @@ def _parse_arch_args(arch_args: str | None) -> dict[str, Any]:
     return parse_arguments(arch_args) if arch_args else {}
 
 
-def _start_processes(devices: int) -> None:
-    """Launch one process per device, or join the others if a launcher started this one."""
+def _start_processes(devices: int, kind: str) -> None:
+    """Launch one process per device, or join the others if a launcher started this one.
+
+    Args:
+        devices: of this machine.
+        kind: of device (`--accelerator`).
+    """
     from odcft.distributed.launch import run_ranks
 
     if devices > 1 and "RANK" not in os.environ:
         raise SystemExit(run_ranks(devices))
+    if kind == "auto" and "RANK" not in os.environ:
+        return
+    from odcft.distributed import accelerator, dist
+
+    accelerator.choose(kind)
     if "RANK" in os.environ:
-        import torch
-
-        from odcft.distributed import dist
-
-        gpu = torch.cuda.is_available()
-        if gpu and dist.local_rank() >= torch.cuda.device_count():
+        if accelerator.kind() != "cpu" and dist.local_rank() >= accelerator.device_count():
             raise OdcftError(
-                f"{devices} processes need as many GPUs, but this machine has {torch.cuda.device_count()}."
+                f"{devices} processes need as many GPUs, but this machine has {accelerator.device_count()}."
             )
-        dist.start(torch.device("cuda", dist.local_rank()) if gpu else torch.device("cpu"))
+        dist.start(dist.this_device())
 
 
 def _say_preset(preset: str | None) -> None:
@@ -224,13 +230,14 @@ def init_memory(
     part: Part = None,
     allow_partial: Partial = False,
     devices: Devices = 1,
+    accelerator: Accelerator = "auto",
     overwrite: Overwrite = False,
     reader: ReaderName = None,
     as_json: Json = False,
 ) -> None:
     """Extract features of all images, cluster them by K-Means, and save the memories that `finetune` starts from."""
     resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args, part, preset)
-    _start_processes(devices)
+    _start_processes(devices, accelerator)
     _say_preset(preset)
     from odcft.first_memory import init_memory as run
 
@@ -290,6 +297,7 @@ def finetune(
     ] = None,
     eval_every: Annotated[int, typer.Option(min=1, metavar="n", help="Epochs between two measurements of --eval.")] = 1,
     devices: Devices = 1,
+    accelerator: Accelerator = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what the run would do, need and take; write nothing.")
     ] = False,
@@ -319,7 +327,7 @@ def finetune(
     resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args, parts, preset)
     if dry_run and resume:
         raise OdcftError("--dry-run says what a new run would do; --resume continues one. Drop one of them.")
-    _start_processes(devices)
+    _start_processes(devices, accelerator)
     _say_preset(preset)
     if dry_run:
         if eval_data is not None:
@@ -333,14 +341,15 @@ def finetune(
     from odcft.text import duration
     from odcft.train import fine_tune
 
+    restarted = not resume and _restarted_by_torchrun()
     try:
         values = fine_tune(
             *(ckpts, data, out, resolved),
             arch=arch,
             reader=reader,
             memory=memory,
-            resume=resume,
-            overwrite=overwrite,
+            resume=resume or restarted,
+            overwrite=overwrite and not restarted,
             epochs=epochs,
             eval_data=eval_data,
             eval_every=eval_every,
@@ -370,6 +379,19 @@ def _dry_run(
     _report(values, as_json, [*describe(values), *([f"Start it:   {words}"] if values["fits"] else [])])
     if not values["fits"]:
         raise typer.Exit(2)
+
+
+def _restarted_by_torchrun() -> bool:
+    """Whether torchrun (`--max-restarts`) has started this command again after a failure, which is then said."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    from odcft.distributed import dist
+    from odcft.progress import Progress
+
+    restarted = dist.was_restarted()
+    if restarted:
+        Progress().say("Note        torchrun has started the processes again: the run goes on from its last state.")
+    return restarted
 
 
 def _resume_command(argv: list[str]) -> str:
@@ -481,6 +503,7 @@ def evaluate(
     allow_partial: Partial = False,
     reader: ReaderName = None,
     devices: Devices = 1,
+    accelerator: Accelerator = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure how good a backbone's features are, by the field's protocols."""
@@ -496,13 +519,15 @@ def evaluate(
     if features is not None:
         if ckpts:
             raise OdcftError("--features takes the place of checkpoint and images. Drop one or the other.")
+        if accelerator != "auto":
+            _start_processes(1, accelerator)
         results = evaluate_file(features, protocols, Progress(), test=Path(test) if test else None)
     elif not ckpts or len(ckpts) < 2:
         raise OdcftError(
             "evaluate takes a checkpoint and labelled images (odcft evaluate CKPT DATA), or --features FILE.npz."
         )
     else:
-        _start_processes(devices)
+        _start_processes(devices, accelerator)
         from odcft.evaluation.comparison import evaluate as run
 
         *sources, data = ckpts
@@ -528,11 +553,12 @@ def embed(
     allow_partial: Partial = False,
     reader: ReaderName = None,
     devices: Devices = 1,
+    accelerator: Accelerator = "auto",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write the backbone's features of all images, with their paths, and labels if there are any."""
-    _start_processes(devices)
+    _start_processes(devices, accelerator)
     from odcft.embeddings import embed as run
 
     args = _parse_arch_args(arch_args)
@@ -564,6 +590,7 @@ def pretext(
         int | None, typer.Option(min=1, max=MOST_EPOCHS, help="Number of epochs, instead of the recipe's.")
     ] = None,
     devices: Devices = 1,
+    accelerator: Accelerator = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the training in --out after its last finished epoch.")
     ] = False,
@@ -576,7 +603,7 @@ def pretext(
     resolved = _load_recipe(recipe, overrides, None, seed)
     if epochs is not None:
         resolved.optim.epochs = epochs
-    _start_processes(devices)
+    _start_processes(devices, accelerator)
     from odcft.pretexts.training import train_pretext
     from odcft.text import duration
 

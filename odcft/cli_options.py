@@ -99,6 +99,13 @@ Devices = Annotated[
         min=1, max=1024, help="Number of processes on this machine, one per GPU; without GPUs they share the CPU."
     ),
 ]
+Accelerator = Annotated[
+    str,
+    typer.Option(
+        metavar="KIND",
+        help="What to compute on: auto (a GPU if there is one), cpu, cuda (NVIDIA, AMD), xpu (Intel) or mps (Apple).",
+    ),
+]
 Size = Annotated[
     int | None,
     typer.Option(min=8, max=MAX_IMAGE_SIZE, help="Image size in pixels; by default that of the RUN or the network."),

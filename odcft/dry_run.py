@@ -28,16 +28,17 @@ from odcft.data.custom_reader import Reader, make_reader
 from odcft.data.decoded_cache import DecodedCache
 from odcft.data.feature_extraction import to_float
 from odcft.data.host_memory import free_host_memory
-from odcft.distributed import dist, ownership
+from odcft.distributed import accelerator, dist, ownership
 from odcft.errors import OdcftError
-from odcft.model.members import joint_features, make_members, make_necks, on_all_ranks
+from odcft.model.backpropagation import backpropagate
+from odcft.model.members import make_members, make_necks, on_all_ranks
 from odcft.optim import lr_at, set_lr
 from odcft.plan import Plan
 from odcft.prepare import Start, feature_network, load_and_plan, prepare_start
 from odcft.progress import Progress
 from odcft.recipe import Recipe
 from odcft.run.clusters_parquet import require_parquet
-from odcft.run.failure_messages import explain_failures, smaller_batch
+from odcft.run.failure_messages import explain_failures, more_parts, smaller_batch
 from odcft.run.folder import Run
 from odcft.seeds import seed
 from odcft.state import State, new_state, stored
@@ -69,10 +70,11 @@ def dry_run(
     """Say what `fine_tune` with these arguments would do; nothing is written, and what it refuses is refused here.
 
     Returns:
-        archs, method, images, clusters, size, epochs, steps, batch_size, batch_of_rank, processes, device, precision;
-        steps_timed, images_per_second (of all processes); seconds (loading, features, kmeans, training, total); needs
-        (bytes: host and workers of one process, gpu of one process, shared and disk of all), free (bytes: host, gpu,
-        shared, disk; None where unknown), problems (what does not fit and which setting changes that), fits.
+        archs, method, images, clusters, size, epochs, steps, batch_size, batch_of_rank, parts (of a batch), processes,
+        device, precision; steps_timed, images_per_second (of all processes); seconds (loading, features, kmeans,
+        training, total); needs (bytes: host, workers and gpu of one process, shared of this machine, disk of all), free
+        (bytes: host, gpu, shared, disk; None where unknown), problems (what does not fit and which setting changes
+        that), fits.
 
     Raises:
         OdcftError: for anything the user can fix; so also if memory runs out here.
@@ -106,7 +108,8 @@ def dry_run(
         **{"archs": [backbone.arch for backbone in start.backbones], "method": plan.method},
         **{"images": len(start.images), "clusters": plan.memory.clusters, "size": plan.data.size},
         **{"epochs": plan.optim.epochs, "steps": order.steps, "steps_per_epoch": order.steps_per_epoch},
-        **{"batch_size": plan.optim.batch_size, "batch_of_rank": order.batch, "processes": dist.world_size()},
+        **{"batch_size": plan.optim.batch_size, "batch_of_rank": order.batch, "parts": plan.optim.accumulate},
+        "processes": dist.world_size(),
         **{"device": dist.this_device().type, "precision": plan.optim.precision, "steps_timed": timed},
         "images_per_second": round(order.batch * dist.world_size() / step_seconds, 1),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -151,7 +154,7 @@ def _start_like_a_run(
 
 def _refuse_memory_too_large(rows: int, dim: int, free: dict[str, int | None]) -> None:
     """Refuse a samples memory larger than what is free, before it is allocated."""
-    where = "gpu" if torch.cuda.is_available() else "host"
+    where = "host" if free["gpu"] is None else "gpu"
     needed, there = rows * dim * 4, free[where]
     if there is not None and needed > there:
         raise OdcftError(
@@ -203,7 +206,7 @@ def _time_steps(start: Start, state: State, crops: Crops, progress: Progress) ->
 
     with closing(batches), progress.phase("Steps", most, "step") as advance:
         for step, batch in enumerate(itertools.islice(all_batches(), most)):
-            if len(batch.index_B) < 2:
+            if len(batch.index_B) < 2 * start.plan.optim.accumulate:
                 raise OdcftError(
                     f"Hardly any image of a batch can be read: `odcft check-data {start.images.source}` says why."
                 )
@@ -224,14 +227,12 @@ def _take_step(start: Start, state: State, network: Any, batch: Batch, step: int
     set_lr(state.optimizer, lr_at(step, steps_per_epoch, plan.optim))
     row_B = ownership.row_of(batch.index_B).to(device, non_blocking=True)
     views = state.network.views(batch, step, device)
-    with plan.autocast(device):
-        outputs = network(views.images, views.rotated, views.mixed)
-    label_B, weight_K = method.targets(state.clusters, row_B)
-    loss, _ = state.network.losses(outputs, views, label_B, weight_K)
     state.optimizer.zero_grad()
-    loss.backward()
-    state.optimizer.step()
-    features_BD = joint_features([output.features_BD.detach().float() for output in outputs])
+    label_B, weight_K = method.targets(state.clusters, row_B)
+    factor = state.loss_scale.factor
+    features_BD, _, _ = backpropagate(network, state.network, views, label_B, weight_K, factor)
+    if state.loss_scale.allows_step(state.network):
+        state.optimizer.step()
     method.update(state.clusters, row_B, features_BD, step)
 
 
@@ -263,28 +264,28 @@ class _Clock:
 
 def _wait() -> None:
     """Wait until the device has done what it was asked to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    accelerator.synchronize()
 
 
 # ---------------------------------------------------------------- memory and disk
 
 
 def _needs(start: Start, state: State, workers: int, cache: DecodedCache | None) -> dict[str, int]:
-    """Bytes that this process and its loader processes take; and all of them together, in shared memory and on disk."""
+    """Bytes that this process and its loader processes take; and all of this machine in shared memory, all on disk."""
     plan, ranks = start.plan, dist.world_size()
     snapshot = stored(state, plan, len(start.images), 1)
     own = _bytes(snapshot.rows) + _bytes(snapshot.own)
     backbones = sum(_bytes(backbone.net.state_dict()) for backbone in start.backbones)
     names = 100 * len(start.images)  # clusters.parquet and images.csv, roughly
-    batch = 3 * plan.data.size**2 * plan.batch_of_rank
+    batch = plan.data.bands * plan.data.size**2 * plan.batch_of_rank
+    queue = shared_memory.fitting_queue(plan.data.workers, batch)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         # safetensors copies what it writes
         "host": peak + _bytes(snapshot.same) + own + (0 if cache is None else cache.nbytes),
         "workers": workers,
-        "gpu": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
-        "shared": ranks * plan.data.workers * 4 * batch,  # each loader process reads 4 batches ahead
+        "gpu": accelerator.most_memory_used(),
+        "shared": dist.local_world_size() * plan.data.workers * queue.ahead * batch * queue.shared,
         "disk": STATES * (_bytes(snapshot.same) + ranks * own) + backbones + names,
     }
 
@@ -307,8 +308,7 @@ def free_space(out: Path) -> dict[str, int | None]:
     """Bytes that are free before anything is loaded; None where the system does not say."""
     free: dict[str, int | None] = dict.fromkeys(("host", "gpu", "shared", "disk"))
     free["host"] = free_host_memory()
-    if torch.cuda.is_available():
-        free["gpu"] = torch.cuda.mem_get_info()[0]
+    free["gpu"] = accelerator.free_memory()
     with suppress(OSError):
         free["shared"] = shutil.disk_usage(shared_memory.SHARED_MEMORY).free
     with suppress(OSError, StopIteration):
@@ -332,7 +332,7 @@ def problems(needs: dict[str, int], free: dict[str, int | None], plan: Plan) -> 
             f"{_gb(here * (needs['host'] + needs['workers']))}. Pass {fewer}{smaller_batch(plan)}."
         )
     if too_much("gpu", needs["gpu"]):
-        found.append(f"GPU memory: pass {smaller_batch(plan)}.")
+        found.append(f"GPU memory: pass {more_parts(plan)}{smaller_batch(plan)}.")
     if too_much("shared", needs["shared"]):
         workers = int(plan.data.workers * TIGHT * (free["shared"] or 0) / needs["shared"])
         found.append(
@@ -349,7 +349,8 @@ def problems(needs: dict[str, int], free: dict[str, int | None], plan: Plan) -> 
 def describe(result: dict[str, Any]) -> list[str]:
     """What `dry_run` returned, as lines for the user."""
     ranks, needs, free, seconds = result["processes"], result["needs"], result["free"], result["seconds"]
-    batch = f"batch {result['batch_size']}" + (f" ({result['batch_of_rank']} a process)" if ranks > 1 else "")
+    divided = f" in {result['parts']} parts" if result["parts"] > 1 else ""
+    batch = f"batch {result['batch_size']}" + (f" ({result['batch_of_rank']} a process)" if ranks > 1 else "") + divided
     epochs = result["epochs"]
     lines = [
         f"Would train {' and '.join(result['archs'])} at {result['size']} pixels · {result['method'].upper()} · "

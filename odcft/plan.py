@@ -12,16 +12,17 @@ from typing import Any, Literal
 
 import torch
 
+from odcft.backbone.activation_memory import bytes_per_image
 from odcft.backbone.input_resizing import USUAL_SIZE
 from odcft.backbone.load import Loaded
 from odcft.backbone.network import Backbone
-from odcft.data import jpeg_crops
+from odcft.data import jpeg_crops, shared_memory
 from odcft.data.images import Images
 from odcft.data.intensity_range import choose_range, median_shorter_side
 from odcft.data.view import View
-from odcft.distributed import dist
+from odcft.distributed import accelerator, dist
 from odcft.errors import OdcftError
-from odcft.precision import allow_tf32, has_bfloat16
+from odcft.precision import allow_tf32, has_bfloat16, has_fast_float16
 from odcft.recipe import (
     MAX_MEMBERS,
     CODCRecipe,
@@ -38,6 +39,7 @@ from odcft.text import count_of
 IMAGES_PER_CLUSTER = 128  # what `auto` aims at
 MAX_AUTO_CLUSTERS = 10_000  # the most that `auto` chooses (paper, sec. 3.4)
 FEW_IMAGES = 20  # per cluster: with fewer, DC's classifier has little to learn from
+USABLE, MARGIN = 0.9, 1.25  # of a device's free memory; how much more than what it keeps a pass needs meanwhile
 FEW_STEPS, LARGE_BATCH = 200, 256  # fewer steps an epoch with such a batch: the recipe is meant for more images
 
 
@@ -66,7 +68,8 @@ class KMeansPlan(KMeansRecipe):
 
 class OptimPlan(OptimRecipe):
     final_epochs: float
-    precision: Literal["float32", "bfloat16"]
+    accumulate: int
+    precision: Literal["float32", "bfloat16", "float16"]
     sync_bn: Literal["on", "off"]
 
 
@@ -96,7 +99,14 @@ class Plan(Recipe):
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context in which the network runs in the plan's precision."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.optim.precision == "bfloat16")
+        enabled = self.optim.precision != "float32"
+        return torch.autocast(device.type, self.autocast_dtype if enabled else torch.bfloat16, enabled=enabled)
+
+    @property
+    def autocast_dtype(self) -> torch.dtype:
+        """The type of numbers that the network computes with."""
+        dtype: torch.dtype = getattr(torch, self.optim.precision)
+        return dtype
 
 
 def make_plan(
@@ -134,6 +144,9 @@ def make_plan(
     size = _decide_size(recipe, backbones, images)
     bands = _decide_bands(recipe, backbones)
     intensity, note = _decide_range(recipe, images, bands)
+    if recipe.optim.checkpointing:
+        for backbone in backbones:
+            backbone.save_activations_at_blocks_only()
     for backbone in backbones:
         _refuse_size(backbone, size)
         if backbone.fixed_size and size != backbone.size:
@@ -145,6 +158,13 @@ def make_plan(
     plan = fill_autos(recipe, clusters, size, intensity, len(backbones), min_cluster, bands=bands)
     if bands != 3 and any((plan.augment.saturation, plan.augment.hue, plan.augment.gray)):
         notes.append(f"Images of {bands} bands have no colours: augment.saturation, hue and gray are not applied.")
+    _refuse_contradictions(plan)
+    plan, more = decide_parts(plan, recipe, backbones, len(images))
+    return plan, [*([note] if note else []), *notes, *notes_on_queue(plan), *more]
+
+
+def _refuse_contradictions(plan: Plan) -> None:
+    """Refuse settings that do not go together."""
     if plan.augment.quarter_turns and any(member.rotation for member in plan.codc.members):
         raise OdcftError(
             "augment.quarter_turns turns images at random, so no member can predict how a copy was rotated. Pass "
@@ -156,7 +176,6 @@ def make_plan(
             f"optim.final_epochs={optim.final_epochs:g} of {optim.epochs} epochs leaves none at the full learning "
             "rate. Choose more epochs, or, for a new run, --set optim.final_epochs=auto: a sixth of them."
         )
-    return plan, [note, *notes] if note else notes
 
 
 def _notes_on_machine(recipe: Recipe) -> list[str]:
@@ -196,7 +215,8 @@ def fill_autos(
         min_cluster: overrides the recipe's.
         bands: of the images.
     """
-    gpu, device = torch.cuda.is_available(), dist.this_device()
+    device = dist.this_device()
+    gpu = device.type != "cpu"
     choices: dict[str, dict[str, Any]] = {
         "data": {
             **{"size": size, "range": intensity, "bands": bands, "workers": _workers(gpu), "mean": None, "std": None},
@@ -207,7 +227,8 @@ def fill_autos(
         "kmeans": {"engine": "torch"},  # always installed, on any device, and divided among the ranks
         "optim": {
             "final_epochs": recipe.optim.epochs / 6,
-            "precision": "bfloat16" if gpu and has_bfloat16(device) else "float32",
+            "accumulate": 1,  # make_plan may decide otherwise
+            "precision": automatic_precision(device),
             "sync_bn": "on" if gpu else "off",
         },
     }
@@ -425,7 +446,87 @@ def view_for_evaluation(loaded: Loaded, images: Images, size: int | None, run: V
     return replace(view, size=size, crop_fraction=1.0 if size < usual else view.crop_fraction)
 
 
+# ---------------------------------------------------------------- memory of the device
+
+
+def decide_parts(plan: Plan, recipe: Recipe, backbones: Sequence[Backbone], images: int) -> tuple[Plan, list[str]]:
+    """The plan with `optim.accumulate` decided if it is `auto`, and a note if that is more than one part.
+
+    Raises:
+        OdcftError: the recipe asks for more parts than there can be, with 2 images each.
+    """
+    batch = min(plan.optim.batch_size, images) // dist.world_size()
+    most, asked = batch // 2, recipe.optim.accumulate
+    if asked != "auto":
+        if asked > max(1, most):
+            raise OdcftError(
+                f"optim.accumulate={asked} needs 2 images for each part, and a process has {batch} images of a batch. "
+                f"Choose at most {most}."
+            )
+        return plan, []
+    free = accelerator.free_memory()
+    if free is None:  # also on a CPU
+        return plan, []
+    needed = bytes_of_step(plan, backbones, images, batch)
+    an_image = (needed - bytes_of_step(plan, backbones, images, 0)) / batch
+    parts = next((n for n in range(1, most) if needed - an_image * (batch - -(-batch // n)) < USABLE * free), most)
+    parts = max(dist.gather_dict({dist.rank(): parts}).values())
+    note = (
+        f"A step with {batch} images on each device needs about {needed / 1e9:.0f} GB of its memory, and "
+        f"{free / 1e9:.0f} GB are free: they are computed in {parts} parts (optim.accumulate={parts}; batch norm sees "
+        "one part at a time)."
+    )
+    optim = plan.optim.model_copy(update={"accumulate": parts})
+    return plan.model_copy(update={"optim": optim}), [note] if parts > 1 else []
+
+
+def batch_in_parts(plan: Plan) -> str:
+    """The batch of a plan as text: "batch 512", or "batch 512 in 4 parts"."""
+    parts = plan.optim.accumulate
+    return f"batch {plan.optim.batch_size}" + (f" in {parts} parts" if parts > 1 else "")
+
+
+def bytes_of_step(plan: Plan, backbones: Sequence[Backbone], images: int, part: int) -> int:
+    """About how many bytes of a device a training step needs, measured on the shapes of its tensors.
+
+    Args:
+        plan: of the run.
+        backbones: one for each member.
+        images: N, of the run.
+        part: images of this rank that are computed at once.
+    """
+    weights = sum(p.numel() for backbone in backbones for p in backbone.parameters())
+    K, D, ranks = plan.memory.clusters, plan.neck.dim * len(backbones), dist.world_size()
+    copies = 2 + (2 if plan.optim.optimizer == "adamw" else 1) + (ranks > 1)  # weights, gradients, momentum, buckets
+    memory = images // ranks * D * (2 if plan.memory.dtype == "float16" else 4) + K * D * 12
+    seen = 1 + max(bool(one.rotation) + bool(one.mixup) for one in plan.codc.members)  # each image, with its copies
+    pixels = 4 * plan.data.bands * plan.data.size**2 * plan.batch_of_rank * (2 + seen)
+    kept = sum(bytes_per_image(backbone, plan.data.size, plan.autocast_dtype) for backbone in backbones)
+    logits = 12 * K * len(backbones)  # in float32, with their gradient and the softmax
+    return int(4 * weights * copies + memory + pixels + part * seen * (MARGIN * kept + logits))
+
+
 # ---------------------------------------------------------------- the machine
+
+
+def notes_on_queue(plan: Plan) -> list[str]:
+    """A note if the loader processes read fewer batches ahead than usual, because shared memory is small."""
+    workers, batch = plan.data.workers, plan.data.bands * plan.data.size**2 * plan.batch_of_rank
+    ahead, shared = shared_memory.fitting_queue(workers, batch)
+    if not workers or (ahead == shared_memory.AHEAD and shared):
+        return []
+    return [
+        f"{shared_memory.SHARED_MEMORY} is small for {workers * dist.local_world_size()} loader processes: each reads "
+        f"{ahead} instead of {shared_memory.AHEAD} batches ahead{'' if shared else ', through a pipe'}. "
+        f"{shared_memory.REMEDY}."
+    ]
+
+
+def automatic_precision(device: torch.device) -> Literal["float32", "bfloat16", "float16"]:
+    """The precision that `auto` stands for: of 16 bits on a GPU that is faster with them."""
+    if device.type != "cpu" and has_bfloat16(device):
+        return "bfloat16"
+    return "float16" if has_fast_float16(device) else "float32"
 
 
 def _workers(gpu: bool) -> int:
@@ -435,13 +536,13 @@ def _workers(gpu: bool) -> int:
 
 def loader_workers(device: torch.device) -> int:
     """Data loader processes for each rank while features are extracted: on a CPU, the network needs most cores."""
-    return _workers(True) if device.type == "cuda" else min(4, cores_of_rank() // 4)
+    return _workers(True) if device.type != "cpu" else min(4, cores_of_rank() // 4)
 
 
 def cores_of_rank() -> int:
     """This rank's share of the cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
+    return cores // dist.local_world_size()
 
 
 # ---------------------------------------------------------------- which recipe fits

@@ -26,7 +26,7 @@ from odcft.errors import OdcftError
 from odcft.model.members import joint_features, make_members, make_necks
 from odcft.normalisation import decide_normalisation
 from odcft.optim import lr_at
-from odcft.plan import Plan, decide_members, make_plan, recipe_suggestions, with_clusters_for
+from odcft.plan import Plan, batch_in_parts, decide_members, make_plan, recipe_suggestions, with_clusters_for
 from odcft.progress import Progress
 from odcft.recipe import MemberRecipe, Recipe, load_options, make_recipe
 from odcft.run import memory_folder, output_checks, resume_checks, snapshot_files
@@ -115,6 +115,7 @@ def load_and_plan(
     plan, measured = decide_normalisation(recipe, plan, loaded, images)
     notes += [*measured, *(_note_on_gray_images(plan, images) if training else [])]
     _describe(loaded, images, plan, notes, progress, training)
+    dist.wait_for_all()
     return Planned(requested, plan, loaded, images, stored)
 
 
@@ -155,7 +156,7 @@ def _describe(
     if images.skipped:
         progress.say(f"Not read    {images.skipped_summary()}")
     optim, ranks = plan.optim, dist.world_size()
-    parts = [plan.method.upper(), count_of(optim.epochs, "epoch"), f"batch {optim.batch_size}"] if training else []
+    parts = [plan.method.upper(), count_of(optim.epochs, "epoch"), batch_in_parts(plan)] if training else []
     parts += [f"{plan.data.size} px", f"{ranks} process{'es' if ranks > 1 else ''}", optim.precision]
     progress.say(f"Plan        {' · '.join(parts)}")
     _say_notes(notes, progress)
@@ -255,6 +256,7 @@ def resumed_run(run: Run, recipe: Recipe, epochs: int | None, progress: Progress
         OdcftError: no state is intact, or recipe, checkpoint or data differ from those the run was started with.
     """
     snapshot = snapshot_files.load(snapshot_files.newest(run.out, progress.say))
+    dist.wait_for_all()
     resume_checks.refuse_malformed_state(run.out, snapshot.about)
     about = resume_checks.read_run_json(run.out)
     recipe = resume_checks.resumed_recipe(recipe, epochs, run.out, about, snapshot.about)

@@ -24,7 +24,7 @@ MAX_BYTES, MAX_VALUE_LENGTH, MAX_DEPTH = 1 << 20, 10_000, 30  # of a recipe; cha
 
 # More than anyone needs, yet within memory; MOST_MEMBERS is of codc.
 MAX_EPOCHS, MAX_IMAGE_SIZE, MAX_WIDTH, MAX_WORKERS, MAX_MEMBERS = 1_000_000, 4096, 65_536, 1024, 9
-MAX_BANDS = 16
+MAX_BANDS, MAX_PARTS = 16, 1024
 
 Auto = Literal["auto"]
 
@@ -212,7 +212,15 @@ class OptimRecipe(_Group):
     head_momentum: float = Field(0.0, ge=0, lt=1)  # the head's own (official code, after DeepCluster)
     head_lr: float = Field(1.0, gt=0)  # the head's learning rate, as a multiple of lr
     weight_decay: float = Field(1e-5, ge=0)
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast on a GPU that has it
+    # in how many parts, one after the other, a process computes its batch: the batch stays the same and needs less
+    # memory, but batch norm sees one part at a time; auto: as few as fit on the GPU
+    accumulate: Auto | Annotated[int, Field(ge=1, le=MAX_PARTS)] = 1
+    # keep only the activations between the blocks of a network without batch norm (timm's gradient checkpointing), and
+    # compute the others again: the same result with less memory, in about a third more time
+    checkpointing: bool = False
+    compile: bool = False  # the backbones with torch.compile
+    # of autocast; auto: bfloat16 on a GPU that has it, float16 (with loss scaling) on a V100 or T4
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # batch norm of the backbone over all processes, on GPUs only; auto: on (the neck's own never is, as in the code)
     sync_bn: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = "auto"
     channels_last: bool = True

@@ -15,6 +15,7 @@ from odcft.clustering.clusters import Clusters
 from odcft.distributed import dist
 from odcft.model.members import Members
 from odcft.plan import Plan
+from odcft.precision import LossScale
 
 
 class Window:
@@ -75,6 +76,7 @@ class State:
     clusters: Clusters
     window: Window  # the sums since the last log line
     labels_before_S: Tensor  # the labels at the end of the previous epoch, for the NMI
+    loss_scale: LossScale  # of float16
     step: int = 0  # how many steps are done
     logged: int = 0  # lines of metrics.jsonl up to this step are kept: `step` as counted by the ranks that saved it
     skipped: int = 0  # how many of the last steps in a row were skipped because a gradient was not finite
@@ -84,7 +86,8 @@ def new_state(network: Members, clusters: Clusters, plan: Plan) -> State:
     """The state before the first step."""
     optimizer = optim.make_optimizer(network.body(), network.heads(), plan.optim)
     labels_S = clusters.memory.labels_S
-    return State(network, optimizer, clusters, Window(labels_S.device), labels_S.clone())
+    loss_scale = LossScale(plan.optim.precision == "float16")
+    return State(network, optimizer, clusters, Window(labels_S.device), labels_S.clone(), loss_scale)
 
 
 @dataclass
@@ -115,7 +118,8 @@ def stored(state: State, plan: Plan, images: int, steps_per_epoch: int) -> Snaps
     same |= {f"optimizer.{name}": tensor for name, tensor in optim.optimizer_state(state.optimizer).items()}
     about = {
         **{"step": state.step, "steps_per_epoch": steps_per_epoch, "images": images, "skipped": state.skipped},
-        **{"window": counts, "recipe": plan.model_dump(mode="json"), "versions": versions()},
+        **{"loss_scale": state.loss_scale.stored(), "window": counts},
+        **{"recipe": plan.model_dump(mode="json"), "versions": versions()},
     }
     return Snapshot(same, {**rows, "labels_before": state.labels_before_S}, own, about)
 
@@ -125,6 +129,7 @@ def restore(state: State, snapshot: Snapshot, steps_per_epoch: int) -> None:
     state.network.load_state_dict(under("model.", snapshot.same))
     optim.restore_optimizer(state.optimizer, under("optimizer.", snapshot.same))
     clusters_module.restore(state.clusters, snapshot.rows, under("method.", snapshot.same))
+    state.loss_scale.restore(snapshot.about.get("loss_scale", {}))  # states of older versions have none
     state.window.restore(snapshot.own, snapshot.about["window"])
     state.labels_before_S.copy_(snapshot.rows["labels_before"])
     # The same epoch, and as far into it, even if an epoch has a different number of steps now.

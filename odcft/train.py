@@ -25,7 +25,8 @@ from odcft.distributed import dist, ownership, stop_signals
 from odcft.distributed.agreement import Agreement, asked_anywhere
 from odcft.distributed.stop_signals import Stopped
 from odcft.evaluation.during_training import EpochEvaluation, load_images_to_evaluate
-from odcft.model.members import joint_features, on_all_ranks
+from odcft.model.backpropagation import backpropagate
+from odcft.model.members import on_all_ranks
 from odcft.optim import lr_at, set_lr
 from odcft.prepare import Start, new_run, resumed_run
 from odcft.progress import Progress
@@ -142,8 +143,8 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
     evaluate = evaluation.after_epoch if evaluation else None
     log = TrainingLog(metrics, plan, state, order.steps_per_epoch, guard=guard, say=progress.say, evaluate=evaluate)
     saver = Saver(run.out, plan, state, order, metrics=metrics, guard=guard, say=progress.say)
-    broken = BrokenImages(start.images, plan.data.max_broken, progress.say)
-    ranks, embed = Agreement(), partial(_embed, start, network, device, broken, state)
+    broken = BrokenImages(start.images, plan.data.max_broken, progress.say, least=2 * optim.accumulate)
+    ranks, embed = Agreement(), partial(_embed, start, network, device, broken, state, batches)
     parallel_network = on_all_ranks(network, device).train()  # the same network; gradients are averaged over the ranks
     if not snapshot_files.exists(run.out):
         saver.save_first()
@@ -155,7 +156,6 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
             # DeepCluster only: new labels, so new heads. ODC's labels change in every step, and this is always False.
             if at_epoch_start and method.begin_epoch(clusters, epoch, embed):
                 network.new_heads(state.optimizer, state.step)
-                batches.discard_prefetched()
             for batch in log.timed(broken.checked(batches.of_epoch(state.step), state.step)):
                 set_lr(state.optimizer, lr_at(state.step, order.steps_per_epoch, optim))
                 torch.manual_seed(seeds.seed(plan.seed, "dropout", dist.rank(), state.step))
@@ -163,23 +163,21 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
                 row_B = ownership.row_of(batch.index_B).to(device, non_blocking=True)
                 views = network.views(batch, state.step, device)  # augmented (sec. 3.4)
                 guard.before_forward()
-                # 1. The forward pass gives features and predictions.
-                with plan.autocast(device):
-                    outputs = parallel_network(views.images, views.rotated, views.mixed)
-                # 2. Read the labels, and back-propagate eq. 1, re-weighted by cluster size (sec. 3.2).
-                label_B, weight_K = method.targets(clusters, row_B)
-                loss, logged_loss = network.losses(outputs, views, label_B, weight_K)
                 state.optimizer.zero_grad()
-                loss.backward()
+                # 1. The forward pass gives features and predictions. 2. With the labels from the memory, eq. 1,
+                # re-weighted by cluster size (sec. 3.2), is back-propagated. (`optim.accumulate`: part by part.)
+                label_B, weight_K = method.targets(clusters, row_B)
+                features_BD, loss, logged_loss = backpropagate(
+                    parallel_network, network, views, label_B, weight_K, state.loss_scale.factor
+                )
                 if step_taken := guard.allows_step():  # a skipped step leaves network and memories as they were
                     state.optimizer.step()
                     # 3. The samples memory, with the features of this very pass (eq. 2, 3). 4. Every k-th step the
                     # centroids memory; then small clusters (sec. 3.2).
-                    features_BD = joint_features([output.features_BD.detach().float() for output in outputs])
                     change_ratio = method.update(clusters, row_B, features_BD, state.step)
                     log.add(logged_loss, change_ratio, batch)
                 state.step += 1
-                agreed = ranks.after_step(loss.detach() if step_taken else torch.zeros_like(loss), saver.due())
+                agreed = ranks.after_step(guard.judged(loss, step_taken), saver.due())
                 if agreed.broken:
                     raise guard.error(state.step - 1 - ranks.delay(device))
                 advance(len(batch.index_B) * dist.world_size(), log.line())
@@ -197,7 +195,9 @@ def training_order(start: Start, first_step: int = 0) -> TrainingOrder:
     """The batches of the run, in the order that the method draws from its clusters."""
     plan, draw = start.plan, partial(METHODS[start.plan.method].draw, start.clusters)
     batch = plan.optim.batch_size // dist.world_size()
-    return TrainingOrder(len(start.images), batch, plan.optim.epochs, plan.seed, first_step, draw)
+    return TrainingOrder(
+        len(start.images), batch, plan.optim.epochs, plan.seed, first_step, draw, reads_ahead=plan.method != "dc"
+    )
 
 
 def training_crops(start: Start) -> Crops:
@@ -207,13 +207,18 @@ def training_crops(start: Start) -> Crops:
     return Crops(start.images, plan.view, plan.augment, plan.seed, plan.data.decoder, cache)
 
 
-def _embed(start: Start, network: Any, device: torch.device, broken: BrokenImages, state: State) -> Tensor:
+def _embed(
+    start: Start, network: Any, device: torch.device, broken: BrokenImages, state: State, batches: TrainingBatches
+) -> Tensor:
     """Backbone features (S, F) of this rank's images without augmentation, in evaluation mode.
+
+    The loader processes of training end first, so that there are never two sets of them.
 
     Raises:
         Stopped: some rank was asked to stop in the meantime.
     """
     (model,), plan = network, start.plan
+    batches.close()
     network.eval()
     with plan.autocast(device):
         features_SF, unreadable = extract(

@@ -1,6 +1,7 @@
 """Whole runs of DeepCluster: labels are fixed within an epoch, and new ones come with a reinitialised classifier."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from odcft import train
+from odcft.clustering import deepcluster
 from odcft.errors import OdcftError
 from odcft.first_memory import init_memory
 from odcft.recipe import load_recipe
@@ -106,3 +109,38 @@ def test_two_processes_cluster_together(tmp_path, checkpoint, images):
 
 def quick_flags():
     return [*QUICK, "optim.epochs=2", "memory.clusters=3"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_there_is_one_loader_at_a_time_and_no_batch_is_drawn_with_old_labels(
+    tmp_path, checkpoint, images, monkeypatch, workers
+):
+    made, drawn, clustered = [], [], []
+    whole = train.TrainingBatches, train.extract, deepcluster.draw, deepcluster.begin_epoch
+
+    def note(*args):
+        made.append(whole[0](*args))
+        return made[-1]
+
+    def extract(*args, **options):
+        assert made[0]._loader._iterator is None
+        assert made[0]._running is None
+        assert not multiprocessing.active_children()
+        return whole[1](*args, **options)
+
+    def begin_epoch(clusters, epoch, embed):
+        clustered.append(epoch)
+        return whole[3](clusters, epoch, embed)
+
+    def draw(clusters, generator):
+        drawn.append(len(clustered))
+        return whole[2](clusters, generator)
+
+    for owner, name, new in ((train, "TrainingBatches", note), (train, "extract", extract)):
+        monkeypatch.setattr(owner, name, new)
+    monkeypatch.setattr(deepcluster, "begin_epoch", begin_epoch)
+    monkeypatch.setattr(deepcluster, "draw", draw)
+    fine_tune(checkpoint, images, tmp_path / "run", quick("optim.epochs=3", f"data.workers={workers}", "dc.interval=2"))
+    assert len(made) == 1
+    assert clustered == [0, 1, 2]
+    assert drawn == [1, 2, 3]  # each epoch is drawn after it has begun

@@ -28,6 +28,7 @@ def test_it_says_what_the_run_then_does_and_writes_nothing(tmp_path, given, meth
     recipe, before = load_recipe("small", [*QUICK, f"method={method}"]), tree(tmp_path)
     told = dry_run(*given, tmp_path / "run", recipe)
     assert tree(tmp_path) == before
+    assert "batch 4 in 2 parts" in describe({**told, "parts": 2})[0]
     done = fine_tune(*given, tmp_path / "run", recipe)
     for name in ("images", "clusters", "epochs", "steps"):
         assert told[name] == done[name], name
@@ -66,7 +67,7 @@ def test_a_folder_that_the_run_would_refuse_is_refused(tmp_path, given):
     ("short", "setting"),
     [
         ("host", "--set optim.batch_size=2 --set optim.lr=0.015"),
-        ("gpu", "--set optim.batch_size=2"),
+        ("gpu", "--set optim.accumulate=2 (the same batch in 2 parts), or --set optim.batch_size=2"),
         ("shared", "--set data.workers=1"),
         ("disk", "choose another --out"),
     ],

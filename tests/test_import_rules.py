@@ -156,6 +156,7 @@ def test_the_folders_of_tests_mirror_those_of_odcft():
             "clustering/golden_traces",
             "distributed/collectives",
             "distributed/fake_gpu",
+            "distributed/many_nodes",
         ),
         *("distributed/ranks", "evaluation/golden_svm", "evaluation/bad_images", "run/outputs", "run/resume"),
         "run/run_faults",

@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from odcft import plan as plan_module
+from odcft.backbone.activation_memory import bytes_per_image
 from odcft.backbone.load import load_backbone
 from odcft.data.sources import find_images
 from odcft.errors import OdcftError
@@ -115,12 +116,52 @@ def test_batch_norm_is_synchronised_on_gpus_and_a_note_says_that_cpus_cannot(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(plan_module.dist, "gather_dict", lambda mine: mine)
     monkeypatch.setattr(plan_module, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(plan_module, "has_fast_float16", lambda device: False)
     backbone, images = load_backbone("scratch:test_resnet").backbone, find_images(make_images(tmp_path))
     recipe = load_recipe("small", [f"optim.sync_bn={asked}", "optim.batch_size=4", "memory.min_cluster=2"])
     plan, notes = make_plan(recipe, [backbone], images)
     assert plan.optim.sync_bn == ({True: "on", False: "off"}[gpu] if asked == "auto" else asked)
     said = [note for note in notes if "each process normalises over its own images" in note]
     assert len(said) == (asked == "on" and not gpu and ranks > 1)
+
+
+@pytest.mark.parametrize(("free", "parts"), [(None, 1), (40e9, 1), (24e9, 2), (12e9, 3), (1e9, 86), (1e8, 128)])
+def test_a_batch_is_divided_into_as_few_parts_as_fit(monkeypatch, free, parts):
+    """A ResNet-50 with 256 images of 224 pixels: about 86 MB of each in float32."""
+    monkeypatch.setattr(plan_module.accelerator, "free_memory", lambda: free)
+    monkeypatch.setattr(plan_module, "bytes_per_image", lambda *args: 86_000_000)
+    recipe = load_recipe("odc_r50_finetune", ["optim.accumulate=auto", "optim.batch_size=256"])
+    backbone = load_backbone("scratch:test_resnet").backbone
+    plan, notes = plan_module.decide_parts(fill_autos(recipe), recipe, [backbone], 10_000)
+    assert plan.optim.accumulate == parts
+    assert any(f"optim.accumulate={parts}" in note for note in notes) == (parts > 1)
+
+
+def test_more_parts_than_pairs_of_images_are_refused(make_images, tmp_path):
+    backbone, images = load_backbone("scratch:test_resnet").backbone, find_images(make_images(tmp_path))
+    plan, _ = make_plan(load_recipe("small", ["optim.batch_size=8", "optim.accumulate=4"]), [backbone], images)
+    assert plan.optim.accumulate == 4
+    with pytest.raises(OdcftError, match=r"a process has 8 images of a batch. Choose at most 4"):
+        make_plan(load_recipe("small", ["optim.batch_size=8", "optim.accumulate=5"]), [backbone], images)
+
+
+def test_what_a_pass_keeps_of_an_image_is_known_without_computing():
+    """As measured on real tensors."""
+    backbone, kept = load_backbone("scratch:test_resnet").backbone.train(), {}
+    buffers = {name: tensor.clone() for name, tensor in backbone.named_buffers()}
+    found = [bytes_per_image(backbone, 64, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    assert all(torch.equal(tensor, buffers[name]) for name, tensor in backbone.named_buffers())
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        backbone(torch.rand(8, 3, 64, 64))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in backbone.parameters()}
+    measured = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in weights)
+    assert found[0] == pytest.approx(measured / 8, rel=0.02)
+    assert found[1] == found[2] < 0.6 * found[0]
 
 
 def test_clusters_follow_the_images_that_can_be_read():

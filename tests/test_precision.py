@@ -1,12 +1,15 @@
 """What is rounded, and where it must not be."""
 
+import math
+
 import pytest
 import torch
+from torch import nn
 
 from odcft.clustering import deepcluster, kmeans, memory, odc
 from odcft.clustering.memory import VARIANTS
-from odcft.plan import fill_autos
-from odcft.precision import allow_tf32, exact_products, has_bfloat16
+from odcft.plan import automatic_precision, fill_autos
+from odcft.precision import GOOD_STEPS, LossScale, allow_tf32, exact_products, has_bfloat16, has_fast_float16
 from odcft.recipe import MemoryRecipe, Recipe
 
 
@@ -24,6 +27,36 @@ def test_a_gpu_that_only_emulates_bfloat16_does_not_have_it(monkeypatch, generat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
     monkeypatch.setattr(torch.version, "hip", None)
     assert has_bfloat16(torch.device("cuda", 0)) == has_it
+    assert has_fast_float16(torch.device("cuda", 0))
+    assert automatic_precision(torch.device("cuda", 0)) == ("bfloat16" if has_it else "float16")
+
+
+def test_a_gpu_without_tensor_cores_and_a_cpu_train_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert {automatic_precision(torch.device(kind)) for kind in ("cuda", "cpu", "mps")} == {"float32"}
+
+
+def test_the_loss_is_scaled_in_float16_only_and_the_factor_adapts():
+    model, plain, scale = nn.Linear(2, 2), LossScale(False), LossScale(True)
+    model.weight.grad = torch.full((2, 2), 3.0)
+    assert plain.allows_step(model)
+    assert (plain.factor, plain.stored(), plain.lower()) == (1, {}, False)
+    assert torch.equal(model.weight.grad, torch.full((2, 2), 3.0))
+    assert scale.allows_step(model)
+    assert torch.equal(model.weight.grad, torch.full((2, 2), 3.0 / 2**16))
+    model.weight.grad[0, 0] = math.inf
+    assert not scale.allows_step(model)
+    assert scale.factor == 2**15
+    again = LossScale(True)
+    again.restore(scale.stored())
+    assert again.stored() == scale.stored()
+    for _ in range(GOOD_STEPS):
+        scale.step_was_finite()
+    assert scale.factor == 2**16
+    while scale.lower():
+        pass
+    assert scale.factor == 1
 
 
 @pytest.mark.parametrize("allowed", [True, False])

@@ -259,6 +259,9 @@ SPEECH = {
     "backbone.part",  # of a file with several backbones: tests/backbone/test_backbone_parts.py
     "data.workers",
     "data.decoder",  # the images of this test are PNG; of JPEGs: tests/data_tests/test_jpeg_crops.py
+    "optim.checkpointing",  # of networks without batch norm: tests/backbone/test_network.py
+    "optim.compile",  # tests/model/test_members.py
+    "optim.accumulate",  # needs networks with batch norm, or more images: tests/model/test_backpropagation.py
     "optim.sync_bn",  # of several GPUs: tests/distributed/test_fake_gpu.py
     "data.bands",  # of other images: tests/backbone/test_band_widening.py
     "data.cache",  # images are the same: tests/data_tests/test_decoded_cache.py

@@ -26,6 +26,7 @@ class Backbone(nn.Module):
         width: F, the length of a feature.
         size: side in pixels of the images it was made for.
         model_type: of the folder of Hugging Face's transformers that it came from, or "".
+        checkpointing: whether only the activations between blocks are kept for the backward pass.
         fixed_size: whether it is built for that size; `resize` builds it for another, if timm can.
     """
 
@@ -35,6 +36,7 @@ class Backbone(nn.Module):
             net: Any = build(arch, **kwargs)
         self.net, self.arch, self.arch_args = net, arch, kwargs
         self.model_type = ""
+        self.checkpointing = False
         cfg: dict[str, Any] = getattr(net, "pretrained_cfg", {})
         if input is None:
             size = kwargs.get("img_size") or cfg["input_size"][-1] if cfg else 0
@@ -77,8 +79,28 @@ class Backbone(nn.Module):
             return
         device = next(self.parameters()).device
         self.net = resized(self.net, self.arch, self.arch_args, size).to(device)
+        if self.checkpointing:
+            self.save_activations_at_blocks_only()
         self.arch_args = {**self.arch_args, "img_size": size}
         self.adapter = Adapter(replace(self.input, size=size)).to(device)
+
+    def save_activations_at_blocks_only(self) -> None:
+        """Compute what is within a block again in the backward pass, which takes less memory and more time.
+
+        Raises:
+            OdcftError: the network cannot do it, or has batch norm, which would count every image twice.
+        """
+        advice = "Drop optim.checkpointing; optim.accumulate=2 saves memory, too."
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.net.modules()):
+            raise OdcftError(
+                f"{self.arch} has batch norm, and its running statistics would be updated again when activations are "
+                f"computed again. {advice}"
+            )
+        try:
+            self.net.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError, NotImplementedError, TypeError):
+            raise OdcftError(f"{self.arch} has no gradient checkpointing in timm. {advice}") from None
+        self.checkpointing = True
 
     def why_not(self, size: int) -> str:
         """Why the network takes no images of size x size pixels, not even after `resize`; "" if it does.

@@ -55,5 +55,5 @@ def restore(clusters: Clusters, rows: dict[str, Tensor], same: dict[str, Tensor]
     new.centroids_KD = centroids_KD
     new.minus_half_squares_K = memory.minus_half_squares(centroids_KD)
     clusters.memory = new
-    if "small_pending" in same and old.device.type != "cpu":
+    if "small_pending" in same and clusters.watch.reader.delay(old.device):
         clusters.watch.reader.restore_pending(same["small_pending"])

@@ -291,5 +291,6 @@ def _faiss_kmeans(features_SD: Tensor, k: int, seed: int, iterations: int) -> Te
         )
         clustering.train(everything.cpu().numpy())
         centroids_KD.copy_(torch.from_numpy(clustering.centroids))
+    dist.wait_for_all()
     dist.broadcast_(centroids_KD)
     return centroids_KD

@@ -19,6 +19,7 @@ from odcft.data.images import Images
 from odcft.data.jpeg_crops import crop_of_decoded, jpeg_crop
 from odcft.data.view import View, centre_crop
 from odcft.distributed import dist, ownership, stop_signals
+from odcft.distributed.accelerator import ASYNCHRONOUS
 from odcft.errors import OdcftError
 from odcft.recipe import AugmentRecipe
 from odcft.text import printable
@@ -138,6 +139,7 @@ class TrainingOrder:
         seed: of the run.
         first_step: the first step to yield a batch for.
         draw: the rows of an epoch, in order; by default each image once, shuffled.
+        reads_ahead: whether the next epoch may be drawn before this one ends; if not, iterating ends with the epoch.
     """
 
     def __init__(
@@ -148,12 +150,14 @@ class TrainingOrder:
         seed: int,
         first_step: int = 0,
         draw: Callable[[torch.Generator], Tensor] | None = None,
+        *,
+        reads_ahead: bool = True,
     ) -> None:
         self.count, self.owned = count, torch.tensor(ownership.my_images(count))
         self.batch = min(batch, count // dist.world_size())  # of this rank
         self.steps_per_epoch = steps_per_epoch(count, batch * dist.world_size())
         self.steps = self.steps_per_epoch * epochs
-        self.seed, self.first_step = seed, first_step
+        self.seed, self.first_step, self.reads_ahead = seed, first_step, reads_ahead
         self.draw = draw or (lambda generator: torch.randperm(len(self.owned), generator=generator))
 
     def __len__(self) -> int:
@@ -164,7 +168,8 @@ class TrainingOrder:
         return len(self) * self.batch * dist.world_size()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for epoch in range(self.first_step // self.steps_per_epoch, self.steps // self.steps_per_epoch):
+        epochs = range(self.first_step // self.steps_per_epoch, self.steps // self.steps_per_epoch)
+        for epoch in epochs if self.reads_ahead else epochs[:1]:
             generator = seeds.generator(self.seed, "order", epoch, dist.rank())
             order = self.owned[self.draw(generator)]
             first = (
@@ -179,11 +184,9 @@ class TrainingOrder:
 class TrainingBatches:
     """The batches of a run, an epoch at a time, from loader processes that live as long as the run.
 
-    They read ahead into the next epoch. If the order of that epoch changes (dc: new labels), call `discard_prefetched`.
-
     Args:
         crops: the images, with augmentation.
-        order: which images make a batch.
+        order: which images make a batch. Unless it ends with every epoch, the processes read ahead into the next one.
         workers: loader processes.
         device: the device that the batches will be moved to.
     """
@@ -193,17 +196,13 @@ class TrainingBatches:
         self._loader = make_loader(crops, order, workers, device, persistent=True)
         self._running: Iterator[Batch] | None = None
 
-    def discard_prefetched(self) -> None:
-        """Throw away what was read ahead; the next `of_epoch` draws the order again."""
-        self._running = None
-
     def close(self) -> None:
-        """Stop the loader processes."""
+        """Stop the loader processes, and forget what they have read ahead; the next `of_epoch` starts new ones."""
         self._running = self._loader._iterator = None
 
     def of_epoch(self, step: int) -> Iterator[Batch]:
         """The batches from a step of the run to the end of its epoch."""
-        if self._running is None:
+        if self._running is None or not self.order.reads_ahead:
             self.order.first_step = step
             self._running = iter(self._loader)
         for _ in range(step, (step // self.order.steps_per_epoch + 1) * self.order.steps_per_epoch):
@@ -216,31 +215,40 @@ def sequential_batches(indices: range, batch: int) -> list[list[tuple[int, int]]
 
 
 def make_loader(
-    crops: Crops, batches: object, workers: int, device: torch.device, *, persistent: bool = False
+    crops: Crops,
+    batches: TrainingOrder | list[list[tuple[int, int]]],
+    workers: int,
+    device: torch.device,
+    *,
+    persistent: bool = False,
 ) -> torch.utils.data.DataLoader:
     """A loader of `Batch`es.
 
     Args:
         crops: the images.
         batches: lists of (epoch, index).
-        workers: loader processes.
+        workers: loader processes; they read as far ahead as fits in shared memory.
         device: the device that the batches will be moved to.
         persistent: whether to keep the processes for the next iteration.
     """
+    images = batches.batch if isinstance(batches, TrainingOrder) else max(map(len, batches), default=0)
+    queue = shared_memory.fitting_queue(workers, crops.view.bands * crops.view.size**2 * images)
     workers = shared_memory.usable_workers(workers)
     return torch.utils.data.DataLoader(
         crops,  # type: ignore[arg-type]
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
+        pin_memory=device.type in ASYNCHRONOUS,
+        prefetch_factor=queue.ahead if workers else None,
         persistent_workers=persistent and workers > 0,
-        worker_init_fn=_init_worker,
+        worker_init_fn=partial(_init_worker, queue.shared),
     )
 
 
-def _init_worker(worker: int) -> None:
+def _init_worker(shared: bool, worker: int) -> None:
     torch.set_num_threads(1)
     stop_signals.ignore_signals_in_worker()
+    if not shared:
+        shared_memory.use_pipes()
     shared_memory.exit_instead_of_hanging()

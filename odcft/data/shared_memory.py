@@ -7,10 +7,14 @@ prints a traceback in the worker and loses the batch, and training waits for it 
 import multiprocessing
 import multiprocessing.queues
 import os
+import shutil
 import sys
 import threading
 import time
 import warnings
+from contextlib import suppress
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +23,49 @@ from odcft.distributed import dist
 from odcft.text import printable
 
 SHARED_MEMORY = "/dev/shm"
+AHEAD = 4  # batches that a loader process reads ahead, if they fit
+BUDGET = 0.5  # of the free shared memory
 REMEDY = "In a container, give it more: docker run --shm-size=8g"
+
+
+class Queue(NamedTuple):
+    """How the loader processes of a rank read ahead."""
+
+    ahead: int  # batches of each process
+    shared: bool  # whether they are in shared memory; if not, they go through pipes
+
+
+def fitting_queue(workers: int, batch_bytes: int) -> Queue:
+    """As many batches as fit in shared memory, for each loader process to read ahead.
+
+    The queues of all ranks of this machine may together take half of what was free at first: features for an
+    evaluation are read while training has its own queue, and NCCL needs some. If not even one batch of each process
+    fits, all go through pipes, which is slower, but still faster than having fewer processes.
+
+    Args:
+        workers: loader processes of each rank.
+        batch_bytes: of the pixels of a batch.
+    """
+    free = _free_at_first()
+    if not workers or free is None:
+        return Queue(AHEAD, True)
+    fitting = int(BUDGET * free / dist.local_world_size() / workers / max(1, batch_bytes))
+    return Queue(min(AHEAD, max(1, fitting)), fitting > 0)
+
+
+def use_pipes() -> None:
+    """In a data worker: send all batches through the pipe."""
+    global _pipes_only
+    _pipes_only = True
+
+
+@cache
+def _free_at_first() -> int | None:
+    """Bytes of shared memory that were free when this process first asked; None where the system does not say."""
+    try:
+        return shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return None
 
 
 def usable_workers(workers: int) -> int:
@@ -43,10 +89,10 @@ def pack_pixels(pixels: Tensor) -> Tensor | bytes:
     Args:
         pixels: (B, 3, H, W) uint8.
     """
-    try:
-        return pixels.share_memory_()
-    except RuntimeError:  # full; torch reserves the space before it writes
-        return pixels.numpy().tobytes()
+    if not _pipes_only:
+        with suppress(RuntimeError):  # full; torch reserves the space before it writes
+            return pixels.share_memory_()
+    return pixels.numpy().tobytes()
 
 
 def unpack_pixels(pixels: Tensor | bytes, shape: tuple[int, ...]) -> Tensor:
@@ -54,7 +100,8 @@ def unpack_pixels(pixels: Tensor | bytes, shape: tuple[int, ...]) -> Tensor:
     if isinstance(pixels, Tensor):
         return pixels
     _warn_once(
-        f"{SHARED_MEMORY} is full, so batches go through pipes, which is slower. {REMEDY}, or use fewer data.workers."
+        f"{SHARED_MEMORY} is full or too small, so batches go through pipes, which is slower. {REMEDY}, or use fewer "
+        "data.workers."
     )
     return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(shape) if pixels else torch.empty(shape).byte()
 
@@ -76,6 +123,7 @@ def exit_instead_of_hanging() -> None:
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
+_pipes_only = False
 _warned: set[str] = set()
 
 

@@ -50,7 +50,8 @@ class Agreement:
 
 
 def asked_anywhere(device: torch.device) -> bool:
-    """Whether any rank was asked to stop. The host waits for the device."""
+    """Whether any rank was asked to stop. The host waits for the device, and for all ranks."""
+    dist.wait_for_all()
     asked = torch.full((), float(bool(stop_signals.stop_requested())), device=device)
     dist.all_sum_(asked)
     return bool(asked)

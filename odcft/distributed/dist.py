@@ -6,13 +6,19 @@ and only tensors with one entry or row per cluster are exchanged.
 
 import os
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+
+from odcft.distributed import accelerator
+from odcft.distributed.attendance import Attendance, time_out
+from odcft.errors import OdcftError
+
+_attendance: Attendance | None = None  # of several ranks
 
 
 def rank() -> int:
@@ -25,6 +31,11 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if _started() else 1
 
 
+def local_world_size() -> int:
+    """The number of ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def local_rank() -> int:
     """This process's number on its machine, which is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
@@ -32,7 +43,8 @@ def local_rank() -> int:
 
 def this_device() -> torch.device:
     """Where this rank computes: a GPU of its own if there are any, else the CPU."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    kind = accelerator.kind()
+    return torch.device(kind) if kind in ("cpu", "mps") else torch.device(kind, local_rank())
 
 
 def _started() -> bool:
@@ -41,10 +53,15 @@ def _started() -> bool:
 
 def start(device: torch.device) -> None:
     """Join the other processes that torchrun (or `--devices`) started; do nothing in a single process."""
+    global _attendance
     if "RANK" in os.environ and not _started():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type not in accelerator.BACKENDS:
+            raise OdcftError(f"Several processes cannot share work on {device.type}. Use one, or --accelerator cpu.")
+        accelerator.set_device(device)
+        limit = time_out()
+        torch.distributed.init_process_group(accelerator.BACKENDS[device.type], timeout=limit)
+        store = torch.distributed.PrefixStore("odcft", torch.distributed.distributed_c10d._get_default_store())
+        _attendance = Attendance(store, rank(), world_size(), limit)
 
 
 def is_lost_peer_error(error: BaseException) -> bool:
@@ -69,6 +86,18 @@ def exit_process(code: int) -> NoReturn:
         with suppress(OSError):  # the terminal may be gone
             stream.flush()
     os._exit(code)
+
+
+def wait_for_all() -> None:
+    """Wait until every rank has arrived here, without a time limit as long as all are alive. The host waits."""
+    if _attendance is not None and world_size() > 1:
+        _attendance.wait()
+
+
+def was_restarted() -> bool:
+    """Whether torchrun has started these processes again after a failure; the same answer on every rank."""
+    mine = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return any(gather_dict({rank(): mine}).values())
 
 
 def all_sum_(*tensors: Tensor) -> None:
@@ -115,9 +144,10 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def gather_dict(mine: dict) -> dict:
-    """The dicts of all ranks, merged; for small dicts only."""
+    """The dicts of all ranks, merged; for small dicts only. Ranks may take any time to get here."""
     if world_size() == 1:
         return mine
+    wait_for_all()
     parts: list[dict] = [{} for _ in range(world_size())]
     torch.distributed.all_gather_object(parts, mine)
     return {key: value for part in parts for key, value in part.items()}
@@ -134,16 +164,27 @@ def data_parallel(model: nn.Module, device: torch.device, sync_bn: Iterable[nn.M
     """
     if world_size() == 1:
         return model
-    if device.type == "cuda":
+    if device.type != "cpu":
         from timm.layers import convert_sync_batchnorm  # torch's own drops the activation of BatchNormAct2d
 
         for part in sync_bn:
             convert_sync_batchnorm(part)
-    ids = [device.index] if device.type == "cuda" else None
+    ids = [device.index] if device.type != "cpu" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
 
+@contextmanager
+def exchanging_gradients(model: nn.Module, now: bool) -> Iterator[None]:
+    """A context for forward and backward pass; with `now` false, gradients are only added up on this rank."""
+    if now or not isinstance(model, nn.parallel.DistributedDataParallel):
+        yield
+    else:
+        with model.no_sync():
+            yield
+
+
 def barrier() -> None:
-    """Wait until every rank has arrived here."""
+    """Wait until every rank has arrived here, and the device has done its work."""
     if world_size() > 1:
+        wait_for_all()
         torch.distributed.barrier()

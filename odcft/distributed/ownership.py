@@ -49,7 +49,7 @@ def image_of(row: Index, rank: int | None = None, ranks: int | None = None) -> I
 
 
 def in_dataset_order(rows: Tensor, count: int) -> Tensor:
-    """The rows of all ranks, ordered by image.
+    """The rows of all ranks, ordered by image. Ranks may take any time to get here.
 
     Args:
         rows: (S, ...), of this rank, in row order.
@@ -60,6 +60,7 @@ def in_dataset_order(rows: Tensor, count: int) -> Tensor:
     """
     if dist.world_size() == 1:
         return rows
+    dist.wait_for_all()
     gathered = dist.gather_rows(rows)
     order = torch.cat([torch.arange(r, count, dist.world_size()) for r in range(dist.world_size())]).to(rows.device)
     return torch.empty_like(gathered).index_copy_(0, order, gathered)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from odcft.distributed import accelerator
 from odcft.errors import OdcftError
 
 RESTARTS = 10  # of K-Means, from other rows; the clustering with the smallest squared distances counts
@@ -128,7 +129,7 @@ def _kmeans_labels(features_NF: np.ndarray, k: int, seed: int) -> np.ndarray:
 
     from odcft.clustering.kmeans import kmeans
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(accelerator.kind())
     rows = F.normalize(torch.from_numpy(features_NF.astype(np.float64)), dim=1).float().to(device)
     best, best_label_N = float("inf"), torch.zeros(0)
     for restart in range(RESTARTS):

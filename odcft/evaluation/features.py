@@ -62,7 +62,7 @@ def features_of(
     if not backbone.accepts_size(view.size):
         raise OdcftError(f"{backbone.arch} cannot process images of {view.size} pixels. Try --size {backbone.size}.")
     device = dist.this_device()
-    half = device.type == "cuda" and has_bfloat16(device)
+    half = device.type != "cpu" and has_bfloat16(device)
     backbone = backbone.to(device).eval()
     network = LayerFeatures(backbone, view.size) if all_layers else backbone
     widths = {LAST: backbone.width}
@@ -73,6 +73,7 @@ def features_of(
     if keep and dist.rank() == 0:  # the other ranks may have another disk
         key = feature_cache.key(backbone, images, view, "bfloat16" if half else "float32")
         known = feature_cache.read(key, widths, len(images))
+    dist.wait_for_all()
     if float(dist.all_sum(torch.tensor(float(known is not None), device=device))):
         return Features(*(known or ({}, {})), cached=True)
 

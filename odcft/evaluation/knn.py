@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from odcft.distributed import accelerator
+
 K = 20  # neighbours of the accuracy called `top1`
 KS = (10, 20, 100, 200)  # the numbers of neighbours that are usually reported (DINO)
 TEMPERATURE = 0.07  # of the votes, exp(cosine / T) (Wu et al. 2018; DINO)
@@ -40,7 +42,7 @@ def knn(
     """
     k = min(k, len(train_NF))
     every_k = sorted({k, *(one for one in ks if one <= len(train_NF))})
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(accelerator.kind())
     similarity, nearest = _most_similar(train_NF, test_NF, every_k[-1], device)
     classes = torch.from_numpy(train_N).long().to(device)
     predicted = {one: _vote(similarity[:, :one], classes, nearest[:, :one]) for one in every_k}

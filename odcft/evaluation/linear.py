@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from odcft.distributed import accelerator
+
 EPOCHS, STEPS = 90, (30, 60)  # the learning rate is divided by 10 after the epochs STEPS
 BATCH, LR, MOMENTUM, WEIGHT_DECAY = 256, 0.01, 0.9, 1e-4  # with Nesterov's momentum
 LOGISTIC_ROWS = 20_000  # training images above which logistic regression would take too long
@@ -107,7 +109,7 @@ def _train_by_sgd(
     layers: Mapping[str, _Layer], train_N: np.ndarray, epochs: int, seed: int, advance: Callable[[int], None]
 ) -> dict[str, np.ndarray]:
     """The classes (N,) of the test images by each layer, all layers trained on the same batches."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(accelerator.kind())
     classes = torch.from_numpy(train_N).long()
     widths = [len(layer.mean_F) for layer in layers.values()]
     heads = nn.ModuleList(_Head(width, int(classes.max()) + 1, seed) for width in widths).to(device)

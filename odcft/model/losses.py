@@ -14,7 +14,12 @@ from odcft.recipe import MemberRecipe
 
 
 def losses(
-    outputs: list[Output], codc: CODCPlan, label_B: Tensor, weight_K: Tensor, views: Views
+    outputs: list[Output],
+    codc: CODCPlan,
+    label_B: Tensor,
+    weight_K: Tensor,
+    views: Views,
+    whole_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss to minimise, and the loss to log.
 
@@ -24,6 +29,8 @@ def losses(
         label_B: (B,) labels from the joint memory.
         weight_K: (K,) loss weights of the clusters.
         views: what the members saw.
+        whole_B: if this is a part of a batch, the labels of all of it: the losses are then shares of the batch's, and
+            those of its parts add up to them.
 
     Returns:
         The sum of the members' losses, each with the member's weights: for one plain member eq. 1 with the weights of
@@ -32,29 +39,39 @@ def losses(
     """
     terms, cluster_losses = [], []
     for output, member in zip(outputs, codc.members, strict=True):
-        cluster_loss = F.cross_entropy(output.logits_BK.float(), label_B, weight_K)  # eq. 1
+        cluster_loss = _cross_entropy(output.logits_BK, label_B, weight_K, whole_B)  # eq. 1
         terms += [member.cluster * cluster_loss] if member.cluster else []
-        terms += _losses_of_copies(output, member, label_B, weight_K, views)
+        terms += _losses_of_copies(output, member, label_B, weight_K, views, whole_B)
         cluster_losses.append(cluster_loss.detach())
     if len(terms) == 1:
         return terms[0], cluster_losses[0]
     return torch.stack(terms).sum(), torch.stack(cluster_losses).mean()
 
 
+def _cross_entropy(logits_BK: Tensor, label_B: Tensor, weight_K: Tensor, whole_B: Tensor | None) -> Tensor:
+    """The weighted mean of the cross-entropy; of a part of a batch, times the part's share of the batch's weights."""
+    mean = F.cross_entropy(logits_BK.float(), label_B, weight_K)
+    if whole_B is None:
+        return mean
+    return mean * (weight_K.index_select(0, label_B).sum() / weight_K.index_select(0, whole_B).sum())
+
+
 def _losses_of_copies(
-    output: Output, member: MemberRecipe, label_B: Tensor, weight_K: Tensor, views: Views
+    output: Output, member: MemberRecipe, label_B: Tensor, weight_K: Tensor, views: Views, whole_B: Tensor | None
 ) -> list[Tensor]:
     """The weighted losses of one member on rotated and mixed copies; empty for a plain member."""
     terms = []
     if member.rotation:
         assert output.rotation_logits_B4 is not None
         assert views.quarters_B is not None
-        terms.append(member.rotation * F.cross_entropy(output.rotation_logits_B4.float(), views.quarters_B))
+        rotation_loss = F.cross_entropy(output.rotation_logits_B4.float(), views.quarters_B)
+        share = 1 if whole_B is None else len(label_B) / len(whole_B)
+        terms.append(member.rotation * share * rotation_loss)
     if member.mixup:
         assert output.mixed_logits_BK is not None
         assert views.partner_B is not None
-        logits_BK = output.mixed_logits_BK.float()
-        one = F.cross_entropy(logits_BK, label_B, weight_K)
-        other = F.cross_entropy(logits_BK, label_B.index_select(0, views.partner_B), weight_K)
+        partner_label_B = (label_B if whole_B is None else whole_B).index_select(0, views.partner_B)
+        one = _cross_entropy(output.mixed_logits_BK, label_B, weight_K, whole_B)
+        other = _cross_entropy(output.mixed_logits_BK, partner_label_B, weight_K, whole_B)
         terms.append(member.mixup * (views.share * one + (1 - views.share) * other))
     return terms

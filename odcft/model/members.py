@@ -75,9 +75,11 @@ class Members(nn.Module):
         """The output of each member."""
         return [member(images, rotated, mixed) for member in self.members]
 
-    def losses(self, outputs: list[Output], views: Views, label_B: Tensor, weight_K: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(
+        self, outputs: list[Output], views: Views, label_B: Tensor, weight_K: Tensor, whole_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Call `losses` with the weights from the plan."""
-        return losses(outputs, self.plan.codc, label_B, weight_K, views)
+        return losses(outputs, self.plan.codc, label_B, weight_K, views, whole_B)
 
 
 # ---------------------------------------------------------------- making the networks
@@ -114,6 +116,9 @@ def on_all_ranks(network: Members, device: torch.device) -> nn.Module:
     the same buckets as an uninterrupted one.
     """
     plan = network.plan
+    if plan.optim.compile:
+        for member in network:
+            member.backbone.compile()  # in place: the names of its tensors stay
     # Not the necks, as in the official code.
     model = dist.data_parallel(network, device, [m.backbone for m in network] if plan.optim.sync_bn == "on" else [])
     if dist.world_size() == 1:

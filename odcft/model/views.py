@@ -22,6 +22,13 @@ class Views(NamedTuple):
     partner_B: Tensor | None = None  # which image of the batch each was mixed with
     share: float = 1.0  # weight of the image itself in the mixture
 
+    def parts(self, number: int) -> list["Views"]:
+        """Consecutive parts of the batch, equally large to within one image; partners are still of the whole batch."""
+        if number == 1:
+            return [self]
+        pieces = [tensor.tensor_split(number) if isinstance(tensor, Tensor) else [tensor] * number for tensor in self]
+        return [Views(*of_one) for of_one in zip(*pieces, strict=True)]
+
 
 def with_copies(images: Tensor, codc: CODCPlan, generator: torch.Generator) -> Views:
     """Add the copies that any member needs.

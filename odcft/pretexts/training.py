@@ -35,6 +35,7 @@ from odcft.errors import OdcftError
 from odcft.normalisation import decide_normalisation
 from odcft.optim import lr_at, make_optimizer, set_lr
 from odcft.plan import Plan, make_plan, suitable_recipe
+from odcft.precision import LossScale
 from odcft.pretexts.colorization import Colorization
 from odcft.pretexts.jigsaw import Jigsaw
 from odcft.pretexts.rotation import Rotation
@@ -90,7 +91,7 @@ def train_pretext(
     try:
         images = find_images(data, progress, make_reader(reader))
         pretext = _prepare(task, images, arch, out, recipe, resume, progress)
-        with explain_failures(recipe), files.new_folder(out.parent):
+        with explain_failures(recipe, in_parts=False), files.new_folder(out.parent):
             figures = _train(pretext, progress)
         return {
             "out": str(out),
@@ -121,12 +122,14 @@ class _Pretext:
     plan: Plan
     images: Images
     order: TrainingOrder
+    loss_scale: LossScale
 
 
 def _prepare(
     task: str, images: Images, arch: str, out: Path, recipe: Recipe, resume: bool, progress: Progress
 ) -> _Pretext:
     """Build the network, with the weights of the last epoch if the task is resumed."""
+    _refuse_settings_of_finetune(recipe)
     progress.say(f"Images      {len(images):,} in {images.source}")
     if images.skipped:
         progress.say(f"Not read    {images.skipped_summary()}")
@@ -175,7 +178,20 @@ def _prepare(
                 f"{out} has already been trained for {state['epoch']} epochs. Pass a larger --epochs to train on."
             )
         progress.say(f"Resuming    {out} after {state['epoch']} epochs")
-    return _Pretext(task, out, network, optimizer, plan, images, order)
+    scale = LossScale(optim.precision == "float16")
+    scale.restore(state.get("loss_scale") or {})
+    return _Pretext(task, out, network, optimizer, plan, images, order, scale)
+
+
+def _refuse_settings_of_finetune(recipe: Recipe) -> None:
+    """Refuse what only `finetune` does, rather than train without it."""
+    if recipe.optim.accumulate != 1:
+        raise OdcftError(
+            "optim.accumulate is for finetune: a pretext task computes its batch in one part. Choose a smaller "
+            "optim.batch_size instead."
+        )
+    if recipe.optim.compile:
+        raise OdcftError("optim.compile is for finetune. Drop it to train a pretext task.")
 
 
 def _train(pretext: _Pretext, progress: Progress) -> dict[str, Any]:
@@ -195,6 +211,7 @@ def _train(pretext: _Pretext, progress: Progress) -> dict[str, Any]:
     sync_bn = [network] if plan.optim.sync_bn == "on" else []
     model, step = dist.data_parallel(network, device, sync_bn), order.first_step
     network.train()
+    scale = pretext.loss_scale
     with closing(batches), progress.phase(pretext.task.capitalize(), order.images_left()) as advance:
         for epoch in range(step // order.steps_per_epoch, plan.optim.epochs):
             for batch in batches.of_epoch(step):
@@ -207,8 +224,9 @@ def _train(pretext: _Pretext, progress: Progress) -> dict[str, Any]:
                     logits_MC, answer_M = model(pixels, seeds.seed(plan.seed, "pretext puzzles", dist.rank(), step))
                 loss = F.cross_entropy(logits_MC.float(), answer_M, network.weight_C)
                 optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                (loss * scale.factor if scale.used else loss).backward()
+                if scale.allows_step(network):
+                    optimizer.step()
 
                 correct = (logits_MC.detach().argmax(1) == answer_M).sum()
                 sums_3 += torch.stack([loss.detach() * len(answer_M), correct, torch.full_like(correct, len(answer_M))])
@@ -308,6 +326,7 @@ def _save(pretext: _Pretext, epoch: int) -> None:
             "reader": None if pretext.images.reader is None else pretext.images.reader.name,
             "state_dict": weights,
             "optimizer": pretext.optimizer.state_dict(),
+            "loss_scale": pretext.loss_scale.stored(),
         }
         with files.atomic_file(pretext.out) as unfinished:
             files.save_checkpoint(tree, unfinished)

@@ -19,10 +19,11 @@ class BrokenImages:
         images: those of the run.
         share: of this rank's images that may break (`data.max_broken`); one always may, unless it is 0.
         say: called with a line for the first few.
+        least: images that a batch must have left: 2 for each part of it, as batch norm cannot do with fewer.
     """
 
-    def __init__(self, images: Images, share: float, say: Callable[[str], None]) -> None:
-        self.images, self.share, self.say = images, share, say
+    def __init__(self, images: Images, share: float, say: Callable[[str], None], least: int = 2) -> None:
+        self.images, self.share, self.say, self.least = images, share, say, least
         self.found: dict[int, str] = {}  # index to reason
         self.owned = len(ownership.my_images(len(images)))
 
@@ -30,11 +31,11 @@ class BrokenImages:
         """Yield the batches from a step on, without those images.
 
         Raises:
-            OdcftError: too many have broken, or fewer than 2 images of a batch are left.
+            OdcftError: too many have broken, or fewer than `least` images of a batch are left.
         """
         for batch in batches:
             self.add(batch.unreadable, step)
-            if len(batch.index_B) < 2:
+            if len(batch.index_B) < self.least:
                 raise OdcftError(
                     f"Step {step}: hardly any image can still be read. Is {self.images.source} still there? "
                     "Continue with --resume."

@@ -7,22 +7,26 @@ from contextlib import contextmanager
 from odcft.distributed import dist
 from odcft.errors import OdcftError, ran_out_of_memory
 from odcft.recipe import Recipe
+from odcft.text import short_repr
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def explain_failures(recipe: Recipe) -> Iterator[None]:
+def explain_failures(recipe: Recipe, in_parts: bool = True) -> Iterator[None]:
     """Turn running out of memory, dying data workers and failing disks into an OdcftError.
 
     Args:
         recipe: of the run; the advice names its numbers.
+        in_parts: whether `optim.accumulate` can help.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if ran_out_of_memory(error):
-            raise OdcftError(out_of_memory(recipe)) from None
+            raise OdcftError(out_of_memory(recipe, in_parts)) from None
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise OdcftError(could_not_compile(error)) from None
         if "DataLoader worker" in str(error):
             raise OdcftError(worker_died(str(error), recipe)) from None
         raise
@@ -36,14 +40,31 @@ def explain_failures(recipe: Recipe) -> Iterator[None]:
         raise OdcftError(f"{what} and continue with --resume.") from None
 
 
-def out_of_memory(recipe: Recipe) -> str:
-    """The error after running out of memory, with the batch size to try next."""
+def out_of_memory(recipe: Recipe, in_parts: bool = True) -> str:
+    """The error after running out of memory, with the parts or the batch size to try next."""
     optim, ranks = recipe.optim, dist.world_size()
     return (
         f"Out of memory with optim.batch_size={optim.batch_size} on {ranks} process{'es' if ranks > 1 else ''}. "
-        f"Start again with {smaller_batch(recipe)}, or, "
+        f"Start again with {more_parts(recipe) if in_parts else ''}{smaller_batch(recipe)}, or, "
         f"if you have more devices, continue with --resume --devices {2 * ranks}: the processes share the batch."
     )
+
+
+def could_not_compile(error: Exception) -> str:
+    """The error after torch.compile failed."""
+    why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return (
+        f"torch.compile failed ({short_repr(why, 200, quotes=False)}). It needs a C++ compiler on a CPU, and Triton on "
+        "a GPU. Start again without optim.compile."
+    )
+
+
+def more_parts(recipe: Recipe) -> str:
+    """The option for twice as many parts of a batch and "or ", if it can be divided into so many; else ""."""
+    parts = 2 * (recipe.optim.accumulate if isinstance(recipe.optim.accumulate, int) else 1)
+    if 2 * parts * dist.world_size() > recipe.optim.batch_size:
+        return ""
+    return f"--set optim.accumulate={parts} (the same batch in {parts} parts), or "
 
 
 def smaller_batch(recipe: Recipe) -> str:

@@ -1,13 +1,17 @@
-"""Steps whose loss or gradient is not finite: skipped if the recipe allows it, otherwise the run ends with an error."""
+"""Steps whose loss or gradient is not finite: skipped if the recipe allows it, otherwise the run ends with an error.
 
-import math
+In float16 a gradient may overflow because the loss is multiplied by too large a factor (precision.LossScale). Such a
+step is skipped, too, but it is no fault as long as the factor can be lowered.
+"""
+
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from odcft.errors import OdcftError
+from odcft.precision import finite_gradients
 from odcft.state import State
 
 
@@ -27,25 +31,35 @@ class NonFiniteGuard:
 
     def before_forward(self) -> None:
         """Keep a copy of what the forward pass changes (running statistics) if the step may be skipped."""
-        self._buffers = [buffer.clone() for buffer in self.state.network.buffers()] if self.max_skipped else []
+        may_skip = self.max_skipped or self.state.loss_scale.used
+        self._buffers = [buffer.clone() for buffer in self.state.network.buffers()] if may_skip else []
 
     def allows_step(self) -> bool:
         """Whether the optimizer may take its step. If steps may be skipped, the host waits for the device here.
 
+        In float16 the gradients are divided by the factor of the loss here.
+
         Raises:
             OdcftError: too many steps in a row had gradients that are not finite.
         """
-        state = self.state
-        if not self.max_skipped or finite_gradients(state.network):
+        state, scale = self.state, self.state.loss_scale
+        scale.unscale_(state.network)
+        if not (self.max_skipped or scale.used) or finite_gradients(state.network):
             state.skipped = 0
+            scale.step_was_finite()
             return True
-        state.skipped += 1
-        if state.skipped > self.max_skipped:
-            raise self.error(state.step)
-        self.say(f"Warning     Step {state.step}: a gradient is not finite; the step is skipped.")
+        if not scale.lower():  # else it is no fault
+            state.skipped += 1
+            if state.skipped > self.max_skipped:
+                raise self.error(state.step)
+            self.say(f"Warning     Step {state.step}: a gradient is not finite; the step is skipped.")
         for buffer, before in zip(state.network.buffers(), self._buffers, strict=True):
             buffer.copy_(before)
         return False
+
+    def judged(self, loss: Tensor, step_taken: bool) -> Tensor:
+        """The loss that the ranks judge the step by: 0 if it was skipped and that is allowed."""
+        return loss if step_taken or not self.max_skipped else torch.zeros_like(loss)
 
     def error(self, step: int) -> OdcftError:
         """The error for a step whose loss, or a weight after it, is not finite."""
@@ -62,8 +76,3 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether every number is finite. The host waits for the device once."""
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
     return bool(torch.stack([tensor.isfinite().all() for tensor in floats]).all())
-
-
-def finite_gradients(model: nn.Module) -> bool:
-    """Whether every gradient is finite; after the backward pass of several ranks, the same on all. The host waits."""
-    return bool(nn.utils.clip_grad_norm_(model.parameters(), math.inf).isfinite())

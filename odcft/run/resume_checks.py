@@ -44,6 +44,8 @@ def refuse_malformed_state(run: Path, saved: dict[str, Any]) -> None:
     """Refuse a state whose state.json is not as a run writes it, before anything in it is used."""
     kinds = (("recipe", dict), ("versions", dict), ("window", dict), ("steps_per_epoch", int), ("skipped", int))
     odd = next((name for name, kind in kinds if not isinstance(saved.get(name), kind)), "")
+    if not odd and not _is_loss_scale(saved.get("loss_scale", {})):
+        odd = "loss_scale"
     if not odd and saved["steps_per_epoch"] < 1:
         odd = "steps_per_epoch"
     if not odd:
@@ -57,6 +59,13 @@ def refuse_malformed_state(run: Path, saved: dict[str, Any]) -> None:
             "Start over with --overwrite, or choose another --out."
         )
     make_recipe(saved["recipe"], f"the recipe of {run}'s newest state")
+
+
+def _is_loss_scale(stored: Any) -> bool:
+    """Whether it is what `LossScale.stored` returns."""
+    if not isinstance(stored, dict) or (stored and set(stored) != {"factor", "good_steps"}):
+        return False
+    return all(isinstance(value, int | float) and 0 <= value < 1e30 for value in stored.values())
 
 
 def resumed_recipe(

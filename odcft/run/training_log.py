@@ -86,6 +86,7 @@ class TrainingLog:
             state.labels_before_S = clusters.labels_S.clone()
         if epoch_ends and self.evaluate is not None:
             figures |= self.evaluate(state.step // self.steps_per_epoch, self.metrics.lines(), self.say)
+            dist.wait_for_all()  # for rank 0, which evaluates alone
             state.window.opened = time.perf_counter()  # its time is not training's
         self._warn(last, figures)
         self.metrics.write(last, figures)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from odcft.data.batches import Batch, Crops, make_loader, sequential_batches
 from odcft.data.sources import find_images
 from odcft.data.view import View
 from odcft.errors import OdcftError
+from odcft.plan import fill_autos, notes_on_queue
 from odcft.recipe import load_recipe
 from odcft.run.failure_messages import explain_failures
 
@@ -160,3 +162,40 @@ def test_run_ends_with_the_same_bits_on_a_small_shared_memory(crops, tmp_path, s
     assert result.returncode == 0, result.stderr
     alone, with_workers = result.stdout.split()
     assert alone == with_workers
+
+
+@pytest.mark.parametrize(
+    ("free", "queue"),
+    [
+        (64 << 30, (4, True)),
+        (16 << 30, (3, True)),
+        (8 << 30, (1, True)),
+        (4 << 30, (1, False)),
+        (64 << 20, (1, False)),
+        (None, (4, True)),
+    ],
+)
+def test_the_queues_of_all_ranks_fit_in_half_of_the_free_shared_memory(monkeypatch, free, queue):
+    monkeypatch.setattr(shared_memory, "_free_at_first", lambda: free)
+    monkeypatch.setattr(shared_memory.dist, "local_world_size", lambda: 8)
+    batch = 3 * 224 * 224 * 128
+    ahead, shared = shared_memory.fitting_queue(16, batch)
+    assert (ahead, shared) == queue
+    if free and shared:
+        assert 8 * 16 * ahead * batch <= free / 2
+
+
+@pytest.mark.parametrize(("batches_that_fit", "ahead", "told"), [(20, 4, 0), (5, 1, 1), (1, 1, 1)])
+def test_loader_and_plan_take_the_queue_that_fits(crops, monkeypatch, batches_that_fit, ahead, told):
+    size = crops.view.size
+    monkeypatch.setattr(shared_memory, "_free_at_first", lambda: 2 * 3 * size**2 * 3 * batches_that_fit)
+    loader = make_loader(crops, sequential_batches(range(12), 3), 2, torch.device("cpu"))
+    shared = batches_that_fit > 1
+    assert loader.prefetch_factor == min(4, max(1, batches_that_fit // 2))
+    with pytest.warns(UserWarning, match="too small, so batches go through pipes") if not shared else nullcontext():
+        assert sum(len(batch.index_B) for batch in loader) == 11  # one is broken
+    plan = fill_autos(load_recipe("small", ["data.workers=5", "optim.batch_size=3"]), size=size)
+    plan.data.size = size
+    notes = notes_on_queue(plan)
+    assert [f"reads {ahead} instead of 4" in note for note in notes] == [True] * told
+    assert sum("through a pipe" in note for note in notes) == (batches_that_fit == 1)

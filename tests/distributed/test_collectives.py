@@ -20,7 +20,7 @@ def counted(ranks, case, folder):
     return {name: lines.tolist() for name, lines in load_file(out).items()}
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 4, 8))])
 def test_a_memory_step_exchanges_as_much_for_a_million_images_as_for_ten_thousand(tmp_path, ranks):
     found = counted(ranks, "wire", tmp_path)
     counts, sums = ([0, 0], [0, 0]) if ranks == 1 else ([1, K * 8], [2, K * 8 + K * D * 8])

@@ -135,6 +135,20 @@ def test_members_copies_and_losses_stay_on_the_device_and_never_wait(fake_gpu):
     assert total.device == shown.device == CUDA
 
 
+def test_parts_of_a_batch_and_their_losses_stay_on_the_device_and_never_wait(fake_gpu):
+    recipe = CODCPlan(members=[MemberRecipe(rotation=1, mixup=1)])
+    images, row_B = torch.empty(8, 3, 32, 32, device=CUDA), torch.empty(8, dtype=torch.int64, device=CUDA)
+    state = fake_state("paper", torch.float16)
+    with NoWaiting():
+        label_B, weight_K = odc.targets(state, row_B)
+        views = Views(images, images, row_B, images, row_B, 0.3).parts(3)
+        for part, part_label_B in zip(views, label_B.tensor_split(3), strict=True):
+            output = Output(*(torch.empty(len(part_label_B), n, device=CUDA) for n in (16, 20, 4, 20)))
+            total, shown = losses([output], recipe, part_label_B, weight_K, part, label_B)
+            assert total.device == shown.device == CUDA
+    assert [len(part.images) for part in views] == [3, 3, 2]
+
+
 def test_dc_step_stays_on_the_device_and_never_waits(fake_gpu):
     state, row_B = fake_state("paper", torch.float16, "dc"), torch.empty(8, dtype=torch.int64).to(CUDA)
     with NoWaiting():

@@ -19,7 +19,7 @@ def on_ranks(ranks, case, out):
     )
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (4, 8))])
 @pytest.mark.parametrize("case", ["small_clusters", "clustering", "steps", "leaving"])
 def test_ranks_end_with_the_memory_of_one(tmp_path, case, ranks):
     for number in (1, ranks):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from odcft.backbone.load import load_backbone
+from odcft.backbone.network import Backbone
 from odcft.distributed import dist
 from odcft.errors import OdcftError
 from odcft.model.losses import losses
@@ -182,3 +183,26 @@ def test_members_and_checkpoints_must_go_together(
 def test_a_member_that_learns_nothing_from_the_clusters_is_refused():
     with pytest.raises(OdcftError, match="a member needs a weight for cluster or mixup"):
         quick("codc.members=[{cluster: 0, rotation: 1}]")
+
+
+@pytest.mark.slow
+def test_compiled_backbones_train_alike_under_the_same_names(tmp_path, checkpoints, images):
+    states = {}
+    for compiled in (False, True):
+        fine_tune(checkpoints[:1], images, tmp_path / f"{compiled}", quick(f"optim.compile={compiled}", "method=odc"))
+        states[compiled] = state(tmp_path / f"{compiled}")
+    plain, compiled = states[False], states[True]
+    assert set(plain) == set(compiled)
+    assert all(torch.allclose(plain[name].float(), compiled[name].float(), atol=1e-3) for name in plain)
+    assert any(not torch.equal(plain[name], compiled[name]) for name in plain)
+
+
+def test_failing_to_compile_is_a_sentence(tmp_path, checkpoints, images, monkeypatch):
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    def fail(*args, **options):
+        raise BackendCompilerFailed(lambda: None, RuntimeError("no compiler"), None)
+
+    monkeypatch.setattr(Backbone, "compile", fail)
+    with pytest.raises(OdcftError, match=r"torch\.compile failed \(.*Start again without optim\.compile"):
+        fine_tune(checkpoints[:1], images, tmp_path / "run", quick("optim.compile=true", "method=odc"))

@@ -9,6 +9,7 @@ import sys
 import pytest
 from stopped_runs import at_step, outcome, quick
 
+from odcft import precision
 from odcft.errors import OdcftError
 from odcft.model import members
 from odcft.run import snapshot_files
@@ -85,12 +86,34 @@ def test_skipping_that_is_not_needed_changes_nothing(inputs, go, tmp_path):
     assert outcome(tmp_path / "run") == outcome(inputs / "whole")
 
 
-def test_memory_that_runs_out_names_the_batch_to_try(go, monkeypatch):
+def test_a_gradient_that_overflows_in_float16_is_no_fault(go, tmp_path, monkeypatch):
+    """The factor of the loss is far too large at first, and is lowered until the gradients fit."""
+    monkeypatch.setattr(precision, "FIRST_FACTOR", 2.0**20)
+    go(quick("optim.precision=float16", "optim.epochs=8"))
+    state = snapshot_files.load(snapshot_files.newest(tmp_path / "run", print))
+    assert 1 < state.about["loss_scale"]["factor"] < 2**20
+    assert 0 < state.about["loss_scale"]["good_steps"] < state.about["step"] == 24
+    assert all(t.isfinite().all() for t in (*state.same.values(), *state.rows.values()))
+    assert "not finite" not in "".join(go.said)
+
+
+@pytest.mark.parametrize("skips", [0, 1])
+def test_a_loss_that_is_not_finite_is_a_fault_in_float16_too(go, tmp_path, monkeypatch, skips):
+    broken_image(monkeypatch, {4} if not skips else range(4, 100))
+    monkeypatch.setattr(precision, "FIRST_FACTOR", 4.0)
+    # Where single steps may be skipped, first the factor is lowered to 1, as it might have been too large.
+    with pytest.raises(OdcftError, match="not finite at step 4" if not skips else "not finite at step 7"):
+        go(quick("optim.precision=float16", f"optim.skip_non_finite={skips}", "optim.epochs=4"))
+
+
+def test_memory_that_runs_out_names_the_parts_and_the_batch_to_try(go, monkeypatch):
     def full(*args):
         raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(members, "augment_batch", full)
-    with pytest.raises(OdcftError, match=r"optim.batch_size=2 --set optim.lr=0.015"):
+    with pytest.raises(
+        OdcftError, match=r"with --set optim.accumulate=2 .* or --set optim.batch_size=2 --set optim.lr=0.015"
+    ):
         go()
 
 

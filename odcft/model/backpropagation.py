@@ -1,0 +1,48 @@
+"""Forward and backward pass of a batch, in one piece or (`optim.accumulate`) in several that need less memory.
+
+Shapes: B batch, K clusters, D embedding.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from odcft.distributed import dist
+from odcft.model.members import Members, joint_features
+from odcft.model.views import Views
+
+
+def backpropagate(
+    parallel_network: nn.Module, network: Members, views: Views, label_B: Tensor, weight_K: Tensor, factor: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a batch through the network, and add the gradients of its loss to those of the parameters.
+
+    Each part's loss is divided by the weights of the whole batch, so that the parts add up to the loss of the batch.
+    The ranks exchange gradients once, with the last part. Batch norm sees one part at a time, as it would see the
+    images of one process of several.
+
+    Args:
+        parallel_network: the network as it runs on all ranks (`on_all_ranks`).
+        network: the same, unwrapped.
+        views: of the batch; at least 2 images for each part.
+        label_B: (B,) labels from the memory.
+        weight_K: (K,) loss weights of the clusters.
+        factor: multiplies the gradients (float16: precision.LossScale).
+
+    Returns:
+        The joint features (B, D) of this pass in float32, the loss, and the loss to log (see `losses`); all detached.
+    """
+    plan, parts = network.plan, views.parts(network.plan.optim.accumulate)
+    whole_B = label_B if len(parts) > 1 else None
+    done = []
+    for part, part_label_B in zip(parts, label_B.tensor_split(len(parts)), strict=True):
+        with dist.exchanging_gradients(parallel_network, part is parts[-1]):
+            with plan.autocast(label_B.device):
+                outputs = parallel_network(part.images, part.rotated, part.mixed)
+            loss, logged_loss = network.losses(outputs, part, part_label_B, weight_K, whole_B)
+            (loss * factor if factor != 1 else loss).backward()
+        features_BD = joint_features([output.features_BD.detach().float() for output in outputs])
+        done.append((features_BD, loss.detach(), logged_loss))
+    if len(done) == 1:
+        return done[0]
+    features, losses, logged_losses = zip(*done, strict=True)
+    return torch.cat(features), torch.stack(losses).sum(), torch.stack(logged_losses).sum()
