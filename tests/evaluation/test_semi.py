@@ -1,5 +1,9 @@
 """`--protocol semi`: which labels are used, how it trains, and what it reports."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -131,3 +135,21 @@ def test_features_from_a_file_are_refused(tmp_path, odcft_command):
     assert (
         err == "odcft: --protocol semi fine-tunes the network, so it needs a checkpoint and images, not --features.\n"
     )
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(tmp_path, make_images, make_checkpoint):
+    def evaluate(images):
+        make_images(tmp_path / str(images), images)
+        command = [sys.executable, "-m", "odcft", "evaluate", str(make_checkpoint(tmp_path / "c.pth"))]
+        command += [str(tmp_path / str(images)), "--protocol", "semi", "--devices", "2", "--json"]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    done = evaluate(800)
+    assert done.returncode == 0, done.stderr
+    fractions = strict_json(done.stdout)["semi"]["per_fraction"]
+    assert [fractions[name]["images"] for name in ("1%", "10%")] == [4, 40]
+    refused = evaluate(40)
+    assert refused.returncode == 2
+    assert "fewer than 2 for each of 2 processes" in refused.stderr
+    assert "Traceback" not in refused.stderr
