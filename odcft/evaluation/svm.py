@@ -17,7 +17,7 @@ from odcft.errors import OdcftError
 
 COSTS = (1.0, 10.0, 100.0, *(0.5**k for k in range(4, 20)))
 DUAL_ROWS = 10_000  # with more rows, the primal solver: the same optimum, far faster with more rows than features
-PARALLEL_ABOVE = 2e7  # rows x features x classes: about 20 s of work, so processes, which take 2 s to start, pay off
+PARALLEL_ABOVE = 8e6  # rows x features x classes: 10 to 20 s of work, so processes, which take 2 s to start, pay off
 FOLDS = 3  # of the cross-validation; fewer if the class has fewer images
 
 
