@@ -49,6 +49,7 @@ def test_names_of_results(benchmark):
     assert benchmark.column_and_row("a+b-codc-0") == ("a+b", "codc")
 
 
+@pytest.mark.slow
 def test_kept_runs_are_evaluated_without_training(
     tmp_path, make_images, make_checkpoint, benchmark, monkeypatch, capsys
 ):
