@@ -472,7 +472,7 @@ def evaluate(
         ),
     ] = None,
     protocol: Annotated[
-        str, typer.Option(metavar="P[,P…]", help="Some of svm, low-shot, linear, knn, clusters.")
+        str, typer.Option(metavar="P[,P…]", help="Some of svm, low-shot, linear, knn, semi, clusters.")
     ] = "svm,knn",
     test: Annotated[
         str | None,
@@ -502,6 +502,7 @@ def evaluate(
     part: Part = None,
     allow_partial: Partial = False,
     reader: ReaderName = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also show the figures of each class.")] = False,
     devices: Devices = 1,
     accelerator: Accelerator = "auto",
     as_json: Json = False,
@@ -521,7 +522,7 @@ def evaluate(
             raise OdcftError("--features takes the place of checkpoint and images. Drop one or the other.")
         if accelerator != "auto":
             _start_processes(1, accelerator)
-        results = evaluate_file(features, protocols, Progress(), test=Path(test) if test else None)
+        results = evaluate_file(features, protocols, Progress(), test=Path(test) if test else None, per_class=per_class)
     elif not ckpts or len(ckpts) < 2:
         raise OdcftError(
             "evaluate takes a checkpoint and labelled images (odcft evaluate CKPT DATA), or --features FILE.npz."
@@ -534,6 +535,7 @@ def evaluate(
         args = _parse_arch_args(arch_args)
         source = sources if len(sources) > 1 else sources[0]
         options: dict[str, Any] = {"arch_args": args, "part": part, "layers": layers, "crop": crop, "reader": reader}
+        options["per_class"] = per_class
         results = run(source, data, test, protocols, arch, size, input, allow_partial, **options)
         if not results:  # rank 0 has them
             return

@@ -28,6 +28,8 @@ STREAMS = {
     "copies": "rank, step",  # codc: rotated and mixed copies
     "pretext network": "",
     "pretext puzzles": "rank, step",
+    "labels": "class",  # evaluate --protocol semi: which images' labels are used
+    "semi head": "",  # its classifier, and dropout
 }
 
 

@@ -14,6 +14,7 @@ from odcft.distributed import dist
 from odcft.errors import OdcftError
 from odcft.evaluation.confidence_intervals import changes_with_intervals
 from odcft.evaluation.layer_choice import check_layers, evaluate_layers
+from odcft.evaluation.per_class import add_per_class
 from odcft.evaluation.protocols import DEFAULT, Split, check_labels, class_numbers, name_left_out
 from odcft.evaluation.starting_checkpoint import find_starting_checkpoints, load_options_of, reader_note, view_of_run
 from odcft.evaluation.verdict import verdict
@@ -41,6 +42,7 @@ def evaluate(
     layers: str = "last",
     crop: str = "centre",
     reader: Any = None,
+    per_class: bool = False,
 ) -> dict[str, Any]:
     """Run every protocol on the features of labelled images.
 
@@ -60,6 +62,7 @@ def evaluate(
         layers: one of LAYERS (layer_choice.py): which layer's features are evaluated.
         crop: "centre", or "squash": the whole image, squashed into a square (as for the published SVMs on VOC07).
         reader: the user's function that reads the images (`Reader`), or its name as MODULE:FUNCTION.
+        per_class: add the figures of each class (`add_per_class`).
 
     Returns:
         On rank 0 the dict of `evaluate_layers`; for a RUN also `before`, the same for its starting checkpoint, `change`
@@ -92,6 +95,8 @@ def evaluate(
         if note := reader_note(source, labels.images.reader):
             progress.say(f"Note        {note}")
     labels = _add_splits(columns, labels, layers != "last", progress)
+    if "semi" in protocols:
+        _fine_tune_with_labels(columns, labels, progress)
     if dist.rank() > 0:
         return {}
     for column in columns:
@@ -99,6 +104,9 @@ def evaluate(
     results = _compared(columns, labels, several)
     if "clusters" in protocols:
         results["clusters"] |= _clusters_of_run(sources[0], labels, progress)
+    if per_class:
+        targets = (labels.targets[rows] for rows in (labels.train_rows, labels.test_rows))
+        results = add_per_class(results, labels.classes, *targets)
     counts = {"images": len(labels.images)}
     counts |= {"train_images": len(labels.train_rows), "test_images": len(labels.test_rows)}
     counts |= {reason: len(rows) for reason, rows in labels.left_out.items()}
@@ -116,6 +124,7 @@ class Column:
         splits: of each, by layer.
         results: of all of them side by side.
         members: of each alone, if there are several.
+        semi: the result of `--protocol semi`, if asked for; of all of them side by side.
         suffix: of the titles of progress bars.
     """
 
@@ -125,6 +134,7 @@ class Column:
     splits: list[dict[str, Split]] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
     members: list[dict[str, Any]] = field(default_factory=list)
+    semi: dict[str, Any] = field(default_factory=dict)
     suffix: str = ""
 
 
@@ -152,9 +162,25 @@ def _evaluate_column(
         name_left_out(results, classes)
         return results
 
-    column.results = run(_side_by_side(column.splits))
+    column.results = run(_side_by_side(column.splits)) | column.semi
     if alone and len(column.splits) > 1:
         column.members = [run(splits) for splits in column.splits]
+
+
+def _fine_tune_with_labels(columns: list[Column], labels: "LabelledImages", progress: Any) -> None:
+    """Fill in `semi` of each column, on all ranks together."""
+    from odcft.evaluation.semi import semi, sets_of
+
+    for column in columns:
+        if len(set(column.views)) > 1:
+            raise OdcftError(
+                f"--protocol semi: the members of {column.source} see images differently, so they cannot be fine-tuned "
+                "as one network. Evaluate each on its own, or give --size."
+            )
+    sets = sets_of(labels)
+    for column in columns:
+        backbones = [one.backbone for one in column.parts]
+        column.semi = {"semi": semi(backbones, sets, column.views[0], progress, suffix=column.suffix)}
 
 
 def _compared(columns: list[Column], labels: "LabelledImages", several: bool) -> dict[str, Any]:
@@ -243,14 +269,16 @@ def _report_images(labels: "LabelledImages", columns: list[Column], progress: An
 
 def _add_splits(columns: list[Column], labels: "LabelledImages", all_layers: bool, progress: Any) -> "LabelledImages":
     """Extract the features of each column; return the labels without the images that cannot be read."""
+    from odcft.evaluation.feature_cache import contents_of
     from odcft.evaluation.features import features_of
     from odcft.evaluation.labels import describe_left_out, without_unreadable
 
     unreadable: dict[int, str] = {}
     found = []
+    options: dict[str, Any] = {"all_layers": all_layers, "contents": contents_of(labels.images, progress)}
     for column in columns:
         for one, view in zip(column.parts, column.views, strict=True):
-            features = features_of(one.backbone, labels.images, view, progress, all_layers=all_layers)
+            features = features_of(one.backbone, labels.images, view, progress, **options)
             found.append((column, one.source, features.layers))
             unreadable |= features.unreadable
     if dist.rank() > 0:

@@ -20,20 +20,37 @@ def changes_with_intervals(
     """
     generator = np.random.default_rng(0)
     samples = [generator.integers(0, len(targets_NC), len(targets_NC)) for _ in range(draws)]
-    changed = {}
+    changed: dict[str, Any] = {}
     for protocol, (_, name) in METRICS.items():
         if protocol in before and protocol in after:
-            change = after[protocol][name] - before[protocol][name]
             resampled = _RESAMPLED_CHANGES[protocol](before[protocol], after[protocol], targets_NC, samples)
-            low, high = np.percentile(resampled or [change], [2.5, 97.5])
-            changed[protocol] = {"change": change, "low": float(low), "high": float(high)}
+            changed[protocol] = _with_interval(after[protocol][name] - before[protocol][name], resampled)
+    if "semi" in changed:
+        old, new = before["semi"]["per_fraction"], after["semi"]["per_fraction"]
+        changed["semi"]["per_fraction"] = {
+            part: _with_interval(
+                new[part]["top1"] - old[part]["top1"], _accuracy_changes(old[part], new[part], targets_NC, samples)
+            )
+            for part in new
+        }
     return changed
+
+
+def _with_interval(change: float, resampled: list[float]) -> dict[str, Any]:
+    low, high = np.percentile(resampled or [change], [2.5, 97.5])
+    return {"change": change, "low": float(low), "high": float(high)}
 
 
 def _accuracy_changes(before: dict, after: dict, targets_NC: np.ndarray, samples: list[np.ndarray]) -> list[float]:
     """The change of accuracy in each resample."""
     class_N = class_numbers(targets_NC)
     return _share_changes(before["predicted"] == class_N, after["predicted"] == class_N, samples)
+
+
+def _semi_changes(before: dict, after: dict, targets_NC: np.ndarray, samples: list[np.ndarray]) -> list[float]:
+    """The change of accuracy with the largest share of the labels in each resample."""
+    old, new = (list(one["per_fraction"].values())[-1] for one in (before, after))
+    return _accuracy_changes(old, new, targets_NC, samples)
 
 
 def _cluster_changes(before: dict, after: dict, targets_NC: np.ndarray, samples: list[np.ndarray]) -> list[float]:
@@ -81,5 +98,6 @@ _RESAMPLED_CHANGES = {
     "low_shot": _low_shot_changes,
     "linear": _accuracy_changes,
     "knn": _accuracy_changes,
+    "semi": _semi_changes,
     "clusters": _cluster_changes,
 }

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -22,37 +23,71 @@ from odcft.backbone.network import Backbone
 from odcft.cache_folder import cache_folder, cache_limit, is_ours, make_room
 from odcft.data.images import Images
 from odcft.data.view import View
+from odcft.distributed import dist, ownership
 from odcft.files import atomic_file, save_file
+from odcft.progress import Progress
 
-VERSION, THREADS, PIECE = 1, 8, 256  # of the format; that read images; images that each reads in a row
+VERSION = 1  # of the format
+THREADS, AT_ONCE = 8, 256  # that read images on a rank; images that each reads in a row
+BETWEEN = 1 << 16  # images of all ranks between two exchanges: no rank waits long enough for another to give up
+SUM = 20  # bytes
 Entry = tuple[dict[str, np.ndarray], dict[int, str]]  # layers and unreadable images
 
 
-def key(backbone: Backbone, images: Images, view: View, precision: str) -> str:
+def contents_of(images: Images, progress: Progress) -> bytes:
+    """A checksum of the bytes of every image, for `key`; b"" if features of these images are not to be kept.
+
+    All ranks call this together, and each reads its share. Features of images that the user's own function reads are
+    not kept: nothing would tell that it has changed.
+    """
+    device, ranks = dist.this_device(), dist.world_size()
+    # The other ranks may have another disk.
+    wanted = dist.rank() == 0 and cache_folder("features") is not None and images.reader is None
+    if not float(dist.all_sum(torch.tensor(float(wanted), device=device))):
+        return b""
+    found = []
+    with ThreadPoolExecutor(THREADS) as pool, progress.waiting(f"Checksums of {len(images):,} images"):
+        step = max(1, BETWEEN // ranks) * ranks  # a multiple: every piece starts with an image of the first rank
+        for start in range(0, len(images), step):
+            count = min(step, len(images) - start)
+            mine = [start + row for row in ownership.my_images(count)]
+            pieces = [mine[first : first + AT_ONCE] for first in range(0, len(mine), AT_ONCE)]
+            # Hashing lets other threads run.
+            sums = b"".join(
+                b"".join(one) for one in pool.map(lambda piece: [_content(images, i) for i in piece], pieces)
+            )
+            rows = torch.frombuffer(bytearray(sums), dtype=torch.uint8) if sums else torch.zeros(0, dtype=torch.uint8)
+            rows_NS = ownership.in_dataset_order(rows.view(-1, SUM).to(device), count)
+            found.append(rows_NS.cpu().numpy().tobytes())
+    return b"".join(found)
+
+
+def key(backbone: Backbone, contents: bytes, view: View, precision: str) -> str:
     """What the features of all layers depend on, as a hash; "" if they are not to be kept.
 
-    Those of images that the user's own function reads are not: nothing would tell that it has changed.
+    Args:
+        backbone: the network.
+        contents: what `contents_of` gave for the images.
+        view: how they are resized and cropped.
+        precision: that the network runs in.
     """
-    if cache_folder("features") is None or images.reader is not None:
+    if not contents:
         return ""
     about = [VERSION, backbone.arch, backbone.arch_args, vars(backbone.input), vars(view), precision]
     digest = hashlib.blake2b(json.dumps(about, default=str, sort_keys=True).encode(), digest_size=20)
     for name, tensor in backbone.net.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    pieces = [range(start, min(start + PIECE, len(images))) for start in range(0, len(images), PIECE)]
-    with ThreadPoolExecutor(THREADS) as pool:  # hashing lets other threads run
-        for contents in pool.map(lambda piece: [_content(images, index) for index in piece], pieces):
-            digest.update(b"".join(contents))
+    digest.update(contents)
     return digest.hexdigest()
 
 
 def _content(images: Images, index: int) -> bytes:
     """A hash of an image's bytes; of why it cannot be read, if it cannot."""
     try:
-        return hashlib.blake2b(images.read(index), digest_size=20).digest()
+        return hashlib.blake2b(images.read(index), digest_size=SUM).digest()
     except Exception as error:  # reported when the image is read for its features
-        return hashlib.blake2b(repr(error).encode(), digest_size=20, person=b"unreadable").digest()
+        return hashlib.blake2b(repr(error).encode(), digest_size=SUM, person=b"unreadable").digest()
 
 
 def read(key: str, widths: Mapping[str, int], count: int) -> Entry | None:

@@ -15,7 +15,8 @@ import numpy as np
 from odcft.errors import OdcftError
 from odcft.evaluation.embedding_files import read_parquet
 from odcft.evaluation.labels import held_out, label_targets, labels_per_image
-from odcft.evaluation.protocols import Split, evaluate_arrays, name_left_out
+from odcft.evaluation.per_class import add_per_class
+from odcft.evaluation.protocols import ON_IMAGES, Split, evaluate_arrays, name_left_out
 
 LARGEST = 1e150  # of features
 MAX_TARGETS = 1 << 29  # images times classes
@@ -24,7 +25,12 @@ NAMES = ("train_features", "train_targets", "test_features", "test_targets")
 
 
 def evaluate_file(
-    path: Path, protocols: Sequence[str], progress: Any = None, *, test: Path | None = None
+    path: Path,
+    protocols: Sequence[str],
+    progress: Any = None,
+    *,
+    test: Path | None = None,
+    per_class: bool = False,
 ) -> dict[str, Any]:
     """Run `evaluate_arrays` on features from a file.
 
@@ -34,6 +40,7 @@ def evaluate_file(
         protocols: some of PROTOCOLS.
         progress: where to report.
         test: of files that `odcft embed` wrote, the one to test on; without it, a stratified half is held out.
+        per_class: add the figures of each class (`add_per_class`).
 
     Returns:
         The dict of `evaluate_arrays`, with `classes`, `train_images` and `test_images`.
@@ -41,6 +48,11 @@ def evaluate_file(
     Raises:
         OdcftError: the file does not exist, or its arrays do not match.
     """
+    for name in protocols:
+        if name in ON_IMAGES:
+            raise OdcftError(
+                f"--protocol {name} fine-tunes the network, so it needs a checkpoint and images, not --features."
+            )
     arrays = _read(path)
     if "features" in arrays:
         split, classes = _split_embedding(path, arrays, test)
@@ -50,6 +62,8 @@ def evaluate_file(
         split, classes = _split_arrays(path, *(arrays[name] for name in NAMES))
     results = evaluate_arrays(split, protocols, progress)
     name_left_out(results, classes)
+    if per_class:
+        results = add_per_class(results, classes, split.train_targets, split.test_targets)
     counts = {"train_images": len(split.train_features), "test_images": len(split.test_features)}
     return {**results, "classes": classes, **counts}
 

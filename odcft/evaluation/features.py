@@ -41,7 +41,14 @@ class Features:
 
 
 def features_of(
-    backbone: Backbone, images: Images, view: View, progress: Progress, *, all_layers: bool = False, keep: bool = True
+    backbone: Backbone,
+    images: Images,
+    view: View,
+    progress: Progress,
+    *,
+    all_layers: bool = False,
+    keep: bool = True,
+    contents: bytes | None = None,
 ) -> Features:
     """Extract the features of all images, on all ranks together, or take them from the cache.
 
@@ -54,6 +61,7 @@ def features_of(
         progress: where to report.
         all_layers: the features of all layers, not only of the last.
         keep: use the cache.
+        contents: what `contents_of` gave for these images, if it was called already.
 
     Raises:
         OdcftError: the network cannot process images of that size.
@@ -70,8 +78,10 @@ def features_of(
         widths = dict(zip(network.names, network.widths, strict=True))
 
     key, known = "", None
+    if keep and contents is None:
+        contents = feature_cache.contents_of(images, progress)
     if keep and dist.rank() == 0:  # the other ranks may have another disk
-        key = feature_cache.key(backbone, images, view, "bfloat16" if half else "float32")
+        key = feature_cache.key(backbone, contents or b"", view, "bfloat16" if half else "float32")
         known = feature_cache.read(key, widths, len(images))
     dist.wait_for_all()
     if float(dist.all_sum(torch.tensor(float(known is not None), device=device))):

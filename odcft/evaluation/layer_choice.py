@@ -11,7 +11,7 @@ import numpy as np
 
 from odcft.backbone.layers import LAST
 from odcft.errors import OdcftError
-from odcft.evaluation.protocols import Split, class_numbers, evaluate_arrays
+from odcft.evaluation.protocols import ON_IMAGES, Split, class_numbers, evaluate_arrays
 from odcft.evaluation.results_table import METRICS
 
 LAYERS = ("last", "all", "best")
@@ -48,6 +48,7 @@ def evaluate_layers(
         figure on the test images and `cv`, the one of cross-validation on the training images) and `best_on_test` (the
         layer and figure that published tables give).
     """
+    protocols = [name for name in protocols if name not in ON_IMAGES]
     if layers == "last":
         return evaluate_arrays(splits[LAST], protocols, progress, suffix)
     choosing = [name for name in protocols if name in CHOOSING]

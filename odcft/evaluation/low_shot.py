@@ -18,6 +18,7 @@ from odcft.evaluation.svm import (
     COSTS,
     average_precision,
     for_each_class,
+    in_span_of_first,
     linear_svm,
     quiet_liblinear,
     sparse,
@@ -73,7 +74,7 @@ def low_shot(
             f"--protocol low-shot: {test_NC.shape[1]:,} classes and {test_NC.shape[0]:,} test images are too many. "
             "Give fewer, or choose --protocol linear."
         )
-    train, test = unit_length(train_NF), unit_length(test_NF)
+    train, test = in_span_of_first(unit_length(train_NF), unit_length(test_NF))
     advance(len(reasons))
     rows = DRAWS * sum(ks) * train_NC.shape[1]  # that one cost is fitted to
     work = rows * train.shape[1] * len(measured) / 2  # twice as fast as the cross-validation of svm.py

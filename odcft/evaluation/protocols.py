@@ -11,9 +11,10 @@ import numpy as np
 
 from odcft.errors import OdcftError
 
-PROTOCOLS = ("svm", "low-shot", "linear", "knn", "clusters")
+PROTOCOLS = ("svm", "low-shot", "linear", "knn", "semi", "clusters")
 DEFAULT = ("svm", "knn")
-ONE_LABEL = ("linear", "knn", "clusters")  # protocols that need exactly one label per image
+ONE_LABEL = ("linear", "knn", "semi", "clusters")  # protocols that need exactly one label per image
+ON_IMAGES = ("semi",)  # protocols that train the network itself, so they need images, not features
 
 
 @dataclass
@@ -48,7 +49,7 @@ def evaluate_arrays(split: Split, protocols: Sequence[str], progress: Any = None
 
     Args:
         split: features and targets.
-        protocols: some of PROTOCOLS.
+        protocols: some of PROTOCOLS; those of ON_IMAGES are left to others.
         progress: where to show the progress of each.
         suffix: of the titles of the progress bars.
 

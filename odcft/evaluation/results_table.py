@@ -10,17 +10,24 @@ METRICS = {  # protocol to its title and its main figure
     "low_shot": ("Low-shot mAP", "mAP"),
     "linear": ("Linear top-1", "top1"),
     "knn": ("kNN top-1", "top1"),
+    "semi": ("Semi 10 %", "top1"),
     "clusters": ("Cluster acc.", "accuracy"),
 }
 DETAILS: dict[str, list[tuple[str, tuple[str, ...], int]]] = {  # protocol to further figures: title, keys, decimals
     "low_shot": [("  best cost*", ("oracle", "mAP"), 1)],
     "linear": [("  logistic", ("logistic", "top1"), 1)],
+    "semi": [
+        ("  top-5", ("per_fraction", "10%", "top5"), 1),
+        ("  with 1 %", ("per_fraction", "1%", "top1"), 1),
+        ("  … top-5", ("per_fraction", "1%", "top5"), 1),
+    ],
     "clusters": [("  purity", ("purity",), 1), ("  NMI", ("nmi",), 2)],
 }
 
 
 def report_lines(results: dict[str, Any]) -> list[str]:
     """All that `evaluate` prints at its end."""
+    from odcft.evaluation.per_class import per_class_lines
     from odcft.evaluation.verdict import verdict_line
 
     members, tested = results.get("members", []), results["test_images"]
@@ -35,7 +42,10 @@ def report_lines(results: dict[str, Any]) -> list[str]:
         for one in compared:
             said = verdict_line(one["change"], tested, reference["source"])
             lines.append(f"{one['source']}: {said[0].lower()}{said[1:]}")
-    elif "change" in results:
+    if "per_class" in results:
+        for one in results.get("columns", [results]):
+            lines += [f"{one['source']} by class:" if "source" in one else "By class:", *per_class_lines(one)]
+    if "change" in results and "columns" not in results:
         lines.append(verdict_line(results["change"], tested, "the checkpoint it was started from"))
     return lines
 
@@ -50,32 +60,35 @@ def table_lines(results: dict[str, Any]) -> list[str]:
         rows.append(f"  {'':<12}{'before':>8}{'after':>8}    change (95 % interval)")
     for protocol, (title, name) in METRICS.items():
         if protocol in results:
-            row = _row(results, protocol, title, (name,), 1)
-            if compared:
-                row += "  ({low:+.1f} … {high:+.1f})".format(**results["change"][protocol])
-            rows.append(row)
+            rows.append(_row(results, protocol, title, (name,), 1))
             rows += [
                 _row(results, protocol, *detail)
                 for detail in DETAILS.get(protocol, [])
-                if detail[1][0] in results[protocol]
+                if _figure(results[protocol], detail[1]) is not None
             ]
     return rows + _layer_rows(results) + _notes(results)
 
 
 def _row(results: dict[str, Any], protocol: str, title: str, keys: tuple[str, ...], decimals: int) -> str:
-    """One figure: before, after and change; or the figure alone."""
-
-    def figure(protocols: dict[str, Any]) -> float:
-        value = protocols[protocol]
-        for key in keys:
-            value = value[key]
-        return value
-
-    after = figure(results)
+    """One figure: before, after and change, with its interval if it has one; or the figure alone."""
+    after = _figure(results[protocol], keys)
     if "before" not in results:
         return f"  {title:<12}{after:>7.{decimals}f}"
-    before = figure(results["before"])
-    return f"  {title:<12}{before:>8.{decimals}f}{after:>8.{decimals}f}    {after - before:+.{decimals}f}"
+    before = _figure(results["before"][protocol], keys)
+    row = f"  {title:<12}{before:>8.{decimals}f}{after:>8.{decimals}f}    {after - before:+.{decimals}f}"
+    change = results["change"][protocol] if keys == (METRICS[protocol][1],) else None
+    if keys[-1] == "top1" and keys[0] == "per_fraction":
+        change = _figure(results["change"][protocol], keys[:-1])
+    return row + ("  ({low:+.1f} … {high:+.1f})".format(**change) if change else "")
+
+
+def _figure(values: Any, keys: tuple[str, ...]) -> Any:
+    """What is under these keys; None if nothing is."""
+    for key in keys:
+        if key not in values:
+            return None
+        values = values[key]
+    return values
 
 
 def _notes(results: dict[str, Any]) -> list[str]:
@@ -89,6 +102,7 @@ def _notes(results: dict[str, Any]) -> list[str]:
         notes.append("  * with the cost that is best on the test images, as in published results")
     if len(results.get("knn", {}).get("per_k", {})) > 1:
         notes.append(f"  kNN top-1 by neighbours: {_by_k(results['knn']['per_k'])}")
+    notes += _semi_notes(results["semi"]["per_fraction"]) if "semi" in results else []
     if run := results.get("clusters", {}).get("run"):
         notes.append(
             f"  Clusters of the run: NMI {run['nmi']:.2f}, purity {run['purity']:.1f}, accuracy {run['accuracy']:.1f} "
@@ -102,6 +116,21 @@ def _notes(results: dict[str, Any]) -> list[str]:
                 title = METRICS[protocol][0]
                 notes.append(f"  {title} is the mean over {total - len(left_out):,} of {total:,} classes. Left out:")
                 notes += [*names, f"    and {len(left_out) - 10:,} more"][: len(left_out) if len(left_out) < 11 else 11]
+    return notes
+
+
+def _semi_notes(fractions: dict[str, Any]) -> list[str]:
+    """With how many labels, and how, the network was fine-tuned."""
+    notes = []
+    for name, result in fractions.items():
+        how = result["setting"]
+        notes.append(
+            f"  Semi {name[:-1]} %: {result['images']:,} labels; {how['name']} setting: {how['epochs']:,} epochs of "
+            f"batches of {how['batch']}, {how['optimizer']}, learning rate {how['lr']:g} (head x {how['head_lr']:g}), "
+            "a fifth after 60 % and 80 %"
+        )
+        if result["few"]:
+            notes.append(f"    {name[:-1]} % of some class is less than one image: at least one of each was taken")
     return notes
 
 
@@ -125,9 +154,10 @@ def _side_by_side(columns: list[dict[str, Any]]) -> list[str]:
             change = _interval(column["change"][protocol]) if "change" in column else ""
             cells += f"  {column[protocol][name]:>9.1f}  {change:<24}"
         rows.append(f"  {source:<{wide}}{cells}".rstrip())
-    if "layer" in columns[0][metrics[0][0]]:
-        for column in columns:
-            chosen = ", ".join(f"{title} of {column[protocol]['layer']}" for protocol, title, _ in metrics)
+    for column in columns:
+        layers = {title: column[protocol].get("layer") for protocol, title, _ in metrics}
+        if any(layers.values()):
+            chosen = ", ".join(f"{title} of {layer}" for title, layer in layers.items() if layer)
             rows.append(f"  {column['source']}: {chosen}")
     return rows
 
@@ -165,7 +195,17 @@ def _chosen_rows(results: dict[str, Any], protocol: str, title: str, name: str) 
 def summary(results: dict[str, Any]) -> str:
     """One line that says how many classes and images the results come from."""
     images = f"{results['train_images']:,} images to train on, {results['test_images']:,} to test on"
-    return f"Figures     {len(results['classes']):,} classes, {images}"
+    if left_out := results.get("images", 0) - results["train_images"] - results["test_images"]:
+        images += f", {left_out:,} left out" if left_out > 0 else ""
+    seen = f" · {results['view']['size']} pixels" if "view" in results else ""
+    return f"Figures     {len(results['classes']):,} classes, {images}{seen}"
+
+
+def _holds_arrays(value: Any) -> bool:
+    """Whether it is an array, or a dict of them, and not the figures of a class that happens to have such a name."""
+    return isinstance(value, np.ndarray) or (
+        isinstance(value, dict) and all(isinstance(one, np.ndarray) for one in value.values())
+    )
 
 
 def json_values(results: Any) -> Any:
@@ -174,7 +214,7 @@ def json_values(results: Any) -> Any:
         return {
             str(name): json_values(value)
             for name, value in results.items()
-            if name not in ("scores", "predicted", "correct")
+            if not (name in ("scores", "predicted", "correct") and _holds_arrays(value))
         }
     if isinstance(results, (list, tuple)):
         return [json_values(value) for value in results]

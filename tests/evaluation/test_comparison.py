@@ -43,7 +43,7 @@ def test_what_is_left_out_is_counted_and_reported(tmp_path, make_images, make_ch
     assert sum("Left out    3 of 28 images cannot be read: a/x.png (" in line for line in said) == 1
     assert "            1 of 28 images has no label: top.png" in said
     assert "            1 of 28 images is the same file as another: b/again.png" in said
-    assert "Figures     2 classes, 12 images to train on, 11 to test on" in said
+    assert "Figures     2 classes, 12 images to train on, 11 to test on, 5 left out · 32 pixels" in said
     assert any(line.startswith("SVM: 2/2 classes") for line in said)
 
 

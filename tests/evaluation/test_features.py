@@ -123,4 +123,18 @@ def test_no_image_can_be_read(backbone, images):
     found = extracted(backbone, images)
     assert len(found.unreadable) == 6
     assert not found.layers[LAST].any()
-    assert feature_cache.key(backbone, images, VIEW, "float32") == ""
+    assert feature_cache.contents_of(images, Progress(quiet=True)) == b""
+    assert feature_cache.key(backbone, b"", VIEW, "float32") == ""
+
+
+def test_every_rank_reads_its_share_of_the_checksums(cache, images, on_threads, monkeypatch):
+    """They are the same on any number of ranks, and are exchanged before any rank is far ahead."""
+    (images.root / images.names[2]).write_bytes(b"no image")
+    monkeypatch.setattr(feature_cache, "BETWEEN", 4)
+    alone, read = feature_cache.contents_of(images, Progress(quiet=True)), []
+    monkeypatch.setattr(type(images), "read", lambda self, index: read.append(index) or b"x")
+    same = feature_cache.contents_of(images, Progress(quiet=True))
+    read.clear()
+    assert on_threads(2, lambda: feature_cache.contents_of(images, Progress(quiet=True))) == [same, same]
+    assert sorted(read) == list(range(6))
+    assert len(alone) == len(same) == 6 * feature_cache.SUM

@@ -12,7 +12,7 @@ from odcft.evaluation.results_table import json_values
 
 
 def test_unknown_protocols_are_refused():
-    with pytest.raises(OdcftError, match="choose from svm, low-shot, linear, knn, clusters"):
+    with pytest.raises(OdcftError, match="choose from svm, low-shot, linear, knn, semi, clusters"):
         check_protocols("svm,nmi")
     assert check_protocols(" knn ,svm") == ["knn", "svm"]
 

@@ -70,3 +70,30 @@ def test_before_and_after_of_every_protocol():
 def test_classes_left_out_of_low_shot_alone_are_named():
     lines = table_lines({"low_shot": figures()["low_shot"]})
     assert lines[-2:] == ["  Low-shot mAP is the mean over 1 of 2 classes. Left out:", "    b: no test image"]
+
+
+def semi(add=0.0):
+    setting = {"name": "quick", "epochs": 300, "batch": 12, "optimizer": "sgd", "lr": 0.01, "head_lr": 10.0}
+    fractions = {
+        "1%": {"top1": 20.0 + add, "top5": 50.0, "images": 12, "few": True, "setting": setting},
+        "10%": {"top1": 30.0 + add, "top5": 60.0, "images": 120, "few": False, "setting": {**setting, "batch": 32}},
+    }
+    return {"semi": {"top1": 30.0 + add, "seed": 0, "per_fraction": fractions}}
+
+
+def test_semi_says_how_many_labels_it_used_and_how_it_trained():
+    change = {"change": 2.0, "low": -0.5, "high": 3.0}
+    one = {"change": 2.0, "low": 0.5, "high": 4.0}
+    how = "sgd, learning rate 0.01 (head x 10), a fifth after 60 % and 80 %"
+    changes = {"semi": {**change, "per_fraction": {"1%": one, "10%": change}}}
+    assert table_lines({**semi(2.0), "before": semi(), "change": changes})[1:] == [
+        "  Semi 10 %       30.0    32.0    +2.0  (-0.5 … +3.0)",
+        "    top-5         60.0    60.0    +0.0",
+        "    with 1 %      20.0    22.0    +2.0  (+0.5 … +4.0)",
+        "    … top-5       50.0    50.0    +0.0",
+        f"  Semi 1 %: 12 labels; quick setting: 300 epochs of batches of 12, {how}",
+        "    1 % of some class is less than one image: at least one of each was taken",
+        f"  Semi 10 %: 120 labels; quick setting: 300 epochs of batches of 32, {how}",
+    ]
+    columns = [{"source": "a", **semi(), "change": changes}, {"source": "b", **semi()}]
+    assert table_lines({**columns[0], "columns": columns})[1] == "  a       30.0  +2.0  (-0.5 … +3.0)"

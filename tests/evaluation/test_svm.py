@@ -180,3 +180,17 @@ def test_several_processes_give_the_same_bits(monkeypatch):
     together = voc07_svm(X, targets, Y, targets)
     assert together["scores"].tolist() == alone["scores"].tolist()
     assert together["costs"] == alone["costs"]
+
+
+def test_more_features_than_images_are_rotated_into_fewer_without_changing_the_result(monkeypatch):
+    labels, draw = np.arange(60) % 3, np.random.default_rng(0)
+    train, test = (
+        np.c_[features(one_hot(labels), 0.9, seed), 0.2 * draw.normal(size=(60, 90))].astype(np.float32)
+        for seed in (0, 1)
+    )
+    rotated = voc07_svm(train, one_hot(labels), test, one_hot(labels))
+    assert svm.in_span_of_first(train, test)[1].shape == (60, 60)
+    monkeypatch.setattr(svm, "in_span_of_first", lambda *parts: parts)
+    whole = voc07_svm(train, one_hot(labels), test, one_hot(labels))
+    assert rotated["costs"] == whole["costs"]
+    assert rotated["scores"] == pytest.approx(whole["scores"], abs=1e-9)
