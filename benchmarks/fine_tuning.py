@@ -4,9 +4,10 @@
         [--recipe small] [--dc-recipe dc_small] [--epochs 12] [--set FIELD=VALUE]… [--codc CKPT,CKPT]… [--json]
 
 Every run is `odcft finetune` on DATA in its own process, evaluated by `odcft evaluate` on --test, half of it held out:
-SVM mAP and kNN. All methods get the same overrides and --epochs; DC has its own recipe. --codc adds a run of several
-checkpoints together, one per member. The column with all their names is for their features side by side; it also has
-the checkpoints and the separate ODC runs side by side.
+SVM mAP and kNN, of the last layer and of the best, which cross-validation on the other half chooses (results/ also has
+the layer that is best on the test images, which the paper reports). All methods get the same overrides and --epochs; DC
+has its own recipe. --codc adds a run of several checkpoints together, one per member. The column with all their names
+is for their features side by side; it also has the checkpoints and the separate ODC runs side by side.
 
 DIR keeps the runs, a JSON file for each (results/), table.json, and two pictures: loss_curves.png (fig. 1b) and
 label_changes.png (fig. 5). To continue after an interruption, run the same command again: finished runs are skipped,
@@ -16,42 +17,49 @@ interrupted ones resumed. The first seed of every cell is run first, and the tab
 import argparse
 import json
 import re
-import resource
 import statistics
-import subprocess
 import sys
-import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import runs
+from runs import name_of
 
 from odcft.data.sources import find_images
 from odcft.errors import OdcftError
 from odcft.evaluation.labels import load_labelled_images
 
-FIGURES = ("svm", "knn")
+PROTOCOLS = {"svm": "mAP", "knn": "top1"}
+FIGURES = ("svm", "svm_best", "knn", "knn_best")
 TIMES = ("seconds", "cpu_seconds")
+COLOURS = {"odc": "tab:blue", "dc": "tab:orange", "codc": "tab:green"}
 
 
 def main() -> None:
-    parser, args = parse_arguments()
+    args = parse_arguments()
+    summed = table(run_all(args))
+    print(json.dumps(summed) if args.json else as_text(summed))
+
+
+def run_all(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Do all runs and evaluations that have not been done; return the results by name."""
     *ckpts, data = args.inputs
-    refuse_other_settings(parser, args)
     for ckpt in ckpts:
-        run_once(args.out, f"{column_of(ckpt)}-original", partial(evaluated, ckpt, args.test))
+        run_once(args.out, f"{name_of(ckpt)}-original", partial(evaluated, ckpt, args))
     for seed in args.seeds.split(","):
         for ckpt in ckpts:
             for method in args.methods.split(","):
-                run = f"{column_of(ckpt)}-{method}-{seed}"
+                run = f"{name_of(ckpt)}-{method}-{seed}"
                 run_once(args.out, run, partial(fine_tuned, args, run, [ckpt], data, method, seed))
     for together in args.codc:
         run_codc(args, together.split(","), data)
-    results = read(args.out)
-    print(json.dumps(table(results)) if args.json else as_text(table(results)))
+    return read(args.out)
 
 
-def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """Read the command line and refuse what would only fail hours later, before anything is written."""
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Read these words, or the command line; refuse what would only fail hours later, before anything is written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="CKPT… DATA", help="checkpoints, then unlabelled images")
     parser.add_argument("--test", required=True, help="labelled images, one folder per class")
@@ -72,12 +80,17 @@ def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument(
         "--codc", action="append", default=[], metavar="CKPT,CKPT", help="also fine-tune these checkpoints together"
     )
+    parser.add_argument("--labelled", help="labelled images to train SVM and kNN on, instead of half of --test")
+    parser.add_argument(
+        "--crop", choices=("squash",), help="squash test images, as published, instead of cropping them"
+    )
+    parser.add_argument("--devices", type=int, default=1, help="processes of every run, one per GPU")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     *ckpts, data = args.inputs
     if not ckpts:
         parser.error("give one or more checkpoints, and then the images")
-    if len({column_of(ckpt) for ckpt in ckpts}) < len(ckpts):
+    if len({name_of(ckpt) for ckpt in ckpts}) < len(ckpts):
         parser.error("two checkpoints have the same file name up to the first dot: rename or link one")
     if "dc" in args.methods.split(",") and not args.dc_recipe:
         if args.recipe != "small":
@@ -88,45 +101,33 @@ def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
             parser.error(f"--codc {together}: give several checkpoints, separated by commas")
     try:
         find_images(data)
-        load_labelled_images(args.test, None)
+        load_labelled_images(*data_of(args))
     except OdcftError as error:
         parser.error(str(error))
-    return parser, args
+    names = ("test", "labelled", "recipe", "dc_recipe", "epochs", "overrides", "crop")
+    settings = {name: getattr(args, name) for name in names}
+    if said := runs.refuse_other_settings(args.out / "settings.json", {**settings, "data": data}):
+        parser.error(said)
+    return args
 
 
 def run_codc(args: argparse.Namespace, members: list[str], data: str) -> None:
     """Fine-tune several checkpoints together; also evaluate the checkpoints, and their ODC runs, side by side."""
-    name = "+".join(map(column_of, members))
-    run_once(args.out, f"{name}-original", partial(evaluated, members, args.test))
+    name = "+".join(map(name_of, members))
+    run_once(args.out, f"{name}-original", partial(evaluated, members, args))
     for seed in args.seeds.split(","):
         run = f"{name}-codc-{seed}"
         run_once(args.out, run, partial(fine_tuned, args, run, members, data, "codc", seed))
-        separate = [args.out / f"{column_of(ckpt)}-odc-{seed}" / "backbone" for ckpt in members]
+        separate = [args.out / f"{name_of(ckpt)}-odc-{seed}" / "backbone" for ckpt in members]
         if all(backbone.exists() for backbone in separate):
-            run_once(args.out, f"{name}-odc-{seed}", partial(evaluated, [str(path) for path in separate], args.test))
+            run_once(args.out, f"{name}-odc-{seed}", partial(evaluated, [str(path) for path in separate], args))
 
 
-def refuse_other_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse to mix results of different settings in one table; checkpoints, seeds and methods may be added."""
-    settings = {name: getattr(args, name) for name in ("test", "recipe", "dc_recipe", "epochs", "overrides")}
-    settings["data"] = args.inputs[-1]
-    (args.out / "results").mkdir(parents=True, exist_ok=True)
-    path = args.out / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != settings:
-        parser.error(f"{path} has different settings: choose another --out")
-    path.write_text(json.dumps(settings))
-
-
-def column_of(ckpt: str) -> str:
-    """The name of a checkpoint's column: its file name up to the first dot."""
-    return Path(ckpt).name.split(".")[0]
-
-
-def run_once(out: Path, name: str, work: Any) -> None:
+def run_once(out: Path, name: str, work: Callable[[], dict[str, Any]]) -> None:
     """Do a piece of work unless its result exists, then write the table and pictures of all results so far."""
     path = out / "results" / f"{name}.json"
     if not path.exists():
-        path.write_text(json.dumps(work(), indent=1))
+        runs.once(path, work)
         results = read(out)
         (out / "table.json").write_text(json.dumps(table(results), indent=1))
         print(as_text(table(results)), file=sys.stderr)
@@ -138,13 +139,34 @@ def read(out: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted((out / "results").glob("*.json"))}
 
 
-def evaluated(backbone: str | list[str], test: str) -> dict[str, Any]:
-    """SVM mAP and kNN accuracy of a backbone, or of several side by side and each alone."""
+def evaluated(backbone: str | list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """SVM mAP and kNN accuracy of a backbone, or of several side by side and each alone.
+
+    `svm` is of the last layer; `svm_best` of the layer that cross-validation on the training half prefers, and `layers`
+    says which that is and which one is best on the test half (what the paper reports). Likewise for kNN.
+    """
     from odcft.evaluation.comparison import evaluate
 
-    results = evaluate(backbone, test, None, ["svm", "knn"])
-    figures = [{"svm": one["svm"]["mAP"], "knn": one["knn"]["top1"]} for one in (results, *results.get("members", []))]
+    results = evaluate(backbone, *data_of(args), list(PROTOCOLS), layers="all", crop=args.crop or "centre")
+    figures = [_figures(one) for one in (results, *results.get("members", []))]
     return {**figures[0], **({"members": figures[1:]} if len(figures) > 1 else {})}
+
+
+def data_of(args: argparse.Namespace) -> tuple[str, str | None]:
+    """DATA and --test of `odcft evaluate`."""
+    return (args.labelled, args.test) if args.labelled else (args.test, None)
+
+
+def _figures(results: dict[str, Any]) -> dict[str, Any]:
+    figures: dict[str, Any] = {"layers": {}}
+    for protocol, metric in PROTOCOLS.items():
+        result = results[protocol]
+        figures[protocol] = result[metric]
+        if "per_layer" in result:
+            chosen = max(result["per_layer"], key=lambda layer: result["per_layer"][layer]["cv"])
+            figures[f"{protocol}_best"] = result["per_layer"][chosen][metric]
+            figures["layers"][protocol] = {"chosen": chosen, "best_on_test": result["best_on_test"]}
+    return figures
 
 
 def fine_tuned(
@@ -153,33 +175,19 @@ def fine_tuned(
     """Do one run; return its evaluation and the wall-clock and CPU seconds it took."""
     run = args.out / name
     recipe = args.dc_recipe if method == "dc" else args.recipe
-    options = ["--recipe", recipe, "--method", method, "--seed", seed]
+    options = ["--recipe", recipe, "--method", method, "--seed", seed, "--devices", args.devices]
     options += ["--epochs", args.epochs] if args.epochs else []
     options += [part for override in args.overrides for part in ("--set", override)]
-    options += ["--resume"] if (run / "run.json").exists() else []
-    began, used = time.monotonic(), _cpu_seconds()
-    command = [sys.executable, "-m", "odcft", "finetune", *ckpts, data, "--out", run, *options, "--json"]
-    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    times = {"seconds": time.monotonic() - began, "cpu_seconds": _cpu_seconds() - used}
+    done = runs.fine_tune(run, ckpts, data, options)
     backbones = sorted(str(backbone) for backbone in run.glob("backbone*"))
     return {
-        **evaluated(backbones if len(backbones) > 1 else backbones[0], args.test),
-        **times,
-        "resumed": "--resume" in options,
+        **evaluated(backbones if len(backbones) > 1 else backbones[0], args),
+        **done,
         "method": method,
         "seed": int(seed),
         "recipe": recipe,
         "overrides": args.overrides,
-        "summary": json.loads(done.stdout),
     }
-
-
-def _cpu_seconds() -> float:
-    """CPU seconds of all child processes that have ended: the cost of a run, however busy the machine is."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def table(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -196,10 +204,11 @@ def table(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 cells.setdefault(place, {}).setdefault(row, []).append(member)
     summed: dict[str, Any] = {}
     for column, rows in cells.items():
-        for row, runs in rows.items():
-            cell: dict[str, Any] = {"runs": len(runs)}
+        for row, cell_runs in rows.items():
+            cell: dict[str, Any] = {"runs": len(cell_runs)}
             for figure in (*FIGURES, *TIMES):  # the times of a resumed run cover only its last part
-                values = [run[figure] for run in runs if figure in FIGURES or (figure in run and not run["resumed"])]
+                whole = [run for run in cell_runs if figure in FIGURES or not run.get("resumed")]
+                values = [run[figure] for run in whole if figure in run]
                 if values:
                     cell[figure] = statistics.mean(values)
                     cell[f"{figure}_spread"] = max(values) - min(values)
@@ -209,14 +218,15 @@ def table(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def as_text(summed: dict[str, Any]) -> str:
     """The table as text: mean, ± half the spread if there are several runs, and gain over the checkpoint."""
-    lines = [f"{'':<36}{'':<10}{'SVM mAP':>14}{'gain':>7}{'kNN':>14}{'gain':>7}{'minutes':>9}{'CPU min':>9}"]
+    titles = ("SVM mAP", "best layer", "kNN", "best layer")
+    lines = [f"{'':<36}{'':<10}" + "".join(f"{t:>14}{'gain':>7}" for t in titles) + f"{'minutes':>9}{'CPU min':>9}"]
     for column, rows in summed.items():
         for row in sorted(rows, key=lambda r: ["original", "dc", "odc", "codc"].index(r)):
             cell, text = rows[row], f"{column:<36}{row:<10}"
             for figure in FIGURES:
-                spread = f" ±{cell[f'{figure}_spread'] / 2:.1f}" if cell["runs"] > 1 else ""
-                text += f"{f'{cell[figure]:.1f}{spread}':>14}"
-                before = rows.get("original", {}).get(figure)
+                spread = f" ±{cell[f'{figure}_spread'] / 2:.1f}" if cell["runs"] > 1 and figure in cell else ""
+                text += f"{f'{cell[figure]:.1f}{spread}' if figure in cell else '':>14}"
+                before = rows.get("original", {}).get(figure) if figure in cell else None
                 text += f"{cell[figure] - before:>+7.1f}" if before is not None and row != "original" else f"{'':>7}"
             for figure in TIMES:
                 text += f"{cell[figure] / 60:>9.1f}" if figure in cell else ""
@@ -226,34 +236,19 @@ def as_text(summed: dict[str, Any]) -> str:
 
 def draw(out: Path, results: dict[str, dict[str, Any]]) -> None:
     """Draw fig. 1b (loss of DC and ODC) and fig. 5 (share of labels that change) from the metrics of the runs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    runs = {name: result for name, result in results.items() if "summary" in result}
+    done = {name: result for name, result in results.items() if "summary" in result}
     for file, figure, label, methods in (
         ("loss_curves.png", "loss_over_ln_k", "loss / ln K", ("odc", "dc")),
         ("label_changes.png", "change_ratio", "labels that change", ("odc", "codc")),
     ):
-        columns = sorted({name.rsplit("-", 2)[0] for name, run in runs.items() if run["method"] in methods})
-        if not columns:
-            continue
-        picture, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns), 3), sharey=True, squeeze=False)
-        for axis, column in zip(axes[0], columns, strict=True):
-            for name, run in runs.items():
-                if name.rsplit("-", 2)[0] == column and run["method"] in methods:
-                    lines = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
-                    colour = {"odc": "tab:blue", "dc": "tab:orange", "codc": "tab:green"}[run["method"]]
-                    title = run["method"].upper() if run["seed"] == 0 else None
-                    epochs = [line["epoch"] for line in lines]
-                    axis.plot(epochs, [line[figure] for line in lines], color=colour, label=title, linewidth=1)
-            axis.set(title=column, xlabel="epoch")
-            axis.legend()
-        axes[0][0].set(ylabel=label, ylim=(0, None))  # for all columns: the axis is shared
-        picture.tight_layout()
-        picture.savefig(out / file, dpi=150)
-        plt.close(picture)
+        panels: dict[str, list[runs.Curve]] = {}
+        for name, run in sorted(done.items()):
+            if run["method"] in methods:
+                title = run["method"].upper() if run["seed"] == 0 else None
+                curve = runs.curve_of_run(out / name, figure, title, COLOURS[run["method"]])
+                panels.setdefault(name.rsplit("-", 2)[0], []).append(curve)
+        if panels:
+            runs.draw(out / file, panels, x="epoch", y=label, bottom=0)
 
 
 if __name__ == "__main__":
