@@ -15,12 +15,11 @@ DIR for all. To continue after an interruption, run the same command again. docs
 
 import argparse
 import importlib.util
-import io
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,12 @@ import runs
 from runs import Curve, name_of
 
 from odcft import files
+from odcft.data.image_decoding import read_image
 from odcft.data.sources import find_images
 from odcft.errors import OdcftError
 from odcft.evaluation.labels import load_labelled_images
 from odcft.evaluation.voc_folder import find_voc_folder
+from odcft.recipe import load_recipe
 
 PAPER: dict[str, Any] = {  # what the paper reports
     "table1": {
@@ -70,8 +71,9 @@ class Scale:
     images: int | None  # to train on; None: all
     classes: int | None
     per_class: int | None  # images of each class to evaluate on
-    subset: tuple[int, int]  # images and classes of figs. 4 and 6
-    clusters: int  # for them
+    subsets: tuple[int, int]  # images of the subsets of figs. 4 and 6
+    subset_classes: int  # their classes
+    clusters: int  # K for them
     intervals: tuple[int, ...]
     thresholds: tuple[int, ...]
     ratios: tuple[int, ...]
@@ -94,7 +96,8 @@ SCALES = {
         images=None,
         classes=None,
         per_class=None,
-        subset=(90_000, 300),
+        subsets=(90_000, 100_000),
+        subset_classes=300,
         clusters=3_000,
         intervals=(1, 5, 10, 20, 50, 100),
         thresholds=(5, 10, 20, 40, 80, 160),
@@ -114,7 +117,8 @@ SCALES = {
         images=400,
         classes=5,
         per_class=20,
-        subset=(400, 5),
+        subsets=(400, 400),
+        subset_classes=5,
         clusters=16,
         intervals=(1, 10),
         thresholds=(5, 20, 40),
@@ -197,6 +201,7 @@ class Work:
         data: images to train on.
         labelled: by name, images to evaluate on, and to test on if they are others.
         source: DATA as the user gave it, of which figs. 4 and 6 take other subsets.
+        images: how many to train on, if the user said so.
     """
 
     out: Path
@@ -204,17 +209,19 @@ class Work:
     data: str
     source: str
     labelled: dict[str, tuple[str, str | None]]
-    options: list[object]
     overrides: list[str]
-    ckpts: dict[str, str] = field(default_factory=dict)
-    seed: int = 0
+    ckpts: dict[str, str]
+    seed: int
+    devices: int
+    images: int | None
 
     def run(self, name: str, network: str, method: str, *fields: str, data: str | None = None) -> Path:
         """The RUN of this name; train it from random weights if it is not finished."""
         recipe, *changes = self.scale.recipes[network][method]
         folder = self.out / "runs" / name
         changed = [*self.scale.both, *changes, *fields, *self.overrides]
-        options = ["--recipe", recipe, *self.options, *(word for one in changed for word in ("--set", one))]
+        options: list[object] = ["--recipe", recipe, "--seed", self.seed, "--devices", self.devices]
+        options += [word for one in changed for word in ("--set", one)]
         train = partial(runs.fine_tune, folder, [self.scale.networks[network]], data or self.data, options)
         result = self.out / "results" / f"run-{name}.json"
         runs.once(result, train)
@@ -250,16 +257,18 @@ def prepare(args: argparse.Namespace) -> Work:
     """Refuse what cannot work, and make the lists of the images that a small scale uses.
 
     Raises:
-        OdcftError: images that do not exist or have no labels, or a DIR of other settings.
+        OdcftError: images that do not exist or have no labels, a wrong --set, or a DIR of other settings.
     """
     scale, images = SCALES[args.scale], find_images(args.data)
     names: dict[str, tuple[str, str | None]] = {}
     for one, test in zip(args.labelled, args.test or [None] * len(args.labelled), strict=True):
         load_labelled_images(one, test)
         names[name_of(one) if name_of(one) not in names else f"{name_of(one)}{len(names)}"] = (one, test)
-    settings = {name: getattr(args, name) for name in ("data", "scale", "images", "epochs", "overrides", "seed")}
-    if said := runs.refuse_other_settings(args.out / "settings.json", {**settings, "evaluated on": names}):
-        raise OdcftError(f"{said}.")
+    ckpts = {name_of(ckpt): ckpt for ckpt in args.ckpt}
+    overrides = [*args.overrides, *([f"optim.epochs={args.epochs}"] if args.epochs else [])]
+    for recipe, *changes in (recipe for by_method in scale.recipes.values() for recipe in by_method.values()):
+        load_recipe(recipe, [*scale.both, *changes, *overrides])  # refuse a wrong --set before anything is written
+    _keep_settings(args, names, ckpts)
     data, count = args.data, args.images or scale.images
     if count is not None and count < len(images):
         data = str(args.out / "lists" / "train.csv")
@@ -271,13 +280,18 @@ def prepare(args: argparse.Namespace) -> Work:
             name: tuple(_few(one, lists / f"{name}-{i}.csv", scale, args.seed) for i, one in enumerate(pair))
             for name, pair in names.items()
         }
-    overrides = [*args.overrides, *([f"optim.epochs={args.epochs}"] if args.epochs else [])]
-    options: list[object] = ["--seed", args.seed, "--devices", args.devices]
-    ckpts = {name_of(ckpt): ckpt for ckpt in args.ckpt}
-    for name, ckpt in ckpts.items():
-        if said := runs.refuse_other_settings(args.out / "ckpts" / f"{name}.json", {"path": os.path.abspath(ckpt)}):
-            raise OdcftError(f"{said}, or another name for {ckpt}.")
-    return Work(args.out, scale, data, args.data, names, options, overrides, ckpts, args.seed)
+    return Work(args.out, scale, data, args.data, names, overrides, ckpts, args.seed, args.devices, args.images)
+
+
+def _keep_settings(args: argparse.Namespace, labelled: Mapping[str, Any], ckpts: Mapping[str, str]) -> None:
+    """Keep what the results in DIR are of, by their names, and refuse others."""
+    settings = {name: getattr(args, name) for name in ("data", "scale", "images", "epochs", "overrides", "seed")}
+    kept: dict[str, dict[str, Any]] = {"settings": settings}
+    kept |= {f"labelled-{name}": {"images": pair} for name, pair in labelled.items()}
+    kept |= {f"ckpt-{name}": {"path": os.path.abspath(ckpt)} for name, ckpt in ckpts.items()}
+    for name, values in kept.items():
+        if said := runs.refuse_other_settings(args.out / "settings" / f"{name}.json", values):
+            raise OdcftError(f"{said}.")
 
 
 def _classes_of(images: Any, classes: int | None, seed: int) -> np.ndarray:
@@ -373,31 +387,17 @@ def table4(work: Work) -> dict[str, Any]:
     ckpts = list(work.ckpts.values()) or [pretext(work, task) for task in ("rotation", "jigsaw", "colorization")]
     data, test = work.labelled[work.only_labelled()]
     odc, dc = work.scale.fine_tuning
-    words = [
-        *ckpts,
-        work.data,
-        "--test",
-        test or data,
-        *(["--labelled", data] if test else []),
-        "--out",
-        str(work.out / "table4"),
-        "--seeds",
-        str(work.seed),
-    ]
-    words += ["--recipe", odc, "--dc-recipe", dc, "--devices", str(work.options[-1])]
-    words += ["--crop", "squash"] if work.scale.crop == "squash" else []
+    words = [*ckpts, work.data, "--test", test or data, *(["--labelled", data] if test else [])]
+    words += ["--out", work.out / "table4", "--recipe", odc, "--dc-recipe", dc, "--seeds", work.seed]
+    words += ["--devices", work.devices, *(["--crop", "squash"] if work.scale.crop == "squash" else [])]
     words += [word for one in [*work.scale.both, *work.overrides] for word in ("--set", one)]
-    summed = fine_tuning.table(fine_tuning.run_all(fine_tuning.parse_arguments(words)))
-    rows = [
-        [
-            row,
-            *(
-                " / ".join(f"{cells[row][f]:.1f}" for f in ("svm", "svm_best") if f in cells[row])
-                for cells in summed.values()
-            ),
-        ]
-        for row in ("original", "dc", "odc")
-    ]
+    args = fine_tuning.parse_arguments([str(word) for word in words])
+    summed = fine_tuning.table(fine_tuning.run_all(args))
+
+    def cell(figures: dict[str, float]) -> str:
+        return " / ".join(f"{figures[name]:.1f}" for name in ("svm", "svm_best") if name in figures)
+
+    rows = [[row, *(cell(cells[row]) for cells in summed.values())] for row in ("original", "dc", "odc")]
     note = f"SVM mAP: last layer / layer chosen by cross-validation. The paper (VOC07): {_as_text(PAPER['table4'])}"
     work.write_table("table4", ["", *summed], rows, note)
     return {"cells": summed, "paper": PAPER["table4"]}
@@ -422,13 +422,8 @@ def _as_text(figures: dict[str, Any]) -> str:
 
 def fig1b(work: Work) -> dict[str, Any]:
     """Loss of DC and ODC over the first epochs."""
-    curves = []
-    for title in ("ODC", "DC"):
-        curves.append(
-            runs.curve_of_run(
-                work.run(f"resnet-{title.lower()}", "resnet", title.lower()), "loss", title, COLOURS[title]
-            )
-        )
+    trained = {title: work.run(f"resnet-{title.lower()}", "resnet", title.lower()) for title in ("ODC", "DC")}
+    curves = [runs.curve_of_run(run, "loss", title, COLOURS[title]) for title, run in trained.items()]
     final = {curve.label: curve.y[-1] for curve in curves}
     if (most := work.scale.first_epochs) is not None:
         curves = [_until(curve, most) for curve in curves]
@@ -465,9 +460,9 @@ def fig3(work: Work) -> dict[str, Any]:
 def fig4(work: Work) -> dict[str, Any]:
     """SVM after training on a subset with other centroid intervals, and with other thresholds for small clusters."""
     images = find_images(work.source)
-    count, classes = work.scale.subset
+    count = work.images or work.scale.subsets[0]
     data = work.out / "lists" / "fig4.csv"
-    rows = _sample(_classes_of(images, classes, work.seed), count, work.seed)
+    rows = _sample(_classes_of(images, work.scale.subset_classes, work.seed), count, work.seed)
     runs.once_file(data, lambda path: long_tail.write_list(images, rows, path))
 
     def trained(interval: int = 10, threshold: int = 20) -> dict[str, float]:
@@ -492,10 +487,11 @@ def fig4(work: Work) -> dict[str, Any]:
 def fig6(work: Work) -> dict[str, Any]:
     """SVM after training on subsets of the same size that are more and more long-tailed."""
     images = find_images(work.source)
-    by_class = long_tail.random_classes(long_tail.rows_by_class(images)[0], work.scale.subset[1], work.seed)
-    wanted = 100_000 if work.scale.images is None else work.scale.subset[0]
+    by_class = long_tail.random_classes(long_tail.rows_by_class(images)[0], work.scale.subset_classes, work.seed)
     sizes = [len(rows) for rows in by_class.values()]
-    count = min(wanted, *(long_tail.most_images(sizes, ratio) for ratio in work.scale.ratios))
+    count = min(
+        work.images or work.scale.subsets[1], *(long_tail.most_images(sizes, ratio) for ratio in work.scale.ratios)
+    )
     found = {}
     for ratio in work.scale.ratios:
         data = work.out / "lists" / f"fig6-{ratio}.csv"
@@ -538,7 +534,7 @@ def fig7(work: Work, clusters: int = 8, columns: int = 10) -> dict[str, Any]:
     table = pq.read_table(work.run("resnet-odc", "resnet", "odc") / "clusters.parquet").to_pydict()
     cluster_N, distance_N = np.array(table["cluster"]), np.array(table["distance"])
     images = find_images(work.data)
-    row_of = {name: row for row, name in enumerate(images.names)}
+    row_of = {os.fsencode(name).decode("utf-8", "backslashreplace"): row for row, name in enumerate(images.names)}
     labels = list(images.class_labels())
     label_N = np.array([labels[row_of[name]] for name in table["path"]])
     large = [c for c in np.unique(cluster_N).tolist() if (cluster_N == c).sum() >= columns] or np.unique(cluster_N)
@@ -551,7 +547,7 @@ def fig7(work: Work, clusters: int = 8, columns: int = 10) -> dict[str, Any]:
         most = {"label": str(names[counts.argmax()]), "purity": float(100 * counts.max() / len(members))}
         paths = [table["path"][i] for i in nearest]
         shown.append({"cluster": c, "images": len(members), **(most if any(names) else {}), "nearest": paths})
-    _draw_rows(work.out / "fig7.png", shown, lambda name: images.read(row_of[name]), columns)
+    _draw_rows(work.out / "fig7.png", shown, lambda name: read_image(images.read(row_of[name])), columns)
     return {"clusters": shown, **_against_labels(cluster_N, label_N)}
 
 
@@ -565,17 +561,17 @@ def _against_labels(cluster_N: np.ndarray, label_N: np.ndarray) -> dict[str, Any
     return {name: compared[name] for name in ("nmi", "purity", "accuracy")}
 
 
-def _draw_rows(path: Path, shown: list[dict[str, Any]], read: Callable[[str], bytes], columns: int) -> None:
+def _draw_rows(path: Path, shown: list[dict[str, Any]], read: Callable[[str], Any], columns: int) -> None:
+    """Draw the images that are nearest to each centroid, a row for each cluster; `read` gives a Pillow image."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from PIL import Image
 
     picture, axes = plt.subplots(len(shown), columns, figsize=(columns + 2, len(shown)), squeeze=False)
     for row, one in zip(axes, shown, strict=True):
         for axis, name in zip(row, one["nearest"], strict=False):
-            axis.imshow(Image.open(io.BytesIO(read(name))).convert("RGB").resize((96, 96)))
+            axis.imshow(read(name).resize((96, 96)))
         for axis in row:
             axis.set(xticks=[], yticks=[])
             axis.axis("off")

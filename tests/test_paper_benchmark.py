@@ -126,6 +126,7 @@ def test_arguments_of_long_tail(call, make_images, tmp_path, words, message):
         (["table1", "--labelled", "a", "--labelled", "b", "--test", "c"], "1 --test for 2 --labelled"),
         (["fig5", "--epochs", "0"], "--epochs 0: give 1 or more"),
         (["table3", "--ckpt", "x/a.pth", "--ckpt", "y/a.pth"], "the same file name up to the first dot"),
+        (["fig5", "--set", "memory.clutsers=3"], "paper.py: memory.clutsers: no such field"),
         (["fig5", "--data", "nowhere"], "paper.py: nowhere does not exist. Give a folder of images"),
     ],
 )
