@@ -303,7 +303,7 @@ def decide_clusters(recipe: Recipe, count: int) -> tuple[int, int, list[str]]:
     automatic = max(2, min(count // IMAGES_PER_CLUSTER, MAX_AUTO_CLUSTERS, most))
     if K == "auto":
         return automatic, min_cluster, notes
-    if most < K and not (K <= count and min_cluster > MIN_CLUSTER):
+    if most < K and (count < K or min_cluster <= MIN_CLUSTER):
         why = (
             f"each needs more than {min_cluster} images" if most < count else "there would be more clusters than images"
         )
@@ -314,9 +314,8 @@ def decide_clusters(recipe: Recipe, count: int) -> tuple[int, int, list[str]]:
     if most < K:
         notes.append(
             f"{count:,} images leave {count // K} for each of {K:,} clusters, no more than "
-            f"memory.min_cluster={min_cluster}: at most {most:,} clusters can be larger. The others stay small, and the "
-            "smallest are refilled only when a cluster is large enough to split. "
-            "The paper finds such a threshold worse (fig. 4)."
+            f"memory.min_cluster={min_cluster}: at most {most:,} clusters can be larger. The others stay small, and "
+            "are refilled only when a cluster is large enough to split. The paper's fig. 4 finds that worse."
         )
     elif recipe.method == "dc" and count < K * FEW_IMAGES:
         notes.append(
