@@ -69,9 +69,9 @@ def handle_small_clusters(memory: Memory, min_cluster: int, rules: Rules, genera
     K-Means gives them. If the largest cluster cannot give two normal ones, nothing is done: a departure from both,
     which only matters if K is close to images / threshold. If it can, but a later split cannot, a half may stay small.
 
-    With a threshold above images / K (fig. 4) some clusters are always small. Handling all of them in every step would
-    move most images in every step; instead only the smallest are handled, as many as larger clusters can be split for
-    without a half becoming small, and the empty ones. So every call leaves fewer small clusters or does nothing.
+    With a threshold above images / K (fig. 4) some clusters are always small. Handling all of them could move nearly
+    all images at once; instead only the smallest are handled, as many as larger clusters can be split for without a
+    half becoming small, and the empty ones. So every call leaves fewer empty or fewer small clusters, or does nothing.
 
     However many clusters are small, there are eight collectives, and the host waits for the device about a dozen times;
     more only if the clusters to split have more than `GATHERED` bytes of features.
@@ -111,9 +111,10 @@ def _smallest_to_refill(sizes_K: Tensor, small: list[int], normal: int) -> list[
         small: their labels.
         normal: the size of the smallest normal cluster.
     """
-    splits = int(((sizes_K - 1).clamp(min=0) // (2 * normal - 1)).sum())
-    count = max(splits, int((sizes_K == 0).sum()))
-    return sorted(sorted(small, key=lambda label: (int(sizes_K[label]), label))[:count])
+    sizes = sizes_K.tolist()
+    splits = sum((size - 1) // (2 * normal - 1) for size in sizes if size)
+    count = max(splits, sizes.count(0))
+    return sorted(sorted(small, key=lambda label: (sizes[label], label))[:count])
 
 
 def rows_of_clusters(memory: Memory, clusters: list[int]) -> Tensor:
