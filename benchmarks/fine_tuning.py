@@ -23,17 +23,16 @@ and trains none that is finished. The first seed of every cell is run first, and
 import argparse
 import json
 import re
-import resource
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import runs
+from runs import name_of
 
 from odcft.data.sources import find_images
 from odcft.errors import OdcftError
@@ -49,30 +48,33 @@ PROTOCOLS = ("svm", "knn")
 LAYERS = {"last": "", "best": "_best", "best*": "_published"}  # which layer is reported, to the ending of its figures
 FIGURES = tuple(f"{protocol}{ending}" for ending in LAYERS.values() for protocol in PROTOCOLS)
 TIMES = ("seconds", "cpu_seconds")
+COLOURS = {"odc": "tab:blue", "dc": "tab:orange", "codc": "tab:green"}
 
 
 def main() -> None:
-    parser, args = parse_arguments()
-    *ckpts, data = args.inputs
-    refuse_other_settings(parser, args)
-    for ckpt in ckpts:
-        run_once(args, f"{column_of(ckpt)}-original", [ckpt])
-    for seed in args.seeds.split(","):
-        for ckpt in ckpts:
-            for method in args.methods.split(","):
-                run = f"{column_of(ckpt)}-{method}-{seed}"
-                run_once(
-                    args, run, backbones_of(args.out / run), partial(fine_tuned, args, run, [ckpt], data, method, seed)
-                )
-    for together in args.codc:
-        run_codc(args, together.split(","), data)
-    results = read(args.out)
-    summed = table(results, args.out, args.test)
+    args = parse_arguments()
+    summed = table(run_all(args), args)
     print(json.dumps(summed) if args.json else as_text(summed))
 
 
-def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """Read the command line and refuse what would only fail hours later, before anything is written."""
+def run_all(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Do all runs and evaluations that have not been done; return the results by name."""
+    *ckpts, data = args.inputs
+    for ckpt in ckpts:
+        run_once(args, f"{name_of(ckpt)}-original", [ckpt])
+    for seed in args.seeds.split(","):
+        for ckpt in ckpts:
+            for method in args.methods.split(","):
+                run = f"{name_of(ckpt)}-{method}-{seed}"
+                train = partial(fine_tuned, args, run, [ckpt], data, method, seed)
+                run_once(args, run, backbones_of(args.out / run), train)
+    for together in args.codc:
+        run_codc(args, together.split(","), data)
+    return read(args.out)
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Read these words, or the command line; refuse what would only fail hours later, before anything is written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="CKPT… DATA", help="checkpoints, then unlabelled images")
     parser.add_argument("--test", required=True, help="labelled images, one folder per class")
@@ -93,14 +95,19 @@ def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument(
         "--codc", action="append", default=[], metavar="CKPT,CKPT", help="also fine-tune these checkpoints together"
     )
+    parser.add_argument("--labelled", help="labelled images to train SVM and kNN on, instead of half of --test")
+    parser.add_argument(
+        "--crop", choices=("squash",), help="squash test images, as published, instead of cropping them"
+    )
+    parser.add_argument("--devices", type=int, default=1, help="processes of every run, one per GPU")
     parser.add_argument("--layers", choices=("last", "best"), default="best", help="last is quicker (default: best)")
     parser.add_argument("--evaluate-again", action="store_true", help="evaluate finished runs afresh")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     *ckpts, data = args.inputs
     if not ckpts:
         parser.error("give one or more checkpoints, and then the images")
-    if len({column_of(ckpt) for ckpt in ckpts}) < len(ckpts):
+    if len({name_of(ckpt) for ckpt in ckpts}) < len(ckpts):
         parser.error("two checkpoints have the same file name up to the first dot: rename or link one")
     if "dc" in args.methods.split(",") and not args.dc_recipe:
         if args.recipe != "small":
@@ -111,15 +118,19 @@ def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
             parser.error(f"--codc {together}: give several checkpoints, separated by commas")
     try:
         find_images(data)
-        load_labelled_images(args.test, None)
+        load_labelled_images(*data_of(args))
     except OdcftError as error:
         parser.error(str(error))
-    return parser, args
+    names = ("test", "labelled", "recipe", "dc_recipe", "epochs", "overrides", "crop")
+    settings = {name: getattr(args, name) for name in names}
+    if said := runs.refuse_other_settings(args.out / "settings.json", {**settings, "data": data}):
+        parser.error(said)
+    return args
 
 
 def run_codc(args: argparse.Namespace, members: list[str], data: str) -> None:
     """Fine-tune several checkpoints together; also evaluate the checkpoints, and their ODC runs, side by side."""
-    name = "+".join(map(column_of, members))
+    name = "+".join(map(name_of, members))
     run_once(args, f"{name}-original", members)
     for seed in args.seeds.split(","):
         run = f"{name}-codc-{seed}"
@@ -127,7 +138,7 @@ def run_codc(args: argparse.Namespace, members: list[str], data: str) -> None:
             *(args, run, backbones_of(args.out / run, len(members))),
             partial(fine_tuned, args, run, members, data, "codc", seed),
         )
-        separate = [args.out / f"{column_of(ckpt)}-odc-{seed}" / BACKBONES[0] for ckpt in members]
+        separate = [args.out / f"{name_of(ckpt)}-odc-{seed}" / BACKBONES[0] for ckpt in members]
         if all(backbone.exists() for backbone in separate):
             run_once(args, f"{name}-odc-{seed}", [str(path) for path in separate])
 
@@ -135,22 +146,6 @@ def run_codc(args: argparse.Namespace, members: list[str], data: str) -> None:
 def backbones_of(run: Path, members: int = 1) -> list[str]:
     """The backbones that a run of so many members ends with."""
     return [str(run / name) for name in BACKBONES[:members]]
-
-
-def refuse_other_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse to mix results of different settings in one table; checkpoints, seeds and methods may be added."""
-    settings = {name: getattr(args, name) for name in ("test", "recipe", "dc_recipe", "epochs", "overrides")}
-    settings["data"] = args.inputs[-1]
-    (args.out / "results").mkdir(parents=True, exist_ok=True)
-    path = args.out / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != settings:
-        parser.error(f"{path} has different settings: choose another --out")
-    path.write_text(json.dumps(settings))
-
-
-def column_of(ckpt: str) -> str:
-    """The name of a checkpoint's column: its file name up to the first dot."""
-    return Path(ckpt).name.split(".")[0]
 
 
 def run_once(
@@ -166,7 +161,7 @@ def run_once(
         np.savez(path.with_suffix(".npz"), **arrays)
         path.write_text(json.dumps(record | figures, indent=1))
         results = read(args.out)
-        summed = table(results, args.out, args.test)
+        summed = table(results, args)
         (args.out / "table.json").write_text(json.dumps(summed, indent=1))
         print(as_text(summed), file=sys.stderr)
         draw(args.out, results)
@@ -183,8 +178,9 @@ def evaluated(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The figures of FIGURES and their `layers`, also of each of several `members`; and what intervals need."""
     source = backbones[0] if len(backbones) == 1 else side_by_side(args.out / "side_by_side" / name, backbones)
-    best = evaluate(source, args.test, None, PROTOCOLS, layers="best") if args.layers == "best" else None
-    last = evaluate(source, args.test, None, PROTOCOLS)
+    measure = partial(evaluate, source, *data_of(args), PROTOCOLS, crop=args.crop or "centre")
+    best = measure(layers="best") if args.layers == "best" else None
+    last = measure()
     arrays = {}
     for ending, one in (("", last), ("_best", best)):
         if one is not None:
@@ -194,6 +190,11 @@ def evaluated(
     pairs = [(last, best), *zip(last.get("members", ()), (best or last).get("members", ()), strict=True)]
     figures = [figures_of(one, other if best else None) for one, other in pairs]
     return {**figures[0], **({"members": figures[1:]} if len(figures) > 1 else {})}, arrays
+
+
+def data_of(args: argparse.Namespace) -> tuple[str, str | None]:
+    """DATA and --test of `odcft evaluate`."""
+    return (args.labelled, args.test) if args.labelled else (args.test, None)
 
 
 def figures_of(last: dict[str, Any], best: dict[str, Any] | None) -> dict[str, Any]:
@@ -229,29 +230,16 @@ def fine_tuned(
     run = args.out / name
     kept = all(Path(path, "config.json").exists() for path in backbones_of(run, len(ckpts)))
     recipe = args.dc_recipe if method == "dc" else args.recipe
-    options = ["--recipe", recipe, "--method", method, "--seed", seed]
+    options = ["--recipe", recipe, "--method", method, "--seed", seed, "--devices", args.devices]
     options += ["--epochs", args.epochs] if args.epochs else []
     options += [part for override in args.overrides for part in ("--set", override)]
-    options += ["--resume"] if (run / "run.json").exists() else []
     record = {"method": method, "seed": int(seed), "recipe": recipe, "overrides": args.overrides}
     if kept:  # by hand, or its result was removed: what it took is not known
         return {**record, "resumed": True, "summary": {}}
-    began, used = time.monotonic(), _cpu_seconds()
-    command = [sys.executable, "-m", "odcft", "finetune", *ckpts, data, "--out", run, *options, "--json"]
-    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    times = {"seconds": time.monotonic() - began, "cpu_seconds": _cpu_seconds() - used}
-    return {**record, **times, "resumed": "--resume" in options, "summary": json.loads(done.stdout)}
+    return {**record, **runs.fine_tune(run, ckpts, data, options)}
 
 
-def _cpu_seconds() -> float:
-    """CPU seconds of all child processes that have ended: the cost of a run, however busy the machine is."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def table(results: dict[str, dict[str, Any]], out: Path, test: str) -> dict[str, Any]:
+def table(results: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
     """Mean and spread (highest minus lowest) of every cell: {checkpoint: {row: {figure: …}}}.
 
     The members of a CODC run also count in the columns of their checkpoints. `layers` are those of the figures,
@@ -266,17 +254,18 @@ def table(results: dict[str, dict[str, Any]], out: Path, test: str) -> dict[str,
                 cells.setdefault(place, {}).setdefault(row, []).append(member)
     summed: dict[str, Any] = {}
     for column, rows in cells.items():
-        for row, runs in rows.items():
-            cell: dict[str, Any] = {"runs": len(runs), "layers": [run.get("layers", {}) for run in runs]}
+        for row, cell_runs in rows.items():
+            cell: dict[str, Any] = {"runs": len(cell_runs), "layers": [run.get("layers", {}) for run in cell_runs]}
             for figure in (*FIGURES, *TIMES):  # the times of a resumed run cover only its last part
-                values = [run[figure] for run in runs if figure in run and (figure in FIGURES or not run["resumed"])]
+                whole = [run for run in cell_runs if figure in FIGURES or not run.get("resumed")]
+                values = [run[figure] for run in whole if figure in run]
                 if values:
                     cell[figure] = statistics.mean(values)
                     cell[f"{figure}_spread"] = max(values) - min(values)
             summed.setdefault(column, {})[row] = cell
     for name in results:
         column, row = column_and_row(name)
-        summed[column][row].setdefault("verdicts", []).extend(verdicts(name, set(results), out, test))
+        summed[column][row].setdefault("verdicts", []).extend(verdicts(name, set(results), args))
     return summed
 
 
@@ -286,7 +275,7 @@ def column_and_row(name: str) -> tuple[str, str]:
     return column, row
 
 
-def verdicts(name: str, known: set[str], out: Path, test: str) -> list[str]:
+def verdicts(name: str, known: set[str], args: argparse.Namespace) -> list[str]:
     """How a run compares with its checkpoint, and ODC with DC, at the last and the best layer, in sentences."""
     column, row = column_and_row(name)
     if row == "original":
@@ -297,8 +286,8 @@ def verdicts(name: str, known: set[str], out: Path, test: str) -> list[str]:
     lines = []
     for other, than in others.items():
         for layer, ending in (("last", ""), ("best", "_best")):
-            pair = [result_arrays(out, one, ending) for one in (other, name)] if other in known else [None]
-            targets = test_targets(test)
+            pair = [result_arrays(args.out, one, ending) for one in (other, name)] if other in known else [None]
+            targets = test_targets(*data_of(args))
             if None in pair or any(len(one["knn"]["predicted"]) != len(targets) for one in pair if one):
                 continue
             changes = changes_with_intervals(*pair, targets)
@@ -328,9 +317,9 @@ def result_arrays(out: Path, name: str, ending: str) -> dict[str, Any] | None:
 
 
 @cache
-def test_targets(test: str) -> np.ndarray:
-    """Targets (N, C) of the half of --test that is tested on."""
-    labels = load_labelled_images(test, None)
+def test_targets(data: str, test: str | None) -> np.ndarray:
+    """Targets (N, C) of the images that are tested on."""
+    labels = load_labelled_images(data, test)
     return labels.targets[labels.test_rows]
 
 
@@ -365,34 +354,19 @@ def as_text(summed: dict[str, Any]) -> str:
 
 def draw(out: Path, results: dict[str, dict[str, Any]]) -> None:
     """Draw fig. 1b (loss of DC and ODC) and fig. 5 (share of labels that change) from the metrics of the runs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    runs = {name: result for name, result in results.items() if "summary" in result}
+    done = {name: result for name, result in results.items() if "summary" in result}
     for file, figure, label, methods in (
         ("loss_curves.png", "loss_over_ln_k", "loss / ln K", ("odc", "dc")),
         ("label_changes.png", "change_ratio", "labels that change", ("odc", "codc")),
     ):
-        columns = sorted({name.rsplit("-", 2)[0] for name, run in runs.items() if run["method"] in methods})
-        if not columns:
-            continue
-        picture, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns), 3), sharey=True, squeeze=False)
-        for axis, column in zip(axes[0], columns, strict=True):
-            for name, run in runs.items():
-                if name.rsplit("-", 2)[0] == column and run["method"] in methods:
-                    lines = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
-                    colour = {"odc": "tab:blue", "dc": "tab:orange", "codc": "tab:green"}[run["method"]]
-                    title = run["method"].upper() if run["seed"] == 0 else None
-                    epochs = [line["epoch"] for line in lines]
-                    axis.plot(epochs, [line[figure] for line in lines], color=colour, label=title, linewidth=1)
-            axis.set(title=column, xlabel="epoch")
-            axis.legend()
-        axes[0][0].set(ylabel=label, ylim=(0, None))  # for all columns: the axis is shared
-        picture.tight_layout()
-        picture.savefig(out / file, dpi=150)
-        plt.close(picture)
+        panels: dict[str, list[runs.Curve]] = {}
+        for name, run in sorted(done.items()):
+            if run["method"] in methods:
+                title = run["method"].upper() if run["seed"] == 0 else None
+                curve = runs.curve_of_run(out / name, figure, title, COLOURS[run["method"]])
+                panels.setdefault(name.rsplit("-", 2)[0], []).append(curve)
+        if panels:
+            runs.draw(out / file, panels, x="epoch", y=label, bottom=0)
 
 
 if __name__ == "__main__":

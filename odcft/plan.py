@@ -38,6 +38,7 @@ from odcft.text import count_of
 
 IMAGES_PER_CLUSTER = 128  # what `auto` aims at
 MAX_AUTO_CLUSTERS = 10_000  # the most that `auto` chooses (paper, sec. 3.4)
+MIN_CLUSTER = 20  # the paper's threshold for small clusters (sec. 3.4)
 FEW_IMAGES = 20  # per cluster: with fewer, DC's classifier has little to learn from
 USABLE, MARGIN = 0.9, 1.25  # of a device's free memory; how much more than what it keeps a pass needs meanwhile
 FEW_STEPS, LARGE_BATCH = 200, 256  # fewer steps an epoch with such a batch: the recipe is meant for more images
@@ -293,7 +294,8 @@ def decide_clusters(recipe: Recipe, count: int) -> tuple[int, int, list[str]]:
     """Decide how many clusters there are, and up to which size a cluster counts as small.
 
     `auto` is images / 128, at least 2, at most 10,000 (the paper's number for ImageNet), and few enough that every
-    cluster can be larger than the threshold. If even two clusters could not be, the threshold is lowered.
+    cluster can be larger than the threshold. If even two clusters could not be, the threshold is lowered. A threshold
+    that was raised above the paper's 20 may be larger than images / K, as in fig. 4.
 
     Args:
         recipe: as the user gave it.
@@ -322,7 +324,7 @@ def decide_clusters(recipe: Recipe, count: int) -> tuple[int, int, list[str]]:
     automatic = max(2, min(count // IMAGES_PER_CLUSTER, MAX_AUTO_CLUSTERS, most))
     if K == "auto":
         return automatic, min_cluster, notes
-    if most < K:
+    if most < K and (count < K or min_cluster <= MIN_CLUSTER):
         why = (
             f"each needs more than {min_cluster} images" if most < count else "there would be more clusters than images"
         )
@@ -330,7 +332,13 @@ def decide_clusters(recipe: Recipe, count: int) -> tuple[int, int, list[str]]:
             f"{K:,} clusters for {count:,} images cannot work: {why}. "
             f"--clusters auto would use {automatic}; {most} is the maximum."
         )
-    if recipe.method == "dc" and count < K * FEW_IMAGES:
+    if most < K:
+        notes.append(
+            f"{count:,} images leave {count // K} for each of {K:,} clusters, no more than "
+            f"memory.min_cluster={min_cluster}: at most {most:,} clusters can be larger. The others stay small, and "
+            "are refilled only when a cluster is large enough to split. The paper's fig. 4 finds that worse."
+        )
+    elif recipe.method == "dc" and count < K * FEW_IMAGES:
         notes.append(
             f"{count:,} images leave only {count // K} for each of {K:,} clusters, too few to learn well: "
             f"--clusters auto would use {automatic}. For thousands of images: --recipe dc_small."

@@ -33,6 +33,22 @@ def test_too_many_clusters_are_refused_with_a_number_that_works():
     assert decide_clusters(recipe, 1300)[0] == 61
 
 
+def test_a_threshold_raised_above_images_per_cluster_is_allowed_with_a_note():
+    """As in fig. 4 of the paper; at the usual threshold, so many clusters are a mistake."""
+    recipe = load_recipe("odc_r50_scratch", ["memory.clusters=3000", "memory.min_cluster=160"])
+    clusters, min_cluster, (note,) = decide_clusters(recipe, 90_000)
+    assert (clusters, min_cluster) == (3000, 160)
+    assert "leave 30 for each of 3,000 clusters, no more than memory.min_cluster=160" in note
+    assert "at most 559 clusters can be larger" in note
+    recipe.memory.min_cluster = 20
+    assert decide_clusters(recipe, 90_000)[2] != []  # 30 each: many will be refilled
+    with pytest.raises(OdcftError, match="each needs more than 20 images"):
+        decide_clusters(recipe, 50_000)
+    recipe.memory.min_cluster = 160
+    with pytest.raises(OdcftError, match="3,000 clusters for 2,000 images cannot work: each needs more than 160"):
+        decide_clusters(recipe, 2_000)
+
+
 def test_tiny_sets_lower_the_threshold():
     clusters, min_cluster, notes = decide_clusters(load_recipe("small"), 12)
     assert (clusters, min_cluster) == (2, 2)

@@ -20,15 +20,25 @@ def test_shipped_recipes_load_and_say_what_they_are(name):
 
 def test_the_promised_recipes_are_shipped():
     promised = {"odc_r50_finetune", "odc_r50_scratch", "odc_alexnet", "dc_r50_finetune", "codc_r50", "odc_vit", "small"}
-    promised.add("dc_small")
+    promised |= {"dc_small", "dc_r50_scratch"}
     assert promised <= set(shipped())
     methods = {name: load_recipe(name).method for name in promised}
     assert methods.pop("dc_r50_finetune") == "dc"
     assert methods.pop("dc_small") == "dc"
+    assert methods.pop("dc_r50_scratch") == "dc"
     assert methods.pop("codc_r50") == "codc"
     assert set(methods.values()) == {"odc"}
     assert load_recipe("odc_r50_scratch").optim.epochs == 440
     assert load_recipe("odc_vit").optim.optimizer == "adamw"
+
+
+def test_dc_from_scratch_is_odc_from_scratch_with_the_papers_rate_and_sobel():
+    odc, dc = load_recipe("odc_r50_scratch"), load_recipe("dc_r50_scratch")
+    for group in ("data", "augment", "kmeans"):
+        assert getattr(odc, group) == getattr(dc, group)
+    assert (dc.backbone.input, dc.optim.lr) == ("sobel", 0.1)  # sec. 4.1
+    assert odc.optim == dc.optim.model_copy(update={"lr": 0.06})
+    assert odc.memory.clusters == dc.memory.clusters
 
 
 def test_dc_small_is_small_but_for_what_is_dcs_own():

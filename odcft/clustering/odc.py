@@ -88,7 +88,7 @@ def update(clusters: Clusters, row_B: Tensor, features_BD: Tensor, step: int) ->
     clusters.memory.sizes_K = dist.all_sum(clusters.memory.counts_K)
     if (step + 1) % settings.centroid_interval == 0:
         refresh_centroids(clusters)
-    if clusters.watch.any_small(clusters.memory.sizes_K, settings.min_cluster, rules):
+    if clusters.watch.repair_is_due(clusters.memory.sizes_K, settings.min_cluster, rules):
         generator = seeds.generator(clusters.plan.seed, "small clusters", step)
         handle_small_clusters(clusters.memory, settings.min_cluster, rules, generator)
     return moved_B.float().mean()

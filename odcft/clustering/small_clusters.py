@@ -26,12 +26,28 @@ def is_small(sizes_K: Tensor, min_cluster: int, rules: Rules) -> Tensor:
     return sizes_K <= min_cluster if rules.threshold_is_small else sizes_K < min_cluster
 
 
+def smallest_normal(min_cluster: int, rules: Rules) -> int:
+    """The size of the smallest cluster that is not small."""
+    return min_cluster + 1 if rules.threshold_is_small else min_cluster
+
+
+def repair_is_due(sizes_K: Tensor, min_cluster: int, rules: Rules) -> Tensor:
+    """Whether `handle_small_clusters` might have something to do: (K,) int64 to a bool tensor on the same device.
+
+    Where there are too few images for all clusters to be normal, some always are small, which alone is no reason.
+    """
+    normal, largest = smallest_normal(min_cluster, rules), sizes_K.max()
+    enough_images = sizes_K.sum() >= len(sizes_K) * normal
+    empty = (sizes_K == 0).any() & (largest > 1)
+    return is_small(sizes_K, min_cluster, rules).any() & (enough_images | (largest >= 2 * normal) | empty)
+
+
 ROWS = 512  # processed at a time, like a batch
 GATHERED = 1 << 28  # bytes of features that are gathered at a time: those of 262,144 images with 256 float32 values
 
 
 class SmallClusterWatch:
-    """Tells in every step whether some cluster is small, without making the host wait for an accelerator.
+    """Tells in every step whether small clusters should be handled, without making the host wait for an accelerator.
 
     On a CPU the answer is for this step; on an accelerator it comes one step later, so small clusters are handled one
     step later.
@@ -40,9 +56,9 @@ class SmallClusterWatch:
     def __init__(self) -> None:
         self.reader = DelayedReader()
 
-    def any_small(self, sizes_K: Tensor, min_cluster: int, rules: Rules) -> bool:
-        """Whether some cluster is small: now (CPU), or one step ago (accelerator). sizes_K: (K,) int64."""
-        answer = self.reader.read(is_small(sizes_K, min_cluster, rules).any())
+    def repair_is_due(self, sizes_K: Tensor, min_cluster: int, rules: Rules) -> bool:
+        """Whether small clusters should be handled: now (CPU), or one step ago (accelerator). sizes_K: (K,) int64."""
+        answer = self.reader.read(repair_is_due(sizes_K, min_cluster, rules))
         return answer is not None and bool(answer)
 
 
@@ -52,6 +68,10 @@ def handle_small_clusters(memory: Memory, min_cluster: int, rules: Rules, genera
     `paper` splits the largest so that neither half is small, so one pass is enough; `official` takes the halves as
     K-Means gives them. If the largest cluster cannot give two normal ones, nothing is done: a departure from both,
     which only matters if K is close to images / threshold. If it can, but a later split cannot, a half may stay small.
+
+    With a threshold above images / K (fig. 4) some clusters are always small. Handling all of them could move nearly
+    all images at once; instead only the smallest are handled, as many as larger clusters can be split for without a
+    half becoming small, and the empty ones. So every call leaves fewer empty or fewer small clusters, or does nothing.
 
     However many clusters are small, there are eight collectives, and the host waits for the device about a dozen times;
     more only if the clusters to split have more than `GATHERED` bytes of features.
@@ -66,14 +86,35 @@ def handle_small_clusters(memory: Memory, min_cluster: int, rules: Rules, genera
         How many clusters were refilled.
     """
     sizes_K = memory.sizes_K.cpu()
-    small_K = is_small(sizes_K, min_cluster, rules)
-    smallest_normal = min_cluster + 1 if rules.threshold_is_small else min_cluster
-    if not small_K.any() or int(sizes_K.max()) < 2 * smallest_normal:
+    if not repair_is_due(sizes_K, min_cluster, rules):
         return 0
+    small_K, normal = is_small(sizes_K, min_cluster, rules), smallest_normal(min_cluster, rules)
     small, normal_C = small_K.nonzero()[:, 0].tolist(), (~small_K).nonzero()[:, 0]
-    _disperse(memory, small, normal_C.to(memory.labels_S.device), rules)
-    at_least = smallest_normal if rules.until_none_is_small else 1
+    if int(sizes_K.sum()) < len(sizes_K) * normal:
+        small = _smallest_to_refill(sizes_K, small, normal)
+    elif int(sizes_K.max()) < 2 * normal:
+        return 0
+    if len(normal_C):
+        _disperse(memory, small, normal_C.to(memory.labels_S.device), rules)
+    at_least = normal if rules.until_none_is_small else 1
     return _refill(memory, small, at_least, rules, generator)
+
+
+def _smallest_to_refill(sizes_K: Tensor, small: list[int], normal: int) -> list[int]:
+    """The small clusters to handle where not all can become normal, in order.
+
+    Splitting a cluster of s images until all parts have fewer than 2 x `normal` takes (s - 1) // (2 normal - 1) splits
+    or more, however uneven they are.
+
+    Args:
+        sizes_K: (K,) int64, on the host.
+        small: their labels.
+        normal: the size of the smallest normal cluster.
+    """
+    sizes = sizes_K.tolist()
+    splits = sum((size - 1) // (2 * normal - 1) for size in sizes if size)
+    count = max(splits, sizes.count(0))
+    return sorted(sorted(small, key=lambda label: (sizes[label], label))[:count])
 
 
 def rows_of_clusters(memory: Memory, clusters: list[int]) -> Tensor:

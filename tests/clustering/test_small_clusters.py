@@ -119,16 +119,74 @@ def test_rows_of_several_clusters():
     assert rows_of_clusters(mem, [3]).tolist() == rows_of_clusters(mem, []).tolist() == []
 
 
+# ---------------------------------------------------------------- a threshold above images / K (fig. 4)
+
+
+def spread_thin(seed):
+    """1,000 images in 50 clusters of random size, 20 on average; 5 are empty."""
+    draw = generator(seed)
+    labels = (torch.rand(1000, generator=draw) ** 3 * 45).long()
+    mem = new_memory(torch.randn(1000, 8, generator=draw), labels, 50)
+    set_centroids(mem, mem.sums_KD)
+    return mem, draw
+
+
+@pytest.mark.parametrize("rules", [PAPER, OFFICIAL], ids=["paper", "official"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_threshold_above_the_mean_size_is_repaired_in_few_calls_that_each_leave_fewer_small(seed, rules):
+    mem, draw = spread_thin(seed)
+    small = int((mem.sizes_K <= 40).sum())
+    calls = 0
+    while handle_small_clusters(mem, 40, rules, draw):
+        calls += 1
+        before, small = small, int((mem.sizes_K <= 40).sum())
+        assert calls < 10
+        assert small < before or rules is OFFICIAL
+    assert int(mem.sizes_K.max()) < 82  # nothing left to split in two normal halves
+    assert int(mem.sizes_K.min()) > 0
+    assert int(mem.sizes_K.sum()) == 1000
+    assert not SmallClusterWatch().repair_is_due(mem.sizes_K, 40, rules)  # though most clusters are small
+
+
+def test_a_threshold_above_the_mean_size_does_not_move_most_images_at_once():
+    mem, draw = spread_thin(0)
+    while handle_small_clusters(mem, 40, PAPER, draw):
+        pass
+    moved = []
+    for _ in range(100):  # a batch of 32 moves at random, mostly to the first clusters; then the repair
+        rows = torch.randperm(1000, generator=draw)[:32]
+        small_clusters.change_labels(mem, rows, (torch.rand(32, generator=draw) ** 3 * 50).long())
+        mem.sizes_K, before = mem.counts_K.clone(), mem.labels_S.clone()
+        handle_small_clusters(mem, 40, PAPER, draw)
+        moved.append(int((mem.labels_S != before).sum()))
+    assert 0 < sum(moved) / len(moved) < 20  # 8; 108 if all small clusters are handled
+    assert max(moved) < 100  # 50; 990 if all small clusters are handled
+
+
+def test_with_too_few_images_the_smallest_clusters_are_handled_and_the_others_stay():
+    mem = on_a_line([[0, 1, 2, 10, 11, 12], [50], [60, 61], [70, 71]])  # 11 images, 4 clusters of at least 3
+    assert handle_small_clusters(mem, 2, PAPER, generator()) == 1
+    assert contents(mem)[2:] == [[60, 61], [70, 71]]
+    assert sorted(contents(mem)[:2]) == [[0, 1, 2, 10], [11, 12, 50]]
+    assert handle_small_clusters(mem, 2, PAPER, generator()) == 0
+
+
+def test_with_too_few_images_an_empty_cluster_is_refilled_even_if_none_is_normal():
+    mem = on_a_line([[0, 9], [20]], empty=1)
+    assert handle_small_clusters(mem, 5, PAPER, generator()) == 1
+    assert sorted(contents(mem)) == [[0], [9], [20]]
+
+
 # ---------------------------------------------------------------- when, and which
 
 
 def test_watch_tells_of_this_step_on_a_cpu_and_nothing_where_no_answer_has_come_yet(monkeypatch):
     watch = SmallClusterWatch()
-    assert watch.any_small(torch.tensor([3, 9]), 3, PAPER) is True
-    assert watch.any_small(torch.tensor([4, 9]), 3, PAPER) is False
-    assert watch.any_small(torch.tensor([3, 9]), 3, OFFICIAL) is False
+    assert watch.repair_is_due(torch.tensor([3, 9]), 3, PAPER) is True
+    assert watch.repair_is_due(torch.tensor([4, 9]), 3, PAPER) is False
+    assert watch.repair_is_due(torch.tensor([3, 9]), 3, OFFICIAL) is False
     monkeypatch.setattr(watch.reader, "read", lambda value: None)
-    assert watch.any_small(torch.tensor([3, 9]), 3, PAPER) is False
+    assert watch.repair_is_due(torch.tensor([3, 9]), 3, PAPER) is False
 
 
 @pytest.mark.parametrize(("rules", "min_cluster"), [(PAPER, 2), (OFFICIAL, 3)])
