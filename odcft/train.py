@@ -30,6 +30,7 @@ from odcft.optim import lr_at, set_lr
 from odcft.prepare import Start, new_run, resumed_run
 from odcft.progress import Progress
 from odcft.recipe import Recipe
+from odcft.reports.training_sheets import TrainingSheets
 from odcft.run import output_checks, snapshot_files
 from odcft.run.broken_images import BrokenImages
 from odcft.run.clusters_parquet import require_parquet, write_clusters
@@ -40,6 +41,7 @@ from odcft.run.metrics import Metrics, read_lines
 from odcft.run.non_finite import NonFiniteGuard
 from odcft.run.run_json import about_run, finished_after, note_finished
 from odcft.run.saver import Saver
+from odcft.run.trackers import open_trackers, require_trackers
 from odcft.run.training_log import TrainingLog
 from odcft.state import State
 
@@ -92,6 +94,7 @@ def fine_tune(
         recipe.optim.epochs = epochs
     resume = check_output(out, resume, overwrite, progress)
     require_parquet()
+    require_trackers(recipe.log.trackers)
     labels = load_images_to_evaluate(eval_data, make_reader(reader)) if eval_data is not None else None
     try:
         with locked(out, progress.say), explain_failures(recipe):
@@ -137,10 +140,12 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
     plan, method, network, clusters = start.plan, METHODS[start.plan.method], state.network, state.clusters
     device, optim, order = dist.this_device(), plan.optim, training_order(start, first_step=state.step)
     batches = TrainingBatches(training_crops(start), order, plan.data.workers, device)
-    metrics = Metrics(run.out, plan.log.tensorboard, state.logged)
+    metrics = Metrics(run.out, open_trackers(run.out, plan, state.logged, progress.say), state.logged)
     guard = NonFiniteGuard(state, optim.skip_non_finite, run.out, progress.say)
     evaluate = evaluation.after_epoch if evaluation else None
-    log = TrainingLog(metrics, plan, state, order.steps_per_epoch, guard=guard, say=progress.say, evaluate=evaluate)
+    sheet = partial(TrainingSheets(start.images, plan.view, plan.log.sheet_minutes).draw, clusters)
+    show: dict[str, Any] = {"say": progress.say, "evaluate": evaluate, "sheet": sheet}
+    log = TrainingLog(metrics, plan, state, order.steps_per_epoch, guard=guard, **show)
     saver = Saver(run.out, plan, state, order, metrics=metrics, guard=guard, say=progress.say)
     broken = BrokenImages(start.images, plan.data.max_broken, progress.say)
     ranks, embed = Agreement(), partial(_embed, start, network, device, broken, state)
