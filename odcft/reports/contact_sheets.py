@@ -134,6 +134,7 @@ def _font(size: int) -> Any:
 def _write(draw: Any, place: tuple[int, int], text: str, size: int, ink: tuple[int, int, int], most: int) -> None:
     """Write a line that is at most so many pixels long; a font without some letter shows an empty box for it."""
     font, measure = _font(size), _measure(draw, size)
+    text = text[: most // 2]  # no letter is narrower than two pixels: the loop below stays short
     try:
         if measure(text) > most:
             while text and measure(text + "…") > most:
