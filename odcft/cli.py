@@ -592,7 +592,7 @@ def clusters(
     ] = False,
     threshold: Annotated[
         float | None,
-        typer.Option(min=0.5, max=1.0, help="Of --near-duplicates: the least similarity.", show_default="0.95"),
+        typer.Option(min=0.5, max=1.0, help="Of --near-duplicates: the least similarity.", show_default="0.85"),
     ] = None,
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="Where the images are now; by default where they were.")

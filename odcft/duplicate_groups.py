@@ -23,7 +23,7 @@ from odcft.run.folder import Layout
 from odcft.text import count_of
 
 COLUMNS = ("group", "path", "similarity")
-THRESHOLD = 0.95  # docs/clusters.md has the measurement
+THRESHOLD = 0.85  # docs/clusters.md has the measurement
 MOST = 200  # groups on sheets
 NAMED = 3  # groups in the terminal
 SHEET_FILES: Layout = dict.fromkeys(f"near_duplicates_{'[0-9]' * digits}.png" for digits in range(2, 6))
@@ -66,14 +66,7 @@ def near_duplicates(
         OdcftError: not a RUN that has ended, images that cannot be found, or an output that may not be written.
     """
     progress, run = progress or Progress(), Path(run)
-    if not (run / "run.json").is_file():
-        raise OdcftError(f"{run} is not a RUN: give a folder that `odcft finetune` wrote.")
-    if not (run / "backbone" / "config.json").is_file():
-        raise OdcftError(f"{run} has no backbone yet. Let the run end first: odcft finetune … --resume.")
-    if out is not None:
-        tables.refuse_table(out, COLUMNS, overwrite)
-    if sheets is not None:
-        output_checks.refuse_non_empty(sheets, SHEET_FILES, overwrite)
+    _refuse(run, out, sheets, overwrite)
     images = find_images(place_of_images(run) if data is None else data, progress, make_reader(reader))
     if sheets is not None:
         refuse_inside_images(images, sheets)
@@ -99,10 +92,7 @@ def near_duplicates(
         "examples": [[images.names[int(good[row])] for row in group[:NAMED]] for group in lists[:NAMED]],
     }
     if out is not None:
-        rows = np.array([row for group in lists for row in group], dtype=np.int64)
-        numbers = np.repeat(np.arange(1, len(lists) + 1), [len(group) for group in lists])
-        paths = [images.names[int(good[row])] for row in rows]
-        tables.write_rows(out, paths, {"group": numbers}, {"similarity": found.similarity_N[rows]})
+        _write_table(out, lists, found, [images.names[int(i)] for i in good])
         values["out"] = str(out)
     if sheets is not None:
         output_checks.clear_folder(sheets, SHEET_FILES)
@@ -114,15 +104,33 @@ def near_duplicates(
     return values
 
 
+def _refuse(run: Path, out: Path | None, sheets: Path | None, overwrite: bool) -> None:
+    """Refuse a RUN without a backbone, and outputs that may not be written."""
+    if not (run / "run.json").is_file():
+        raise OdcftError(f"{run} is not a RUN: give a folder that `odcft finetune` wrote.")
+    if not (run / "backbone" / "config.json").is_file():
+        raise OdcftError(f"{run} has no backbone yet. Let the run end first: odcft finetune … --resume.")
+    if out is not None:
+        tables.refuse_table(out, COLUMNS, overwrite)
+    if sheets is not None:
+        output_checks.refuse_non_empty(sheets, SHEET_FILES, overwrite)
+
+
+def _write_table(out: Path, lists: list[list[int]], found: search.Groups, names: list[str]) -> None:
+    rows = np.array([row for group in lists for row in group], dtype=np.int64)
+    numbers = np.repeat(np.arange(1, len(lists) + 1), [len(group) for group in lists])
+    tables.write_rows(out, [names[row] for row in rows], {"group": numbers}, {"similarity": found.similarity_N[rows]})
+
+
 def describe(values: dict[str, Any]) -> list[str]:
     """What `near_duplicates` returned, as lines for the user."""
     removed = values["images"] - values["left"]
     lines = [
-        f"Nearly identical: {count_of(values['in_groups'], 'image')} in {count_of(values['groups'], 'group')}, of "
+        f"Look alike  {count_of(values['in_groups'], 'image')} in {count_of(values['groups'], 'group')}, of "
         f"{count_of(values['images'], 'image')} in {values['data']} (similarity {values['threshold']:g} and more)"
     ]
     for number, group in enumerate(values["examples"], 1):
-        lines.append(f"  group {number:<5} {' = '.join(group)}")
+        lines.append(f"            group {number}: {' = '.join(group)}")
     lines.append(
         f"Left        {count_of(values['left'], 'image')} if one of each group is kept, {removed:,} fewer"
         + ("" if removed else ": nothing to remove")

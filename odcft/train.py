@@ -142,10 +142,8 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
     batches = TrainingBatches(training_crops(start), order, plan.data.workers, device)
     metrics = Metrics(run.out, open_trackers(run.out, plan, state.logged, progress.say), state.logged)
     guard = NonFiniteGuard(state, optim.skip_non_finite, run.out, progress.say)
-    evaluate = evaluation.after_epoch if evaluation else None
-    sheet = partial(TrainingSheets(start.images, plan.view, plan.log.sheet_minutes).draw, clusters)
-    show: dict[str, Any] = {"say": progress.say, "evaluate": evaluate, "sheet": sheet}
-    log = TrainingLog(metrics, plan, state, order.steps_per_epoch, guard=guard, **show)
+    hooks = _after_epochs(start, state, evaluation)
+    log = TrainingLog(metrics, plan, state, order.steps_per_epoch, guard=guard, say=progress.say, **hooks)
     saver = Saver(run.out, plan, state, order, metrics=metrics, guard=guard, say=progress.say)
     broken = BrokenImages(start.images, plan.data.max_broken, progress.say)
     ranks, embed = Agreement(), partial(_embed, start, network, device, broken, state)
@@ -196,6 +194,12 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
     if asked_anywhere(device):
         raise Stopped("All steps are done and saved, but the backbone has not been written yet.")
     return broken.report()
+
+
+def _after_epochs(start: Start, state: State, evaluation: EpochEvaluation | None) -> dict[str, Any]:
+    """What the log calls at the ends of epochs: the evaluation, and the contact sheets for trackers."""
+    sheets = TrainingSheets(start.images, start.plan.view, start.plan.log.sheet_minutes)
+    return {"evaluate": evaluation.after_epoch if evaluation else None, "sheet": partial(sheets.draw, state.clusters)}
 
 
 def training_order(start: Start, first_step: int = 0) -> TrainingOrder:

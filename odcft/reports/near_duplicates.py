@@ -1,4 +1,4 @@
-"""Groups of nearly identical images, by the cosine of their whitened features; exact search in blocks of bounded memory.
+"""Groups of nearly identical images, by the cosine of their whitened features: exact, in blocks of bounded memory.
 
 Shapes: N images, F features, L images that are kept so far.
 
@@ -91,7 +91,7 @@ def find_groups(
         advance: called with the number of images done.
     """
     N = len(unit_NF)
-    order = torch.arange(N) if first is None else torch.as_tensor(np.asarray(first), dtype=torch.int64)
+    order = torch.arange(N) if first is None else torch.from_numpy(np.array(first, np.int64))
     kept_N, similarity_N = np.arange(N), np.ones(N, np.float32)
     short_NP = _short(unit_NF)
     kept: list[Tensor] = []  # indices, at most KEPT_BLOCK in each

@@ -126,7 +126,7 @@ def test_images_in_a_tar_are_copied_with_an_ending(images, tmp_path):
 
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
         for number, path in enumerate(sorted(images.rglob("*.png"))):
-            tar.add(path, f"x/-{number}")
+            tar.add(path, f"x/-{number}.png")
     run = finished_run(tmp_path / "run", tmp_path / "shard.tar")
     values = clusters(run, folders=tmp_path / "out")
     assert values["links"] == "copy"
