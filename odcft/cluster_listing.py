@@ -71,13 +71,7 @@ def clusters(
     if folders is not None:
         _write_folders(found_clusters, found, folders, links, values, progress)
     if sheets is not None:
-        refuse_inside_images(found.images, sheets)
-        drawn = min(most, len(values["per_cluster"]))
-        with progress.phase("Sheets", drawn, "sheets") as advance:
-            written = cluster_sheets.write_sheets(found_clusters, found, sheets, most, advance)
-        values |= {"sheets": str(sheets), "drawn": written["sheets"], "label_first": str(sheets / "label_first.csv")}
-        values["listed"] = written["listed"]
-        values["unreadable"] += written["unreadable"]
+        _write_sheets(found_clusters, found, sheets, most, values, progress)
     return values
 
 
@@ -111,6 +105,21 @@ def _write_folders(
         written = cluster_folders.write_folders(found_clusters, found, out, links, advance)
     values |= {"folders": str(out), "links": links, "linked": written["images"], "folder_count": written["folders"]}
     values["unreadable"] += written["unreadable"]
+
+
+def _write_sheets(
+    found_clusters: RunClusters, found: RunImages, out: Path, most: int, values: dict[str, Any], progress: Progress
+) -> None:
+    refuse_inside_images(found.images, out)
+    with progress.phase("Sheets", min(most, len(values["per_cluster"])), "sheets") as advance:
+        written = cluster_sheets.write_sheets(found_clusters, found, out, most, advance)
+    values |= {"sheets": str(out), "drawn": written["sheets"], "label_first": str(out / cluster_sheets.LABEL_FIRST)}
+    values["listed"] = written["listed"]
+    values["unreadable"] += written["unreadable"]
+    if found.images.store is not None:
+        progress.say(
+            "Note        The images are in shards: label_first.csv says where; --folders writes copies of them."
+        )
 
 
 def summarise(found: RunClusters) -> dict[str, Any]:

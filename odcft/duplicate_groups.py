@@ -4,13 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from odcft.backbone.layers import LAST
 from odcft.backbone.load import load_backbone
 from odcft.data.custom_reader import make_reader
+from odcft.data.images import Images
 from odcft.data.sources import find_images
+from odcft.data.view import View
 from odcft.errors import OdcftError
-from odcft.evaluation.features import features_of
+from odcft.evaluation.features import Features, features_of
 from odcft.evaluation.starting_checkpoint import view_of_run
 from odcft.files import atomic_folder
 from odcft.plan import view_for_evaluation
@@ -60,7 +63,7 @@ def near_duplicates(
 
     Returns:
         run, data, images, unreadable (name to reason), threshold, groups, in_groups, left (images if one of each group
-        is kept), largest, examples (paths of the largest groups), cached, and out and sheets if asked for.
+        is kept), examples (paths of the largest groups), cached, and out and sheets if asked for.
 
     Raises:
         OdcftError: not a RUN that has ended, images that cannot be found, or an output that may not be written.
@@ -70,15 +73,7 @@ def near_duplicates(
     images = find_images(place_of_images(run) if data is None else data, progress, make_reader(reader))
     if sheets is not None:
         refuse_inside_images(images, sheets)
-    loaded = load_backbone(str(run))
-    view = view_for_evaluation(loaded, images, None, view_of_run(str(run)))
-    features = features_of(loaded.backbone, images, view, progress)
-    good = np.array([i for i in range(len(images)) if i not in features.unreadable], dtype=np.int64)
-    if not len(good):
-        raise OdcftError(f"None of the {count_of(len(images), 'image')} in {images.source} can be read.")
-    unit_NF = search.whitened(features.layers[LAST][good])
-    if not bool(unit_NF.isfinite().all()):
-        raise OdcftError(f"{run} gives features that are NaN or infinite: its weights are damaged.")
+    unit_NF, good, features, view = _features(run, images, progress)
     sizes = images.sizes()
     first = None if sizes is None else np.argsort(-sizes[good], kind="stable")
     with progress.phase("Comparing", len(good)) as advance:
@@ -87,19 +82,14 @@ def near_duplicates(
     values = {
         **{"run": str(run), "data": str(images.source), "images": len(good), "threshold": threshold},
         "unreadable": {images.names[i]: why for i, why in sorted(features.unreadable.items())},
-        **{"groups": len(lists), "in_groups": sum(map(len, lists)), "left": found.left},
-        **{"largest": len(lists[0]) if lists else 0, "cached": features.cached},
+        **{"groups": len(lists), "in_groups": sum(map(len, lists)), "left": found.left, "cached": features.cached},
         "examples": [[images.names[int(good[row])] for row in group[:NAMED]] for group in lists[:NAMED]],
     }
     if out is not None:
         _write_table(out, lists, found, [images.names[int(i)] for i in good])
         values["out"] = str(out)
     if sheets is not None:
-        output_checks.clear_folder(sheets, SHEET_FILES)
-        with atomic_folder(sheets) as unfinished:
-            drawn = search.draw_pages(lists[:most], found.similarity_N, images, good, view)
-            for page, sheet in enumerate(drawn, 1):
-                sheet.save(unfinished / f"near_duplicates_{page:02d}.png")
+        _draw(sheets, lists[:most], found, images, good, view)
         values |= {"sheets": str(sheets), "drawn": min(most, len(lists))}
     return values
 
@@ -114,6 +104,31 @@ def _refuse(run: Path, out: Path | None, sheets: Path | None, overwrite: bool) -
         tables.refuse_table(out, COLUMNS, overwrite)
     if sheets is not None:
         output_checks.refuse_non_empty(sheets, SHEET_FILES, overwrite)
+
+
+def _features(run: Path, images: Images, progress: Progress) -> tuple[Tensor, np.ndarray, Features, View]:
+    """Whitened features of the images that can be read, which these are, what else is known, and how they are seen."""
+    loaded = load_backbone(str(run))
+    view = view_for_evaluation(loaded, images, None, view_of_run(str(run)))
+    features = features_of(loaded.backbone, images, view, progress)
+    good = np.array([i for i in range(len(images)) if i not in features.unreadable], dtype=np.int64)
+    if not len(good):
+        raise OdcftError(f"None of the {count_of(len(images), 'image')} in {images.source} can be read.")
+    unit_NF = search.whitened(features.layers.pop(LAST)[good])
+    if not bool(unit_NF.isfinite().all()):
+        raise OdcftError(f"{run} gives features that are NaN or infinite: its weights are damaged.")
+    return unit_NF, good, features, view
+
+
+def _draw(
+    out: Path, lists: list[list[int]], found: search.Groups, images: Images, good: np.ndarray, view: View
+) -> None:
+    """Write the sheets; those that odcft wrote there before are removed."""
+    output_checks.clear_folder(out, SHEET_FILES)
+    with atomic_folder(out) as unfinished:
+        drawn = search.draw_pages(lists, found.similarity_N, images, good, view)
+        for page, sheet in enumerate(drawn, 1):
+            sheet.save(unfinished / f"near_duplicates_{page:02d}.png")
 
 
 def _write_table(out: Path, lists: list[list[int]], found: search.Groups, names: list[str]) -> None:

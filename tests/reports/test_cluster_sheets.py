@@ -9,6 +9,7 @@ from PIL import Image
 from run_folders import finished_run
 
 from odcft.cluster_listing import clusters
+from odcft.data.sources import find_images
 from odcft.errors import OdcftError
 from odcft.reports.cluster_sheets import choose_rows
 
@@ -45,6 +46,9 @@ def test_the_nearest_of_the_largest_cluster_is_labelled_first(tmp_path, make_ima
         ("1", "5", ""),
     ]
     assert [row["path"].removeprefix(f"{images}/") for row in first] == ["b/019.png", "b/029.png", "a/008.png"]
+    listed = find_images(tmp_path / "sheets" / "label_first.csv")  # with labels filled in, `evaluate` takes it
+    assert list(listed.names) == [row["path"] for row in first]
+    assert list(listed.class_labels()) == ["", "", ""]
     where = read(tmp_path / "sheets" / "sheets.csv")
     assert (where[0]["sheet"], where[0]["column"], where[0]["path"]) == ("cluster_0002.png", "1", "b/019.png")
     with Image.open(tmp_path / "sheets" / "cluster_0002.png") as sheet:
