@@ -60,7 +60,8 @@ def clusters(
     values = summarise(found_clusters)
     if out is not None:
         columns = {"cluster": found_clusters.label_N, "distance": found_clusters.distance_N}
-        tables.write_rows(out, found_clusters.names, {}, columns)
+        with tables.writing(out):
+            tables.write_rows(out, found_clusters.names, {}, columns)
         values["out"] = str(out)
     if folders is None and sheets is None:
         return values
@@ -97,7 +98,7 @@ def _write_folders(
     refuse_inside_images(found.images, out)
     if found.images.store is not None or not os.path.isdir(found.images.root):
         if links != "copy":
-            progress.say(f"Note        The images are in shards, so {out} gets copies instead of links.")
+            progress.say(f"Note        The images are in shards or at a URL, so {out} gets copies instead of links.")
         links = "copy"
     if links == "copy" and (size := cluster_folders.refuse_too_large(found, out)):
         progress.say(f"Copying     {size} to {out}")
@@ -111,7 +112,8 @@ def _write_sheets(
     found_clusters: RunClusters, found: RunImages, out: Path, most: int, values: dict[str, Any], progress: Progress
 ) -> None:
     refuse_inside_images(found.images, out)
-    with progress.phase("Sheets", min(most, len(values["per_cluster"])), "sheets") as advance:
+    drawn = min(most, len(values["per_cluster"]))
+    with tables.writing(out), progress.phase("Sheets", drawn, "sheets") as advance:
         written = cluster_sheets.write_sheets(found_clusters, found, out, most, advance)
     values |= {"sheets": str(out), "drawn": written["sheets"], "label_first": str(out / cluster_sheets.LABEL_FIRST)}
     values["listed"] = written["listed"]

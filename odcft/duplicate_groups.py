@@ -114,10 +114,10 @@ def _features(run: Path, images: Images, progress: Progress) -> tuple[Tensor, np
     good = np.array([i for i in range(len(images)) if i not in features.unreadable], dtype=np.int64)
     if not len(good):
         raise OdcftError(f"None of the {count_of(len(images), 'image')} in {images.source} can be read.")
-    unit_NF = search.whitened(features.layers.pop(LAST)[good])
-    if not bool(unit_NF.isfinite().all()):
+    features_NF = features.layers.pop(LAST)[good]
+    if not np.isfinite(features_NF).all():
         raise OdcftError(f"{run} gives features that are NaN or infinite: its weights are damaged.")
-    return unit_NF, good, features, view
+    return search.whitened(features_NF), good, features, view
 
 
 def _draw(
@@ -125,7 +125,7 @@ def _draw(
 ) -> None:
     """Write the sheets; those that odcft wrote there before are removed."""
     output_checks.clear_folder(out, SHEET_FILES)
-    with atomic_folder(out) as unfinished:
+    with tables.writing(out), atomic_folder(out) as unfinished:
         drawn = search.draw_pages(lists, found.similarity_N, images, good, view)
         for page, sheet in enumerate(drawn, 1):
             sheet.save(unfinished / f"near_duplicates_{page:02d}.png")
@@ -134,7 +134,9 @@ def _draw(
 def _write_table(out: Path, lists: list[list[int]], found: search.Groups, names: list[str]) -> None:
     rows = np.array([row for group in lists for row in group], dtype=np.int64)
     numbers = np.repeat(np.arange(1, len(lists) + 1), [len(group) for group in lists])
-    tables.write_rows(out, [names[row] for row in rows], {"group": numbers}, {"similarity": found.similarity_N[rows]})
+    paths = [names[row] for row in rows]
+    with tables.writing(out):
+        tables.write_rows(out, paths, {"group": numbers}, {"similarity": found.similarity_N[rows]})
 
 
 def describe(values: dict[str, Any]) -> list[str]:

@@ -59,3 +59,15 @@ def test_it_is_a_python_function_too(run, tmp_path):
     values = odcft.clusters(run, out=tmp_path / "t.csv")
     assert (tmp_path / "t.csv").read_text().splitlines()[1] == "a/000.png,2,0.1"
     assert values["out"] == str(tmp_path / "t.csv")
+
+
+def test_a_full_disk_is_one_sentence(run, odcft_command, tmp_path, monkeypatch):
+    from odcft.reports import tables
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tables, "write_rows", full)
+    code, out, err = odcft_command("clusters", run, "--out", tmp_path / "t.csv")
+    assert (code, out) == (2, "")
+    assert "t.csv cannot be written: No space left on device. Make room" in err

@@ -90,7 +90,7 @@ def find_groups(
         first: all indices in the order in which images are preferred as the kept one; their own order by default.
         advance: called with the number of images done.
     """
-    N = len(unit_NF)
+    N, threshold = len(unit_NF), min(threshold, 1 - 1e-6)  # the cosine of equal vectors is 1 but for rounding
     order = torch.arange(N) if first is None else torch.from_numpy(np.array(first, np.int64))
     kept_N, similarity_N = np.arange(N), np.ones(N, np.float32)
     short_NP = _short(unit_NF)

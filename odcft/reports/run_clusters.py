@@ -6,6 +6,7 @@ Shapes: N images of the run, K clusters.
 import glob
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,9 @@ def read_run(run: Path) -> RunClusters:
     else:
         labels_N, distance_N, step = _of_state(run, len(names))
     most = int(labels_N.max(initial=0)) + 1
-    clusters: Any = load_recipe(run / "recipe.yaml").memory.clusters if (run / "recipe.yaml").is_file() else "auto"
+    clusters: Any = "auto"
+    with suppress(OdcftError):  # no recipe, or one of another version: then clusters at the end may be missing
+        clusters = load_recipe(run / "recipe.yaml").memory.clusters
     return RunClusters(
         *(run, names, labels_N, distance_N),
         max(most, min(clusters, len(names))) if isinstance(clusters, int) else most,

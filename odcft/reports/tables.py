@@ -2,7 +2,8 @@
 
 import csv
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -29,6 +30,17 @@ def refuse_table(path: Path, columns: Sequence[str], overwrite: bool) -> None:
             f"{path} is not a table of odcft with the columns {', '.join(columns)}, so --overwrite will not touch it. "
             "Choose another file."
         )
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Turn what fails while an output is written (a full disk) into an OdcftError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise OdcftError(
+            f"{out} cannot be written: {error.strerror or error}. Make room, or choose another place."
+        ) from None
 
 
 def columns_of(path: Path) -> list[str]:

@@ -80,8 +80,8 @@ class TensorBoard:
 class WandB:
     """Weights & Biases: offline, in the folder `wandb` beside the RUN, unless WANDB_MODE and WANDB_DIR say otherwise.
 
-    The id is that of the RUN, so `wandb sync` adds a resumed run to the one it continues. The figures have a `step` of
-    their own: W&B's would refuse the steps that a resumed run takes once more.
+    The id is that of the RUN, by which `wandb sync` joins the parts of a run that was resumed. The figures have a
+    `step` of their own: W&B's would refuse the steps that a resumed run takes once more.
     """
 
     def __init__(self, run: Path, plan: Plan, id: str) -> None:
@@ -96,7 +96,7 @@ class WandB:
             name=os.environ.get("WANDB_NAME", run.absolute().name),
             dir=os.environ.get("WANDB_DIR", str(run.absolute().parent)),
             id=id,
-            resume="allow" if mode == "online" else None,  # offline it is ignored, with a warning
+            resume="allow",
             config=plan.model_dump(mode="json"),
             mode=mode,
             settings=wandb.Settings(
