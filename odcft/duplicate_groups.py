@@ -133,7 +133,7 @@ def _draw(
 
 def _write_table(out: Path, lists: list[list[int]], found: search.Groups, names: list[str]) -> None:
     rows = np.array([row for group in lists for row in group], dtype=np.int64)
-    numbers = np.repeat(np.arange(1, len(lists) + 1), [len(group) for group in lists])
+    numbers: np.ndarray = np.repeat(np.arange(1, len(lists) + 1), [len(group) for group in lists])
     paths = [names[row] for row in rows]
     with tables.writing(out):
         tables.write_rows(out, paths, {"group": numbers}, {"similarity": found.similarity_N[rows]})

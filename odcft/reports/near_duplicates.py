@@ -48,7 +48,7 @@ class Groups:
     def lists(self) -> list[list[int]]:
         """The groups of two or more, the largest first: the kept image, then the others, the most similar first."""
         order = np.lexsort((-self.similarity_N, self.kept_N != np.arange(len(self.kept_N)), self.kept_N))
-        ends = np.flatnonzero(np.diff(self.kept_N[order])) + 1
+        ends: np.ndarray = np.flatnonzero(np.diff(self.kept_N[order])) + 1
         groups = [group.tolist() for group in np.split(order, ends) if len(group) > 1]
         return sorted(groups, key=lambda group: (-len(group), group[0]))
 
@@ -92,7 +92,8 @@ def find_groups(
     """
     N, threshold = len(unit_NF), min(threshold, 1 - 1e-6)  # the cosine of equal vectors is 1 but for rounding
     order = torch.arange(N) if first is None else torch.from_numpy(np.array(first, np.int64))
-    kept_N, similarity_N = np.arange(N), np.ones(N, np.float32)
+    kept_N: np.ndarray = np.arange(N)
+    similarity_N: np.ndarray = np.ones(N, np.float32)
     short_NP = _short(unit_NF)
     kept: list[Tensor] = []  # indices, at most KEPT_BLOCK in each
     for rows_B in order.split(BLOCK):

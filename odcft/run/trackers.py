@@ -85,7 +85,7 @@ class WandB:
     """
 
     def __init__(self, run: Path, plan: Plan, id: str) -> None:
-        mode = os.environ.setdefault("WANDB_MODE", "offline")
+        mode: Any = os.environ.setdefault("WANDB_MODE", "offline")
         if mode != "online":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
