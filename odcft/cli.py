@@ -610,7 +610,8 @@ def clusters(
 
         if folders is not None:
             raise OdcftError("--folders is of clusters; with --near-duplicates take --sheets or --out.")
-        values = find(run, **given, **({} if threshold is None else {"threshold": threshold}))
+        given |= {} if threshold is None else {"threshold": threshold}
+        values = find(run, **given)
         _report(values, as_json, describe_groups(values))
         return
     from odcft.cluster_listing import clusters as list_clusters
