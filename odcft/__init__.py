@@ -17,6 +17,7 @@ _VERBS = {
     "fine_tune": "odcft.train",
     "evaluate": "odcft.evaluation.comparison",
     "embed": "odcft.embeddings",
+    "clusters": "odcft.cluster_listing",
     "export": "odcft.exports",
 }
 

@@ -184,7 +184,12 @@ def inspect(
 def check_data(
     data: Data,
     duplicates: Annotated[
-        bool, typer.Option("--duplicates", help="List the images that are copies of each other.")
+        bool,
+        typer.Option(
+            "--duplicates",
+            help="List the images that are copies of each other, byte for byte. `odcft clusters RUN --near-duplicates` "
+            "also finds resized and re-encoded ones.",
+        ),
     ] = False,
     sample: Annotated[
         int | None, typer.Option(min=1, help="Examine only so many images, spread over the set; all by default.")
@@ -577,6 +582,77 @@ def embed(
     lines = [f"Wrote {out}: {values['images']:,} images, {values['width']:,} features each."]
     for name, why in list(values["unreadable"].items())[:1]:
         lines.append(f"Left out    {len(values['unreadable']):,} that cannot be read; the first is {name} ({why}).")
+    _report(values, as_json, lines)
+
+
+@app.command()
+def clusters(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder that `finetune` wrote; it may still train.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.(csv|parquet)",
+            help="Table to write: path, cluster, distance; with --near-duplicates group, path, similarity.",
+        ),
+    ] = None,
+    folders: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write a folder for each cluster, with links to its images.")
+    ] = None,
+    links: Annotated[
+        str, typer.Option(help="In --folders: absolute or relative links, or copy. Images in shards are copied.")
+    ] = "absolute",
+    sheets: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write contact sheets as PNG, and label_first.csv: which images to label first.",
+        ),
+    ] = None,
+    most: Annotated[
+        int | None, typer.Option(min=1, help="Sheets to draw at most, of the largest first.", show_default="200")
+    ] = None,
+    near_duplicates: Annotated[
+        bool,
+        typer.Option(
+            "--near-duplicates",
+            help="Instead of clusters: groups of nearly identical images, by the features of the fine-tuned backbone.",
+        ),
+    ] = False,
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=0.5, max=1.0, help="Of --near-duplicates: the least similarity.", show_default="0.85"),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Where the images are now; by default where they were.")
+    ] = None,
+    reader: ReaderName = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Show the clusters of a RUN; write them as a table, folders of links, or contact sheets; find near-duplicates."""
+    given: dict[str, Any] = {"out": out, "sheets": sheets, "data": data, "reader": reader, "overwrite": overwrite}
+    given |= {} if most is None else {"most": most}
+    if near_duplicates:
+        from odcft.duplicate_groups import describe as describe_groups
+        from odcft.duplicate_groups import near_duplicates as find
+
+        if folders is not None:
+            raise OdcftError("--folders is of clusters; with --near-duplicates take --sheets or --out.")
+        given |= {} if threshold is None else {"threshold": threshold}
+        values = find(run, **given)
+        _report(values, as_json, describe_groups(values))
+        return
+    from odcft.cluster_listing import clusters as list_clusters
+    from odcft.cluster_listing import describe
+
+    if threshold is not None:
+        raise OdcftError("--threshold is of --near-duplicates. Add that, or drop it.")
+    values = list_clusters(run, folders=folders, links=links, **given)
+    lines = describe(values)
+    if not (folders or sheets):
+        lines.append(
+            f"Next:       {command('clusters', run, sheets='SHEETS/')} (or --folders, --out, --near-duplicates)"
+        )
     _report(values, as_json, lines)
 
 

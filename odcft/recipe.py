@@ -70,6 +70,11 @@ def _on_or_off(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+def _one_or_several(value: Any) -> Any:
+    """A list of names, or a single name."""
+    return [value] if isinstance(value, str) else value
+
+
 class DataRecipe(_Group):
     """The pixels that the network sees: size, crop, value range and normalisation."""
 
@@ -233,6 +238,12 @@ class LogRecipe(_Group):
 
     interval: int = Field(50, ge=1)  # steps between two lines of metrics.jsonl
     tensorboard: bool = True
+    # other trackers: wandb (Weights & Biases), mlflow; both keep to this machine unless the environment says otherwise
+    trackers: Annotated[list[Literal["wandb", "mlflow"]], BeforeValidator(_one_or_several)] = Field(
+        default_factory=list
+    )
+    # between two contact sheets of some clusters for the trackers, at the ends of epochs; 0: none
+    sheet_minutes: float = Field(5.0, ge=0)
     snapshot_minutes: float = Field(10.0, gt=0)  # between two states; one is also due at the end of every epoch
     snapshot_share: float = Field(
         0.02, gt=0, le=1

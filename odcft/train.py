@@ -31,6 +31,7 @@ from odcft.optim import lr_at, set_lr
 from odcft.prepare import Start, new_run, resumed_run
 from odcft.progress import Progress
 from odcft.recipe import Recipe
+from odcft.reports.training_sheets import TrainingSheets
 from odcft.run import output_checks, snapshot_files
 from odcft.run.broken_images import BrokenImages
 from odcft.run.clusters_parquet import require_parquet, write_clusters
@@ -41,6 +42,7 @@ from odcft.run.metrics import Metrics, read_lines
 from odcft.run.non_finite import NonFiniteGuard
 from odcft.run.run_json import about_run, finished_after, note_finished
 from odcft.run.saver import Saver
+from odcft.run.trackers import open_trackers, require_trackers
 from odcft.run.training_log import TrainingLog
 from odcft.state import State
 
@@ -93,6 +95,7 @@ def fine_tune(
         recipe.optim.epochs = epochs
     resume = check_output(out, resume, overwrite, progress)
     require_parquet()
+    require_trackers(recipe.log.trackers)
     labels = load_images_to_evaluate(eval_data, make_reader(reader)) if eval_data is not None else None
     try:
         with locked(out, progress.say), explain_failures(recipe):
@@ -138,10 +141,10 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
     plan, method, network, clusters = start.plan, METHODS[start.plan.method], state.network, state.clusters
     device, optim, order = dist.this_device(), plan.optim, training_order(start, first_step=state.step)
     batches = TrainingBatches(training_crops(start), order, plan.data.workers, device)
-    metrics = Metrics(run.out, plan.log.tensorboard, state.logged)
+    metrics = Metrics(run.out, open_trackers(run.out, plan, state.logged, progress.say), state.logged)
     guard = NonFiniteGuard(state, optim.skip_non_finite, run.out, progress.say)
-    evaluate = evaluation.after_epoch if evaluation else None
-    log = TrainingLog(metrics, plan, state, order.steps_per_epoch, guard=guard, say=progress.say, evaluate=evaluate)
+    hooks = _after_epochs(start, state, evaluation)
+    log = TrainingLog(metrics, plan, state, order.steps_per_epoch, guard=guard, say=progress.say, **hooks)
     saver = Saver(run.out, plan, state, order, metrics=metrics, guard=guard, say=progress.say)
     broken = BrokenImages(start.images, plan.data.max_broken, progress.say, least=2 * optim.accumulate)
     ranks, embed = Agreement(), partial(_embed, start, network, device, broken, state, batches)
@@ -189,6 +192,12 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
     if asked_anywhere(device):
         raise Stopped("All steps are done and saved, but the backbone has not been written yet.")
     return broken.report()
+
+
+def _after_epochs(start: Start, state: State, evaluation: EpochEvaluation | None) -> dict[str, Any]:
+    """What the log calls at the ends of epochs: the evaluation, and the contact sheets for trackers."""
+    sheets = TrainingSheets(start.images, start.plan.view, start.plan.log.sheet_minutes)
+    return {"evaluate": evaluation.after_epoch if evaluation else None, "sheet": partial(sheets.draw, state.clusters)}
 
 
 def training_order(start: Start, first_step: int = 0) -> TrainingOrder:

@@ -17,6 +17,7 @@ from odcft.run import output_checks, snapshot_files
 from odcft.run.folder import write_image_lists
 from odcft.run.lock import locked
 from odcft.run.metrics import Metrics
+from odcft.run.trackers import Trackers
 from odcft.state import Snapshot
 
 # ---------------------------------------------------------------- removing
@@ -56,7 +57,7 @@ WRITERS = {
     "run.json": lambda folder: files.write_text_atomically(folder / "run.json", "{}"),
     "images.csv": lambda folder: write_image_lists(Images(folder, folder, ["a"]), {}, folder),
     "quarantine.csv": lambda folder: write_image_lists(Images(folder, folder, ["a"]), {"b": "why"}, folder),
-    "metrics.jsonl": lambda folder: written(Metrics(folder, tensorboard=False)),
+    "metrics.jsonl": lambda folder: written(Metrics(folder, Trackers(print))),
 }
 
 

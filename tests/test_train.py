@@ -271,6 +271,8 @@ SPEECH = {
     "optim.tf32",
     "log.interval",
     "log.tensorboard",
+    "log.trackers",
+    "log.sheet_minutes",
     "log.snapshot_minutes",
     "log.snapshot_share",
     "optim.skip_non_finite",

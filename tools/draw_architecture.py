@@ -17,7 +17,7 @@ BEGIN, END = "<!-- drawn by tools/draw_architecture.py -->", "<!-- end of the dr
 # Modules beside the rooms that are drawn as one box.
 BOXES = {
     "command line": ("cli", "demo"),
-    "programs": ("train", "first_memory", "exports"),
+    "programs": ("train", "first_memory", "exports", "cluster_listing", "duplicate_groups"),
     "shared by all": ("errors", "text", "seeds", "precision", "files", "recipe", "optim", "progress"),
 }
 SKIPPED = ("__init__", "__main__", "torchvision_on_cpu")

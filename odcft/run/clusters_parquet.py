@@ -1,19 +1,24 @@
 """clusters.parquet: path, cluster and distance to the centroid of every image."""
 
 import os
+from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from odcft import files
 from odcft.clustering.memory import Memory
 from odcft.data.images import Images
+from odcft.data.names import Names
 from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
 
 ROW_GROUP = 1 << 20  # rows, as pyarrow divides a table by default; so many paths are in memory at a time
+PIECE = 1 << 16  # paths compared at a time
 
 
 def require_parquet() -> None:
@@ -30,18 +35,60 @@ def read_clusters(path: Path) -> dict[str, int]:
     Raises:
         OdcftError: the file does not exist, or is not such a file.
     """
+    table = _read(path, ["path", "cluster"])
+    return dict(zip(table["path"].to_pylist(), table["cluster"].to_pylist(), strict=True))
+
+
+def read_cluster_rows(path: Path, names: Names) -> tuple[np.ndarray, np.ndarray]:
+    """The cluster int64 (N,) and the distance float32 (N,) of each image, in the order of images.csv.
+
+    Args:
+        path: clusters.parquet.
+        names: those in images.csv.
+
+    Raises:
+        OdcftError: the file does not exist, is not such a file, or lists other images.
+    """
+    table = _read(path, ["path", "cluster", "distance"])
+    others = len(table) != len(names) or any(
+        told != _utf8(name) for told, name in zip(_strings(table["path"]), names, strict=True)
+    )
+    if others:
+        raise OdcftError(f"{path} lists other images than {path.with_name('images.csv')}: they are of different runs.")
+    labels_N = table["cluster"].to_numpy().astype(np.int64)
+    if len(labels_N) and not 0 <= labels_N.min() <= labels_N.max() < max(2, len(names)):
+        raise OdcftError(f"{path} is damaged: it has clusters outside 0 … {len(names) - 1:,}.")
+    return labels_N, table["distance"].to_numpy().astype(np.float32)
+
+
+def _read(path: Path, columns: list[str]) -> Any:
+    """These columns of a clusters.parquet, as a table of pyarrow."""
     require_parquet()
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path, columns=["path", "cluster"])
-        if not pa.types.is_string(table["path"].type) or not pa.types.is_integer(table["cluster"].type):
-            raise ValueError("its columns have other types")
-        return dict(zip(table["path"].to_pylist(), table["cluster"].to_pylist(), strict=True))
+        table = pq.read_table(path, columns=columns)
+        whole = all(not table[name].null_count for name in columns)
+        kinds = {"path": pa.types.is_string, "cluster": pa.types.is_integer, "distance": pa.types.is_floating}
+        if not whole or not all(kinds[name](table[name].type) for name in columns):
+            raise ValueError("its columns have other types, or holes")
+        return table
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise OdcftError(f"{path} is not the clusters.parquet of a run, with `path` and `cluster` ({said}).") from None
+        raise OdcftError(
+            f"{path} is not the clusters.parquet of a run, with {', '.join(f'`{name}`' for name in columns)} ({said})."
+        ) from None
+
+
+def _strings(column: Any) -> Iterator[str]:
+    for chunk in column.chunks:
+        for start in range(0, len(chunk), PIECE):
+            yield from chunk.slice(start, PIECE).to_pylist()
+
+
+def _utf8(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def write_clusters(memory: Memory, images: Images, path: Path) -> None:
@@ -59,7 +106,7 @@ def write_clusters(memory: Memory, images: Images, path: Path) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        paths = (os.fsencode(name).decode("utf-8", "backslashreplace") for name in images.names)
+        paths = map(_utf8, images.names)
         numbers = {"cluster": labels_N.cpu().numpy(), "distance": distance_N.cpu().numpy()}
         with files.atomic_file(path) as unfinished, ExitStack() as open_files:
             writer = None

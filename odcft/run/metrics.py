@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard event files of a RUN."""
+"""metrics.jsonl of a RUN; its figures also go to trackers such as TensorBoard."""
 
 import json
 import math
@@ -9,17 +9,24 @@ from typing import Any
 
 from odcft import files
 from odcft.distributed import dist
+from odcft.run.trackers import Trackers
 from odcft.text import utc_now
 
 
 class Metrics:
-    """Writes metrics.jsonl and the TensorBoard event files of a RUN; only rank 0 writes."""
+    """Writes metrics.jsonl of a RUN, and gives its figures to the trackers; only rank 0 writes.
 
-    def __init__(self, run: Path, tensorboard: bool, first_step: int = 0) -> None:
+    Args:
+        run: the RUN.
+        trackers: those of the run; closed with the file.
+        first_step: the number of steps done before; later lines are dropped.
+    """
+
+    def __init__(self, run: Path, trackers: Trackers, first_step: int = 0) -> None:
+        self.trackers = trackers
         self._lines: list[dict[str, Any]] = []
         self._unwritten = b""
         self._file: int | None = None
-        self._events: Any = None
         if dist.rank() > 0:
             return
         path = run / "metrics.jsonl"
@@ -27,28 +34,16 @@ class Metrics:
         self._lines = [line for line in read_lines(path) if _step(line) < first_step]
         files.write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in self._lines))
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step or None)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Write the figures of a step as one JSON object; the numbers among them go to TensorBoard, too."""
+        """Write the figures of a step as one JSON object; the trackers get the numbers among them."""
         if self._file is None:
             return
         self._lines.append({"step": step, "time": utc_now(), **values})
         self._unwritten += (json.dumps(self._lines[-1]) + "\n").encode()
         with suppress(OSError):  # the disk is full: the lines wait until there is room
             self._drain()
-        if self._events is not None:
-            try:
-                for name, value in values.items():
-                    if isinstance(value, int | float):
-                        self._events.add_scalar(name, value, step)
-            except OSError:
-                self._events = (
-                    None  # TensorBoard's writer does not recover from a full disk; metrics.jsonl has everything
-                )
+        self.trackers.scalars(step, values)
 
     def lines(self) -> list[dict[str, Any]]:
         """All lines of the run so far, including those from before it was resumed; empty except on rank 0."""
@@ -68,8 +63,7 @@ class Metrics:
             return
         self._drain()
         os.fsync(self._file)
-        if self._events is not None:
-            self._events.flush()
+        self.trackers.flush()
 
     def close(self) -> None:
         """Write the lines that are still pending, and close the files."""
@@ -78,9 +72,7 @@ class Metrics:
                 self._drain()
             os.close(self._file)
         self._file = None
-        if self._events is not None:
-            with suppress(OSError):
-                self._events.close()
+        self.trackers.close()
 
     def _drain(self) -> None:
         """Write the pending lines to the file."""

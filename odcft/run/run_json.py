@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import socket
 import uuid
 from contextlib import suppress
@@ -103,6 +104,7 @@ def made_from(ckpts: list[str], archs: list[str], data: str, images: Images) -> 
     return {
         **(several if len(ckpts) > 1 else {name: values[0] for name, values in several.items()}),
         "data": str(data),
+        **({"data_path": os.path.abspath(data)} if os.path.exists(data) else {}),
         "images": len(images),
         **({"reader": images.reader.name} if images.reader else {}),
     }

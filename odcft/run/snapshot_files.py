@@ -122,6 +122,11 @@ def newest(run: Path, say: Callable[[str], None]) -> Path:
     raise OdcftError(f"{run} cannot be resumed: {what}. Start again with --overwrite, or with another --out.")
 
 
+def newest_to_look_at(run: Path) -> Path | None:
+    """The newest intact state of a RUN that may be training right now, or None: nothing is said or renamed."""
+    return next((folder for folder in reversed(_states(run)) if not damage(folder, from_disk=False)), None)
+
+
 def damage(folder: Path, from_disk: bool = True) -> str:
     """What is wrong with a state on disk, or "": the ranks share the reading, and all get the same answer.
 

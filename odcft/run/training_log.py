@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,8 @@ class TrainingLog:
         say: called with each warning.
         evaluate: at the end of an epoch, called on all ranks with its number, the lines so far and `say`; what it
             returns goes into the line.
+        sheet: at the end of an epoch, called on a rank that has trackers, with whether it is the last; it returns a
+            contact sheet of clusters for them (H, W, 3), or None.
     """
 
     def __init__(
@@ -42,8 +45,9 @@ class TrainingLog:
         guard: NonFiniteGuard,
         say: Callable[[str], None],
         evaluate: Callable[[int, list[dict[str, Any]], Callable[[str], None]], dict[str, Any]] | None = None,
+        sheet: Callable[[bool], np.ndarray | None] | None = None,
     ) -> None:
-        self.evaluate = evaluate
+        self.evaluate, self.sheet = evaluate, sheet
         self.metrics, self.plan, self.state = metrics, plan, state
         self.steps_per_epoch, self.guard, self.say = steps_per_epoch, guard, say
 
@@ -90,7 +94,22 @@ class TrainingLog:
             state.window.opened = time.perf_counter()  # its time is not training's
         self._warn(last, figures)
         self.metrics.write(last, figures)
+        if epoch_ends and self.metrics.trackers:
+            self._show_clusters(last)
         return f"epoch {math.ceil(figures['epoch'])}/{plan.optim.epochs} · {summary(figures, plan.method)}"
+
+    def _show_clusters(self, step: int) -> None:
+        """Give the trackers the sizes of the clusters, and a contact sheet if one is due; at the end of an epoch."""
+        trackers, epoch = self.metrics.trackers, self.state.step // self.steps_per_epoch
+        trackers.sizes(step, self.state.clusters.memory.sizes_K.cpu().numpy())
+        try:
+            pixels = self.sheet(epoch == self.plan.optim.epochs) if self.sheet is not None else None
+        except Exception as error:  # a picture is not worth a run
+            self.say(f"Note        No contact sheets from now on: {error}")
+            self.sheet = pixels = None
+        if pixels is not None:
+            trackers.picture(step, "clusters", pixels)
+        self.state.window.opened = time.perf_counter()  # its time is not training's
 
     def _warn(self, step: int, figures: dict[str, Any]) -> None:
         """Warn of whatever looks wrong, once as long as it lasts, and note it in the line."""
