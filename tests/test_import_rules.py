@@ -16,9 +16,9 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"cli_options"},
-    {"demo"},
+    {"demo", "api"},
     {"dry_run"},  # takes a few steps of train
-    {"train", "first_memory", "exports", "embeddings", "check_data"},  # programs: only cli, demo and dry_run call them
+    {"train", "first_memory", "exports", "embeddings", "check_data"},  # programs: only those above call them
     {"evaluation", "pretexts", "prepare"},
     {"run"},
     {"state", "normalisation"},
@@ -76,6 +76,8 @@ def floor_of(place):
 def violations(place, source):
     """Messages for the rules that a module breaks."""
     room = place.split("/")[0]
+    if place == "__init__.py":  # names the functions of api.py for type checkers; imports nothing
+        return
     for line, module, name in imports(source):
         for library, where in ONLY_IN.items():
             if f"{module}.".startswith(f"{library}.") and not place.startswith(where):
@@ -90,11 +92,12 @@ def violations(place, source):
         if other and other != room.removesuffix(".py") and floor_of(other) >= floor_of(place):
             yield f"{place}, line {line}: imports {other}, which is not on a floor below {room.removesuffix('.py')}"
         if other in ("train", "first_memory", "exports", "check_data") and place not in (
+            "api.py",
             "cli.py",
             "demo.py",
             "dry_run.py",
         ):
-            yield f"{place}, line {line}: calls a program ({other}), which only cli.py, demo.py and dry_run.py may"
+            yield f"{place}, line {line}: calls a program ({other}), which only api, cli, demo and dry_run may"
 
 
 def modules():
@@ -177,6 +180,7 @@ def test_the_drawing_is_up_to_date():
 
 
 LONG_FUNCTIONS = {  # where most of the lines are options or documentation
+    *("odcft/api.py fine_tune", "odcft/api.py evaluate"),
     *("odcft/cli.py finetune", "odcft/train.py fine_tune", "odcft/evaluation/comparison.py evaluate"),
     *("odcft/evaluation/low_shot.py low_shot", "odcft/cli.py evaluate"),
 }

@@ -17,6 +17,7 @@ BEGIN, END = "<!-- drawn by tools/draw_architecture.py -->", "<!-- end of the dr
 # Modules beside the rooms that are drawn as one box.
 BOXES = {
     "command line": ("cli", "demo"),
+    "Python functions": ("api",),
     "programs": ("train", "first_memory", "exports"),
     "shared by all": ("errors", "text", "seeds", "precision", "files", "recipe", "optim", "progress"),
 }

@@ -14,6 +14,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from odcft.errors import OdcftError
+
 
 def rank() -> int:
     """This process's rank; 0 for a single process."""
@@ -45,6 +47,29 @@ def start(device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def join() -> bool:
+    """Under a launcher, join the other processes; return whether this call did, rather than an earlier one.
+
+    Raises:
+        OdcftError: there are more processes than GPUs.
+    """
+    if "RANK" not in os.environ or _started():
+        return False
+    gpu = torch.cuda.is_available()
+    if gpu and local_rank() >= torch.cuda.device_count():
+        raise OdcftError(
+            f"{os.environ.get('LOCAL_WORLD_SIZE', os.environ.get('WORLD_SIZE'))} processes need as many GPUs, but this "
+            f"machine has {torch.cuda.device_count()}."
+        )
+    start(this_device())
+    return True
+
+
+def leave() -> None:
+    """Leave the other processes, after all have done their work."""
+    torch.distributed.destroy_process_group()
 
 
 def is_lost_peer_error(error: BaseException) -> bool:
