@@ -212,7 +212,7 @@ class OptimRecipe(_Group):
     momentum: float = Field(0.9, ge=0, lt=1)  # for adamw, the first beta
     head_momentum: float = Field(0.0, ge=0, lt=1)  # the head's own (official code, after DeepCluster)
     head_lr: float = Field(1.0, gt=0)  # the head's learning rate, as a multiple of lr
-    weight_decay: float = Field(1e-5, ge=0)  # of all weights
+    weight_decay: float = Field(1e-5, ge=0)  # sgd: of all weights; adamw: of matrices and filters
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast on a GPU that has it
     # batch norm of the backbone over all processes, on GPUs only; auto: on (the neck's own never is, as in the code)
     sync_bn: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = "auto"

@@ -1,7 +1,7 @@
 """README and docs: every command parses, and commands and Python blocks run, or say above the block why they do not.
 
-A block that is not run has a comment before it: <!-- not run: the reason -->. Commands run on a few small digits, with a
-checkpoint and a finished RUN in the places that the text names; fine-tuning takes one epoch of small images.
+A block that is not run has a comment before it: <!-- not run: the reason -->. Commands run on a few small digits, with
+a checkpoint and a finished RUN in the places that the text names; fine-tuning takes one epoch of small images.
 """
 
 import ast
@@ -38,6 +38,9 @@ ELSEWHERE = {
 }
 
 
+FENCED = re.compile(r"^ *```.*?^ *```$", re.S | re.M)
+
+
 @dataclass
 class Block:
     """A fenced block: where it is, its language and text, and why it is not run, if so."""
@@ -53,7 +56,7 @@ class Block:
 
 def blocks():
     fence = re.compile(
-        r"(?:<!-- not run: (?P<excuse>[^>]+?) -->\n+)?^(?P<indent> *)```(?P<lang>\w*)[^\n]*\n(?P<text>.*?)^ *```$",
+        r"(?: *<!-- not run: (?P<excuse>[^>]+?) -->\n+)?^(?P<indent> *)```(?P<lang>\w*)[^\n]*\n(?P<text>.*?)^ *```$",
         re.S | re.M,
     )
     for page in PAGES:
@@ -119,7 +122,7 @@ def problems(words, whole=True):
         else:
             values, _, _ = command.make_parser(typer.Context(command)).parse_args(list(words))
     except Exception as error:  # click's, whichever copy of it typer has
-        yield getattr(error, "message", repr(error))
+        yield error.format_message() if hasattr(error, "format_message") else repr(error)
         return
     recipe = values.get("recipe")
     if recipe and recipe not in shipped() and not recipe.endswith((".yaml", "R")):
@@ -188,7 +191,7 @@ def test_every_python_block_compiles():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.S | re.M)
+    text = FENCED.sub("", page.read_text())
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
         path, _, anchor = target.partition("#")
         other = (page.parent / path) if path else page
