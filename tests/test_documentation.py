@@ -209,6 +209,35 @@ def test_the_reference_is_what_the_code_says():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_the_site_builds_with_strict_links_and_needs_no_network(tmp_path):
+    pytest.importorskip("sphinx", reason="the site needs pip install odcft[docs]")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", ROOT / "docs", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    pages = sorted(tmp_path.glob("*.html"))
+    assert {f"{path.stem}.html" for path in (ROOT / "docs").glob("*.md")} <= {page.name for page in pages}
+    fetched = re.compile(r"<(?:script|img|iframe|link(?! rel=\"canonical\"))[^>]*?(?:src|href)=\"(?:https?:)?//[^\"]+")
+    for page in [*pages, *tmp_path.rglob("*.css")]:
+        text = page.read_text(encoding="utf-8")
+        found = fetched.findall(text) + re.findall(r"(?:@import|url\()\s*[\"']?https?://[^)]+", text)
+        assert not found, f"{page.name} fetches {found}"
+    nav = (tmp_path / "index.html").read_text()
+    assert all(f'href="{page.stem}.html"' in nav for page in (ROOT / "docs").glob("*.md") if page.stem != "index")
+
+
+@pytest.mark.slow
+def test_the_example_runs(made, tmp_path):
+    places = {"CKPT": made / "c.pth", "IMAGES": made / "digits", "LABELLED": made / "digits", "OUT": tmp_path / "run"}
+    environment = {**os.environ, **{name: str(path) for name, path in places.items()}, "EPOCHS": "1"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, ROOT / "examples" / "adapt_a_backbone.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "is nearest to" in done.stdout
+    assert "timm.create_model" in done.stdout
+
+
 # ---------------------------------------------------------------- running them
 
 TINY = ["data.size=32", "optim.batch_size=8", "log.tensorboard=false", "data.workers=0", "neck.hidden=16", "neck.dim=8"]

@@ -2,8 +2,8 @@
 
 python tools/draw_neighbours.py demo
 
-A row for the first image of each digit, so none is picked by hand: the image, its nearest neighbours among all others
-by the cosine of their features, those of the checkpoint on the left and those of the fine-tuned backbone on the right.
+A row for the hundredth image of each digit, so none is picked by hand: the image, its nearest neighbours among all
+others by the cosine of their features, those of the checkpoint on the left, of the fine-tuned backbone on the right.
 Neighbours of another digit have a red frame. Prints how many of all images' neighbours are of the same digit.
 """
 
@@ -47,7 +47,7 @@ def main() -> None:
     for x, text in zip((GAP // 2, *left), ("image", "nearest before", "nearest after ODC"), strict=True):
         draw.text((x, 3), text, fill="black", font=ImageFont.load_default(13))
     for row, digit in enumerate(sorted(set(digits))):
-        query, y = int(np.flatnonzero(digits == digit)[0]), TITLE + row * step
+        query, y = int(np.flatnonzero(digits == digit)[99]), TITLE + row * step
         tiles = [(GAP // 2, query)]
         tiles += [
             (x + i * step, int(near[query, i])) for x, near in zip(left, rows, strict=True) for i in range(NEIGHBOURS)
