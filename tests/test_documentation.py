@@ -32,7 +32,8 @@ ELSEWHERE = {
     "bash": "run by .ci/run",
     "pip": "installs packages",
     "pre-commit": "installs a hook",
-    "docker": "needs a container engine",
+    **dict.fromkeys(("docker", "podman", "apptainer"), "needs a container engine"),
+    **dict.fromkeys(("sbatch", "srun", "kubectl", "helm"), "needs a cluster"),
     "torchrun": "tests/test_cli.py runs several processes",
     "python": "benchmarks take long; that script and options exist is checked",
 }
@@ -228,7 +229,7 @@ def test_the_site_builds_with_strict_links_and_needs_no_network(tmp_path):
 
 @pytest.mark.slow
 def test_the_example_runs(made, tmp_path):
-    places = {"CKPT": made / "c.pth", "IMAGES": made / "digits", "LABELLED": made / "digits", "OUT": tmp_path / "run"}
+    places = {"CKPT": made / "c.pth", "IMAGES": made / "all", "LABELLED": made / "digits", "OUT": tmp_path / "run"}
     environment = {**os.environ, **{name: str(path) for name, path in places.items()}, "EPOCHS": "1"}
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, ROOT / "examples" / "adapt_a_backbone.py"]
@@ -241,6 +242,7 @@ def test_the_example_runs(made, tmp_path):
 # ---------------------------------------------------------------- running them
 
 TINY = ["data.size=32", "optim.batch_size=8", "log.tensorboard=false", "data.workers=0", "neck.hidden=16", "neck.dim=8"]
+TINY += ["memory.min_cluster=2"]
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +326,8 @@ def outputs(words):
 
 
 def runnable(block):
-    return [words for words in commands_of(block.text) if words[0] == "odcft"]
+    """The odcft commands of a block; tests/test_demo.py runs the demo, which takes minutes."""
+    return [words for words in commands_of(block.text) if words[0] == "odcft" and words[1:2] != ["demo"]]
 
 
 @pytest.mark.slow

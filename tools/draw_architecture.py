@@ -19,7 +19,8 @@ BOXES = {
     "command line": ("cli", "demo"),
     "Python functions": ("api",),
     "programs": ("train", "first_memory", "exports"),
-    "shared by all": ("errors", "text", "seeds", "precision", "files", "recipe", "optim", "progress"),
+    "settings, files": ("files", "cache_folder", "recipe", "optim", "progress"),
+    "basics": ("errors", "text", "seeds", "precision"),
 }
 SKIPPED = ("__init__", "__main__", "torchvision_on_cpu")
 
@@ -96,7 +97,7 @@ def levels(graph: dict[str, set[str]]) -> list[list[str]]:
     return [sorted(name for name in graph if depth[name] == level) for level in range(max(depth.values()) + 1)]
 
 
-def svg(width: int = 720, row: int = 62, size: tuple[int, int] = (124, 30)) -> str:
+def svg(width: int = 860, row: int = 62, size: tuple[int, int] = (124, 30)) -> str:
     """The same drawing for the site, which has no mermaid."""
     graph = without_shortcuts(arrows())
     rows = levels(graph)
