@@ -368,10 +368,12 @@ def run_python(block, names, made, monkeypatch):
     import odcft
 
     tree = ast.parse(block.text)
-    for text in (
-        node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    ):
-        provide(text.removeprefix("local-dir:").removesuffix("/backbone"), made)
+    written = {ast.unparse(call.args[1]) for call in calls(tree, "odcft.export")}
+    constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    for text in (constant.value for constant in constants if ast.unparse(constant) not in written):
+        path = text.removeprefix("local-dir:")
+        run = RUN.match(path)
+        provide(run[1] if run and path.startswith(f"{run[1]}/") else path, made)
     first = re.match(r"# (\w+\.py)", block.text)
     if first:  # a module of the user's
         Path(first[1]).write_text(block.text)
@@ -381,6 +383,12 @@ def run_python(block, names, made, monkeypatch):
         exec(compile(tree, str(block), "exec"), names)
     except Exception as error:
         raise AssertionError(f"{block}: {type(error).__name__}: {error}") from error
+
+
+def calls(tree, function):
+    """The calls of a function in a Python block."""
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return [call for call in found if ast.unparse(call.func) == function]
 
 
 def in_a_moment(function):
