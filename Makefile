@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast test-all lint clean
+.PHONY: demo test test-fast test-all lint docs clean
 
 demo: .venv/ready
 	$(BIN)/odcft demo --out demo --overwrite
@@ -18,7 +18,7 @@ test-fast: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow" $(or $(filter %_tests/,$(FAST)),$(FAST))
 
 # The tests above and the slow ones: many networks, many ranks, whole demos.
-test-all: test
+test-all: test docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m slow
 
 lint: .venv/ready
@@ -26,11 +26,15 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in build/site. A link that leads nowhere, or any other warning, is an error.
+docs: .venv/ready
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
+
 .venv/ready: pyproject.toml constraints.txt
 	@echo "Setting up .venv: torch and the other packages of constraints.txt (once; a minute or two, 2 GB) …"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,faiss,onnx]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,docs,faiss,onnx]"
 	@$(BIN)/python tools/torchvision_on_cpu.py
 	touch $@
 

@@ -1,31 +1,54 @@
 """odcft: fine-tune self-supervised vision backbones on unlabelled images by Online Deep Clustering.
 
-The public verbs are fetched on first use, so that `import odcft` (which the command line does) does not import torch.
+The public names are fetched on first use, so that `import odcft` (which the command line does) does not import torch.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from odcft import torchvision_on_cpu  # noqa: F401 - first: it must stand before anything imports torchvision
 
+if TYPE_CHECKING:  # for editors and type checkers
+    from odcft.api import embed, evaluate, export, find_images, fine_tune, init_memory, load_backbone
+    from odcft.cluster_listing import clusters
+    from odcft.distributed.stop_signals import Stopped
+    from odcft.errors import OdcftError
+    from odcft.recipe import Recipe, load_recipe
+
 __version__ = "0.2.0"
 
-_VERBS = {
+_MODULES = {
     "load_recipe": "odcft.recipe",
-    "load_backbone": "odcft.backbone.load",
-    "init_memory": "odcft.first_memory",
-    "fine_tune": "odcft.train",
-    "evaluate": "odcft.evaluation.comparison",
-    "embed": "odcft.embeddings",
+    "Recipe": "odcft.recipe",
+    "OdcftError": "odcft.errors",
+    "Stopped": "odcft.distributed.stop_signals",
     "clusters": "odcft.cluster_listing",
-    "export": "odcft.exports",
 }
+
+__all__ = [
+    "OdcftError",
+    "Recipe",
+    "Stopped",
+    "__version__",
+    "clusters",
+    "embed",
+    "evaluate",
+    "export",
+    "find_images",
+    "fine_tune",
+    "init_memory",
+    "load_backbone",
+    "load_recipe",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _VERBS:
-        return getattr(import_module(_VERBS[name]), name)
+    if name in __all__:
+        value = getattr(import_module(_MODULES.get(name, "odcft.api")), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module 'odcft' has no attribute {name!r}")
 
 
-__all__ = ["__version__", *_VERBS]
+def __dir__() -> list[str]:
+    return __all__

@@ -3,7 +3,6 @@
 Everything slow to import is imported inside the commands, so that --help answers at once.
 """
 
-import json
 import os
 import shlex
 import sys
@@ -17,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from odcft import __version__
+from odcft.api import DC_RECIPE, DEFAULT_RECIPE, choose_recipe, parse_arch_args
 from odcft.cli_options import (
     MAX_IMAGE_SIZE,
     Accelerator,
@@ -52,28 +52,6 @@ app = typer.Typer(
 
 LOST_PEER_DELAY = 5.0  # seconds: the launcher usually ends this process before it repeats what another says better
 MOST_EPOCHS = 1_000_000  # same as in recipe.py, which is slow to import
-DEFAULT_RECIPE, DC_RECIPE = "odc_r50_finetune", "dc_r50_finetune"
-
-
-def _load_recipe(
-    name: str,
-    overrides: list[str] | None,
-    clusters: str | None,
-    seed: int | None,
-    input: str | None = None,
-    allow_partial: bool = False,
-    arch_args: str | None = None,
-    part: str | list[str | None] | None = None,
-    preset: str | None = None,
-) -> Any:
-    from odcft.recipe import load_recipe
-
-    given = {"memory.clusters": clusters, "seed": seed, "backbone.input": input}
-    given["backbone.allow_partial"] = "true" if allow_partial else None
-    given["backbone.part"] = None if part is None else json.dumps(part)
-    given["backbone.arch_args"] = None if arch_args is None else json.dumps(_parse_arch_args(arch_args))
-    overrides = [*(overrides or []), *(f"{k}={v}" for k, v in given.items() if v is not None)]
-    return load_recipe(name, overrides, preset=preset)
 
 
 def _parts(given: list[str] | None) -> str | list[str | None] | None:
@@ -81,12 +59,6 @@ def _parts(given: list[str] | None) -> str | list[str | None] | None:
     if not given:
         return None
     return given[0] if len(given) == 1 else [part or None for part in given]
-
-
-def _parse_arch_args(arch_args: str | None) -> dict[str, Any]:
-    from odcft.backbone.checkpoint_metadata import parse_arguments
-
-    return parse_arguments(arch_args) if arch_args else {}
 
 
 def _start_processes(devices: int, kind: str) -> None:
@@ -106,11 +78,7 @@ def _start_processes(devices: int, kind: str) -> None:
 
     accelerator.choose(kind)
     if "RANK" in os.environ:
-        if accelerator.kind() != "cpu" and dist.local_rank() >= accelerator.device_count():
-            raise OdcftError(
-                f"{devices} processes need as many GPUs, but this machine has {accelerator.device_count()}."
-            )
-        dist.start(dist.this_device())
+        dist.join()
 
 
 def _say_preset(preset: str | None) -> None:
@@ -165,7 +133,7 @@ def inspect(
     from odcft.progress import Progress
 
     loaded = load_backbone(
-        ckpt, arch, input, allow_partial, arch_args=_parse_arch_args(arch_args), finite=False, part=part
+        ckpt, arch, input, allow_partial, arch_args=parse_arch_args(arch_args), finite=False, part=part
     )
     values, drawing = describe(loaded)
     recipe = "odc_vit" if loaded.backbone.is_transformer else None
@@ -241,7 +209,17 @@ def init_memory(
     as_json: Json = False,
 ) -> None:
     """Extract features of all images, cluster them by K-Means, and save the memories that `finetune` starts from."""
-    resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args, part, preset)
+    resolved = choose_recipe(
+        recipe,
+        preset=preset,
+        set=overrides,
+        clusters=clusters,
+        seed=seed,
+        input=input,
+        part=part,
+        allow_partial=allow_partial,
+        arch_args=arch_args,
+    )
     _start_processes(devices, accelerator)
     _say_preset(preset)
     from odcft.first_memory import init_memory as run
@@ -323,13 +301,19 @@ def finetune(
     if len(ckpts) < 2:
         raise OdcftError("finetune takes a checkpoint and then the images: odcft finetune CKPT DATA --out RUN.")
     *ckpts, data = ckpts
-    overrides = [*(overrides or []), *([f"method={method}"] if method else [])]
-    if recipe is None:
-        usual = DC_RECIPE if "method=dc" in overrides else DEFAULT_RECIPE
-        own = out / "recipe.yaml"
-        recipe = str(own) if resume and os.path.isfile(own) and not os.path.islink(own) else usual
-    parts = _parts(part)
-    resolved = _load_recipe(recipe, overrides, clusters, seed, input, allow_partial, arch_args, parts, preset)
+    resolved = choose_recipe(
+        recipe,
+        method=method,
+        resume_from=out if resume else None,
+        preset=preset,
+        set=overrides,
+        clusters=clusters,
+        seed=seed,
+        input=input,
+        part=_parts(part),
+        allow_partial=allow_partial,
+        arch_args=arch_args,
+    )
     if dry_run and resume:
         raise OdcftError("--dry-run says what a new run would do; --resume continues one. Drop one of them.")
     _start_processes(devices, accelerator)
@@ -444,7 +428,7 @@ def export(
     from odcft.backbone.model_card import loading_code
     from odcft.exports import export as run
 
-    backbone = run(source, out, format, arch, overwrite, input, allow_partial, size, _parse_arch_args(arch_args), part)
+    backbone = run(source, out, format, arch, overwrite, input, allow_partial, size, parse_arch_args(arch_args), part)
     seen = backbone.input
     lines = [f"Wrote {out} ({format}), read back and compared.", f"Images      {seen.describe_view()}"]
     if format == "transformers":
@@ -537,7 +521,7 @@ def evaluate(
         from odcft.evaluation.comparison import evaluate as run
 
         *sources, data = ckpts
-        args = _parse_arch_args(arch_args)
+        args = parse_arch_args(arch_args)
         source = sources if len(sources) > 1 else sources[0]
         options: dict[str, Any] = {"arch_args": args, "part": part, "layers": layers, "crop": crop, "reader": reader}
         options["per_class"] = per_class
@@ -568,7 +552,7 @@ def embed(
     _start_processes(devices, accelerator)
     from odcft.embeddings import embed as run
 
-    args = _parse_arch_args(arch_args)
+    args = parse_arch_args(arch_args)
     options: dict[str, Any] = {
         "arch": arch,
         "arch_args": args,
@@ -576,12 +560,13 @@ def embed(
         "part": part,
         "allow_partial": allow_partial,
     }
-    values = run(ckpt, data, out, size=size, reader=reader, overwrite=overwrite, **options)
-    if not values:  # rank 0 has them
+    made = run(ckpt, data, out, size=size, reader=reader, overwrite=overwrite, **options)
+    if not made["images"]:  # rank 0 has them
         return
-    lines = [f"Wrote {out}: {values['images']:,} images, {values['width']:,} features each."]
-    for name, why in list(values["unreadable"].items())[:1]:
-        lines.append(f"Left out    {len(values['unreadable']):,} that cannot be read; the first is {name} ({why}).")
+    values = {k: v for k, v in made.items() if k not in ("features", "paths", "labels")}
+    lines = [f"Wrote {out}: {made['images']:,} images, {made['width']:,} features each."]
+    for name, why in list(made["unreadable"].items())[:1]:
+        lines.append(f"Left out    {len(made['unreadable']):,} that cannot be read; the first is {name} ({why}).")
     _report(values, as_json, lines)
 
 
@@ -678,7 +663,7 @@ def pretext(
     as_json: Json = False,
 ) -> None:
     """Train a network on a pretext task, to have a checkpoint to fine-tune if you have none."""
-    resolved = _load_recipe(recipe, overrides, None, seed)
+    resolved = choose_recipe(recipe, set=overrides, seed=seed)
     if epochs is not None:
         resolved.optim.epochs = epochs
     _start_processes(devices, accelerator)

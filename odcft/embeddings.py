@@ -1,9 +1,10 @@
 """`odcft embed`: the backbone's features of all images, in one file, with their paths and labels."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from odcft.backbone.layers import LAST
 from odcft.backbone.load import load_backbone
@@ -20,10 +21,34 @@ from odcft.progress import Progress
 from odcft.run import output_checks
 
 
+class Embedding(TypedDict):
+    """What `embed` returns.
+
+    Attributes:
+        out: the file that was written, if any.
+        images: N, how many images have features.
+        width: F.
+        unreadable: name to reason of the images that cannot be read.
+        cached: whether the features were computed earlier.
+        features: (N, F) float32.
+        paths: of the N images, as in the file.
+        labels: of the N images, or None if there are none.
+    """
+
+    out: str | None
+    images: int
+    width: int
+    unreadable: dict[str, str]
+    cached: bool
+    features: NDArray[np.float32]
+    paths: list[str]
+    labels: list[str] | None
+
+
 def embed(
     ckpt: str,
     data: str,
-    out: Path,
+    out: Path | None,
     *,
     size: int | None = None,
     arch: str | None = None,
@@ -34,8 +59,8 @@ def embed(
     reader: Any = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Write the features (N, F) of all images that can be read.
+) -> Embedding:
+    """Compute the features (N, F) of all images that can be read, and write them to a file.
 
     The file has `features` (float32), `paths`, and `labels` if the images have any (several of one joined by ";"). In
     .npz these are arrays, in .parquet columns. `odcft evaluate --features` takes both.
@@ -43,7 +68,7 @@ def embed(
     Args:
         ckpt: anything `load_backbone` takes.
         data: the images.
-        out: a `.npz` or `.parquet` file.
+        out: a `.npz` or `.parquet` file; None writes none.
         size: image size in pixels; by default chosen by `view_for_evaluation`.
         arch, arch_args, input, part, allow_partial: how to load it, as for `load_backbone`.
         reader: the user's function that reads the images (`Reader`), or its name as MODULE:FUNCTION.
@@ -51,14 +76,14 @@ def embed(
         progress: where to report.
 
     Returns:
-        On rank 0 `out`, `images` (how many were written), `width` (F), `unreadable` (name to reason) and whether the
-        features were `cached`; on other ranks nothing.
+        The features, on rank 0; other ranks get an Embedding of no images.
 
     Raises:
         OdcftError: a checkpoint or images that cannot be read, or a file that exists.
     """
     progress = progress or Progress()
-    _refuse(out, overwrite)
+    if out is not None:
+        _refuse(out, overwrite)
     images = find_images(data, progress, make_reader(reader))
     loaded = load_backbone(ckpt, arch, input, allow_partial, arch_args=arch_args, part=part)
     view = view_for_evaluation(loaded, images, size, view_of_run(ckpt))
@@ -67,7 +92,7 @@ def embed(
         progress.say(f"Not read    {images.skipped_summary()}")
     found = features_of(loaded.backbone, images, view, progress)
     if dist.rank() > 0:
-        return {}
+        return _embedding(None, np.empty((0, 0), np.float32), [], None, {}, found.cached)
     good = np.array([i for i in range(len(images)) if i not in found.unreadable], dtype=np.int64)
     bad = {images.names[i]: why for i, why in sorted(found.unreadable.items())}
     if not len(good):
@@ -77,9 +102,29 @@ def embed(
     _refuse_non_finite(features_NF, ckpt)
     labels = images.class_labels()
     names, labels_kept = [images.names[i] for i in good], [labels[i] for i in good] if any(labels) else None
-    write_embedding(out, features_NF, names, labels_kept)
-    counts = {"images": len(good), "width": features_NF.shape[1]}
-    return {"out": str(out), **counts, "unreadable": bad, "cached": found.cached}
+    if out is not None:
+        write_embedding(out, features_NF, names, labels_kept)
+    return _embedding(out, features_NF, names, labels_kept, bad, found.cached)
+
+
+def _embedding(
+    out: Path | None,
+    features_NF: NDArray[np.float32],
+    names: list[str],
+    labels: list[str] | None,
+    unreadable: dict[str, str],
+    cached: bool,
+) -> Embedding:
+    return {
+        "out": None if out is None else str(out),
+        "images": len(features_NF),
+        "width": features_NF.shape[1],
+        "unreadable": unreadable,
+        "cached": cached,
+        "features": features_NF,
+        "paths": names,
+        "labels": labels,
+    }
 
 
 def _refuse_non_finite(features_NF: np.ndarray, ckpt: str) -> None:

@@ -92,6 +92,17 @@ def allow_tf32(allowed: bool) -> None:
 
 
 @contextmanager
+def tf32_restored() -> Iterator[None]:
+    """After this context, float32 products are rounded as they were before."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@contextmanager
 def exact_products() -> Iterator[None]:
     """Within this context float32 products have full precision: rounding must not decide between near centroids."""
     before = torch.get_float32_matmul_precision()

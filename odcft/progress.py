@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from odcft.distributed import dist
@@ -15,7 +16,10 @@ SILENCE = 5.0  # seconds before a task without a progress bar is announced
 
 
 class Progress:
-    """Shows phases with rate and time left on stderr: as a bar on a terminal, otherwise a plain line now and then."""
+    """Shows phases with rate and time left: a bar on a terminal and in notebooks, otherwise a plain line now and then.
+
+    It writes to stderr, or below the cell of a notebook; a bar there needs ipywidgets.
+    """
 
     def __init__(self, every: float = 30.0, quiet: bool = False) -> None:
         from rich.console import Console
@@ -23,6 +27,7 @@ class Progress:
         self.every = every  # seconds between two plain lines
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.quiet = quiet or dist.rank() > 0
+        self.bars = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
 
     def say(self, line: str) -> None:
         """Print one line, with anything in it that could harm the terminal escaped."""
@@ -73,7 +78,7 @@ class Progress:
         """
         if self.quiet:
             yield lambda count, note="": None
-        elif self.console.is_terminal:
+        elif self.bars:
             with self._bar(title, total, unit) as advance:
                 yield advance
         else:

@@ -7,8 +7,11 @@ checkpoint and images are known; the recipe saved in the RUN has no `auto` left.
 
 import contextlib
 import difflib
+import json
 import math
+import os
 import re
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -120,8 +123,8 @@ class AugmentRecipe(_Group):
     quarter_turns: bool = False  # rotate by 0, 90, 180 or 270 degrees, each equally often
     rotation: float = Field(2.0, ge=0, le=180)  # degrees, in either direction
     brightness: float = Field(0.4, ge=0)  # factor in (1 - b, 1 + b)
-    contrast: float = Field(0.4, ge=0)
-    saturation: float = Field(1.0, ge=0)
+    contrast: float = Field(0.4, ge=0)  # likewise
+    saturation: float = Field(1.0, ge=0)  # likewise
     hue: float = Field(0.5, ge=0, le=0.5)  # fraction of the colour circle, in either direction
     gray: float = Field(0.2, ge=0, le=1)  # probability
 
@@ -134,19 +137,17 @@ class BackboneRecipe(_Group):
 
     input: Literal["rgb", "bgr", "gray", "lab_l", "sobel"] | None = None  # the colours it expects
     allow_partial: bool = False  # accept less than 90 % of the backbone; the rest starts from random weights
-    part: _PartName | Annotated[list[_PartName | None], Field(min_length=1)] | None = (
-        None  # where in a file with several
-    )
-    # backbones one of them is; a list has one for each checkpoint
+    # where in a file with several backbones one of them is; a list has one for each checkpoint
+    part: _PartName | Annotated[list[_PartName | None], Field(min_length=1)] | None = None
     arch_args: dict[str, Any] | None = None  # arguments to build the network with: {patch_size: 8}
 
 
 class NeckRecipe(_Group):
     """{fc-bn-relu-dropout-fc-relu} (paper, sec. 3.2)."""
 
-    hidden: int = Field(512, ge=1, le=MAX_WIDTH)
+    hidden: int = Field(512, ge=1, le=MAX_WIDTH)  # width of the layer between backbone and features
     dim: int = Field(256, ge=2, le=MAX_WIDTH)  # D, width of the features that are clustered
-    dropout: float = Field(0.5, ge=0, lt=1)
+    dropout: float = Field(0.5, ge=0, lt=1)  # probability
     bn_momentum: float = Field(0.001, gt=0, le=1)  # of the running statistics (official code)
 
 
@@ -157,7 +158,7 @@ class MemoryRecipe(_Group):
     momentum: float = Field(0.5, gt=0, le=1)  # m of eq. 2
     centroid_interval: int = Field(10, ge=1)  # steps between two refreshes of the centroids
     min_cluster: int = Field(20, ge=-1)  # clusters with this many images or fewer are dispersed and refilled
-    variant: Literal["paper", "official"] = "paper"
+    variant: Literal["paper", "official"] = "paper"  # where paper and official code differ (docs/variants.md)
     reweight: bool = True  # loss weights 1 / sqrt(N_c)
     dtype: Literal["auto", "float16", "float32"] = "auto"  # of the stored features; auto: float16 on a GPU
 
@@ -196,27 +197,27 @@ class CODCRecipe(_Group):
 class KMeansRecipe(_Group):
     """K-Means: run once to initialise the memories (odc), or every few epochs (dc)."""
 
-    iterations: int = Field(20, ge=1)
-    engine: Literal["auto", "torch", "faiss"] = "auto"
+    iterations: int = Field(20, ge=1)  # at most
+    engine: Literal["auto", "torch", "faiss"] = "auto"  # auto: torch
 
 
 class OptimRecipe(_Group):
     """The optimizer and its schedule. The recipes say which of the values are the paper's."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    epochs: int = Field(120, ge=1, le=MAX_EPOCHS)
+    epochs: int = Field(120, ge=1, le=MAX_EPOCHS)  # passes over the images
     batch_size: int = Field(512, ge=2)  # over all ranks
     lr: float = Field(0.06, gt=0)  # for this batch size
     schedule: Literal["cosine", "step"] = "cosine"
     final_epochs: Auto | Annotated[float, Field(ge=0)] = (
         "auto"  # of schedule step: the last epochs, at lr * final_factor
     )
-    final_factor: float = Field(0.1, ge=0, le=1)
-    warmup_epochs: float = Field(0.0, ge=0)
+    final_factor: float = Field(0.1, ge=0, le=1)  # of schedule step: what lr is multiplied by
+    warmup_epochs: float = Field(0.0, ge=0)  # in which lr rises from 0
     momentum: float = Field(0.9, ge=0, lt=1)  # for adamw, the first beta
     head_momentum: float = Field(0.0, ge=0, lt=1)  # the head's own (official code, after DeepCluster)
     head_lr: float = Field(1.0, gt=0)  # the head's learning rate, as a multiple of lr
-    weight_decay: float = Field(1e-5, ge=0)
+    weight_decay: float = Field(1e-5, ge=0)  # sgd: of all weights; adamw: of matrices and filters
     # in how many parts, one after the other, a process computes its batch: the batch stays the same and needs less
     # memory, but batch norm sees one part at a time; auto: as few as fit on the GPU
     accumulate: Auto | Annotated[int, Field(ge=1, le=MAX_PARTS)] = 1
@@ -228,8 +229,8 @@ class OptimRecipe(_Group):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # batch norm of the backbone over all processes, on GPUs only; auto: on (the neck's own never is, as in the code)
     sync_bn: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = "auto"
-    channels_last: bool = True
-    tf32: bool = True
+    channels_last: bool = True  # memory layout of images, faster on GPUs
+    tf32: bool = True  # round float32 products on a GPU to TF32
     skip_non_finite: int = Field(0, ge=0)  # consecutive steps that may be skipped because a gradient is not finite
 
 
@@ -237,7 +238,7 @@ class LogRecipe(_Group):
     """How often a run logs, and saves its state."""
 
     interval: int = Field(50, ge=1)  # steps between two lines of metrics.jsonl
-    tensorboard: bool = True
+    tensorboard: bool = True  # also write event files
     # other trackers: wandb (Weights & Biases), mlflow; both keep to this machine unless the environment says otherwise
     trackers: Annotated[list[Literal["wandb", "mlflow"]], BeforeValidator(_one_or_several)] = Field(
         default_factory=list
@@ -245,9 +246,8 @@ class LogRecipe(_Group):
     # between two contact sheets of some clusters for the trackers, at the ends of epochs; 0: none
     sheet_minutes: float = Field(5.0, ge=0)
     snapshot_minutes: float = Field(10.0, gt=0)  # between two states; one is also due at the end of every epoch
-    snapshot_share: float = Field(
-        0.02, gt=0, le=1
-    )  # largest share of the time to spend on saving; states wait if it would be more
+    # largest share of the time to spend on saving; states wait if it would be more
+    snapshot_share: float = Field(0.02, gt=0, le=1)
 
 
 class Recipe(_Group):
@@ -286,12 +286,17 @@ def _folder() -> Any:
         return Path(__file__).parent.parent / "recipes"
 
 
-def load_recipe(name: str | Path = DEFAULT, overrides: list[str] | None = None, *, preset: str | None = None) -> Recipe:
+def load_recipe(
+    name: "str | os.PathLike[str] | Recipe" = DEFAULT,
+    overrides: Mapping[str, Any] | Sequence[str] | None = None,
+    *,
+    preset: str | None = None,
+) -> Recipe:
     """Read a recipe and apply overrides.
 
     Args:
-        name: a shipped recipe's name, or a YAML file.
-        overrides: each "group.field=value", with the value in YAML.
+        name: a shipped recipe's name, a YAML file, or a Recipe (which is not changed).
+        overrides: {"group.field": value}, or each "group.field=value" with the value in YAML.
         preset: one of `presets.PRESETS`; its fields override the recipe's, and `overrides` override both.
 
     Returns:
@@ -301,17 +306,35 @@ def load_recipe(name: str | Path = DEFAULT, overrides: list[str] | None = None, 
         OdcftError: no such recipe or preset, not YAML, an unknown field (with the nearest known name), or an invalid
             value.
     """
-    recipes = shipped()
-    if str(name) in recipes:
-        text, origin = recipes[str(name)], str(name)
+    recipes, origin = shipped(), "recipe" if isinstance(name, Recipe) else str(name)
+    if isinstance(name, Recipe):
+        fields = name.model_dump(mode="json")
     else:
-        text, origin = _read_text(Path(name), recipes), str(name)
-    fields = parse_yaml(text, origin) or {}
+        text = recipes[origin] if origin in recipes else _read_text(Path(name), recipes)
+        fields = parse_yaml(text, origin) or {}
     if not isinstance(fields, dict):
         raise OdcftError(f"{origin} is not a recipe: it holds no fields. `odcft recipes {DEFAULT}` shows one.")
-    for override in [*preset_fields(preset), *(overrides or [])]:
+    for override in [*preset_fields(preset), *set_lines(overrides)]:
         _apply(fields, override)
     return make_recipe(fields, origin)
+
+
+def set_lines(overrides: Mapping[str, Any] | Sequence[str] | None) -> list[str]:
+    """Overrides as lines "group.field=value".
+
+    Raises:
+        OdcftError: they are neither a mapping nor a list of lines, or a value cannot be written in YAML.
+    """
+    if isinstance(overrides, Mapping):
+        try:
+            return [f"{path}={json.dumps(value)}" for path, value in overrides.items()]
+        except (TypeError, ValueError) as error:
+            raise OdcftError(f"set: {error}. Give numbers, text, lists and dicts.") from None
+    if isinstance(overrides, str) or not all(isinstance(line, str) for line in overrides or ()):
+        raise OdcftError(
+            f'set={short_repr(overrides)}: give {{"memory.momentum": 0.3}} or a list such as ["memory.momentum=0.3"].'
+        )
+    return list(overrides or ())
 
 
 def _read_text(path: Path, recipes: Any) -> str:

@@ -9,11 +9,14 @@ import torch
 from PIL import Image
 from stopped_runs import quick
 
-from odcft import embed, evaluate, fine_tune, load_backbone
+from odcft.backbone.load import load_backbone
 from odcft.data.batches import Crops
 from odcft.data.feature_extraction import to_float
 from odcft.data.sources import find_images
+from odcft.embeddings import embed
+from odcft.evaluation.comparison import evaluate
 from odcft.evaluation.feature_files import evaluate_file
+from odcft.train import fine_tune
 
 
 @pytest.mark.parametrize("ending", ["npz", "parquet"])

@@ -16,9 +16,9 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"cli_options"},
-    {"demo"},
+    {"demo", "api"},
     {"dry_run"},  # takes a few steps of train
-    # programs: only cli, demo and dry_run call them
+    # programs: only those above call them
     {"train", "first_memory", "exports", "embeddings", "check_data", "cluster_listing", "duplicate_groups"},
     {"reports"},
     {"evaluation", "pretexts", "prepare"},
@@ -81,6 +81,8 @@ def floor_of(place):
 def violations(place, source):
     """Messages for the rules that a module breaks."""
     room = place.split("/")[0]
+    if place == "__init__.py":  # names the functions of api.py for type checkers; imports nothing
+        return
     for line, module, name in imports(source):
         for library, where in ONLY_IN.items():
             if f"{module}.".startswith(f"{library}.") and not place.startswith(where):
@@ -102,11 +104,12 @@ def violations(place, source):
             "cluster_listing",
             "duplicate_groups",
         ) and place not in (
+            "api.py",
             "cli.py",
             "demo.py",
             "dry_run.py",
         ):
-            yield f"{place}, line {line}: calls a program ({other}), which only cli.py, demo.py and dry_run.py may"
+            yield f"{place}, line {line}: calls a program ({other}), which only api, cli, demo and dry_run may"
 
 
 def modules():
@@ -190,6 +193,7 @@ def test_the_drawing_is_up_to_date():
 
 
 LONG_FUNCTIONS = {  # where most of the lines are options or documentation
+    *("odcft/api.py fine_tune", "odcft/api.py evaluate"),
     *("odcft/cli.py finetune", "odcft/train.py fine_tune", "odcft/evaluation/comparison.py evaluate"),
     *("odcft/evaluation/low_shot.py low_shot", "odcft/cli.py evaluate", "odcft/cli.py clusters"),
 }

@@ -17,8 +17,10 @@ BEGIN, END = "<!-- drawn by tools/draw_architecture.py -->", "<!-- end of the dr
 # Modules beside the rooms that are drawn as one box.
 BOXES = {
     "command line": ("cli", "demo"),
+    "Python functions": ("api",),
     "programs": ("train", "first_memory", "exports", "cluster_listing", "duplicate_groups"),
-    "shared by all": ("errors", "text", "seeds", "precision", "files", "recipe", "optim", "progress"),
+    "settings, files": ("files", "cache_folder", "recipe", "optim", "progress"),
+    "basics": ("errors", "text", "seeds", "precision"),
 }
 SKIPPED = ("__init__", "__main__", "torchvision_on_cpu")
 
@@ -83,6 +85,43 @@ def drawing() -> str:
     lines += [f'  {number[name]}["{name}"]' for name in sorted(graph)]
     lines += [f"  {number[start]} --> {number[end]}" for start in sorted(graph) for end in sorted(graph[start])]
     return "\n".join([*lines, "```"])
+
+
+def levels(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The boxes from the top down: each one level below the lowest box that imports it."""
+    depth = dict.fromkeys(graph, 0)
+    for _ in graph:  # the longest path has fewer arrows than there are boxes
+        for start, ends in graph.items():
+            for end in ends:
+                depth[end] = max(depth[end], depth[start] + 1)
+    return [sorted(name for name in graph if depth[name] == level) for level in range(max(depth.values()) + 1)]
+
+
+def svg(width: int = 860, row: int = 62, size: tuple[int, int] = (124, 30)) -> str:
+    """The same drawing for the site, which has no mermaid."""
+    graph = without_shortcuts(arrows())
+    rows = levels(graph)
+    place = {
+        name: ((i + 0.5 + (number % 2) * 0.12) * width / (len(names) + 0.24), (number + 0.5) * row)
+        for number, names in enumerate(rows)
+        for i, name in enumerate(names)
+    }
+    w, h = size
+    lines = [
+        f'<path d="M{x} {y + h / 2} L{place[end][0]} {place[end][1] - h / 2}" marker-end="url(#tip)"/>'
+        for start, (x, y) in place.items()
+        for end in sorted(graph[start])
+    ]
+    fill = "var(--color-background-primary)"
+    boxes = [
+        f'<rect x="{x - w / 2}" y="{y - h / 2}" width="{w}" height="{h}" rx="4" fill="{fill}"/>'
+        f'<text x="{x}" y="{y + 5}" text-anchor="middle" stroke="none" fill="currentColor">{name}</text>'
+        for name, (x, y) in place.items()
+    ]
+    tip = '<marker id="tip" markerWidth="7" markerHeight="6" refX="7" refY="3" orient="auto">'
+    tip += '<path d="M0 0L7 3L0 6"/></marker>'
+    shape = f'viewBox="0 0 {width} {len(rows) * row}" fill="none" stroke="currentColor" font-size="14" role="img"'
+    return f"<svg {shape}><title>Which part of odcft imports which</title>{tip}{''.join(lines + boxes)}</svg>"
 
 
 def main() -> None:

@@ -64,6 +64,29 @@ def start(device: torch.device) -> None:
         _attendance = Attendance(store, rank(), world_size(), limit)
 
 
+def join() -> bool:
+    """Under a launcher, join the other processes; return whether this call did, rather than an earlier one.
+
+    Raises:
+        OdcftError: there are more processes than GPUs.
+    """
+    if "RANK" not in os.environ or _started():
+        return False
+    if accelerator.kind() != "cpu" and local_rank() >= accelerator.device_count():
+        raise OdcftError(
+            f"{local_world_size()} processes need as many GPUs, but this machine has {accelerator.device_count()}."
+        )
+    start(this_device())
+    return True
+
+
+def leave() -> None:
+    """Leave the other processes, after all have done their work."""
+    global _attendance
+    _attendance = None
+    torch.distributed.destroy_process_group()
+
+
 def is_lost_peer_error(error: BaseException) -> bool:
     """Whether torch raised this error because another process has ended (and reports why itself), or is unreachable."""
     if not _started() or not isinstance(error, RuntimeError):

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from stopped_runs import quick, write_inputs
 
-from odcft import evaluate, load_backbone
+from odcft.backbone.load import load_backbone
 from odcft.errors import OdcftError
+from odcft.evaluation.comparison import evaluate
 from odcft.evaluation.during_training import EpochEvaluation, load_images_to_evaluate
 from odcft.progress import Progress
 from odcft.train import fine_tune
