@@ -24,10 +24,10 @@ class Progress:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.quiet = quiet or dist.rank() > 0
 
-    def say(self, line: str) -> None:
-        """Print one line, with anything in it that could harm the terminal escaped."""
+    def say(self, line: str, style: str = "") -> None:
+        """Print one line, with anything in it that could harm the terminal escaped; on a terminal, in a rich style."""
         if not self.quiet:
-            self.console.print(printable(line), markup=False)
+            self.console.print(printable(line), markup=False, style=style or None)
 
     def draw(self, branch: Branch) -> None:
         """Print a tree: drawn on a terminal, otherwise as plain lines."""

@@ -11,7 +11,7 @@ import math
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -481,7 +481,8 @@ def _refuse_unknown(fields: dict[str, Any], model: Any, prefix: str) -> None:
 def _model_within(annotation: Any) -> Any:
     """The group of fields that the entries of a list are, if the annotation allows such a list."""
     for part in get_args(annotation):
-        if isinstance(part, type) and issubclass(part, BaseModel):
+        # In Python 3.10 list[int] passes for a type, and issubclass refuses it.
+        if get_origin(part) is None and isinstance(part, type) and issubclass(part, BaseModel):
             return part
         if within := _model_within(part):
             return within
