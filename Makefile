@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast test-all lint clean
+.PHONY: demo test test-fast test-all lint release-check clean
 
 demo: .venv/ready
 	$(BIN)/odcft demo --out demo --overwrite
@@ -26,6 +26,10 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What is shipped: built, installed into an environment of its own, tried and tested there. TESTS=… runs only some.
+release-check: .venv/ready
+	tools/release_check.sh $(BIN)/python $(TESTS)
+
 .venv/ready: pyproject.toml constraints.txt
 	@echo "Setting up .venv: torch and the other packages of constraints.txt (once; a minute or two, 2 GB) …"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -35,4 +39,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv demo build dist *.egg-info
+	rm -rf .venv .lowest .release demo build dist *.egg-info

@@ -346,8 +346,9 @@ def _check_gpus() -> Iterator[Check]:
             yield Check(f"GPU {i}", "warn", f"{found}: another process uses it", "nvidia-smi shows which one")
         else:
             yield Check(f"GPU {i}", "ok", found)
-    if torch.distributed.is_available() and torch.distributed.is_nccl_available():
-        version = ".".join(map(str, torch.cuda.nccl.version()))
+    from odcft.distributed import dist
+
+    if version := dist.nccl_version():
         yield Check("NCCL", "ok", version)
     elif torch.cuda.device_count() > 1:
         fix = "pip install --force-reinstall torch torchvision"

@@ -31,7 +31,11 @@ def test_torchs_wheel_brings_the_only_cuda():
 
 def test_dependencies_are_a_layer_of_their_own_before_the_source_and_pinned():
     installed, command = at("RUN", "case")
-    assert installed < at("COPY", "odcft")[0] < at("RUN", "python -m pip --python /opt/odcft/bin/python install --no-deps")[0]
+    assert (
+        installed
+        < at("COPY", "odcft")[0]
+        < at("RUN", "python -m pip --python /opt/odcft/bin/python install --no-deps")[0]
+    )
     assert "--constraint constraints.txt" in command
     final = [text for word, text in FINAL if word == "COPY"]
     assert final == ["--from=dependencies /opt/odcft /opt/odcft", "--from=package /package /opt/odcft"]

@@ -64,9 +64,7 @@ SERVICE = {
     **{"read_only": ON, "tmpfs": [TEXT], "shm_size": TEXT, "stop_grace_period": TEXT, "restart": TEXT},
     **{"security_opt": [TEXT], "cap_drop": [TEXT], "network_mode": TEXT, "environment": dict, "volumes": [TEXT]},
     "deploy": {
-        "resources": {
-            "reservations": {"devices": [{"driver": TEXT, "count": (TEXT, NUMBER), "capabilities": [TEXT]}]}
-        }
+        "resources": {"reservations": {"devices": [{"driver": TEXT, "count": (TEXT, NUMBER), "capabilities": [TEXT]}]}}
     },
 }
 
@@ -180,11 +178,11 @@ exit "$CODE"
 """
 
 
-def run_job(tmp_path, code, odcft=ODCFT):
+def run_job(tmp_path, code):
     """Run the batch script with stand-ins for Slurm's programs; return its exit code and what was called."""
     bin_folder, calls = tmp_path / "bin", tmp_path / "calls"
     bin_folder.mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("odcft", odcft)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("odcft", ODCFT)):
         (bin_folder / name).write_text(text)
         (bin_folder / name).chmod(stat.S_IRWXU)
     environment = {

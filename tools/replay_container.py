@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 PACKAGES = "python3,python3-venv,python3-pip,ca-certificates"
 
 
@@ -25,7 +26,9 @@ def instructions(text: str) -> list[tuple[str, str]]:
     """The instructions of a Dockerfile in their order, each a keyword and its text; continued lines are joined."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
-    return [(word, rest.strip()) for word, _, rest in (line.strip().partition(" ") for line in joined.splitlines()) if word]
+
+
+XX
 
 
 def make_base(base: Path) -> None:
@@ -34,6 +37,8 @@ def make_base(base: Path) -> None:
         return
     command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(base)]
     subprocess.run(command, check=True)
+    if not (base / "usr/bin/python").exists():
+        (base / "usr/bin/python").symlink_to("python3")
 
 
 class Stage:
@@ -68,7 +73,7 @@ def run_inside(stage: Stage, command: list[str], environment: dict[str, str], bi
                 inside.parent.mkdir(parents=True, exist_ok=True)
                 inside.touch()
             mount(stack, "--rbind", path, inside)
-        clean = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "LANG": "C.UTF-8", **environment}
+        clean = {"PATH": PATH, "LANG": "C.UTF-8", **environment}
         words = ["chroot", f"--userspec={stage.user}:{stage.user}", str(stage.tree), "sh", "-c"]
         words.append(f"cd {shlex.quote(stage.folder)} && {shlex.join(command)}")
         return subprocess.run(words, env=clean, check=False).returncode
@@ -96,41 +101,42 @@ def replay(options: argparse.Namespace, stack: ExitStack) -> Stage:
     """Carry out the Dockerfile; return its last stage."""
     work, stages = options.work.resolve(), {}
     given = dict(pair.split("=", 1) for pair in options.arg)
-    extra = dict(pair.split("=", 1) for pair in options.env)
     stage: Stage | None = None
     for word, text in instructions((ROOT / "Dockerfile").read_text()):
         if word == "FROM":
             image, _, name = text.partition(" AS ")
             lower = stages[image].lower if image in stages else [work / "base"]
-            name = name or "final"
-            stage = stages[name] = Stage(work, name, lower, stack)
-            if not (python := stage.tree / "usr/bin/python").exists():
-                python.symlink_to("python3")
+            stage = stages[name or "final"] = Stage(work, name or "final", lower, stack)
             if image in stages:
                 stage.variables, stage.folder = dict(stages[image].variables), stages[image].folder
-        elif stage is None or word == "ARG":
+        elif word == "ARG" and stage is not None:
             name, _, default = text.partition("=")
-            if stage is not None:
-                stage.variables[name] = given.get(name, default)
-        elif word == "ENV":
-            pairs = [pair.split("=", 1) for pair in shlex.split(text)]
-            stage.variables |= {key: value.replace("$PATH", "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin") for key, value in pairs}
-        elif word == "WORKDIR":
-            stage.folder = text
-            (stage.tree / text.lstrip("/")).mkdir(parents=True, exist_ok=True)
-        elif word == "COPY":
-            copy(stage, stages, text.split())
-        elif word == "USER":
-            stage.user = text
-        elif word == "RUN":
-            for pair in options.replace:
-                text = text.replace(*pair.split("=>", 1))
-            print(f"{work.name}: RUN {text}", flush=True)
-            code = run_inside(stage, ["sh", "-c", text], {**extra, **stage.variables}, options.bind)
-            if code:
-                raise SystemExit(f"exit code {code}: {text}")
+            stage.variables[name] = given.get(name, default)
+        elif stage is not None:
+            carry_out(stage, stages, word, text, options)
     assert stage is not None
     return stage
+
+
+def carry_out(stage: Stage, stages: dict[str, Stage], word: str, text: str, options: argparse.Namespace) -> None:
+    """Carry out one instruction of a stage."""
+    if word == "ENV":
+        pairs = [pair.split("=", 1) for pair in shlex.split(text)]
+        stage.variables |= {name: value.replace("$PATH", PATH) for name, value in pairs}
+    elif word == "WORKDIR":
+        stage.folder = text
+        (stage.tree / text.lstrip("/")).mkdir(parents=True, exist_ok=True)
+    elif word == "COPY":
+        copy(stage, stages, text.split())
+    elif word == "USER":
+        stage.user = text
+    elif word == "RUN":
+        for pair in options.replace:
+            text = text.replace(*pair.split("=>", 1))
+        print(f"RUN {text}", flush=True)
+        extra = dict(pair.split("=", 1) for pair in options.env)
+        if code := run_inside(stage, ["sh", "-c", text], {**extra, **stage.variables}, options.bind):
+            raise SystemExit(f"exit code {code}: {text}")
 
 
 def size(folder: Path) -> str:
@@ -144,7 +150,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE", help="build argument")
-    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="of all RUN lines, for proxies")
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="of all RUN lines, for proxies"
+    )
     parser.add_argument("--bind", action="append", default=[], metavar="PATH", help="folder of this machine to see")
     parser.add_argument("--replace", action="append", default=[], metavar="OLD=>NEW", help="in RUN lines")
     parser.add_argument("--then", action="append", default=[], metavar="COMMAND", help="to run in the result, too")
