@@ -26,17 +26,15 @@ def instructions(text: str) -> list[tuple[str, str]]:
     """The instructions of a Dockerfile in their order, each a keyword and its text; continued lines are joined."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
-
-
-XX
+    parts = (line.strip().partition(" ") for line in joined.splitlines())
+    return [(word, rest.strip()) for word, _, rest in parts if word]
 
 
 def make_base(base: Path) -> None:
     """A small Debian with Python, under the names that the official Python image has."""
-    if (base / "usr/bin/python3").exists():
-        return
-    command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(base)]
-    subprocess.run(command, check=True)
+    if not (base / "usr/bin/python3").exists():
+        command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(base)]
+        subprocess.run(command, check=True)
     if not (base / "usr/bin/python").exists():
         (base / "usr/bin/python").symlink_to("python3")
 
