@@ -82,28 +82,28 @@ def check_machine(folder: Path = Path(".")) -> dict[str, Any]:
     if not folder.is_dir():
         raise OdcftError(f"{folder} is not a folder. Name the one that RUN folders go to, or leave it out.")
     libraries = _import_libraries([name for name in LIBRARIES if _installed(name)])
-    steps: list[Callable[[], Iterator[Check]]] = [
-        _check_versions,
-        _check_torch,
-        lambda: _check_torchvision(libraries),
-        _check_gpus,
-        lambda: _check_faiss(libraries),
-        lambda: _check_images(libraries),
-        lambda: _check_onnx(libraries),
-        _check_shared_memory,
-        _check_cores,
-        _check_memory,
-        _check_open_files,
-        lambda: _check_disk(folder),
-        _check_cache,
-    ]
+    steps: dict[str, Callable[[], Iterator[Check]]] = {
+        "packages": _check_versions,
+        "torch": _check_torch,
+        "torchvision": lambda: _check_torchvision(libraries),
+        "GPU": _check_gpus,
+        "faiss": lambda: _check_faiss(libraries),
+        "images": lambda: _check_images(libraries),
+        "onnx": lambda: _check_onnx(libraries),
+        SHARED_MEMORY: _check_shared_memory,
+        "cores": _check_cores,
+        "memory": _check_memory,
+        "open files": _check_open_files,
+        "disk": lambda: _check_disk(folder),
+        "cache": _check_cache,
+    }
     checks: list[Check] = []
-    for step in steps:
+    for name, step in steps.items():
         try:
             checks += step()
-        except Exception as error:  # a broken driver or library may raise anything; that is what one wants to hear
-            name = getattr(step, "__name__", "").removeprefix("_check_").replace("_", " ")
-            checks.append(Check(name if name.isidentifier() else "check", "warn", f"broke: {_first_line(error)}"))
+        except Exception as error:  # a broken driver or library may raise anything
+            fix = "pip install --force-reinstall torch torchvision, if it is torch's; otherwise report it, please"
+            checks.append(Check(name, "warn", f"cannot be checked: {_first_line(error)}", fix))
     return {
         **{"odcft": __version__, "python": platform.python_version(), "platform": platform.platform()},
         "usable": not any(check.status == "fail" for check in checks),
@@ -120,7 +120,7 @@ def describe(result: dict[str, Any]) -> list[str]:
             lines.append(f"{'':<20} -> {check['fix']}")
     counts = {status: sum(check["status"] == status for check in result["checks"]) for status in ("fail", "warn")}
     if counts["fail"]:
-        lines.append(f"odcft cannot work here before {count_of(counts['fail'], 'problem')} marked `fail` is fixed.")
+        lines.append(f"odcft cannot work here yet: fix {count_of(counts['fail'], 'problem')} marked `fail`.")
     elif counts["warn"]:
         lines.append(f"odcft works here. {count_of(counts['warn'], 'warning')}: see the lines marked `warn`.")
     else:
@@ -215,24 +215,18 @@ def _check_versions() -> Iterator[Check]:
     except importlib.metadata.PackageNotFoundError:
         yield Check("packages", "ok", "odcft runs from a folder and is not installed, so versions were not compared")
         return
-    wrong, missing = [], []
+    wanted = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
+    wrong = []
     for one in wanted:
-        if one.marker is not None and not one.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            version = importlib.metadata.version(one.name)
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(one)
-            continue
-        if not one.specifier.contains(version, prereleases=True):
-            wrong.append(f"{one.name} {version} (needs {one.specifier})")
-    if wrong or missing:
-        found = [f"{one.name} is not installed" for one in missing] + wrong
-        names = [f"{one.name}{one.specifier}" for one in wanted if any(one.name in text for text in found)]
-        optional = all(one.name == "simplejpeg" for one in missing) and not wrong
-        yield Check("packages", "warn" if optional else "fail", ", ".join(found), f"pip install {_quoted(names)}")
+        version = _version(one.name)
+        if not version or not one.specifier.contains(version, prereleases=True):
+            wrong.append((one, f"{one.name} {version or 'is not installed'} (needs {one.specifier})"))
+    if wrong:
+        optional = all(one.name == "simplejpeg" for one, _ in wrong)  # Pillow reads JPEGs, too
+        fix = f"pip install {_quoted([f'{one.name}{one.specifier}' for one, _ in wrong])}"
+        yield Check("packages", "warn" if optional else "fail", ", ".join(text for _, text in wrong), fix)
     else:
-        yield Check("packages", "ok", f"all {len(wanted) - sum('extra ==' in str(o.marker) for o in wanted)} required")
+        yield Check("packages", "ok", f"all {len(wanted)} required")
 
 
 def _check_torch() -> Iterator[Check]:

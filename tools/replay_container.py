@@ -151,7 +151,9 @@ def main() -> None:
     parser.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="of all RUN lines, for proxies"
     )
-    parser.add_argument("--bind", action="append", default=[], metavar="PATH", help="folder of this machine to see")
+    parser.add_argument(
+        "--bind", action="append", default=[], metavar="PATH", help="file or folder of this machine that RUN lines see"
+    )
     parser.add_argument("--replace", action="append", default=[], metavar="OLD=>NEW", help="in RUN lines")
     parser.add_argument("--then", action="append", default=[], metavar="COMMAND", help="to run in the result, too")
     options = parser.parse_args()
@@ -168,12 +170,10 @@ def main() -> None:
         (final.tree / "tmp").chmod(0o1777)
         for folder in ("dev", "proc"):
             (final.tree / folder).mkdir(exist_ok=True)
-        for bind in options.bind:
-            (final.tree / bind.lstrip("/")).mkdir(parents=True, exist_ok=True)
         mount(stack, "-o", "remount,ro", final.tree)
         for command in ("odcft doctor /tmp", "touch /written", *options.then):
             print(f"\n$ {command}", flush=True)
-            print(f"exit code {run_inside(final, shlex.split(command), final.variables, options.bind)}")
+            print(f"exit code {run_inside(final, shlex.split(command), final.variables, [])}")
 
 
 if __name__ == "__main__":
