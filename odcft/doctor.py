@@ -35,6 +35,7 @@ SLOW_DISK = 30 * MB  # bytes a second: saving a state of 1 GB would take half a 
 FEW_CORES = 4  # for each GPU
 FEW_FILES = 1024  # open at a time: loader processes send a batch as an open file
 TRIAL = 64 << 20  # bytes written to try a disk
+PATIENCE = 120  # seconds for importing all libraries
 SHARED_MEMORY = "/dev/shm"
 MORE_SHARED = "docker run --shm-size=8g … (Kubernetes: an emptyDir with medium: Memory at /dev/shm)"
 LIBRARIES = {  # what is imported to see whether it works, and what installs it
@@ -85,6 +86,7 @@ def check_machine(folder: Path = Path(".")) -> dict[str, Any]:
     steps: dict[str, Callable[[], Iterator[Check]]] = {
         "packages": _check_versions,
         "torch": _check_torch,
+        "libraries": lambda: _check_time(libraries),
         "torchvision": lambda: _check_torchvision(libraries),
         "GPU": _check_gpus,
         "faiss": lambda: _check_faiss(libraries),
@@ -192,18 +194,28 @@ def _import_libraries(names: list[str]) -> dict[str, dict[str, Any]]:
     """Import libraries in a process of its own, where one that was built for another machine may crash.
 
     Returns:
-        For each: error (None if it works), and gpu (whether it is a faiss with GPU support).
+        For each: error (None if it works), gpu (whether it is a faiss with GPU support), and late if time ran out.
     """
     found = {name: {"error": "was not reached, because another one crashed", "gpu": False} for name in names}
     path = os.pathsep.join(dict.fromkeys([str(Path(__file__).parent.parent), *filter(None, sys.path)]))
-    with suppress(OSError, subprocess.TimeoutExpired):
-        command, environment = [sys.executable, "-c", _IMPORTER, *names], {**os.environ, "PYTHONPATH": path}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-        for line in done.stdout.splitlines():
-            with suppress(ValueError, KeyError, TypeError):
-                name, error, *gpu = json.loads(line)
+    command, environment = [sys.executable, "-c", _IMPORTER, *names], {**os.environ, "PYTHONPATH": path}
+    try:
+        output = subprocess.run(command, capture_output=True, timeout=PATIENCE, env=environment).stdout
+    except subprocess.TimeoutExpired as late:
+        output = late.stdout or b""
+        found = {name: {"error": None, "gpu": False, "late": True} for name in names}
+    for line in output.decode(errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            name, error, *gpu = json.loads(line)
+            if not (error == "crashed" and found[name].get("late")):
                 found[name] = {"error": error, "gpu": any(gpu)}
     return found
+
+
+def _check_time(libraries: dict[str, dict[str, Any]]) -> Iterator[Check]:
+    if late := [name for name, about in libraries.items() if about.get("late")]:
+        found = f"{', '.join(late)} could not be tried within {PATIENCE} s: the disk or the machine is very slow"
+        yield Check("libraries", "warn", found, "a virtual environment on a local disk")
 
 
 def _check_versions() -> Iterator[Check]:

@@ -64,6 +64,15 @@ def test_a_library_that_crashes_is_a_finding(tmp_path, monkeypatch):
     assert "cannot be imported: crashed" in check["found"]
 
 
+def test_a_library_that_never_ends_is_a_finding(tmp_path, monkeypatch):
+    (tmp_path / "faiss.py").write_text("import time; time.sleep(60)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "faiss", raising=False)
+    monkeypatch.setattr(doctor, "LIBRARIES", {"faiss": "faiss-cpu"})
+    monkeypatch.setattr(doctor, "PATIENCE", 1)
+    assert "faiss could not be tried" in found(doctor.check_machine(tmp_path), "libraries")["found"]
+
+
 def test_a_check_that_breaks_does_not_stop_the_others(tmp_path, monkeypatch):
     def broken():
         raise RuntimeError("CUDA driver: out of its mind\nmore")
@@ -127,6 +136,7 @@ def test_the_line_before_a_run_costs_nothing(tmp_path):
 @pytest.mark.slow
 def test_the_libraries_work_here(tmp_path, monkeypatch):
     monkeypatch.undo()
+    monkeypatch.setattr(doctor, "PATIENCE", 600)
     result = doctor.check_machine(tmp_path)
     assert result["usable"], doctor.describe(result)
     assert found(result, "timm")["status"] == "ok"
