@@ -80,7 +80,7 @@ def check_machine(folder: Path = Path(".")) -> dict[str, Any]:
     Raises:
         OdcftError: there is no such folder.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise OdcftError(f"{folder} is not a folder. Name the one that RUN folders go to, or leave it out.")
     libraries = _import_libraries([name for name in LIBRARIES if _installed(name)])
     steps: dict[str, Callable[[], Iterator[Check]]] = {
@@ -150,11 +150,18 @@ def machine_line(recipe: Any, out: Path) -> str:
         parts.insert(0, _gpu_names())
     else:
         parts.insert(0, "no GPU")
-    folder = next((f for f in (out, *out.absolute().parents) if f.is_dir()), Path("/"))
+    folder = next((f for f in (out, *out.absolute().parents) if os.path.isdir(f)), Path("/"))
     with suppress(OSError):
         parts.append(f"{_size(shutil.disk_usage(folder).free)} of disk free")
-    worst = [*_shared_memory_for(recipe, gpu), *_check_cores(), *_check_open_files(), *_check_space(folder)]
-    worst = [check for check in worst if check.status != "ok"]
+    worst: list[Check] = []
+    for find in (
+        lambda: _shared_memory_for(recipe, gpu),
+        _check_cores,
+        _check_open_files,
+        lambda: _check_space(folder),
+    ):
+        with suppress(Exception):  # whatever cannot be looked at must not stop a run that may work
+            worst += [check for check in find() if check.status != "ok"]
     if not worst:
         return f"Machine     {' · '.join(parts)}"
     others = f" (`odcft doctor` shows {len(worst) - 1} more)" if len(worst) > 1 else ""

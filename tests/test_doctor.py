@@ -123,6 +123,11 @@ def test_little_shared_memory_is_said_before_a_run_that_needs_more(tmp_path, lit
     assert found(doctor.check_machine(tmp_path), "/dev/shm")["status"] == "warn"
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" * 500, "\udcff"])
+def test_no_name_of_a_run_folder_breaks_the_line(tmp_path, name):
+    assert doctor.machine_line(load_recipe("small"), tmp_path / name).startswith("Machine     ")
+
+
 def test_the_line_before_a_run_costs_nothing(tmp_path):
     recipe = load_recipe("small")
     doctor.machine_line(recipe, tmp_path)
