@@ -497,7 +497,7 @@ def _model_within(annotation: Any) -> Any:
 def all_field_paths() -> list[str]:
     paths = []
     for name, info in Recipe.model_fields.items():
-        inner = info.annotation
+        inner: Any = info.annotation
         if _is_group(inner):
             paths += [f"{name}.{field}" for field in inner.model_fields]
         else:
