@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast test-all lint docs clean
+.PHONY: demo test test-fast test-all lint docs release-check clean
 
 demo: .venv/ready
 	$(BIN)/odcft demo --out demo --overwrite
@@ -30,6 +30,10 @@ lint: .venv/ready
 docs: .venv/ready
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
 
+# What is shipped: built, installed into an environment of its own, tried and tested there. TESTS=… runs only some.
+release-check: .venv/ready
+	tools/release_check.sh $(BIN)/python $(TESTS)
+
 .venv/ready: pyproject.toml constraints.txt
 	@echo "Setting up .venv: torch and the other packages of constraints.txt (once; a minute or two, 2 GB) …"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -39,4 +43,4 @@ docs: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv demo build dist *.egg-info
+	rm -rf .venv .lowest .release demo build dist *.egg-info

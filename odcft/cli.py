@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from odcft import __version__
+from odcft import __version__, completion
 from odcft.api import DC_RECIPE, DEFAULT_RECIPE, choose_recipe, parse_arch_args
 from odcft.cli_options import (
     MAX_IMAGE_SIZE,
@@ -79,6 +79,14 @@ def _start_processes(devices: int, kind: str) -> None:
     accelerator.choose(kind)
     if "RANK" in os.environ:
         dist.join()
+
+
+def _say_machine(recipe: Any, out: Path) -> None:
+    """Print one line on this machine, and what of it would get into the run's way."""
+    from odcft.doctor import machine_line
+    from odcft.progress import Progress
+
+    Progress().say(machine_line(recipe, out))
 
 
 def _say_preset(preset: str | None) -> None:
@@ -165,7 +173,9 @@ def check_data(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Recipe that says the image size and the number of clusters.", show_default="the one that fits"
+            help="Recipe that says the image size and the number of clusters.",
+            show_default="the one that fits",
+            autocompletion=completion.recipes,
         ),
     ] = None,
     overrides: Set = None,
@@ -248,13 +258,18 @@ def finetune(
     ],
     out: Annotated[Path, typer.Option(help="RUN folder to write.")],
     method: Annotated[
-        str | None, typer.Option(help="odc, dc (DeepCluster) or codc (collaborative ODC); by default the recipe's.")
+        str | None,
+        typer.Option(
+            help="odc, dc (DeepCluster) or codc (collaborative ODC); by default the recipe's.",
+            autocompletion=completion.choices("odc", "dc", "codc"),
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
             help="Name of a shipped recipe (see `odcft recipes`) or a YAML file.",
             show_default=f"{DEFAULT_RECIPE}; {DC_RECIPE} with --method dc; the RUN's own with --resume",
+            autocompletion=completion.recipes,
         ),
     ] = None,
     preset: Preset = None,
@@ -317,6 +332,7 @@ def finetune(
     if dry_run and resume:
         raise OdcftError("--dry-run says what a new run would do; --resume continues one. Drop one of them.")
     _start_processes(devices, accelerator)
+    _say_machine(resolved, out)
     _say_preset(preset)
     if dry_run:
         if eval_data is not None:
@@ -410,7 +426,13 @@ def command(verb: str, *words: object, **options: Any) -> str:
 def export(
     source: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="RUN to export, or any checkpoint.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder (timm, transformers) or file (others) to write.")],
-    format: Annotated[str, typer.Option(help="timm, transformers, torchvision, safetensors or onnx.")] = "timm",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="timm, transformers, torchvision, safetensors or onnx.",
+            autocompletion=completion.choices("timm", "transformers", "torchvision", "safetensors", "onnx"),
+        ),
+    ] = "timm",
     arch: Arch = None,
     arch_args: ArchArgs = None,
     input: Input = None,
@@ -461,7 +483,12 @@ def evaluate(
         ),
     ] = None,
     protocol: Annotated[
-        str, typer.Option(metavar="P[,P…]", help="Some of svm, low-shot, linear, knn, semi, clusters.")
+        str,
+        typer.Option(
+            metavar="P[,P…]",
+            help="Some of svm, low-shot, linear, knn, semi, clusters.",
+            autocompletion=completion.protocols,
+        ),
     ] = "svm,knn",
     test: Annotated[
         str | None,
@@ -479,6 +506,7 @@ def evaluate(
         typer.Option(
             metavar="last|all|best",
             help="Layer to evaluate: the last, the one that cross-validation on the training images prefers, or all.",
+            autocompletion=completion.choices("last", "all", "best"),
         ),
     ] = "last",
     crop: Annotated[
@@ -643,7 +671,14 @@ def clusters(
 
 @app.command()
 def pretext(
-    task: Annotated[str, typer.Argument(metavar="TASK", help="rotation, jigsaw or colorization.")],
+    task: Annotated[
+        str,
+        typer.Argument(
+            metavar="TASK",
+            help="rotation, jigsaw or colorization.",
+            autocompletion=completion.choices("rotation", "jigsaw", "colorization"),
+        ),
+    ],
     data: Data,
     arch: Annotated[str, typer.Option(help="Architecture by its timm name, for example resnet18.")],
     out: Annotated[Path, typer.Option(metavar="FILE.pth", help="Checkpoint to write.")],
@@ -682,7 +717,12 @@ def pretext(
 @app.command()
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Recipe to print: a shipped one or a YAML file.")
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="Recipe to print: a shipped one or a YAML file.",
+            autocompletion=completion.recipes,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -705,6 +745,28 @@ def recipes(
         text = known[name] if name in known else Path(name).read_text(encoding="utf-8")
         typer.echo("\n".join(printable(line.expandtabs()) for line in text.rstrip().splitlines()))
         typer.echo(f"\n# The same with every default filled in:\n{_as_comment(dump(loaded))}")
+
+
+@app.command()
+def doctor(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Where RUN folders will go: its disk is tried.")
+    ] = Path("."),
+    as_json: Json = False,
+) -> None:
+    """Check this machine: libraries, GPUs, shared memory, cores, disk; and say how to fix what is wrong."""
+    from odcft.doctor import check_machine, describe
+    from odcft.progress import Progress, print_json
+
+    progress = Progress()
+    with progress.waiting("Checking this machine …"):
+        values = check_machine(folder)
+    for line in describe(values):
+        progress.say(line, style={"warn": "yellow", "fail": "bold red"}.get(line.partition(" ")[0], ""))
+    if as_json:
+        print_json(values)
+    if not values["usable"]:
+        raise typer.Exit(2)
 
 
 def _as_comment(text: str) -> str:

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from odcft import completion
+
 MAX_IMAGE_SIZE = 4096  # same as in recipe.py, which is slow to import
 
 Ckpt = Annotated[
@@ -32,6 +34,7 @@ Input = Annotated[
     typer.Option(
         "--input",
         metavar="COLOR",
+        autocompletion=completion.choices("rgb", "bgr", "gray", "lab_l", "sobel"),
         help="Colours the network expects: rgb, bgr, gray, lab_l or sobel; detected by default.",
     ),
 ]
@@ -68,13 +71,19 @@ ReaderName = Annotated[
     ),
 ]
 RecipeName = Annotated[
-    str, typer.Option("--recipe", help="Name of a shipped recipe (see `odcft recipes`) or a YAML file.")
+    str,
+    typer.Option(
+        "--recipe",
+        help="Name of a shipped recipe (see `odcft recipes`) or a YAML file.",
+        autocompletion=completion.recipes,
+    ),
 ]
 Preset = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
         help="Augmentation that suits the images: photo, gray, microscopy, satellite or document (docs/data.md).",
+        autocompletion=completion.presets,
     ),
 ]
 Set = Annotated[
@@ -83,6 +92,7 @@ Set = Annotated[
         "--set",
         metavar="FIELD=VALUE",
         help="Change a field of the recipe, for example memory.momentum=0.3; repeatable.",
+        autocompletion=completion.fields,
     ),
 ]
 Clusters = Annotated[

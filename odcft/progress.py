@@ -29,10 +29,10 @@ class Progress:
         self.quiet = quiet or dist.rank() > 0
         self.bars = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
 
-    def say(self, line: str) -> None:
-        """Print one line, with anything in it that could harm the terminal escaped."""
+    def say(self, line: str, style: str = "") -> None:
+        """Print one line, with anything in it that could harm the terminal escaped; on a terminal, in a rich style."""
         if not self.quiet:
-            self.console.print(printable(line), markup=False)
+            self.console.print(printable(line), markup=False, style=style or None)
 
     def draw(self, branch: Branch) -> None:
         """Print a tree: drawn on a terminal, otherwise as plain lines."""

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -487,7 +487,7 @@ def _refuse_unknown_path(path: str) -> None:
     model: Any = Recipe
     seen: list[str] = []
     for part in path.split("."):
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        if not _is_group(model):
             raise OdcftError(f"{path}: no such field; {'.'.join(seen)} has no fields of its own.")
         _refuse_unknown({part: None}, model, ".".join(seen))
         model = model.model_fields[part].annotation
@@ -507,7 +507,7 @@ def _refuse_unknown(fields: dict[str, Any], model: Any, prefix: str) -> None:
                 hint = f" Did you mean {elsewhere[0]}?" if elsewhere else ""
             raise OdcftError(f"{path}: no such field.{hint} (`odcft recipes {DEFAULT}` shows all of them)")
         inner = model.model_fields[name].annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
+        if _is_group(inner):
             if not isinstance(value, dict | None):
                 raise OdcftError(
                     f"{path}={short_repr(value)}: this is a group of fields, "
@@ -520,10 +520,16 @@ def _refuse_unknown(fields: dict[str, Any], model: Any, prefix: str) -> None:
                 _refuse_unknown(fields_of_one, entry, f"{path}[{number}]")
 
 
+def _is_group(annotation: Any) -> bool:
+    """Whether an annotation is a group of fields."""
+    # In Python 3.10 `list[int]` passes for a type, and issubclass refuses it.
+    return get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
 def _model_within(annotation: Any) -> Any:
     """The group of fields that the entries of a list are, if the annotation allows such a list."""
     for part in get_args(annotation):
-        if isinstance(part, type) and issubclass(part, BaseModel):
+        if _is_group(part):
             return part
         if within := _model_within(part):
             return within
@@ -533,8 +539,8 @@ def _model_within(annotation: Any) -> Any:
 def all_field_paths() -> list[str]:
     paths = []
     for name, info in Recipe.model_fields.items():
-        inner = info.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
+        inner: Any = info.annotation
+        if _is_group(inner):
             paths += [f"{name}.{field}" for field in inner.model_fields]
         else:
             paths.append(name)

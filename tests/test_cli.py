@@ -20,17 +20,27 @@ def images(tmp_path, make_images):
     return make_images(tmp_path / "images")
 
 
-def test_help_answers_without_torch():
-    code = (
-        "import sys, runpy; sys.argv = ['odcft', '--help']\n"
-        "try: runpy.run_module('odcft', run_name='__main__')\n"
+@pytest.mark.parametrize(
+    ("code", "too_slow"),
+    [
+        ("import odcft", "torch numpy typer pydantic rich yaml"),
+        ("sys.argv = ['odcft', '--help']; runpy.run_module('odcft', run_name='__main__')", "torch numpy yaml"),
+        ("sys.argv = ['odcft', 'recipes']; runpy.run_module('odcft', run_name='__main__')", "torch numpy timm"),
+    ],
+)
+def test_answers_at_once_because_nothing_slow_is_imported(code, too_slow):
+    program = (
+        "import sys, runpy\n"
+        f"try: {code}\n"
         "except SystemExit: pass\n"
-        "assert 'torch' not in sys.modules"
+        f"slow = sorted(set('{too_slow}'.split()) & set(sys.modules))\n"
+        "assert not slow, slow"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    for command in ("demo", "inspect", "check-data", "init-memory", "finetune", "export", "evaluate", "recipes"):
-        assert command in result.stdout
+    if "--help" in code:
+        for command in ("demo", "inspect", "check-data", "init-memory", "finetune", "export", "evaluate", "recipes"):
+            assert command in result.stdout
 
 
 def test_inspect(odcft_command, checkpoint):
@@ -65,6 +75,7 @@ def test_the_whole_job(odcft_command, tmp_path, checkpoint, images):
     )
     assert code == 0, err
     assert json.loads(out)["steps"] == 3
+    assert err.count("\nMachine ") + err.startswith("Machine ") == 1
     code, out, _ = odcft_command("evaluate", tmp_path / "run", images, "--protocol", "svm,knn", "--json")
     assert code == 0
     assert {"svm", "knn", "before", "change"} <= set(json.loads(out))

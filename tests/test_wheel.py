@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from odcft import __version__
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -22,6 +24,7 @@ def test_the_wheel_has_all_modules_recipes_and_the_index(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"odcft-{__version__}-")  # written in odcft/__init__.py only
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(source).as_posix() for path in (source / "odcft").rglob("*.py")}
     recipes = {f"odcft/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.*")}
@@ -38,3 +41,8 @@ def test_the_wheel_has_all_modules_recipes_and_the_index(tmp_path):
     where, what = done.stdout.splitlines()
     assert Path(where).is_relative_to(tmp_path / "installed")
     assert what == f"odc {len(recipes) - 1}"  # but for __init__.py
+
+
+def test_the_changelog_knows_the_version_and_the_metadata_do_not_repeat_it():
+    assert f"\n## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert __version__ not in (ROOT / "pyproject.toml").read_text()

@@ -1,14 +1,19 @@
-"""Print the requirements in pyproject.toml, one per line, to install them in their own layer of a container image.
+"""Print the requirements in pyproject.toml, one per line, to install them without the package itself.
 
-    python tools/requirements.py pyproject.toml gpu onnx tiff      (the file, then the extras to include)
+    python tools/requirements.py pyproject.toml gpu onnx tiff        (the file, then the extras to include)
+    python tools/requirements.py pyproject.toml --lowest onnx        (the lowest versions that it allows)
 
-Needs Python 3.11 or newer.
+A container image installs them in a layer of their own (Dockerfile), tools/test_lowest.sh tests the lowest.
 """
 
+import re
 import sys
 from pathlib import Path
 
-import tomllib
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
 
 
 def requirements(pyproject: Path, extras: list[str]) -> list[str]:
@@ -19,5 +24,12 @@ def requirements(pyproject: Path, extras: list[str]) -> list[str]:
     return [line for group in [*wanted, *(project["optional-dependencies"][name] for name in extras)] for line in group]
 
 
+def lowest(requirement: str) -> str:
+    """The same requirement, pinned to the lowest version that it allows: "numpy>=1.26" becomes "numpy==1.26"."""
+    return re.sub(r">=\s*", "==", requirement, count=1)
+
+
 if __name__ == "__main__":
-    print("\n".join(requirements(Path(sys.argv[1]), sys.argv[2:])))
+    path, *options = sys.argv[1:]
+    found = requirements(Path(path), [name for name in options if name != "--lowest"])
+    print("\n".join(map(lowest, found) if "--lowest" in options else found))

@@ -47,6 +47,13 @@ def this_device() -> torch.device:
     return torch.device(kind) if kind in ("cpu", "mps") else torch.device(kind, local_rank())
 
 
+def nccl_version() -> str | None:
+    """The version of NCCL that this torch has, which ranks on GPUs need; None if it has none."""
+    if not (torch.distributed.is_available() and torch.distributed.is_nccl_available()):
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
 def _started() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
