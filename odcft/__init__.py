@@ -18,6 +18,7 @@ _VERBS = {
     "evaluate": "odcft.evaluation.comparison",
     "embed": "odcft.embeddings",
     "export": "odcft.exports",
+    "report": "odcft.reports.run_report",
 }
 
 

@@ -29,7 +29,7 @@ CONTENTS = (
     "  digits/         the images, one folder per class (training ignores the folders)",
     "  rotation.pth    the starting checkpoint",
     "  memory/         samples memory and centroids memory, from `odcft init-memory`",
-    "  run/            fine-tuning by ODC: metrics.jsonl, tensorboard/, clusters.parquet, backbone/",
+    "  run/            fine-tuning by ODC: report.html, metrics.jsonl, clusters.parquet, backbone/",
     "  run_dc/         fine-tuning by DeepCluster, for comparison",
 )
 
@@ -47,6 +47,7 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
     from odcft.evaluation.comparison import evaluate
     from odcft.evaluation.results_table import json_values, table_lines
     from odcft.first_memory import init_memory
+    from odcft.reports.run_report import report
     from odcft.train import fine_tune
 
     progress = Progress()
@@ -69,11 +70,14 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
     recipe = load_recipe("demo")
     init_memory(str(checkpoint), str(digits), out / "memory", recipe, progress=progress)
     run = fine_tune(str(checkpoint), str(digits), out / "run", recipe, memory=out / "memory", progress=progress)
-    dc = load_recipe("demo", ["method=dc", "optim.schedule=step"])  # the reason is in recipes/dc_small.yaml
+    # Why the schedule: recipes/dc_small.yaml
+    dc = load_recipe("demo", ["method=dc", "optim.schedule=step", "log.report=false"])
     run_dc = fine_tune(str(checkpoint), str(digits), out / "run_dc", dc, progress=progress)
     after_odc, after_dc = (
         evaluate(str(out / name), str(digits), None, ["svm", "knn"], progress=progress) for name in ("run", "run_dc")
     )
+    quiet = Progress(quiet=True)
+    report(out / "run", labels=str(digits), evaluation=json_values(after_odc), progress=quiet)  # now with labels
 
     seconds = time.monotonic() - started
     values = {
@@ -87,6 +91,7 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
         f"Before and after DeepCluster ({duration(run_dc['seconds'])}):",
         *table_lines(after_dc),
         "",
+        f"Look at the clusters, and at neighbours before and after: {out / 'run' / 'report.html'}",
         f"Everything is in {out} ({duration(seconds)}):",
         *CONTENTS,
         "Your turn:    odcft finetune CKPT IMAGES/ --recipe small --out RUN",

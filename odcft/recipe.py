@@ -225,6 +225,7 @@ class LogRecipe(_Group):
 
     interval: int = Field(50, ge=1)  # steps between two lines of metrics.jsonl
     tensorboard: bool = True
+    report: bool = True  # report.html in the RUN: now and then while it trains, and in full at its end
     snapshot_minutes: float = Field(10.0, gt=0)  # between two states; one is also due at the end of every epoch
     snapshot_share: float = Field(
         0.02, gt=0, le=1

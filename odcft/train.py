@@ -30,6 +30,7 @@ from odcft.optim import lr_at, set_lr
 from odcft.prepare import Start, new_run, resumed_run
 from odcft.progress import Progress
 from odcft.recipe import Recipe
+from odcft.reports import during_a_run
 from odcft.run import output_checks, snapshot_files
 from odcft.run.broken_images import BrokenImages
 from odcft.run.clusters_parquet import require_parquet, write_clusters
@@ -112,6 +113,8 @@ def fine_tune(
                     evaluation = EpochEvaluation(labels, eval_every, start.plan.optim.epochs, backbones, view, out)
                 broken = train(start, state, run, progress, evaluation)
                 write_results(start, state, run)
+                if start.plan.log.report and dist.rank() == 0:
+                    during_a_run.write_at_end(out, progress, images=start.images, reader=run.reader)
             return _result(start, out, steps, broken, time.monotonic() - began)
     except Stopped as stopped:
         if not stopped.args:
@@ -142,6 +145,7 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
     evaluate = evaluation.after_epoch if evaluation else None
     log = TrainingLog(metrics, plan, state, order.steps_per_epoch, guard=guard, say=progress.say, evaluate=evaluate)
     saver = Saver(run.out, plan, state, order, metrics=metrics, guard=guard, say=progress.say)
+    report = during_a_run.LiveReport(run.out, plan.log.report, progress.say)
     broken = BrokenImages(start.images, plan.data.max_broken, progress.say)
     ranks, embed = Agreement(), partial(_embed, start, network, device, broken, state)
     parallel_network = on_all_ranks(network, device).train()  # the same network; gradients are averaged over the ranks
@@ -187,6 +191,7 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
                     raise Stopped  # `saver.on_stop` saves the state
                 if agreed.save:
                     saver.save()
+                    report.update()
     saver.save_last()
     if asked_anywhere(device):
         raise Stopped("All steps are done and saved, but the backbone has not been written yet.")
@@ -237,7 +242,8 @@ def write_results(start: Start, state: State, run: Run) -> None:
     if dist.rank() == 0:
         for member, (model, name) in enumerate(zip(state.network, names, strict=True)):
             model.backbone.set_view(start.plan.view)  # neck and head stay behind (sec. 3.2)
-            write_timm(model.backbone, out / name, about_run(out, member))
+            link = {"report": "../report.html"} if start.plan.log.report else {}
+            write_timm(model.backbone, out / name, {**about_run(out, member), **link})
     write_clusters(state.clusters.memory, start.images, out / "clusters.parquet")
     if dist.rank() == 0:
         note_finished(out, state.step)

@@ -19,6 +19,7 @@ FLOORS = [
     {"demo"},
     {"dry_run"},  # takes a few steps of train
     {"train", "first_memory", "exports", "embeddings", "check_data"},  # programs: only cli, demo and dry_run call them
+    {"reports"},
     {"evaluation", "pretexts", "prepare"},
     {"run"},
     {"state", "normalisation"},
@@ -40,7 +41,9 @@ ONLY_IN = {
     "PIL": ("data/", "demo.py"),  # images are opened in data/; the demo writes some
     "faiss": ("clustering/kmeans.py",),
     "torch.distributed": ("distributed/",),
-    "sklearn": ("evaluation/", "clustering/cluster_statistics.py", "demo.py"),
+    "sklearn": ("evaluation/", "clustering/cluster_statistics.py", "reports/charts.py", "demo.py"),
+    "matplotlib": ("reports/charts.py",),
+    "jinja2": ("reports/page.py",),
     "typer": ("cli.py", "cli_options.py"),
     "rich": ("progress.py",),
     "pickle": ("backbone/safe_unpickle.py",),
@@ -158,7 +161,7 @@ def test_the_folders_of_tests_mirror_those_of_odcft():
             "distributed/fake_gpu",
         ),
         *("distributed/ranks", "evaluation/golden_svm", "evaluation/bad_images", "run/outputs", "run/resume"),
-        "run/run_faults",
+        *("run/run_faults", "reports/browser"),
     }
     for path in (ROOT / "tests").glob("*/test_*.py"):
         room = path.parent.name.removesuffix("_tests")  # data_tests: tests/data holds the files that tests read

@@ -268,6 +268,7 @@ SPEECH = {
     "optim.tf32",
     "log.interval",
     "log.tensorboard",
+    "log.report",
     "log.snapshot_minutes",
     "log.snapshot_share",
     "optim.skip_non_finite",
