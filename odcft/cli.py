@@ -351,6 +351,7 @@ def finetune(
     lines = [
         f"Done in {duration(values['seconds'])}. Backbone: {', '.join(values.get('backbones', [values['backbone']]))}",
         f"  {values['load']}",
+        *([f"Look at the clusters: {values['report']}"] if "report" in values else []),
         f"Did it get better?    {command('evaluate', out, 'LABELLED_IMAGES/', protocol='svm,knn', reader=reader)}",
     ]
     _report(values, as_json, lines)

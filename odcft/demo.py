@@ -24,6 +24,8 @@ DEMO_FILES: Layout = {
     "digits": {"[0-9]": {"[0-9][0-9][0-9][0-9].png": None}},
     **{"rotation.pth": None, "memory": MEMORY_FILES, "run": RUN_FILES, "run_dc": RUN_FILES},
 }
+# The reason for the schedule is in recipes/dc_small.yaml. The demo shows one report, that of ODC.
+DC = ["method=dc", "optim.schedule=step", "log.report=false"]
 
 CONTENTS = (
     "  digits/         the images, one folder per class (training ignores the folders)",
@@ -70,14 +72,12 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
     recipe = load_recipe("demo")
     init_memory(str(checkpoint), str(digits), out / "memory", recipe, progress=progress)
     run = fine_tune(str(checkpoint), str(digits), out / "run", recipe, memory=out / "memory", progress=progress)
-    # Why the schedule: recipes/dc_small.yaml
-    dc = load_recipe("demo", ["method=dc", "optim.schedule=step", "log.report=false"])
+    dc = load_recipe("demo", DC)
     run_dc = fine_tune(str(checkpoint), str(digits), out / "run_dc", dc, progress=progress)
     after_odc, after_dc = (
         evaluate(str(out / name), str(digits), None, ["svm", "knn"], progress=progress) for name in ("run", "run_dc")
     )
-    quiet = Progress(quiet=True)
-    report(out / "run", labels=str(digits), evaluation=json_values(after_odc), progress=quiet)  # now with labels
+    report(out / "run", labels=str(digits), evaluation=json_values(after_odc), progress=Progress(quiet=True))
 
     seconds = time.monotonic() - started
     values = {

@@ -79,8 +79,9 @@ def fine_tune(
         eval_every: epochs between two such measurements.
 
     Returns:
-        A summary of the run: out, backbone, load (a line of Python), images, unreadable (left out from the start),
-        broken (became unreadable later), clusters, epochs, steps, loss, change_ratio, seconds.
+        A summary of the run: out, backbone, load (a line of Python), report (its page, if there is one), images,
+        unreadable (left out from the start), broken (became unreadable later), clusters, epochs, steps, loss,
+        change_ratio, seconds.
 
     Raises:
         OdcftError: for anything the user can fix, and for a loss that is not finite (the last good state is kept).
@@ -189,8 +190,7 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
                 advance(len(batch.index_B) * dist.world_size(), log.line())
                 if agreed.stop:
                     raise Stopped  # `saver.on_stop` saves the state
-                if agreed.save:
-                    saver.save()
+                if agreed.save and saver.save():
                     report.update()
     saver.save_last()
     if asked_anywhere(device):
@@ -258,6 +258,7 @@ def _result(start: Start, out: Path, steps: int, broken: int, seconds: float) ->
         "backbone": str(out / "backbone"),
         "load": loading_code(start.backbones[0], str(out / "backbone")),
         **({"backbones": [str(out / name) for name in BACKBONES[:members]]} if members > 1 else {}),
+        **({"report": str(out / "report.html")} if (out / "report.html").is_file() else {}),
         "images": len(start.images),
         "unreadable": len(start.unreadable),
         "broken": broken,

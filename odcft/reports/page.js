@@ -78,7 +78,7 @@
   }
 
   function classesOf(k) {
-    return clusters.classes ? clusters.classes[k].map(([name, share]) => `${name} ${percent(share)}`).join(", ") : "";
+    return clusters.classes ? clusters.classes[k].map(([name, share]) => `${name}: ${percent(share)}`).join(", ") : "";
   }
 
   function clusterRow(k) {
