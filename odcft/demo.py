@@ -72,8 +72,7 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
     recipe = load_recipe("demo")
     init_memory(str(checkpoint), str(digits), out / "memory", recipe, progress=progress)
     run = fine_tune(str(checkpoint), str(digits), out / "run", recipe, memory=out / "memory", progress=progress)
-    dc = load_recipe("demo", DC)
-    run_dc = fine_tune(str(checkpoint), str(digits), out / "run_dc", dc, progress=progress)
+    run_dc = fine_tune(str(checkpoint), str(digits), out / "run_dc", load_recipe("demo", DC), progress=progress)
     after_odc, after_dc = (
         evaluate(str(out / name), str(digits), None, ["svm", "knn"], progress=progress) for name in ("run", "run_dc")
     )
