@@ -222,8 +222,7 @@ def draw_map(ids: np.ndarray, centroids_KD: np.ndarray, size_K: np.ndarray) -> C
             mine = quarter_K == quarter
             drawn = axes.scatter(*points[mine].T, s=area, color=SERIES[0], alpha=0.55, linewidths=0)
             drawn.set_urls([f"#cluster-{number}" for number in ids[mine].tolist()])
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set_axis_off()
         axes.set_aspect("equal", "datalim")
 
     words = (

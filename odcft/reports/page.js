@@ -63,7 +63,7 @@
   const sorts = [
     ["size", "largest first", -1], ["size", "smallest first", 1],
     ["tightness", "tightest first", -1], ["tightness", "loosest first", 1],
-    ["stability", "most stable first", -1], ["stability", "least stable first", 1],
+    ["stability", "highest first", -1], ["stability", "lowest first", 1],
     ["purity", "purest first", -1], ["purity", "most mixed first", 1],
     ["id", "number", 1],
   ];
