@@ -18,7 +18,7 @@ MAX_TSNE = 3000  # centroids; more are shown by their first two principal compon
 SIZES = (4.0, 12.0, 30.0, 64.0)  # of the map's points, in square points: a quarter of the clusters each
 TEXT = "#010203"  # stands for the page's own text colour until the SVG is in the page
 SERIES = ("#0a0b01", "#0a0b02", "#0a0b03")  # stand for its colours of curves
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": "sans-serif",
