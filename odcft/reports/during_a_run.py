@@ -65,10 +65,10 @@ def write_at_end(run: Path, progress: Progress, *, images: Any, reader: Any = No
         images: of the run, in its order.
         reader: the user's function that reads them.
     """
-    from odcft.reports.run_report import SAMPLE, report
-    from odcft.run.metrics import read_lines
-
     try:
+        from odcft.reports.run_report import SAMPLE, report
+        from odcft.run.metrics import read_lines
+
         speed = (read_lines(run / "metrics.jsonl") or [{}])[-1].get("images_per_second", 0.0)
         # Training takes a backward pass, too; still, one process extracts what several have trained on.
         sample = min(SAMPLE, max(LEAST_SAMPLE, int(speed * EXTRACTION_SECONDS)))
