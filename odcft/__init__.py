@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from odcft.distributed.stop_signals import Stopped
     from odcft.errors import OdcftError
     from odcft.recipe import Recipe, load_recipe
+    from odcft.reports.run_report import report
 
 __version__ = "0.2.0"
 
@@ -23,6 +24,7 @@ _MODULES = {
     "OdcftError": "odcft.errors",
     "Stopped": "odcft.distributed.stop_signals",
     "clusters": "odcft.cluster_listing",
+    "report": "odcft.reports.run_report",
 }
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "init_memory",
     "load_backbone",
     "load_recipe",
+    "report",
 ]
 
 

@@ -365,6 +365,7 @@ def finetune(
     lines = [
         f"Done in {duration(values['seconds'])}. Backbone: {', '.join(values.get('backbones', [values['backbone']]))}",
         f"  {values['load']}",
+        *([f"Look at the clusters: {values['report']}"] if "report" in values else []),
         f"Did it get better?    {command('evaluate', out, 'LABELLED_IMAGES/', protocol='svm,knn', reader=reader)}",
     ]
     _report(values, as_json, lines)
@@ -667,6 +668,59 @@ def clusters(
             f"Next:       {command('clusters', run, sheets='SHEETS/')} (or --folders, --out, --near-duplicates)"
         )
     _report(values, as_json, lines)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `finetune` wrote, finished or not.")],
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="A second RUN, to compare the first with.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Where the run's images are now; by default where they were.")
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="The same images with labels, to set the clusters beside the classes."),
+    ] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="What `odcft evaluate RUN … --json` printed: the verdict to show."),
+    ] = None,
+    sample: Annotated[
+        int, typer.Option(min=0, max=50_000, help="Images among which neighbours are looked for; 0 for none.")
+    ] = 2000,
+    megabytes: Annotated[
+        float, typer.Option(min=1, max=1000, help="Size of the page, at most: as many thumbnails as fit.")
+    ] = 30.0,
+    all_pictures: Annotated[
+        bool, typer.Option("--all-pictures", help="Write the thumbnails that do not fit into a folder beside the page.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", show_default="report.html in the RUN", help="Page to write."),
+    ] = None,
+    reader: ReaderName = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a run has learned: one HTML page with its curves, clusters and neighbours before and after."""
+    options: dict[str, Any] = {"data": data, "megabytes": megabytes, "reader": reader, "overwrite": overwrite}
+    if other is not None:
+        from odcft.reports.two_runs import compare_runs, describe
+
+        if out is None:
+            raise OdcftError("A comparison of two runs belongs to neither: pass --out FILE.html.")
+        if labels is not None or evaluation is not None or all_pictures:
+            raise OdcftError("--labels, --evaluation and --all-pictures are for the report of one run. Drop them.")
+        values = compare_runs(run, other, out, **options)
+    else:
+        from odcft.reports.run_report import describe
+        from odcft.reports.run_report import report as write
+
+        options |= {"labels": labels, "evaluation": evaluation, "sample": sample, "all_pictures": all_pictures}
+        values = write(run, out=out, **options)
+    _report(values, as_json, describe(values))
 
 
 @app.command()

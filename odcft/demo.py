@@ -24,12 +24,14 @@ DEMO_FILES: Layout = {
     "digits": {"[0-9]": {"[0-9][0-9][0-9][0-9].png": None}},
     **{"rotation.pth": None, "memory": MEMORY_FILES, "run": RUN_FILES, "run_dc": RUN_FILES},
 }
+# The reason for the schedule is in recipes/dc_small.yaml. The demo shows one report, that of ODC.
+DC = ["method=dc", "optim.schedule=step", "log.report=false"]
 
 CONTENTS = (
     "  digits/         the images, one folder per class (training ignores the folders)",
     "  rotation.pth    the starting checkpoint",
     "  memory/         samples memory and centroids memory, from `odcft init-memory`",
-    "  run/            fine-tuning by ODC: metrics.jsonl, tensorboard/, clusters.parquet, backbone/",
+    "  run/            fine-tuning by ODC: report.html, metrics.jsonl, clusters.parquet, backbone/",
     "  run_dc/         fine-tuning by DeepCluster, for comparison",
 )
 
@@ -47,6 +49,7 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
     from odcft.evaluation.comparison import evaluate
     from odcft.evaluation.results_table import json_values, table_lines
     from odcft.first_memory import init_memory
+    from odcft.reports.run_report import report
     from odcft.train import fine_tune
 
     progress = Progress()
@@ -69,11 +72,11 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
     recipe = load_recipe("demo")
     init_memory(str(checkpoint), str(digits), out / "memory", recipe, progress=progress)
     run = fine_tune(str(checkpoint), str(digits), out / "run", recipe, memory=out / "memory", progress=progress)
-    dc = load_recipe("demo", ["method=dc", "optim.schedule=step"])  # the reason is in recipes/dc_small.yaml
-    run_dc = fine_tune(str(checkpoint), str(digits), out / "run_dc", dc, progress=progress)
+    run_dc = fine_tune(str(checkpoint), str(digits), out / "run_dc", load_recipe("demo", DC), progress=progress)
     after_odc, after_dc = (
         evaluate(str(out / name), str(digits), None, ["svm", "knn"], progress=progress) for name in ("run", "run_dc")
     )
+    report(out / "run", labels=str(digits), evaluation=json_values(after_odc), progress=Progress(quiet=True))
 
     seconds = time.monotonic() - started
     values = {
@@ -87,6 +90,7 @@ def run_demo(out: Path, overwrite: bool = False) -> tuple[dict[str, Any], list[s
         f"Before and after DeepCluster ({duration(run_dc['seconds'])}):",
         *table_lines(after_dc),
         "",
+        f"Look at the clusters, and at neighbours before and after: {out / 'run' / 'report.html'}",
         f"Everything is in {out} ({duration(seconds)}):",
         *CONTENTS,
         "Your turn:    odcft finetune CKPT IMAGES/ --recipe small --out RUN",

@@ -245,6 +245,7 @@ class LogRecipe(_Group):
     )
     # between two contact sheets of some clusters for the trackers, at the ends of epochs; 0: none
     sheet_minutes: float = Field(5.0, ge=0)
+    report: bool = True  # report.html in the RUN: now and then while it trains, and in full at its end
     snapshot_minutes: float = Field(10.0, gt=0)  # between two states; one is also due at the end of every epoch
     # largest share of the time to spend on saving; states wait if it would be more
     snapshot_share: float = Field(0.02, gt=0, le=1)

@@ -31,6 +31,7 @@ from odcft.optim import lr_at, set_lr
 from odcft.prepare import Start, new_run, resumed_run
 from odcft.progress import Progress
 from odcft.recipe import Recipe
+from odcft.reports import during_a_run
 from odcft.reports.training_sheets import TrainingSheets
 from odcft.run import output_checks, snapshot_files
 from odcft.run.broken_images import BrokenImages
@@ -81,8 +82,9 @@ def fine_tune(
         eval_every: epochs between two such measurements.
 
     Returns:
-        A summary of the run: out, backbone, load (a line of Python), images, unreadable (left out from the start),
-        broken (became unreadable later), clusters, epochs, steps, loss, change_ratio, seconds.
+        A summary of the run: out, backbone, load (a line of Python), report (its page, if there is one), images,
+        unreadable (left out from the start), broken (became unreadable later), clusters, epochs, steps, loss,
+        change_ratio, seconds.
 
     Raises:
         OdcftError: for anything the user can fix, and for a loss that is not finite (the last good state is kept).
@@ -116,6 +118,8 @@ def fine_tune(
                     evaluation = EpochEvaluation(labels, eval_every, start.plan.optim.epochs, backbones, view, out)
                 broken = train(start, state, run, progress, evaluation)
                 write_results(start, state, run)
+                if start.plan.log.report and dist.rank() == 0:
+                    during_a_run.write_at_end(out, progress, images=start.images, reader=run.reader)
             return _result(start, out, steps, broken, time.monotonic() - began)
     except Stopped as stopped:
         if not stopped.args:
@@ -146,6 +150,7 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
     hooks = _after_epochs(start, state, evaluation)
     log = TrainingLog(metrics, plan, state, order.steps_per_epoch, guard=guard, say=progress.say, **hooks)
     saver = Saver(run.out, plan, state, order, metrics=metrics, guard=guard, say=progress.say)
+    report = during_a_run.LiveReport(run.out, plan.log.report, progress.say)
     broken = BrokenImages(start.images, plan.data.max_broken, progress.say, least=2 * optim.accumulate)
     ranks, embed = Agreement(), partial(_embed, start, network, device, broken, state, batches)
     parallel_network = on_all_ranks(network, device).train()  # the same network; gradients are averaged over the ranks
@@ -186,8 +191,8 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
                 advance(len(batch.index_B) * dist.world_size(), log.line())
                 if agreed.stop:
                     raise Stopped  # `saver.on_stop` saves the state
-                if agreed.save:
-                    saver.save()
+                if agreed.save and saver.save():
+                    report.update()
     saver.save_last()
     if asked_anywhere(device):
         raise Stopped("All steps are done and saved, but the backbone has not been written yet.")
@@ -251,7 +256,8 @@ def write_results(start: Start, state: State, run: Run) -> None:
     if dist.rank() == 0:
         for member, (model, name) in enumerate(zip(state.network, names, strict=True)):
             model.backbone.set_view(start.plan.view)  # neck and head stay behind (sec. 3.2)
-            write_timm(model.backbone, out / name, about_run(out, member))
+            link = {"report": "../report.html"} if start.plan.log.report else {}
+            write_timm(model.backbone, out / name, {**about_run(out, member), **link})
     write_clusters(state.clusters.memory, start.images, out / "clusters.parquet")
     if dist.rank() == 0:
         note_finished(out, state.step)
@@ -266,6 +272,7 @@ def _result(start: Start, out: Path, steps: int, broken: int, seconds: float) ->
         "backbone": str(out / "backbone"),
         "load": loading_code(start.backbones[0], str(out / "backbone")),
         **({"backbones": [str(out / name) for name in BACKBONES[:members]]} if members > 1 else {}),
+        **({"report": str(out / "report.html")} if (out / "report.html").is_file() else {}),
         "images": len(start.images),
         "unreadable": len(start.unreadable),
         "broken": broken,

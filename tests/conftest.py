@@ -19,6 +19,17 @@ def no_cache():
     os.environ["ODCFT_CACHE"] = "off"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def write_at_end():
+    """Runs of tests end without a report, which takes seconds; this is the function that writes it."""
+    from odcft.reports import during_a_run
+
+    with pytest.MonkeyPatch.context() as patched:
+        real = during_a_run.write_at_end
+        patched.setattr(during_a_run, "write_at_end", lambda *args, **options: None)
+        yield real
+
+
 @pytest.fixture
 def make_images():
     """A function that writes `count` small photographs-like images of two kinds into folders `a` and `b`."""

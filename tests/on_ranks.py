@@ -98,7 +98,7 @@ def goes_on():
     """One rank is asked to stop, and another time meets a step that is not finite: all do the same."""
     folder, first, last = Path(sys.argv[3]).parent, dist.rank() == 0, dist.rank() == dist.world_size() - 1
     quick = ["optim.batch_size=6", "optim.epochs=3", "neck.hidden=16", "neck.dim=8", "neck.dropout=0.5"]
-    quiet = ["log.tensorboard=false", "log.snapshot_share=1", "log.interval=1"]
+    quiet = ["log.tensorboard=false", "log.report=false", "log.snapshot_share=1", "log.interval=1"]
     recipe = load_recipe("small", [*quick, *quiet, "optim.skip_non_finite=1"])
 
     def go(name, **options):
@@ -143,7 +143,13 @@ def counts():
     folder, counters, refilled, lines = Path(sys.argv[3]).parent, Counters(), [], []
     quick = ["optim.batch_size=8", "optim.epochs=2", "neck.hidden=24", "neck.dim=8", "data.size=32"]
     quick += ["memory.clusters=6", "memory.min_cluster=4", "memory.centroid_interval=4", "dc.pca=6"]
-    quick += ["log.interval=1000", "log.tensorboard=false", "log.snapshot_minutes=1000", "optim.lr=0.05"]
+    quick += [
+        "log.interval=1000",
+        "log.tensorboard=false",
+        "log.report=false",
+        "log.snapshot_minutes=1000",
+        "optim.lr=0.05",
+    ]
     handle, split, set_lr, result = odc.handle_small_clusters, small_clusters_module._split_largest, train.set_lr, {}
 
     def handle_and_note(*args):

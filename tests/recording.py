@@ -34,7 +34,14 @@ RANKS = (1, 2)
 SETTINGS = (
     *("optim.epochs=3", "optim.batch_size=8", "optim.lr=0.05", "neck.hidden=24", "neck.dim=8", "neck.dropout=0.5"),
     *("memory.clusters=6", "memory.min_cluster=7", "memory.centroid_interval=4", "memory.momentum=0.5", "dc.pca=6"),
-    *("log.interval=1", "log.tensorboard=false", "data.size=32", "optim.precision=float32", "optim.schedule=step"),
+    *(
+        "log.interval=1",
+        "log.tensorboard=false",
+        "log.report=false",
+        "data.size=32",
+        "optim.precision=float32",
+        "optim.schedule=step",
+    ),
 )
 CODC = "codc.members=[{cluster: 1, rotation: 1}, {cluster: 1, mixup: 0.5}]"
 PROCESSOR = {"model name": "processor", "cpu family": "family", "model": "model", "stepping": "stepping"}

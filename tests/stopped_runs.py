@@ -14,7 +14,13 @@ from odcft.run import snapshot_files
 TIMES = ("images_per_second", "data_wait", "time")
 QUICK = [
     *("optim.batch_size=4", "log.interval=2", "neck.hidden=16", "neck.dim=8", "neck.dropout=0.5"),
-    *("log.tensorboard=false", "log.snapshot_share=1", "optim.epochs=2", "memory.centroid_interval=2"),
+    *(
+        "log.tensorboard=false",
+        "log.report=false",
+        "log.snapshot_share=1",
+        "optim.epochs=2",
+        "memory.centroid_interval=2",
+    ),
 ]
 
 

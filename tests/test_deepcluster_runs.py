@@ -16,7 +16,7 @@ from odcft.first_memory import init_memory
 from odcft.recipe import load_recipe
 from odcft.train import fine_tune
 
-QUICK = ["method=dc", "optim.batch_size=4", "log.interval=1", "log.tensorboard=false", "dc.pca=4"]
+QUICK = ["method=dc", "optim.batch_size=4", "log.interval=1", "log.tensorboard=false", "log.report=false", "dc.pca=4"]
 
 
 @pytest.fixture

@@ -336,6 +336,28 @@ def test_the_card_of_a_run_has_title_figures_recipe_and_hash_and_no_path_of_this
         assert str(tmp_path) not in (folder / "config.json").read_text()
 
 
+def test_the_card_of_a_run_says_before_and_after_and_links_its_report():
+    from odcft.backbone.model_card import make_card
+
+    backbone = load_backbone("scratch:test_resnet").backbone
+    first, last = {"loss_over_ln_k": 0.98, "change_ratio": 0.61}, {"loss_over_ln_k": 0.49, "change_ratio": float("inf")}
+    about = {
+        "checkpoint": "c.pth",
+        "method": "odc",
+        "first_figures": first,
+        "figures": last,
+        "report": "../report.html",
+    }
+    text = make_card(backbone, about)
+    assert "Fine-tuning took the loss, relative to ln K, from 0.98 to 0.49. Curves, clusters, and the" in text
+    assert "[report.html](../report.html)" in text
+    assert "\nimport timm\nnet = timm.create_model(" in text
+    assert "## Licence" in text
+    alone = make_card(backbone, {"checkpoint": "c.pth"})
+    assert "Before and after" not in alone
+    assert "report.html" not in alone
+
+
 @pytest.mark.parametrize(
     "name", ["a`b", "``` </code>", "x\n# Not a title", "<script>alert(1)</script>", "``", "[a](b)"]
 )

@@ -43,7 +43,9 @@ ONLY_IN = {
     "PIL": ("data/", "demo.py", "reports/"),  # images are opened in data/; the demo and reports write some
     "faiss": ("clustering/kmeans.py",),
     "torch.distributed": ("distributed/",),
-    "sklearn": ("evaluation/", "clustering/cluster_statistics.py", "demo.py"),
+    "sklearn": ("evaluation/", "clustering/cluster_statistics.py", "reports/charts.py", "demo.py"),
+    "matplotlib": ("reports/charts.py",),
+    "jinja2": ("reports/page.py",),
     "typer": ("cli.py", "cli_options.py"),
     "rich": ("progress.py",),
     "pickle": ("backbone/safe_unpickle.py",),
@@ -176,7 +178,7 @@ def test_the_folders_of_tests_mirror_those_of_odcft():
             "distributed/many_nodes",
         ),
         *("distributed/ranks", "evaluation/golden_svm", "evaluation/bad_images", "run/outputs", "run/resume"),
-        "run/run_faults",
+        *("run/run_faults", "reports/browser"),
     }
     for path in (ROOT / "tests").glob("*/test_*.py"):
         room = path.parent.name.removesuffix("_tests")  # data_tests: tests/data holds the files that tests read

@@ -273,6 +273,7 @@ SPEECH = {
     "log.tensorboard",
     "log.trackers",
     "log.sheet_minutes",
+    "log.report",
     "log.snapshot_minutes",
     "log.snapshot_share",
     "optim.skip_non_finite",

@@ -64,7 +64,8 @@ def make_card(backbone: Backbone, about: dict[str, Any], code: str = "") -> str:
         )
     else:
         lines.append(f"A backbone without head, {backbone.width} features per image, taken from {source} by odcft.")
-    lines += ["", "## Load it", "", "```python", code or loading_code(backbone, "THIS_FOLDER"), "```"]
+    code = code or loading_code(backbone, "THIS_FOLDER").replace("; ", "\n", 1)
+    lines += ["", "## Load it", "", "```python", code, "```"]
     lines += ["", "## Input", ""]
     lines.append(
         f"{_COLORS[input.color]}, {input.describe_view()}; values 0..{input.range:g}, "
@@ -81,6 +82,8 @@ def make_card(backbone: Backbone, about: dict[str, Any], code: str = "") -> str:
         lines.append(f"The images were read by a function of the user's own, {code_span(str(about['reader']))}.")
     if input.color not in ("rgb", "bands"):
         lines.append("`odcft.load_backbone` converts images automatically; with timm alone, convert them yourself.")
+    if trained:
+        lines += ["", "## Before and after", "", before_and_after(about)]
     if figures := about.get("figures"):
         lines += ["", "## How the training ended", "", "| | |", "|---|---|"]
         for key, title in _FIGURES.items():
@@ -93,6 +96,23 @@ def make_card(backbone: Backbone, about: dict[str, Any], code: str = "") -> str:
     lines += ["", "## Licence", ""]
     lines.append("You may use these weights as far as the licences of the checkpoint and the images allow.")
     return "\n".join(lines) + "\n"
+
+
+def before_and_after(about: dict[str, Any]) -> str:
+    """What is known of the backbone before and after, and where more is; of a RUN, with a link to its report."""
+    first, last = about.get("first_figures") or {}, about.get("figures") or {}
+    moved = [
+        f"{title} from {first[key]:.2f} to {last[key]:.2f}"
+        for key, title in (
+            ("loss_over_ln_k", "the loss, relative to ln K,"),
+            ("change_ratio", "the share of labels that change in a step"),
+        )
+        if all(isinstance(line.get(key), int | float) and abs(line[key]) < 1e30 for line in (first, last))
+    ]
+    text = f"Fine-tuning took {' and '.join(moved)}. " if moved else ""
+    if about.get("report"):
+        text += f"Curves, clusters, and the neighbours of images before and after: [report.html]({about['report']}). "
+    return text + "Whether its features got better for a task is what `odcft evaluate RUN LABELLED/` measures."
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -58,8 +58,8 @@ def write_timm(backbone: Backbone, folder: Path, about: dict[str, Any] | None = 
 
 
 def _summary(about: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says about the backbone's origin; recipe and figures are only in the model card."""
-    return {key: value for key, value in about.items() if key not in ("recipe", "figures")}
+    """What config.json says about the backbone's origin; the rest is only in the model card."""
+    return {key: value for key, value in about.items() if key not in ("recipe", "figures", "first_figures", "report")}
 
 
 def _verify(backbone: Backbone, folder: Path) -> None:

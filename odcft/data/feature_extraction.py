@@ -21,6 +21,8 @@ def extract(
     title: str = "Features",
     dtype: torch.dtype = torch.float32,
     stop: Callable[[], object] = lambda: None,
+    *,
+    alone: bool = False,
 ) -> tuple[Tensor, dict[int, str]]:
     """Extract the features of the images that this rank owns, in the order of its rows, without augmentation.
 
@@ -34,13 +36,14 @@ def extract(
         title: of the progress bar.
         dtype: of the result.
         stop: called before every batch; extraction ends early once it returns something true.
+        alone: extract the features of all images on this rank: the others are not here.
 
     Returns:
         Features (S, D) of this rank's S images, on the device, with zero rows for unreadable ones; and index to reason
         for the unreadable ones.
     """
     assert crops.augment is None
-    owned = ownership.my_images(len(crops.images))
+    owned = range(len(crops.images)) if alone else ownership.my_images(len(crops.images))
     unreadable: dict[int, str] = {}
     features_SD: Tensor | None = None
     with progress.phase(title, len(owned)) as advance:
@@ -53,7 +56,7 @@ def extract(
                 features_BD = network(images).float()
                 if features_SD is None:
                     features_SD = torch.zeros(len(owned), features_BD.shape[1], dtype=dtype, device=device)
-                row_B = ownership.row_of(part.index_B).to(device, non_blocking=True)
+                row_B = (part.index_B if alone else ownership.row_of(part.index_B)).to(device, non_blocking=True)
                 features_SD[row_B] = features_BD.to(dtype)
             advance(len(part.index_B) + len(part.unreadable))
     if features_SD is None:  # no image of this rank could be read

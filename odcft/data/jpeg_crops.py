@@ -104,6 +104,29 @@ def crop_of_decoded(
     return _upright(_resize(pixels, box, 1, size), orientation, flipped)
 
 
+def jpeg_at_scale(data: bytes, side: int) -> Image.Image | None:
+    """Decode a whole JPEG, upright, at the smallest scale whose longer side has at least `side` pixels.
+
+    Returns:
+        A Pillow image in RGB; or None for anything but a sound JPEG of gray or colour, which Pillow then decodes or
+        refuses with the reason; also if simplejpeg is not installed.
+    """
+    if not data.startswith(_START) or not is_available():
+        return None
+    if (header := _plain_header(data) or _header(data)) is None:
+        return None
+    width, height, orientation = header
+    if width * height > (Image.MAX_IMAGE_PIXELS or width * height):
+        return None
+    scale = next((scale for scale in SCALES if max(width, height) >= scale * side), 1)
+    pixels = _decode(data, width, height, scale)
+    if pixels is None:
+        return None
+    mirrored, upside_down, transposed = _UPRIGHT[orientation]
+    upright = pixels[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
+    return Image.fromarray(np.ascontiguousarray(upright.transpose(1, 0, 2) if transposed else upright).copy())
+
+
 def _draw_stored(
     width: int, height: int, orientation: int, recipe: AugmentRecipe, rng: random.Random
 ) -> tuple[tuple[int, int, int, int], bool]:

@@ -34,30 +34,33 @@ SUM = 20  # bytes
 Entry = tuple[dict[str, np.ndarray], dict[int, str]]  # layers and unreadable images
 
 
-def contents_of(images: Images, progress: Progress) -> bytes:
+def contents_of(images: Images, progress: Progress, alone: bool = False) -> bytes:
     """A checksum of the bytes of every image, for `key`; b"" if features of these images are not to be kept.
 
-    All ranks call this together, and each reads its share. Features of images that the user's own function reads are
-    not kept: nothing would tell that it has changed.
+    All ranks call this together, and each reads its share; or one calls it `alone`. Features of images that the user's
+    own function reads are not kept: nothing would tell that it has changed.
     """
-    device, ranks = dist.this_device(), dist.world_size()
-    # The other ranks may have another disk.
-    wanted = dist.rank() == 0 and cache_folder("features") is not None and images.reader is None
-    if not float(dist.all_sum(torch.tensor(float(wanted), device=device))):
+    device, ranks = dist.this_device(), 1 if alone else dist.world_size()
+    wanted = cache_folder("features") is not None and images.reader is None
+    if not alone:  # rank 0 decides: the other ranks may have another disk
+        wanted = bool(dist.all_sum(torch.tensor(float(wanted and dist.rank() == 0), device=device)))
+    if not wanted:
         return b""
     found = []
     with ThreadPoolExecutor(THREADS) as pool, progress.waiting(f"Checksums of {len(images):,} images"):
         step = max(1, BETWEEN // ranks) * ranks  # a multiple: every piece starts with an image of the first rank
         for start in range(0, len(images), step):
             count = min(step, len(images) - start)
-            mine = [start + row for row in ownership.my_images(count)]
+            mine = [start + row for row in (range(count) if alone else ownership.my_images(count))]
             pieces = [mine[first : first + AT_ONCE] for first in range(0, len(mine), AT_ONCE)]
             # Hashing lets other threads run.
             sums = b"".join(
                 b"".join(one) for one in pool.map(lambda piece: [_content(images, i) for i in piece], pieces)
             )
             rows = torch.frombuffer(bytearray(sums), dtype=torch.uint8) if sums else torch.zeros(0, dtype=torch.uint8)
-            rows_NS = ownership.in_dataset_order(rows.view(-1, SUM).to(device), count)
+            rows_NS = rows.view(-1, SUM)
+            if not alone:
+                rows_NS = ownership.in_dataset_order(rows_NS.to(device), count)
             found.append(rows_NS.cpu().numpy().tobytes())
     return b"".join(found)
 

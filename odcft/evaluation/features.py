@@ -49,6 +49,7 @@ def features_of(
     all_layers: bool = False,
     keep: bool = True,
     contents: bytes | None = None,
+    alone: bool = False,
 ) -> Features:
     """Extract the features of all images, on all ranks together, or take them from the cache.
 
@@ -62,6 +63,7 @@ def features_of(
         all_layers: the features of all layers, not only of the last.
         keep: use the cache.
         contents: what `contents_of` gave for these images, if it was called already.
+        alone: only this rank is here: it extracts the features of all images itself, and waits for nobody.
 
     Raises:
         OdcftError: the network cannot process images of that size.
@@ -79,22 +81,26 @@ def features_of(
 
     key, known = "", None
     if keep and contents is None:
-        contents = feature_cache.contents_of(images, progress)
-    if keep and dist.rank() == 0:  # the other ranks may have another disk
+        contents = feature_cache.contents_of(images, progress, alone=alone)
+    if keep and (alone or dist.rank() == 0):  # the other ranks may have another disk
         key = feature_cache.key(backbone, contents or b"", view, "bfloat16" if half else "float32")
         known = feature_cache.read(key, widths, len(images))
-    dist.wait_for_all()
-    if float(dist.all_sum(torch.tensor(float(known is not None), device=device))):
+    if not alone:
+        dist.wait_for_all()
+    if known is not None if alone else float(dist.all_sum(torch.tensor(float(known is not None), device=device))):
         return Features(*(known or ({}, {})), cached=True)
 
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        features_SF, mine = extract(network, Crops(images, view), BATCH, loader_workers(device), device, progress)
-    features_NF = ownership.in_dataset_order(features_SF.cpu(), len(images))
-    unreadable = dist.gather_dict(mine)
+        workers = loader_workers(device)
+        features_SF, mine = extract(network, Crops(images, view), BATCH, workers, device, progress, alone=alone)
+    features_NF, unreadable = features_SF.cpu(), mine
+    if not alone:
+        features_NF = ownership.in_dataset_order(features_NF, len(images))
+        unreadable = dist.gather_dict(mine)
     if not features_NF.shape[1]:  # not one image could be read
         features_NF = features_NF.new_zeros(len(images), backbone.width)
         return Features({LAST: features_NF.numpy()}, unreadable)
     tensors = network.split(features_NF) if isinstance(network, LayerFeatures) else {LAST: features_NF}
-    if keep and dist.rank() == 0:
+    if keep and (alone or dist.rank() == 0):
         feature_cache.write(key, tensors, unreadable)
     return Features({name: tensor.numpy() for name, tensor in tensors.items()}, unreadable)

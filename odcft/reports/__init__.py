@@ -1,1 +1,1 @@
-"""What a run learned, for people to look at: contact sheets, clusters as files, near-duplicates."""
+"""What people look at: the report of a run, its clusters as pictures and lists, and the comparison of two runs."""

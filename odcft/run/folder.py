@@ -21,12 +21,14 @@ BEST_BACKBONES = tuple(name.replace("backbone", "backbone_best") for name in BAC
 MEMORY_FILES: Layout = dict.fromkeys(
     ("memory.safetensors", "neck.safetensors", "memory.json", "images.csv", "quarantine.csv", LOCK)
 )
+PICTURE_FILES: Layout = {5 * "[0-9]": {8 * "[0-9]" + ".webp": None, 8 * "[0-9]" + ".jpeg": None}}  # of a report
 STEP = "step-" + 9 * "[0-9]"
 STATE_FILES: Layout = {"same.safetensors": None, "rank-*-of-*.safetensors": None, "state.json": None}
 RUN_FILES: Layout = {
     **dict.fromkeys(("recipe.yaml", "run.json", "metrics.jsonl", "images.csv", "quarantine.csv", LOCK)),
     **dict.fromkeys(("clusters.parquet", "report.html")),
     **dict.fromkeys((*BACKBONES, *BEST_BACKBONES), BACKBONE_FILES),
+    "report_pictures": PICTURE_FILES,
     "checkpoints": {STEP: STATE_FILES, f"damaged-{STEP}": STATE_FILES},
     "tensorboard": {"events.out.tfevents.*": None},
 }

@@ -31,7 +31,8 @@ def about_run(run: Path, member: int = 0) -> dict[str, Any]:
 
     Returns:
         `checkpoint` and `data` (their names, without their folders on this machine), `sha256`, `images`, `method`,
-        `clusters`, `epochs`, `seed`; the recipe's text under `recipe` and the last line of the log under `figures`.
+        `clusters`, `epochs`, `seed`; the recipe's text under `recipe`, the last line of the log under `figures`, and
+        the first under `first_figures`.
     """
     try:
         run_json = read_json(run / "run.json")
@@ -51,7 +52,17 @@ def about_run(run: Path, member: int = 0) -> dict[str, Any]:
         if fields["method"] in METHODS:
             about |= {"method": fields["method"], "seed": int(fields["seed"])}
             about |= {"clusters": int(fields["memory"]["clusters"]), "epochs": int(fields["optim"]["epochs"])}
-    return {**about, "recipe": recipe, "figures": _last_line(run / "metrics.jsonl")}
+    log = run / "metrics.jsonl"
+    return {**about, "recipe": recipe, "figures": _last_line(log), "first_figures": _first_line(log)}
+
+
+def _first_line(path: Path) -> dict[str, Any]:
+    """The first line of a log, parsed; {} if there is none."""
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        if path.is_file():
+            with path.open("rb") as file:
+                return dict(json.loads(file.readline(MAX_LINE)))
+    return {}
 
 
 def _last_line(path: Path) -> dict[str, Any]:

@@ -39,7 +39,14 @@ def two(data, more):
 number = 3
 """
 
-QUICK = ["optim.batch_size=8", "neck.hidden=16", "neck.dim=8", "log.tensorboard=false", "optim.epochs=1"]
+QUICK = [
+    "optim.batch_size=8",
+    "neck.hidden=16",
+    "neck.dim=8",
+    "log.tensorboard=false",
+    "log.report=false",
+    "optim.epochs=1",
+]
 
 
 @pytest.fixture

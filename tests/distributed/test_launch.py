@@ -44,7 +44,18 @@ def inputs(tmp_path_factory):
 
 
 def finetune(inputs, out, rank, what, launcher=("-c", PROGRAM), devices=("--devices", "2")):
-    flags = ["--recipe", "small", "--set", "optim.batch_size=4", "--set", "log.tensorboard=false", "--epochs", "2"]
+    flags = [
+        "--recipe",
+        "small",
+        "--set",
+        "optim.batch_size=4",
+        "--set",
+        "log.tensorboard=false",
+        "--set",
+        "log.report=false",
+        "--epochs",
+        "2",
+    ]
     arguments = ["finetune", inputs / "c.pth", inputs / "images", "--out", out, *flags, *devices]
     command = [sys.executable, *map(str, [*launcher, rank, what, *arguments])]
     return subprocess.run(

@@ -1,0 +1,142 @@
+"""The health of a run in words: what is fine, what is not, and what to change."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from odcft.reports.run_record import RunRecord
+from odcft.run.collapse_warnings import CHANCE, warnings
+from odcft.text import count_of
+
+WAITING = 0.2  # share of the time that training waited for images, from which on the loading of images is the brake
+MOVING = 0.3  # share of labels that still change at the end, from which on a longer run may settle them
+LATE = 0.5  # of all epochs: the best kNN accuracy before that says that the run got worse again
+WORSE = 1.0  # points of kNN accuracy below the best
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line about a run's health: whether it is fine, what it is about, and what was found."""
+
+    fine: bool
+    about: str
+    text: str
+
+
+def findings(record: RunRecord) -> list[Finding]:
+    """What the figures of a run say, problems first; a line says what to change where something is wrong."""
+    lines, clusters = record.full_lines(), record.cluster_count()
+    if not lines or clusters is None:
+        return [Finding(True, "Too early", "The run has not logged a line yet; there is nothing to judge.")]
+    problems = warnings(lines, clusters, record.method)
+    found = [Finding(False, _TITLES[name], _sentence(text)) for name, text in problems.items()]
+    found += _past_problems(record, problems)
+    found += [_loss(record), *_clusters(record, clusters)] if not problems else []
+    if record.method != "dc":
+        found.append(_labels(record))
+    found += [*_waiting(record), *_knn(record), *_images(record)]
+    return sorted(found, key=lambda finding: finding.fine)
+
+
+_TITLES = {"diverging": "Diverging", "chance": "Not learning", "uneven": "Uneven clusters", "alike": "Collapse"}
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _past_problems(record: RunRecord, now: Sequence[str] | dict[str, str]) -> list[Finding]:
+    """Warnings of the log that are over."""
+    found = []
+    for name, title in _TITLES.items():
+        steps = [line["step"] for line in record.lines if name in line["warnings"]]
+        if steps and name not in now:
+            when = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
+            found.append(Finding(True, title, f"The log warned of this at {when}; it is over."))
+    return found
+
+
+def _loss(record: RunRecord) -> Finding:
+    lines = record.full_lines()
+    first, last = lines[0]["loss_over_ln_k"], lines[-1]["loss_over_ln_k"]
+    if last >= CHANCE:
+        return Finding(True, "Loss", f"The loss is {last:.2f} of ln K, the level of guessing: too early to tell.")
+    return Finding(
+        True,
+        "Loss",
+        f"The loss went from {first:.2f} to {last:.2f} of ln K (1 is guessing): the labels can be learned.",
+    )
+
+
+def _clusters(record: RunRecord, clusters: int) -> list[Finding]:
+    last = record.full_lines()[-1]
+    effective = clusters ** min(1.0, max(0.0, last["entropy"]))
+    text = f"The clusters are as even as {effective:,.0f} of equal size would be, out of {clusters:,}."
+    if "smallest" in last and "largest" in last:
+        text += f" They hold {last['smallest']:,} to {count_of(last['largest'], 'image')}."
+    return [Finding(True, "Clusters", text)]
+
+
+def _labels(record: RunRecord) -> Finding:
+    ratio = record.lines[-1].get("change_ratio")
+    if ratio is None:
+        return Finding(True, "Labels", "The log does not say how many labels change.")
+    share = f"{ratio:.0%}" if ratio >= 0.01 else f"{ratio:.1%}"
+    if ratio > MOVING and record.finished:
+        return Finding(
+            False,
+            "Labels",
+            f"{share} of the labels still change in a step: the clusters have not settled. Train longer "
+            "(odcft finetune … --resume --epochs with twice as many), or lower memory.momentum.",
+        )
+    settled = "the clusters have settled" if ratio < MOVING / 3 else "the clusters are settling"
+    return Finding(True, "Labels", f"{share} of the labels still change in a step: {settled}.")
+
+
+def _waiting(record: RunRecord) -> list[Finding]:
+    waits = [line["data_wait"] for line in record.lines[-50:] if "data_wait" in line]
+    if not waits:
+        return []
+    mean = sum(waits) / len(waits)
+    if mean > WAITING:
+        return [
+            Finding(
+                False,
+                "Speed",
+                f"Training waited for images {mean:.0%} of the time. More loader processes (--set data.workers=…), "
+                "smaller files, or a faster disk would speed it up (docs/scaling.md).",
+            )
+        ]
+    return [Finding(True, "Speed", f"Training waited for images {mean:.0%} of the time.")]
+
+
+def _knn(record: RunRecord) -> list[Finding]:
+    measured = [(line["knn"], line.get("epoch", 0.0)) for line in record.lines if "knn" in line]
+    if len(measured) < 2:
+        return []
+    best, when = max(measured, key=lambda pair: (pair[0], -pair[1]))
+    last, end = measured[-1]
+    if best - last > WORSE and when <= LATE * end:
+        return [
+            Finding(
+                False,
+                "kNN",
+                f"Nearest-neighbour accuracy was best in epoch {when:.0f} ({best:.1f}) and is {last:.1f} now. The "
+                f"backbone of that epoch is in backbone_best; next time --epochs {max(1, round(when)):.0f} is enough.",
+            )
+        ]
+    return [Finding(True, "kNN", f"Nearest-neighbour accuracy went from {measured[0][0]:.1f} to {last:.1f}.")]
+
+
+def _images(record: RunRecord) -> list[Finding]:
+    if not record.unreadable:
+        return []
+    total = record.about.get("images")
+    share = f" (of {total + len(record.unreadable):,})" if isinstance(total, int) else ""
+    return [
+        Finding(
+            False,
+            "Images",
+            f"{count_of(len(record.unreadable), 'image')}{share} could not be read and were left out: see "
+            "quarantine.csv in the RUN.",
+        )
+    ]

@@ -1,0 +1,72 @@
+"""Thumbnails that do not fit into a report: files in a folder beside it.
+
+Shapes: L images that the page lists.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from odcft.data.thumbnails import make_thumbnails
+from odcft.errors import OdcftError
+from odcft.files import atomic_folder
+from odcft.plan import cores_of_rank
+from odcft.progress import Progress
+from odcft.reports.page import Page
+from odcft.run.folder import PICTURE_FILES
+from odcft.run.output_checks import clear_folder
+
+if TYPE_CHECKING:
+    from odcft.reports.run_report import Pictures
+
+SIDE = 160  # pixels
+PER_FOLDER = 1000  # images
+
+
+def picture_folder(page: Path) -> Path:
+    """The folder beside a page: report.html has report_pictures."""
+    return page.with_name(f"{page.stem}_pictures")
+
+
+def write_pictures(
+    page: Page, pictures: "Pictures", listed: np.ndarray, place: Path, progress: Progress
+) -> dict[str, str]:
+    """Write thumbnails of the listed images that have none in the page; return name to reason for unreadable ones.
+
+    Args:
+        page: gets the names of the files.
+        pictures: where the images are.
+        listed: rows of the images that the page lists (L,).
+        place: where the page will be.
+        progress: where to report.
+
+    Raises:
+        OdcftError: the folder holds something else, or cannot be written.
+    """
+    assert pictures.images is not None
+    folder, ending = picture_folder(place), page.media.rpartition("/")[2]
+    index_L = pictures.index_N[listed]
+    rest = [i for i in range(len(listed)) if index_L[i] >= 0 and not (i < len(page.thumbnails) and page.thumbnails[i])]
+    files = [""] * len(listed)
+    unreadable: dict[str, str] = {}
+    try:
+        clear_folder(folder, PICTURE_FILES)
+        with progress.phase("Pictures", len(rest)) as advance:
+            for number, start in enumerate(range(0, len(rest), PER_FOLDER)):
+                part = rest[start : start + PER_FOLDER]
+                made, bad = make_thumbnails(
+                    *(pictures.images, index_L[part], pictures.view),
+                    **{"side": SIDE, "most_bytes": float("inf"), "threads": cores_of_rank(), "advance": advance},
+                )
+                unreadable |= {pictures.images.names[index]: why for index, why in bad.items()}
+                with atomic_folder(folder / f"{number:05d}") as unfinished:
+                    for i in part:
+                        if (content := made.get(int(index_L[i]))) is not None:
+                            files[i] = f"{number:05d}/{i:08d}.{ending}"
+                            (unfinished / f"{i:08d}.{ending}").write_bytes(content)
+    except OSError as error:
+        raise OdcftError(f"{folder} cannot be written: {error.strerror or error}. Choose another --out.") from None
+    page.folder = folder.name
+    page.data["images"]["file"] = files
+    return unreadable

@@ -1,0 +1,75 @@
+"""The verdict on a run, from what `odcft evaluate RUN … --json` printed: whether it got better, in a sentence."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from odcft.errors import OdcftError
+from odcft.evaluation.results_table import METRICS
+from odcft.evaluation.verdict import BETTER, WORSE, verdict, verdict_line
+from odcft.files import read_json
+
+WITHOUT_LABELS = {
+    "better": ("Better than the checkpoint it was started from, judged without labels.", "better"),
+    "worse": ("Worse than the checkpoint it was started from, judged without labels.", "worse"),
+    "cannot tell": ("Judged without labels, nothing can be told: a few labelled images would settle it.", "open"),
+}
+THAN = "the checkpoint it was started from"
+
+
+def read_verdict(evaluation: str | Path | Mapping[str, Any] | None) -> tuple[str, str]:
+    """The verdict as a sentence, and better, worse or open.
+
+    Args:
+        evaluation: the object that `odcft evaluate RUN … --json` printed, or a file with it.
+
+    Returns:
+        ("", "open") without one.
+
+    Raises:
+        OdcftError: there is no verdict in it.
+    """
+    if evaluation is None:
+        return "", "open"
+    values = evaluation if isinstance(evaluation, Mapping) else read_json(Path(evaluation))
+    changes = _changes(values.get("change"))
+    tested = values.get("test_images")
+    if changes and isinstance(tested, int) and tested > 0:
+        found = verdict(changes)
+        kind = "better" if found == BETTER else "worse" if found == WORSE else "open"
+        return f"{verdict_line(changes, tested, THAN)} {_figures(values, changes, tested)}", kind
+    unlabelled = values.get("unlabelled")
+    said = unlabelled.get("verdict") if isinstance(unlabelled, Mapping) else None
+    if isinstance(said, str) and said in WITHOUT_LABELS:
+        return WITHOUT_LABELS[said]
+    where = "the evaluation" if isinstance(evaluation, Mapping) else evaluation
+    raise OdcftError(
+        f"{where} holds no comparison with {THAN}. Write it with: odcft evaluate RUN LABELLED/ --json > evaluation.json"
+    )
+
+
+def _changes(given: Any) -> dict[str, dict[str, float]]:
+    """The changes with their intervals, as far as they are what `evaluate` prints."""
+    found = {}
+    for protocol, change in given.items() if isinstance(given, Mapping) else ():
+        if protocol in METRICS and isinstance(change, Mapping):
+            numbers = {name: change.get(name) for name in ("change", "low", "high")}
+            if all(isinstance(n, int | float) and math.isfinite(n) for n in numbers.values()):
+                found[protocol] = {name: float(n) for name, n in numbers.items()}  # type: ignore[arg-type]
+    return found
+
+
+def _figures(values: Mapping[str, Any], changes: Mapping[str, Mapping[str, float]], tested: int) -> str:
+    """Before and after of every figure, in a sentence."""
+    said = []
+    for protocol, change in changes.items():
+        title, key = METRICS[protocol]
+        after = values.get(protocol)
+        figure = after.get(key) if isinstance(after, Mapping) else None
+        interval = "({low:+.1f} … {high:+.1f})".format(**change)
+        if isinstance(figure, int | float) and math.isfinite(figure):
+            said.append(f"{title} {figure - change['change']:.1f} before, {figure:.1f} after {interval}")
+        else:
+            said.append(f"{title} {change['change']:+.1f} {interval}")
+    return f"On {tested:,} test images: {'; '.join(said)}."

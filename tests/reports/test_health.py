@@ -1,0 +1,71 @@
+"""What the report says of a run's health: what is wrong, and what to change."""
+
+import pytest
+from written_runs import line_of
+
+from odcft.recipe import load_recipe
+from odcft.reports.health import findings
+from odcft.reports.run_record import Assignment, RunRecord
+
+
+def record_of(lines, method="odc", finished=True, **more):
+    recipe = load_recipe("small", ["memory.clusters=10", f"method={method}"])
+    record = RunRecord(
+        None, {"finished": 1} if finished else {}, recipe, lines=[{"warnings": [], **line} for line in lines]
+    )
+    record.clusters = Assignment([], None, None) if finished else None
+    for name, value in more.items():
+        setattr(record, name, value)
+    return record
+
+
+def problems(*args, **more):
+    return {finding.about: finding.text for finding in findings(record_of(*args, **more)) if not finding.fine}
+
+
+def test_a_healthy_run_has_no_problem():
+    lines = [line_of(step, change_ratio=0.02) for step in range(50)]
+    assert problems(lines) == {}
+    said = " ".join(finding.text for finding in findings(record_of(lines)))
+    assert "The loss went from 0.90 to 0.85 of ln K" in said
+    assert "the clusters have settled" in said
+    assert "They hold 2 to 9 images" in said
+
+
+@pytest.mark.parametrize(
+    ("figures", "about", "says"),
+    [
+        ({"loss_over_ln_k": 1.0}, "Not learning", "Try a milder augmentation"),
+        ({"loss_over_ln_k": 2.0}, "Diverging", "optim.lr at a third"),
+        ({"entropy": 0.3}, "Uneven clusters", "fewer --clusters"),
+        ({"centroid_spread": 0.001}, "Collapse", "features collapse"),
+        ({"change_ratio": 0.6}, "Labels", "Train longer"),
+        ({"data_wait": 0.5}, "Speed", "data.workers"),
+    ],
+)
+def test_each_problem_is_named_with_what_helps(figures, about, says):
+    lines = [line_of(step, change_ratio=0.02) | figures for step in range(60)]
+    found = problems(lines)
+    assert list(found) == [about]
+    assert says in found[about]
+
+
+def test_a_best_epoch_long_ago_and_unreadable_images_are_told():
+    lines = [line_of(step, change_ratio=0.02, knn=70.0 if step == 5 else 60.0) for step in range(40)]
+    found = problems(lines, unreadable={"a.png": "cut"})
+    assert "was best in epoch 1 (70.0) and is 60.0 now" in found["kNN"]
+    assert "1 image" in found["Images"]
+    assert "quarantine.csv" in found["Images"]
+
+
+def test_a_warning_that_is_over_is_told_as_such():
+    lines = [line_of(step, change_ratio=0.02, warnings=["uneven"] if step in (12, 13) else []) for step in range(40)]
+    record = record_of(lines)
+    (over,) = [finding for finding in findings(record) if "it is over" in finding.text]
+    assert over.fine
+    assert "steps 12 to 13" in over.text
+
+
+def test_a_run_without_lines_is_not_judged():
+    assert problems([]) == {}
+    assert findings(record_of([]))[0].about == "Too early"

@@ -1,0 +1,189 @@
+"""The report of a run: what it shows, what it refuses, and that nothing in a file becomes code."""
+
+import json
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from written_runs import NASTY, line_of
+
+from odcft.errors import OdcftError
+from odcft.progress import Progress
+from odcft.reports.run_report import report
+
+QUIET = {"progress": Progress(quiet=True), "sample": 0}
+
+
+def data_of(page):
+    """What the page's script gets, and its thumbnails."""
+    text = page.read_text(encoding="utf-8")
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    thumbnails = re.search(r'id="thumbnails">(.*?)</script>', text, re.DOTALL)
+    return json.loads(found[1]), thumbnails[1].split("\n")
+
+
+def test_a_report_shows_clusters_and_pictures(make_run, tmp_path, drawn):
+    run = make_run(tmp_path)
+    values = report(run, **QUIET)
+    assert values["out"] == str(run / "report.html")
+    assert (values["images"], values["clusters"], values["pictures"], values["notes"]) == (24, 3, 24, [])
+    data, thumbnails = data_of(run / "report.html")
+    assert data["clusters"]["size"] == [8, 8, 8]
+    assert len([one for one in thumbnails if one]) == 24
+    name = data["images"]["name"]
+    nearest = [name[i] for i in data["clusters"]["near"][1]]
+    assert nearest == ["001.png", "004.png", "007.png", "010.png"]
+    assert [name[i] for i in data["clusters"]["far"][1]] == ["022.png", "019.png"]
+    # In the earlier state one of eight was another: 7 in both, 9 in either.
+    assert data["clusters"]["stability"] == [round(7 / 9, 3), round(7 / 9, 3), 1.0]
+    # The mean square of 0.00, 0.03 ... 0.21 is 0.01575.
+    assert data["clusters"]["tightness"][0] == pytest.approx(1 - 0.01575, abs=1e-3)
+    text = (run / "report.html").read_text()
+    assert "was fine-tuned on 24 unlabelled images of images by online deep clustering" in text
+    assert text.count("#cluster-") >= 3
+    assert re.findall(r'(?:src|href|action|url)="(?!#)[^"]*"', text) == []
+
+
+def test_names_of_files_stay_text(make_run, tmp_path):
+    run = make_run(tmp_path, NASTY, clusters=2)
+    report(run, **QUIET)
+    text = (run / "report.html").read_text(encoding="utf-8")
+    data, _ = data_of(run / "report.html")
+    assert sorted(data["images"]["name"]) == sorted(name.replace("\n", "\\n") for name in NASTY)
+    assert text.count("<script") == text.count("</script>") == 3
+    assert "<img src=x" not in text
+    assert "<b>bold" not in text
+
+
+def test_labels_say_how_pure_clusters_are(make_run, tmp_path):
+    names = [f"{'cat' if i % 3 == 0 or i == 1 else 'dog'}/{i:03d}.png" for i in range(24)]
+    run = make_run(tmp_path, names)
+    report(run, labels=str(tmp_path / "images"), **QUIET)
+    data, _ = data_of(run / "report.html")
+    assert data["clusters"]["purity"] == [1.0, round(7 / 8, 3), 1.0]
+    assert data["clusters"]["classes"][1] == [["dog", 0.875], ["cat", 0.125]]
+    assert "95.8% of 24 labelled images" in (run / "report.html").read_text()
+    (tmp_path / "else" / "x").mkdir(parents=True)
+    (tmp_path / "images" / names[0]).rename(tmp_path / "else" / "x" / "moved.png")
+    with pytest.raises(OdcftError, match="none of the run's images has a label there"):
+        report(run, labels=str(tmp_path / "else"), **QUIET)
+
+
+def test_without_images_there_are_names_instead_of_pictures(make_run, tmp_path):
+    run = make_run(tmp_path, pixels=False)
+    values = report(run, **QUIET)
+    assert values["pictures"] == 0
+    assert "No pictures" in values["notes"][0]
+    assert "--data" in values["notes"][0]
+    assert data_of(run / "report.html")[0]["images"]["name"][0].endswith(".png")
+    with pytest.raises(OdcftError, match="does not exist"):
+        report(run, data=str(tmp_path / "nowhere"), **QUIET)
+
+
+def test_damaged_images_are_counted_and_the_first_is_named(make_run, tmp_path):
+    run = make_run(tmp_path)
+    (tmp_path / "images" / "003.png").write_bytes(b"\x89PNG\r\n\x1a\n rubbish")
+    (tmp_path / "images" / "004.png").unlink()
+    values = report(run, **QUIET)
+    assert (values["pictures"], values["unreadable"]) == (22, 1)
+    assert any("1 of 24 images are no longer in" in note for note in values["notes"])
+    assert any("003.png" in note for note in values["notes"])
+
+
+def test_a_page_never_exceeds_its_size_and_the_rest_goes_beside(make_run, tmp_path):
+    run = make_run(tmp_path, [f"{i:04d}.png" for i in range(400)], lines=[line_of(0)])
+    values = report(run, megabytes=0.13, all_pictures=True, **QUIET)
+    assert values["bytes"] < 0.13e6 + 30 * 400  # the names of the files beside are no part of the page's budget
+    assert 0 < values["pictures"] < 400
+    data, _ = data_of(run / "report.html")
+    beside = [name for name in data["images"]["file"] if name]
+    assert len(beside) + values["pictures"] == len(data["images"]["name"])
+    assert all((run / "report_pictures" / name).is_file() for name in beside)
+    report(run, all_pictures=True, **QUIET)  # again, over its own
+    (run / "report_pictures" / "thesis.txt").write_text("mine")
+    with pytest.raises(OdcftError, match="holds files odcft did not write"):
+        report(run, all_pictures=True, **QUIET)
+
+
+def test_a_run_that_has_not_ended_has_curves_only(make_run, tmp_path):
+    run = make_run(tmp_path, finished=False)
+    values = report(run, **QUIET)
+    assert values["clusters"] == 0
+    text = (run / "report.html").read_text()
+    assert "is being fine-tuned" in text
+    assert "epoch 3.0 of 3" in text
+    assert 'aria-label="Loss, relative to ln K. ' in text
+
+
+def test_only_reports_are_replaced(make_run, tmp_path):
+    run = make_run(tmp_path)
+    report(run, **QUIET)
+    report(run, **QUIET)  # the RUN's own
+    out = tmp_path / "mine.html"
+    report(run, out=out, **QUIET)
+    with pytest.raises(OdcftError, match=r"exists\. Choose another --out, or pass --overwrite"):
+        report(run, out=out, **QUIET)
+    report(run, out=out, overwrite=True, **QUIET)
+    out.write_text("<html>my thesis</html>")
+    with pytest.raises(OdcftError, match="was not written by odcft report"):
+        report(run, out=out, overwrite=True, **QUIET)
+    (run / "report.html").unlink()
+    (run / "report.html").symlink_to(out)
+    with pytest.raises(OdcftError, match="was not written by odcft report"):
+        report(run, **QUIET)
+    assert out.read_text() == "<html>my thesis</html>"
+    with pytest.raises(OdcftError, match=r"end the name with \.html"):
+        report(run, out=tmp_path / "report.pdf", **QUIET)
+
+
+@pytest.mark.parametrize("what", ["no run", "run.json", "clusters", "metrics", "recipe", "state", "numbers"])
+def test_damaged_files_are_refused_or_left_out(make_run, tmp_path, what):
+    if what == "no run":
+        with pytest.raises(OdcftError, match=r"is not a RUN: it has no run\.json"):
+            report(tmp_path, **QUIET)
+        return
+    run = make_run(tmp_path)
+    rubbish = b"\x00\xff rubbish {"
+    if what == "run.json":
+        (run / "run.json").write_bytes(rubbish)
+        with pytest.raises(OdcftError, match="is damaged"):
+            report(run, **QUIET)
+    elif what == "clusters":
+        (run / "clusters.parquet").write_bytes(rubbish)
+        with pytest.raises(OdcftError, match=r"is not the clusters\.parquet of a run"):
+            report(run, **QUIET)
+    else:
+        if what == "metrics":
+            odd = [
+                '{"step": 1e999}',
+                '{"step": "a", "loss": 1}',
+                "[1]",
+                '{"step": 3, "epoch": null}',
+                rubbish.decode("latin1"),
+            ]
+            (run / "metrics.jsonl").write_text("\n".join(odd))
+        elif what == "recipe":
+            (run / "recipe.yaml").write_bytes(rubbish)
+        elif what == "state":
+            for file in run.glob("checkpoints/*/*"):
+                file.write_bytes(rubbish)
+        else:
+            columns = {"path": ["a", "b"], "cluster": [2**60, 5], "distance": np.array([np.nan, np.inf], np.float32)}
+            pq.write_table(pa.table(columns), run / "clusters.parquet")
+        assert report(run, **QUIET)["clusters"] in (2, 3)
+
+
+def test_the_command_writes_a_page_and_says_so(odcft_command, make_run, tmp_path):
+    run = make_run(tmp_path)
+    code, out, err = odcft_command("report", run, "--sample", 0, "--json")
+    assert code == 0, err
+    assert json.loads(out)["clusters"] == 3
+    assert "3 clusters of 24 images, 24 thumbnails" in err
+    code, _, err = odcft_command("report", run, run)
+    assert code == 2
+    assert "pass --out FILE.html" in err
+    code, _, err = odcft_command("report", tmp_path)
+    assert code == 2
+    assert err.startswith("odcft: ")
