@@ -160,12 +160,14 @@ def main() -> None:
     make_base(options.work / "base")
     with ExitStack() as stack:
         final = replay(options, stack)
-        print(f"Base {size(options.work / 'base')}, added {size(final.layer)}")
-        print("Largest packages:")
+        print(f"Base {size(options.work / 'base')}, added {size(final.layer)}", flush=True)
         site = next((final.tree / "opt/odcft/lib").glob("python3*/site-packages"))
         subprocess.run(f"du -sm {site}/* | sort -rn | head -12", shell=True, check=False)
         tools = [name for name in ("gcc", "cc", "make", "git") if shutil.which(name, path=str(final.tree / "usr/bin"))]
-        print(f"Build tools left: {', '.join(tools) or 'none'}; pip in the environment: {(site / 'pip').exists()}")
+        print(
+            f"Build tools left: {', '.join(tools) or 'none'}; pip in the environment: {(site / 'pip').exists()}",
+            flush=True,
+        )
         mount(stack, "-t", "tmpfs", "tmpfs", final.tree / "tmp")
         (final.tree / "tmp").chmod(0o1777)
         for folder in ("dev", "proc"):
@@ -173,7 +175,7 @@ def main() -> None:
         mount(stack, "-o", "remount,ro", final.tree)
         for command in ("odcft doctor /tmp", "touch /written", *options.then):
             print(f"\n$ {command}", flush=True)
-            print(f"exit code {run_inside(final, shlex.split(command), final.variables, [])}")
+            print(f"exit code {run_inside(final, shlex.split(command), final.variables, [])}", flush=True)
 
 
 if __name__ == "__main__":
