@@ -197,6 +197,7 @@ def init_memory(
     allow_partial: bool = False,
     overwrite: bool = False,
     reader: Reader | None = None,
+    accelerator: str = "auto",
     progress: bool = True,
 ) -> InitialMemory:
     """Extract features of all images, cluster them by K-Means, and save the memories that `fine_tune` starts from.
@@ -206,11 +207,11 @@ def init_memory(
         data: what `find_images` takes.
         out: folder to write.
         recipe: name of a shipped recipe, a YAML file, or a Recipe.
-        clusters: number of clusters, or "auto": images / 128, at most 10,000.
-        preset, set, seed: changes of the recipe, as for `fine_tune`.
+        clusters, preset, set, seed: changes of the recipe, as for `fine_tune`.
         arch, arch_args, input, part, allow_partial: how to load the checkpoint, as for `load_backbone`.
         overwrite: replace an earlier memory.
         reader: your own function that reads an image, or its name as MODULE:FUNCTION.
+        accelerator: auto, cpu, cuda, mps or xpu.
         progress: show progress.
 
     Raises:
@@ -231,7 +232,7 @@ def init_memory(
         allow_partial=allow_partial,
         arch_args=arch_args,
     )
-    with _training_alone(), _ranks_joined():
+    with _ranks_joined(accelerator), _training_alone():
         made = run(
             *(_text(ckpt), _text(data), Path(_text(out)), resolved),
             arch=arch,
@@ -265,6 +266,7 @@ def fine_tune(
     part: str | Sequence[str | None] | None = None,
     allow_partial: bool = False,
     reader: Reader | None = None,
+    accelerator: str = "auto",
     progress: bool = True,
 ) -> FineTuned:
     """Fine-tune a checkpoint on unlabelled images, and write a RUN folder with the fine-tuned backbone.
@@ -288,6 +290,7 @@ def fine_tune(
         seed: the same seed on the same machine gives the same backbone.
         arch, arch_args, input, part, allow_partial: how to load the checkpoint, as for `load_backbone`.
         reader: your own function that reads an image, or its name as MODULE:FUNCTION.
+        accelerator: auto, cpu, cuda, mps or xpu.
         progress: show progress, in a terminal, a notebook or a log.
 
     Returns:
@@ -318,7 +321,7 @@ def fine_tune(
     for name, count in (("epochs", epochs), ("eval_every", eval_every)):
         if count is not None and (not isinstance(count, int) or not 1 <= count <= MAX_EPOCHS):
             raise OdcftError(f"{name}={count!r}: give a whole number from 1 to {MAX_EPOCHS:,}.")
-    with _training_alone(to_continue="Continue with resume=True."), _ranks_joined():
+    with _ranks_joined(accelerator), _training_alone(to_continue="Continue with resume=True."):
         made = run(
             *(_texts(ckpt), _text(data), Path(_text(out)), resolved),
             arch=arch,
@@ -343,6 +346,7 @@ def evaluate(
     test: StrPath | None = None,
     features: StrPath | None = None,
     layers: str = "last",
+    per_class: bool = False,
     crop: str = "centre",
     size: int | None = None,
     arch: str | None = None,
@@ -351,6 +355,7 @@ def evaluate(
     part: str | None = None,
     allow_partial: bool = False,
     reader: Reader | None = None,
+    accelerator: str = "auto",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure how good a backbone's features are, on labelled images.
@@ -359,14 +364,16 @@ def evaluate(
         ckpt: what `load_backbone` takes. A RUN is compared with the checkpoint it was started from; of several, each
             with the last.
         data: labelled images: one sub-folder per class, or a list or shards with labels.
-        protocol: some of svm, low-shot, linear, knn, clusters.
+        protocol: some of svm, low-shot, linear, knn, semi, clusters.
         test: labelled images to test on; by default half of `data` is held out.
         features: features computed elsewhere (.npz), or a file written by `embed`, instead of `ckpt` and `data`.
         layers: last; best, the one that cross-validation on the training images prefers; or all.
+        per_class: also return the figures of each class.
         crop: centre, or squash: the whole image, as in the published results on VOC07.
         size: image size in pixels; by default that of the RUN or the network.
         arch, arch_args, input, part, allow_partial: how to load the checkpoint, as for `load_backbone`.
         reader: your own function that reads an image, or its name as MODULE:FUNCTION.
+        accelerator: auto, cpu, cuda, mps or xpu.
         progress: show progress.
 
     Returns:
@@ -386,18 +393,19 @@ def evaluate(
     if features is not None:
         if ckpt is not None or data is not None:
             raise OdcftError("features takes the place of ckpt and data. Drop one or the other.")
-        results = evaluate_file(Path(_text(features)), protocols, shown, test=_path(test))
+        results = evaluate_file(Path(_text(features)), protocols, shown, test=_path(test), per_class=per_class)
         return cast(dict[str, Any], json_values(results))
     if ckpt is None or data is None:
         raise OdcftError("evaluate takes a checkpoint and labelled images, evaluate(ckpt, data), or features=FILE.")
     from odcft.evaluation.comparison import evaluate as run
 
-    with _ranks_joined():
+    with _ranks_joined(accelerator):
         results = run(
             *(_texts(ckpt), _text(data), _text(test), protocols, arch, size, input, allow_partial, shown),
             parse_arch_args(arch_args),
             part,
             layers=layers,
+            per_class=per_class,
             crop=crop,
             reader=reader,
         )
@@ -417,6 +425,7 @@ def embed(
     allow_partial: bool = False,
     reader: Reader | None = None,
     overwrite: bool = False,
+    accelerator: str = "auto",
     progress: bool = True,
 ) -> "Embedding":
     """Compute the backbone's features of all images that can be read.
@@ -429,6 +438,7 @@ def embed(
         arch, arch_args, input, part, allow_partial: how to load the checkpoint, as for `load_backbone`.
         reader: your own function that reads an image, or its name as MODULE:FUNCTION.
         overwrite: replace a file that `embed` wrote.
+        accelerator: auto, cpu, cuda, mps or xpu.
         progress: show progress.
 
     Returns:
@@ -441,7 +451,7 @@ def embed(
     from odcft.embeddings import embed as run
     from odcft.progress import Progress
 
-    with _ranks_joined():
+    with _ranks_joined(accelerator):
         return run(
             *(_text(ckpt), _text(data), _path(out)),
             size=size,
@@ -529,14 +539,15 @@ def _training_alone(to_continue: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def _ranks_joined() -> Iterator[None]:
-    """Under torchrun, join the other processes for the time of a call."""
-    from odcft.distributed import dist
+def _ranks_joined(kind: str) -> Iterator[None]:
+    """For the time of a call, compute on this kind of device, and under torchrun join the other processes."""
+    from odcft.distributed import accelerator, dist
 
-    mine = dist.join()
-    yield
-    if mine:  # after an error the other ranks are not in the same place, and would not answer
-        dist.leave()
+    with accelerator.chosen(kind):
+        mine = dist.join()
+        yield
+        if mine:  # after an error the other ranks are not in the same place, and would not answer
+            dist.leave()
 
 
 def _text(path: Any) -> Any:

@@ -74,8 +74,10 @@ BLOCKS = list(blocks())
 
 def commands_of(text):
     """The commands of a shell block, as words; lines that are output are left out."""
-    for line in re.sub(r" *\\\n\s*", " ", text).splitlines():
-        line = line.strip().removeprefix("$ ")
+    lines = re.sub(r" *\\\n\s*", " ", text).splitlines()
+    prompts = any(line.strip().startswith("$ ") for line in lines)
+    for line in (line.strip() for line in lines if not prompts or line.strip().startswith("$ ")):
+        line = line.removeprefix("$ ")
         head = line.split(" ")[0]
         if head == "odcft" or head in ELSEWHERE:
             yield shlex.split(line, comments=True)
@@ -110,7 +112,7 @@ def problems(words, whole=True):
     """
     from odcft.recipe import all_field_paths, shipped
 
-    if not words or words[0] in ("--help", "--version", "COMMAND"):
+    if not words or words[0] in ("--help", "--version", "--install-completion", "COMMAND"):
         return
     if words[0] not in COMMANDS:
         yield f"no command {words[0]}"

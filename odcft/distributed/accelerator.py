@@ -4,6 +4,8 @@ NVIDIA's and AMD's GPUs are `cuda`, Intel's `xpu`, Apple's `mps`. `auto` takes a
 which lacks numbers of 64 bits, only on request.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +36,18 @@ def choose(kind: str) -> None:
             f"it. Here is: {', '.join(there)}."
         )
     _chosen = kind
+
+
+@contextmanager
+def chosen(kind: str) -> Iterator[None]:
+    """Within this context compute on this kind of device; errors as `choose`."""
+    global _chosen
+    before = _chosen
+    choose(kind)
+    try:
+        yield
+    finally:
+        _chosen = before
 
 
 def kind() -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from odcft.backbone.layers import LAST, LayerFeatures
 from odcft.backbone.network import Backbone
@@ -91,12 +92,7 @@ def features_of(
         return Features(*(known or ({}, {})), cached=True)
 
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        workers = loader_workers(device)
-        features_SF, mine = extract(network, Crops(images, view), BATCH, workers, device, progress, alone=alone)
-    features_NF, unreadable = features_SF.cpu(), mine
-    if not alone:
-        features_NF = ownership.in_dataset_order(features_NF, len(images))
-        unreadable = dist.gather_dict(mine)
+        features_NF, unreadable = _extract(network, Crops(images, view), device, progress, alone)
     if not features_NF.shape[1]:  # not one image could be read
         features_NF = features_NF.new_zeros(len(images), backbone.width)
         return Features({LAST: features_NF.numpy()}, unreadable)
@@ -104,3 +100,13 @@ def features_of(
     if keep and (alone or dist.rank() == 0):
         feature_cache.write(key, tensors, unreadable)
     return Features({name: tensor.numpy() for name, tensor in tensors.items()}, unreadable)
+
+
+def _extract(
+    network: torch.nn.Module, crops: Crops, device: torch.device, progress: Progress, alone: bool
+) -> tuple[Tensor, dict[int, str]]:
+    """Features (N, F) of all images on the host, and why some cannot be read."""
+    features_SF, unreadable = extract(network, crops, BATCH, loader_workers(device), device, progress, alone=alone)
+    if alone:
+        return features_SF.cpu(), unreadable
+    return ownership.in_dataset_order(features_SF.cpu(), len(crops.images)), dist.gather_dict(unreadable)

@@ -57,7 +57,10 @@ def write_pictures(
                 part = rest[start : start + PER_FOLDER]
                 made, bad = make_thumbnails(
                     *(pictures.images, index_L[part], pictures.view),
-                    **{"side": SIDE, "most_bytes": float("inf"), "threads": cores_of_rank(), "advance": advance},
+                    side=SIDE,
+                    most_bytes=float("inf"),
+                    threads=cores_of_rank(),
+                    advance=advance,
                 )
                 unreadable |= {pictures.images.names[index]: why for index, why in bad.items()}
                 with atomic_folder(folder / f"{number:05d}") as unfinished:
