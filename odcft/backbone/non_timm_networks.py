@@ -298,6 +298,8 @@ class SkipRandomInit(TorchFunctionMode):
 
 def shapes(arch: str, **kwargs: Any) -> dict[str, Tensor]:
     """A network's state dict on the meta device: names and shapes, without allocating memory."""
+    import timm  # noqa: F401 - torch 2.6 cannot import what timm does while tensors have no values
+
     with torch.device("meta"):
         return build(arch, **kwargs).state_dict()
 
