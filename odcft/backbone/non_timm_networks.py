@@ -306,6 +306,8 @@ def shapes(arch: str, **kwargs: Any) -> dict[str, Tensor]:
 
 def count_elements(arch: str, **kwargs: Any) -> int:
     """How many numbers a network holds, counted without allocating memory."""
+    import timm  # noqa: F401 - as above
+
     with torch.device("meta"):
         net = build(arch, **kwargs)
     return sum(tensor.numel() for tensors in (net.parameters(), net.buffers()) for tensor in tensors)
