@@ -1,6 +1,6 @@
 # odcft in a container; docs/containers.md says how to run it.
 #   docker build -t odcft .                             for NVIDIA GPUs
-#   docker build -t odcft:cpu --build-arg DEVICE=cpu .  without CUDA: a fifth of the size
+#   docker build -t odcft:cpu --build-arg DEVICE=cpu .  without CUDA: about 2 GB
 #
 # No CUDA in the base image: torch's wheel brings the version it was built with (your driver must be new enough for it).
 ARG PYTHON=3.12

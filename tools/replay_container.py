@@ -172,7 +172,7 @@ def main() -> None:
         (final.tree / "tmp").chmod(0o1777)
         for folder in ("dev", "proc"):
             (final.tree / folder).mkdir(exist_ok=True)
-        mount(stack, "-o", "remount,ro", final.tree)
+        subprocess.run(["mount", "-o", "remount,ro", str(final.tree)], check=True)
         for command in ("odcft doctor /tmp", "touch /written", *options.then):
             print(f"\n$ {command}", flush=True)
             print(f"exit code {run_inside(final, shlex.split(command), final.variables, [])}", flush=True)

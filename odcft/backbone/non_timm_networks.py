@@ -299,12 +299,16 @@ class SkipRandomInit(TorchFunctionMode):
 
 def shapes(arch: str, **kwargs: Any) -> dict[str, Tensor]:
     """A network's state dict on the meta device: names and shapes, without allocating memory."""
+    import timm  # noqa: F401 - torch 2.6 cannot import what timm does while tensors have no values
+
     with torch.device("meta"), SkipRandomInit():
         return build(arch, **kwargs).state_dict()
 
 
 def count_elements(arch: str, **kwargs: Any) -> int:
     """How many numbers a network holds, counted without allocating memory."""
+    import timm  # noqa: F401 - as above
+
     with torch.device("meta"), SkipRandomInit():
         net = build(arch, **kwargs)
     return sum(tensor.numel() for tensors in (net.parameters(), net.buffers()) for tensor in tensors)
