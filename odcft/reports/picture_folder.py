@@ -56,8 +56,13 @@ def write_pictures(
             for number, start in enumerate(range(0, len(rest), PER_FOLDER)):
                 part = rest[start : start + PER_FOLDER]
                 made, bad = make_thumbnails(
-                    *(pictures.images, index_L[part], pictures.view),
-                    **{"side": SIDE, "most_bytes": float("inf"), "threads": cores_of_rank(), "advance": advance},
+                    pictures.images,
+                    index_L[part],
+                    pictures.view,
+                    side=SIDE,
+                    most_bytes=float("inf"),
+                    threads=cores_of_rank(),
+                    advance=advance,
                 )
                 unreadable |= {pictures.images.names[index]: why for index, why in bad.items()}
                 with atomic_folder(folder / f"{number:05d}") as unfinished:

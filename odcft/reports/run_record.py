@@ -138,7 +138,7 @@ def _clean_lines(path: Path) -> list[dict[str, Any]]:
         raise OdcftError(f"{path} cannot be read: {error.strerror}.") from None
     kept = []
     for line in lines:
-        numbers = {
+        numbers: dict[str, Any] = {
             str(name): value
             for name, value in line.items()
             if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
