@@ -56,7 +56,9 @@ def write_pictures(
             for number, start in enumerate(range(0, len(rest), PER_FOLDER)):
                 part = rest[start : start + PER_FOLDER]
                 made, bad = make_thumbnails(
-                    *(pictures.images, index_L[part], pictures.view),
+                    pictures.images,
+                    index_L[part],
+                    pictures.view,
                     side=SIDE,
                     most_bytes=float("inf"),
                     threads=cores_of_rank(),
