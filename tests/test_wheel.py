@@ -25,7 +25,8 @@ def test_the_wheel_has_all_modules_recipes_and_the_index(tmp_path):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(source).as_posix() for path in (source / "odcft").rglob("*.py")}
     recipes = {f"odcft/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.*")}
-    assert names == modules | recipes | {"odcft/backbone/timm_index.json"}
+    tables = {"odcft/backbone/timm_index.json", "odcft/evaluation/unlabelled_calibration.json"}
+    assert names == modules | recipes | tables
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     code = (
         "import odcft, odcft.recipe as r; print(odcft.__file__); print(r.load_recipe('small').method, len(r.shipped()))"

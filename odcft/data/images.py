@@ -94,7 +94,10 @@ class Images:
             return self
         keep = np.ones(len(self), bool)
         keep[list(bad)] = False
-        rows = np.flatnonzero(keep)
+        return self.take(np.flatnonzero(keep))
+
+    def take(self, rows: np.ndarray) -> "Images":
+        """A copy with these images only, in this order."""
         labels = None if self.labels is None else self.labels.take(rows)
         store = None if self.store is None else self.store.take(rows)
         return replace(self, names=self.names.take(rows), labels=labels, store=store)
