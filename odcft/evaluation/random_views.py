@@ -53,7 +53,9 @@ def random_views(backbone: Backbone, images: Images, view: View, count: int, pro
     if float(dist.all_sum(torch.tensor(float(known is not None), device=device))):
         return np.stack([known[0][name] for name in names], 1) if known else np.zeros((0, count, backbone.width))
     found = {}
-    with progress.phase("Random views", count * len(images)) as advance:
+    batches = ownership.my_images(-(-len(images) // BATCH))
+    mine = sum(min(BATCH, len(images) - BATCH * number) for number in batches)
+    with progress.phase("Random views", count * mine) as advance:
         for number, name in enumerate(names):
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 found[name] = _view(backbone, Crops(images, view, AUGMENT, seed=number), advance)
@@ -73,5 +75,5 @@ def _view(backbone: Backbone, crops: Crops, advance: Callable[..., None]) -> Ten
         generator = seeds.generator(crops.seed, "augmentation", 0, owned[row])
         images = augment_batch(to_float(batch.pixels, device), AUGMENT, generator)
         features_SBF[row, batch.index_B - starts[owned[row]]] = backbone(images).float()
-        advance(len(images) * dist.world_size())
+        advance(len(images) + len(batch.unreadable))
     return ownership.in_dataset_order(features_SBF.cpu(), len(starts)).flatten(0, 1)[:N]

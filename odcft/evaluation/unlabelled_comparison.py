@@ -15,15 +15,16 @@ from odcft.errors import OdcftError
 from odcft.evaluation.comparison import Column, load_column, load_starting_checkpoints
 from odcft.evaluation.features import features_of
 from odcft.evaluation.random_views import random_views
-from odcft.evaluation.starting_checkpoint import reader_note
+from odcft.evaluation.starting_checkpoint import origins_of, reader_note
 from odcft.evaluation.unlabelled import measure
-from odcft.evaluation.unlabelled_verdict import judge
+from odcft.evaluation.unlabelled_verdict import CANNOT_TELL, judge
 from odcft.progress import Progress
 from odcft.text import printable
 
 MOST, LEAST = 1500, 300  # images to measure on
 VIEWS = 2  # of each image
 SEED = 0  # of the sample
+NOT_RELATED = "only runs of one checkpoint, and that checkpoint, can be compared without labels; these are not."
 
 
 def evaluate_unlabelled(
@@ -130,14 +131,17 @@ def _side_by_side(members: list[np.ndarray]) -> np.ndarray:
 def _compared(columns: list[Column], measured: list[dict[str, float]], several: bool) -> dict[str, Any]:
     """The measures of the first column, and what they say beside those of the last; the same of each of several."""
     rows: list[dict[str, Any]] = []
+    before = measured[-1]
     for column, after in zip(columns, measured, strict=True):
         if column is columns[-1]:
             reason = "there is nothing to compare with. Give a RUN, or the checkpoint it came from as well."
             measures = {name: {"after": value} for name, value in after.items()}
             rows.append({"source": column.source, "verdict": None, "reason": reason, "measures": measures})
             continue
-        before = measured[-1]
-        verdict, reason = judge(before, after)
+        if not several or origins_of(column.source) & origins_of(columns[-1].source):
+            verdict, reason = judge(before, after)
+        else:
+            verdict, reason = CANNOT_TELL, NOT_RELATED
         measures = {name: {"before": before[name], "after": value} for name, value in after.items()}
         rows.append({"source": column.source, "verdict": verdict, "reason": reason, "measures": measures})
     return {**rows[0], **({"columns": rows} if several else {})}

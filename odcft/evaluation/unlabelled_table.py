@@ -3,7 +3,7 @@
 from typing import Any
 
 TITLES = {  # measure to its title and decimals
-    "neighbour_agreement": ("neighbours kept under augmentation", 2),
+    "neighbour_agreement": ("neighbours kept under augmentation", 3),
     "cluster_stability": ("clusters found again in resamples", 2),
     "effective_rank": ("effective rank of the features", 0),
     "lidar": ("rank of what views have in common (LiDAR)", 0),

@@ -1,6 +1,7 @@
 """`odcft evaluate --protocol unlabelled`: a RUN or checkpoints, on images that nobody labelled."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from odcft.data.sources import find_images
 from odcft.errors import OdcftError
 from odcft.evaluation import unlabelled_comparison
 from odcft.evaluation.results_table import json_values
+from odcft.evaluation.starting_checkpoint import origins_of
 from odcft.evaluation.unlabelled_comparison import evaluate_unlabelled, sample
 from odcft.evaluation.unlabelled_table import unlabelled_lines
 
@@ -75,8 +77,24 @@ def test_several_checkpoints_are_compared_with_the_last(tmp_path, images, make_c
     assert lines[3].split() == ["[1]", "[2]", "[3]"]
     assert lines[-2].startswith(f"{one}: ")
     strict_json(json.dumps(json_values(found)))
+    assert found["columns"][0]["verdict"] == "cannot tell"
+    assert "only runs of one checkpoint" in found["reason"]
     same = evaluate_unlabelled([other, other], str(images), progress=RecordedProgress())
     assert same["verdict"] == "cannot tell"  # nothing changed
+    assert "changed too little" in same["reason"]
+
+
+def test_runs_of_one_checkpoint_can_be_compared_and_others_cannot(run, tmp_path, make_checkpoint):
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    other = make_checkpoint(tmp_path / "other.pth", seed=1)
+    assert origins_of(str(run)) & origins_of(str(again))
+    assert origins_of(str(run)) & origins_of(str(tmp_path / "c.pth"))
+    assert origins_of(str(run)) & origins_of(str(run / "backbone"))
+    assert not origins_of(str(run)) & origins_of(str(other))
+    assert not origins_of("scratch:resnet18") & origins_of("scratch:resnet50")
+    (again / "run.json").write_text("[]")
+    assert len(origins_of(str(again))) == 1
 
 
 def test_labels_are_not_read(tmp_path, images, make_checkpoint):
