@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -133,7 +134,12 @@ def main() -> None:
     if args.table:
         args.table.write_text(one_pair_a_line(table))
     found = summary(pairs)
-    print(json.dumps(found) if args.json else "\n".join(as_text(found)))
+    if found and not args.json:
+        print("\n".join(as_text(found)))
+    elif args.json:
+        print(json.dumps(found))
+    else:
+        say(f"{len(pairs)} pairs so far: there is a summary from three on")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -157,6 +163,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def named(pairs: list[str]) -> dict[str, str]:
+    """Options of the form NAME=VALUE."""
+    if odd := [pair for pair in pairs if "=" not in pair]:
+        raise OdcftError(f"{odd[0]}: write NAME=VALUE.")
     return dict(pair.split("=", 1) for pair in pairs)
 
 
@@ -171,6 +180,10 @@ def lists_of(out: Path, name: str, folder: str) -> dict[str, str]:
     """List files of a data set: `train` without labels, `measure` (some of them), and `labelled`, which are others if
     there are enough."""
     paths = sorted(path for path in Path(folder).resolve().glob("*/*") if path.is_file())
+    if len(paths) < MOST:
+        raise OdcftError(
+            f"{folder} has {len(paths):,} images in sub-folders; give at least {MOST:,}, a sub-folder a class."
+        )
     order = np.random.default_rng(0).permutation(len(paths))
     classes, counts = np.unique([path.parent.name for path in paths], return_counts=True)
     frequent = set(classes[np.argsort(-counts, kind="stable")[:CLASSES]])
@@ -406,4 +419,7 @@ def as_text(found: dict[str, Any]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OdcftError as error:
+        sys.exit(str(error))

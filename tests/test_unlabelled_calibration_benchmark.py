@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from odcft.errors import OdcftError
 from odcft.evaluation.unlabelled_verdict import BETTER, CANNOT_TELL, RULE, WORSE, calibration
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "unlabelled_calibration.py"
@@ -54,3 +55,10 @@ def test_the_best_rule_rather_abstains_than_errs(script):
     rule = script.best_rule(pairs)
     assert (rule.neighbours, rule.rank_lost) == (0.015, 0.6)
     assert script.verdicts_on(pairs, rule)[BETTER]["right"] == 1
+
+
+def test_mistakes_get_a_sentence(script, tmp_path, make_images):
+    with pytest.raises(OdcftError, match="x: write NAME=VALUE"):
+        script.named(["x"])
+    with pytest.raises(OdcftError, match="has 12 images in sub-folders; give at least"):
+        script.lists_of(tmp_path, "few", str(make_images(tmp_path / "few")))
