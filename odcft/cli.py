@@ -487,7 +487,7 @@ def evaluate(
         str,
         typer.Option(
             metavar="P[,P…]",
-            help="Some of svm, low-shot, linear, knn, semi, clusters.",
+            help="Some of svm, low-shot, linear, knn, semi, clusters; or unlabelled.",
             autocompletion=completion.protocols,
         ),
     ] = "svm,knn",
@@ -528,11 +528,15 @@ def evaluate(
     """Measure how good a backbone's features are, by the field's protocols."""
     from odcft.data.view import CROPS
     from odcft.evaluation.feature_files import evaluate_file
-    from odcft.evaluation.protocols import check_protocols
+    from odcft.evaluation.protocols import check_protocols, with_labels
     from odcft.evaluation.results_table import json_values, report_lines
+    from odcft.evaluation.unlabelled_table import unlabelled_lines
     from odcft.progress import Progress
 
-    protocols = check_protocols(protocol)
+    wanted = check_protocols(protocol)
+    protocols = with_labels(wanted, features=features is not None, test=test, layers=layers)
+    unlabelled = len(protocols) < len(wanted)
+    found: dict[str, Any] = {}  # without labels
     if crop not in CROPS:
         raise OdcftError(f"--crop {crop}: choose {' or '.join(CROPS)}.")
     if features is not None:
@@ -548,16 +552,23 @@ def evaluate(
     else:
         _start_processes(devices, accelerator)
         from odcft.evaluation.comparison import evaluate as run
+        from odcft.evaluation.unlabelled_comparison import evaluate_unlabelled
 
         *sources, data = ckpts
         args = parse_arch_args(arch_args)
         source = sources if len(sources) > 1 else sources[0]
-        options: dict[str, Any] = {"arch_args": args, "part": part, "layers": layers, "crop": crop, "reader": reader}
-        options["per_class"] = per_class
-        results = run(source, data, test, protocols, arch, size, input, allow_partial, **options)
-        if not results:  # rank 0 has them
+        load: dict[str, Any] = {"arch": arch, "input": input, "allow_partial": allow_partial, "arch_args": args}
+        options = {**load, "part": part, "size": size, "crop": crop, "reader": reader}
+        found = evaluate_unlabelled(source, data, **options) if unlabelled else {}
+        results = run(source, data, test, protocols, layers=layers, per_class=per_class, **options) if protocols else {}
+        if not found and not results:  # rank 0 has them
             return
-    _report(json_values(results), as_json, report_lines(results))
+    lines = report_lines(results) if protocols else []
+    if found:
+        lines += unlabelled_lines(found)
+        results |= {"unlabelled_images": results["unlabelled"]} if protocols else {}
+        results["unlabelled"] = found
+    _report(json_values(results), as_json, lines)
 
 
 @app.command()

@@ -29,7 +29,8 @@ def test_the_wheel_has_all_modules_recipes_and_the_index(tmp_path):
     modules = {path.relative_to(source).as_posix() for path in (source / "odcft").rglob("*.py")}
     recipes = {f"odcft/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.*")}
     page = {f"odcft/reports/page.{ending}" for ending in ("html.jinja", "css", "js")}
-    assert names == modules | recipes | page | {"odcft/backbone/timm_index.json", "odcft/py.typed"}
+    tables = {"odcft/backbone/timm_index.json", "odcft/evaluation/unlabelled_calibration.json"}
+    assert names == modules | recipes | page | tables | {"odcft/py.typed"}
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     code = (
         "import odcft, odcft.recipe as r; print(odcft.__file__); print(r.load_recipe('small').method, len(r.shipped()))"

@@ -22,6 +22,7 @@ from odcft.plan import view_for_evaluation
 
 if TYPE_CHECKING:
     from odcft.backbone.load import Loaded
+    from odcft.data.images import Images
     from odcft.data.view import View
     from odcft.evaluation.labels import LabelledImages
 
@@ -87,8 +88,8 @@ def evaluate(
     check_labels(labelled, labelled, protocols)  # fail before anything slow starts
     options = {"arch": arch, "input": input, "allow_partial": allow_partial, "arch_args": arch_args, "part": part}
     sources = [ckpt] if isinstance(ckpt, str) else ckpt
-    columns = [_column(one, options, labels, size, crop, progress) for one in sources]
-    if not several and (before := _load_starting_checkpoints(columns[0], progress)):
+    columns = [load_column(one, options, labels.images, size, crop, progress) for one in sources]
+    if not several and (before := load_starting_checkpoints(columns[0], progress)):
         columns.append(Column(before[0].source, before, columns[0].views, suffix=" before"))
     _report_images(labels, columns, progress)
     for source in sources:
@@ -138,17 +139,17 @@ class Column:
     suffix: str = ""
 
 
-def _column(
-    ckpt: str, options: dict[str, Any], labels: "LabelledImages", size: int | None, crop: str, progress: Any
+def load_column(
+    ckpt: str, options: dict[str, Any], images: "Images", size: int | None, crop: str, progress: Any
 ) -> Column:
     """Load a checkpoint, or all members of a RUN."""
     from odcft.backbone.load import load_backbone
 
     parts = [load_backbone(source, **options) for source in _members(ckpt)]
     run = view_of_run(ckpt)
-    views = [replace(view_for_evaluation(one, labels.images, size, run), crop=crop) for one in parts]
+    views = [replace(view_for_evaluation(one, images, size, run), crop=crop) for one in parts]
     for one, view in zip(parts, views, strict=True):
-        _measure_if_unknown(one, view, labels, progress)
+        _measure_if_unknown(one, view, images, progress)
     return Column(ckpt, parts, views)
 
 
@@ -210,13 +211,13 @@ def _compared(columns: list[Column], labels: "LabelledImages", several: bool) ->
     return {**results, "members": members} if members else results
 
 
-def _measure_if_unknown(loaded: "Loaded", view: "View", labels: "LabelledImages", progress: Any) -> None:
+def _measure_if_unknown(loaded: "Loaded", view: "View", images: "Images", progress: Any) -> None:
     """Normalise by the mean and std of these images if nothing says with which the network was trained."""
     from odcft.backbone.load import set_mean_and_std
     from odcft.data.pixel_statistics import measure
 
     if not loaded.backbone.input.measured:
-        found = measure(labels.images, view, loaded.backbone.input.color, 0)
+        found = measure(images, view, loaded.backbone.input.color, 0)
         set_mean_and_std(loaded.backbone, *found.mean_and_std())
         progress.say(
             f"Note        {loaded.source} does not say its mean and std: measured on {found.images:,} of these images."
@@ -231,7 +232,7 @@ def _members(ckpt: str) -> list[str]:
     return members if len(members) > 1 else [ckpt]
 
 
-def _load_starting_checkpoints(column: Column, progress: Any) -> list["Loaded"]:
+def load_starting_checkpoints(column: Column, progress: Any) -> list["Loaded"]:
     """Load the checkpoints a RUN was started from; if that is impossible, say why and return none."""
     from odcft.backbone.load import load_backbone
 

@@ -12,6 +12,7 @@ import numpy as np
 from odcft.errors import OdcftError
 
 PROTOCOLS = ("svm", "low-shot", "linear", "knn", "semi", "clusters")
+UNLABELLED = "unlabelled"  # needs no labels, and works in another way: unlabelled_comparison.py
 DEFAULT = ("svm", "knn")
 ONE_LABEL = ("linear", "knn", "semi", "clusters")  # protocols that need exactly one label per image
 ON_IMAGES = ("semi",)  # protocols that train the network itself, so they need images, not features
@@ -38,10 +39,31 @@ def check_protocols(protocols: str) -> list[str]:
         OdcftError: an unknown protocol, or none.
     """
     wanted = [name.strip() for name in protocols.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in PROTOCOLS]
-    if unknown or not wanted:
-        raise OdcftError(f"--protocol {protocols}: choose from {', '.join(PROTOCOLS)}, separated by commas.")
+    known = (*PROTOCOLS, UNLABELLED)
+    if not wanted or any(name not in known for name in wanted):
+        raise OdcftError(f"--protocol {protocols}: choose from {', '.join(known)}, separated by commas.")
     return wanted
+
+
+def with_labels(protocols: Sequence[str], *, features: bool, test: str | None, layers: str) -> list[str]:
+    """The protocols that need labels: all but `unlabelled`.
+
+    Args:
+        protocols: as `check_protocols` returns them.
+        features: whether they are to run on features from a file.
+        test, layers: as for `comparison.evaluate`.
+
+    Raises:
+        OdcftError: `unlabelled` cannot do this.
+    """
+    labelled = [name for name in protocols if name != UNLABELLED]
+    if len(labelled) < len(protocols) and features:
+        raise OdcftError("--protocol unlabelled compares views of images: give CKPT and DATA instead of --features.")
+    if not labelled and test is not None:
+        raise OdcftError("--protocol unlabelled has no test images: drop --test.")
+    if not labelled and layers != "last":
+        raise OdcftError(f"--protocol unlabelled measures the last layer only: drop --layers {layers}.")
+    return labelled
 
 
 def evaluate_arrays(split: Split, protocols: Sequence[str], progress: Any = None, suffix: str = "") -> dict[str, Any]:

@@ -46,6 +46,20 @@ def find_starting_checkpoints(run: str, members: int) -> tuple[list[str], str]:
     return [path for path in found if path is not None], ""
 
 
+def origins_of(ckpt: str) -> set[tuple[str, ...]]:
+    """Checksums of a checkpoint, and of a RUN also those of the checkpoints it was started from.
+
+    Two that share one are the same, or runs of the same checkpoint, or one is a run of the other.
+    """
+    found: set[tuple[str, ...]] = set()
+    with suppress(OSError, ValueError):  # not readable, or not a path at all
+        found.add((checkpoint_sha256(ckpt),))
+    with suppress(OdcftError, OSError, ValueError, KeyError):
+        if (Path(ckpt) / "backbone" / "config.json").exists():
+            found.add(tuple(_as_list(read_json(Path(ckpt) / "run.json")["sha256"])))
+    return found
+
+
 def load_options_of(run: str, member: int, members: int) -> dict[str, Any]:
     """The options of `load_backbone` that a RUN loaded one of its checkpoints with, from its recipe and run.json."""
     from odcft.recipe import load_options, load_recipe

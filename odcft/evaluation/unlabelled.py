@@ -1,7 +1,7 @@
 """Measures of features that need no labels. None of them says by itself whether one backbone is better than another.
 
-RankMe's authors mean it for runs of one method only; all of them can rise while a linear classifier gets worse. So they
-are functions to calibrate on runs with known results, not yet a protocol of `odcft evaluate`.
+RankMe's authors mean it for runs of one method only; all of them can rise while a linear classifier gets worse. What
+they say together was calibrated on runs with known results: unlabelled_verdict.py, docs/unlabelled.md.
 
 Shapes: N images, F features, V views of each image, K clusters. All features are float and finite, N at least 2.
 """
@@ -16,6 +16,30 @@ EPSILON = 1e-7  # added to each share of the spectrum before its logarithm (Rank
 LIDAR_DELTA = 1e-4  # added to the variance within images (LiDAR; implementations have 1e-6 to 1e-4)
 NO_VARIANCE = 1e-3  # of the mean standard deviation of all features: below it, a feature counts as dead
 ROWS = 1024  # compared at a time
+NEIGHBOURS, CLUSTERS = 10, 20  # that `measure` compares
+
+
+def measure(clean_NF: np.ndarray, views_NVF: np.ndarray) -> dict[str, float]:
+    """All measures of one backbone.
+
+    Args:
+        clean_NF: features of the images as they are.
+        views_NVF: of at least two random views of each.
+
+    Returns:
+        Each function of this module by its name. Neighbours are those of features minus their mean: what all images
+        have in common would hide how they differ.
+    """
+    centred_NVF = views_NVF - views_NVF.mean((0, 1), dtype=np.float64)
+    return {
+        "neighbour_agreement": neighbour_agreement(centred_NVF[:, 0], centred_NVF[:, 1], NEIGHBOURS),
+        "cluster_stability": cluster_stability(clean_NF, CLUSTERS),
+        "effective_rank": effective_rank(clean_NF),
+        "lidar": lidar(views_NVF),
+        "spectrum_decay": spectrum_decay(clean_NF),
+        "spread": spread(clean_NF),
+        "dead_share": dead_share(clean_NF),
+    }
 
 
 def effective_rank(features_NF: np.ndarray) -> float:
@@ -104,20 +128,22 @@ def cluster_stability(features_NF: np.ndarray, k: int, resamples: int = 5, share
         The mean adjusted Rand index between all pairs of clusterings of all images, each by its own centroids: 1 if
         they are the same, about 0 if they have nothing in common.
     """
+    import warnings
     from itertools import combinations
 
+    from sklearn.cluster import KMeans  # odcft's own needs all ranks; this is computed on one
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.metrics import adjusted_rand_score
 
-    from odcft.clustering.kmeans import kmeans
-
-    rows_NF = _unit_length(features_NF).float()
+    rows_NF = _unit_length(features_NF).float().numpy()
     random = np.random.default_rng(seed)
     labels = []
     for resample in range(resamples):
         chosen = random.choice(len(rows_NF), max(k, round(share * len(rows_NF))), replace=False)
-        centroids_KF = kmeans(rows_NF[np.sort(chosen)], k, seed + resample)
-        nearest = [torch.cdist(part, centroids_KF).argmin(1) for part in rows_NF.split(8192)]
-        labels.append(torch.cat(nearest).numpy())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different images than clusters
+            found = KMeans(k, n_init=1, random_state=seed + resample).fit(rows_NF[np.sort(chosen)])
+        labels.append(found.predict(rows_NF))
     return float(np.mean([adjusted_rand_score(one, other) for one, other in combinations(labels, 2)]))
 
 
