@@ -364,7 +364,7 @@ def evaluate(
         ckpt: what `load_backbone` takes. A RUN is compared with the checkpoint it was started from; of several, each
             with the last.
         data: labelled images: one sub-folder per class, or a list or shards with labels.
-        protocol: some of svm, low-shot, linear, knn, semi, clusters.
+        protocol: some of svm, low-shot, linear, knn, semi, clusters; or unlabelled, for images without labels.
         test: labelled images to test on; by default half of `data` is held out.
         features: features computed elsewhere (.npz), or a file written by `embed`, instead of `ckpt` and `data`.
         layers: last; best, the one that cross-validation on the training images prefers; or all.
@@ -384,12 +384,13 @@ def evaluate(
         OdcftError: labels or images that cannot be evaluated on, or a checkpoint that cannot be loaded.
     """
     from odcft.evaluation.feature_files import evaluate_file
-    from odcft.evaluation.protocols import check_protocols
+    from odcft.evaluation.protocols import check_protocols, with_labels
     from odcft.evaluation.results_table import json_values
     from odcft.progress import Progress
 
     protocols = check_protocols(protocol if isinstance(protocol, str) else ",".join(protocol))
     shown = Progress(quiet=not progress)
+    with_labels(protocols, features=features is not None, test=_text(test), layers=layers)
     if features is not None:
         if ckpt is not None or data is not None:
             raise OdcftError("features takes the place of ckpt and data. Drop one or the other.")
@@ -397,17 +398,17 @@ def evaluate(
         return cast(dict[str, Any], json_values(results))
     if ckpt is None or data is None:
         raise OdcftError("evaluate takes a checkpoint and labelled images, evaluate(ckpt, data), or features=FILE.")
-    from odcft.evaluation.comparison import evaluate as run
+    from odcft.evaluation.any_protocol import evaluate_any
 
+    load: dict[str, Any] = {"arch": arch, "input": input, "allow_partial": allow_partial, "part": part}
+    options = {**load, "arch_args": parse_arch_args(arch_args), "size": size, "crop": crop, "reader": reader}
     with _ranks_joined(accelerator):
-        results = run(
-            *(_texts(ckpt), _text(data), _text(test), protocols, arch, size, input, allow_partial, shown),
-            parse_arch_args(arch_args),
-            part,
+        results = evaluate_any(
+            *(_texts(ckpt), _text(data), _text(test), protocols),
             layers=layers,
             per_class=per_class,
-            crop=crop,
-            reader=reader,
+            progress=shown,
+            **options,
         )
     return cast(dict[str, Any], json_values(results))
 

@@ -527,16 +527,14 @@ def evaluate(
 ) -> None:
     """Measure how good a backbone's features are, by the field's protocols."""
     from odcft.data.view import CROPS
+    from odcft.evaluation.any_protocol import all_lines, evaluate_any
     from odcft.evaluation.feature_files import evaluate_file
     from odcft.evaluation.protocols import check_protocols, with_labels
-    from odcft.evaluation.results_table import json_values, report_lines
-    from odcft.evaluation.unlabelled_table import unlabelled_lines
+    from odcft.evaluation.results_table import json_values
     from odcft.progress import Progress
 
-    wanted = check_protocols(protocol)
-    protocols = with_labels(wanted, features=features is not None, test=test, layers=layers)
-    unlabelled = len(protocols) < len(wanted)
-    found: dict[str, Any] = {}  # without labels
+    protocols = check_protocols(protocol)
+    with_labels(protocols, features=features is not None, test=test, layers=layers)  # refuses before processes start
     if crop not in CROPS:
         raise OdcftError(f"--crop {crop}: choose {' or '.join(CROPS)}.")
     if features is not None:
@@ -551,23 +549,14 @@ def evaluate(
         )
     else:
         _start_processes(devices, accelerator)
-        from odcft.evaluation.comparison import evaluate as run
-        from odcft.evaluation.unlabelled_comparison import evaluate_unlabelled
-
         *sources, data = ckpts
-        args = parse_arch_args(arch_args)
+        load: dict[str, Any] = {"arch": arch, "input": input, "allow_partial": allow_partial, "part": part}
+        options = {**load, "arch_args": parse_arch_args(arch_args), "size": size, "crop": crop, "reader": reader}
         source = sources if len(sources) > 1 else sources[0]
-        load: dict[str, Any] = {"arch": arch, "input": input, "allow_partial": allow_partial, "arch_args": args}
-        options = {**load, "part": part, "size": size, "crop": crop, "reader": reader}
-        found = evaluate_unlabelled(source, data, **options) if unlabelled else {}
-        results = run(source, data, test, protocols, layers=layers, per_class=per_class, **options) if protocols else {}
-        if not found and not results:  # rank 0 has them
+        results = evaluate_any(source, data, test, protocols, layers=layers, per_class=per_class, **options)
+        if not results:  # rank 0 has them
             return
-    lines = report_lines(results) if protocols else []
-    if found:
-        lines += unlabelled_lines(found)
-        results |= {"unlabelled_images": results["unlabelled"]} if protocols else {}
-        results["unlabelled"] = found
+    lines = all_lines(results, protocols)
     _report(json_values(results), as_json, lines)
 
 

@@ -60,11 +60,13 @@ def _as_yaml(value: Any) -> str:
 
 def protocols(incomplete: str) -> list[str]:
     """Protocols of `evaluate`, after those that have been typed: `svm,k` becomes `svm,knn`."""
-    from odcft.evaluation.protocols import PROTOCOLS
+    from odcft.evaluation.protocols import PROTOCOLS, UNLABELLED
 
     before, comma, last = incomplete.rpartition(",")
     typed = before.split(",")
-    return [f"{before}{comma}{name}" for name in PROTOCOLS if name.startswith(last) and name not in typed]
+    return [
+        f"{before}{comma}{name}" for name in (*PROTOCOLS, UNLABELLED) if name.startswith(last) and name not in typed
+    ]
 
 
 def presets(incomplete: str) -> Offers:

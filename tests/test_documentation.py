@@ -135,9 +135,11 @@ def problems(words, whole=True):
         if path not in (*all_field_paths(), "a.b", "k") or (whole and not equals):
             yield f"no field {path}"
     if values.get("protocol"):
-        from odcft.evaluation.protocols import PROTOCOLS
+        from odcft.evaluation.protocols import PROTOCOLS, UNLABELLED
 
-        yield from (f"no protocol {one}" for one in values["protocol"].split(",") if one not in (*PROTOCOLS, "P"))
+        yield from (
+            f"no protocol {one}" for one in values["protocol"].split(",") if one not in (*PROTOCOLS, UNLABELLED, "P")
+        )
 
 
 def test_every_command_in_a_block_parses():

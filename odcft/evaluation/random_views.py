@@ -45,10 +45,10 @@ def random_views(backbone: Backbone, images: Images, view: View, count: int, pro
         (N, V, F) float32 on rank 0; others may have nothing.
     """
     device, names = dist.this_device(), [f"random view {number}" for number in range(count)]
-    half = device.type == "cuda" and has_bfloat16(device)
-    key, known = "", None
+    half = device.type != "cpu" and has_bfloat16(device)
+    key, known, contents = "", None, feature_cache.contents_of(images, progress)
     if dist.rank() == 0:
-        key = feature_cache.key(backbone, images, view, f"{'bfloat16' if half else 'float32'} {AUGMENT!r}")
+        key = feature_cache.key(backbone, contents, view, f"{'bfloat16' if half else 'float32'} {AUGMENT!r}")
         known = feature_cache.read(key, dict.fromkeys(names, backbone.width), len(images))
     if float(dist.all_sum(torch.tensor(float(known is not None), device=device))):
         return np.stack([known[0][name] for name in names], 1) if known else np.zeros((0, count, backbone.width))
