@@ -18,7 +18,7 @@ from odcft.errors import OdcftError
 from odcft.reports.charts import Chart
 from odcft.reports.class_agreement import ClassAgreement
 from odcft.reports.health import Finding
-from odcft.run.output_checks import refuse_invalid_path, refuse_unwritable
+from odcft.run.output_checks import refuse_invalid_path, why_unwritable
 
 GENERATOR = "odcft report"  # how these files are told from others
 MARK_WITHIN = 4096  # bytes from the start
@@ -136,7 +136,8 @@ def refuse_page(out: Path, overwrite: bool) -> None:
             raise OdcftError(f"{out} was not written by odcft report, so it is not replaced. Choose another --out.")
         if not overwrite:
             raise OdcftError(f"{out} exists. Choose another --out, or pass --overwrite.")
-    refuse_unwritable(out)
+    if why := why_unwritable(out):
+        raise OdcftError(why)
 
 
 def is_report(path: Path) -> bool:

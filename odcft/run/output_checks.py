@@ -53,19 +53,23 @@ def refuse_invalid_path(path: Path) -> None:
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Refuse a file that cannot be written, before hours of computing its content; the trial leaves nothing behind."""
-    refused = ""
-    if dist.rank() == 0:
-        try:
-            with new_folder(path.parent):
-                create_unfinished(path).unlink()
-        except OSError as error:
-            in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
-            why = "something else is in the place of its folder" if in_the_way else error.strerror
-            refused = f"{path} cannot be written: {why}. Choose another place."
+    """Refuse a file that rank 0 cannot write, before hours of computing its content; all ranks call this together."""
+    refused = why_unwritable(path) if dist.rank() == 0 else ""
     refused = dist.gather_dict({0: refused} if refused else {}).get(0, "")
     if refused:
         raise OdcftError(refused)
+
+
+def why_unwritable(path: Path) -> str:
+    """Why this process cannot write a file, as a sentence, or ""; the trial leaves nothing behind."""
+    try:
+        with new_folder(path.parent):
+            create_unfinished(path).unlink()
+    except OSError as error:
+        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+        why = "something else is in the place of its folder" if in_the_way else error.strerror
+        return f"{path} cannot be written: {why}. Choose another place."
+    return ""
 
 
 def refuse_foreign_file(path: Path) -> None:
