@@ -81,21 +81,13 @@ def _start_processes(devices: int, kind: str) -> None:
         dist.join()
 
 
-def _say_machine(recipe: Any, out: Path) -> None:
-    """Print one line on this machine, and what of it would get into the run's way."""
-    from odcft.doctor import machine_line
-    from odcft.progress import Progress
-
-    Progress().say(machine_line(recipe, out))
-
-
-def _say_preset(preset: str | None) -> None:
+def _say_preset(preset: str | None, progress: Any = None) -> None:
     """Print what a preset changes, and why."""
     if preset is not None:
         from odcft.presets import PRESETS
         from odcft.progress import Progress
 
-        Progress().say(f"Preset      {preset}: {PRESETS[preset].what}")
+        (progress or Progress()).say(f"Preset      {preset}: {PRESETS[preset].what}")
 
 
 def _report(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
@@ -332,15 +324,18 @@ def finetune(
     if dry_run and resume:
         raise OdcftError("--dry-run says what a new run would do; --resume continues one. Drop one of them.")
     _start_processes(devices, accelerator)
-    _say_machine(resolved, out)
-    _say_preset(preset)
+    from odcft.doctor import machine_line
+    from odcft.progress import Progress
+
+    progress = Progress(opening=machine_line(resolved, out))
+    _say_preset(preset, progress)
     if dry_run:
         if eval_data is not None:
             from odcft.data.custom_reader import make_reader
             from odcft.evaluation.during_training import load_images_to_evaluate
 
             load_images_to_evaluate(eval_data, make_reader(reader))  # refused here as in the run
-        options = {"arch": arch, "reader": reader, "memory": memory, "overwrite": overwrite}
+        options = {"arch": arch, "reader": reader, "memory": memory, "overwrite": overwrite, "progress": progress}
         _dry_run(ckpts, data, out, resolved, as_json, epochs=epochs, **options)
         return
     from odcft.text import duration
@@ -355,6 +350,7 @@ def finetune(
             memory=memory,
             resume=resume or restarted,
             overwrite=overwrite and not restarted,
+            progress=progress,
             epochs=epochs,
             eval_data=eval_data,
             eval_every=eval_every,

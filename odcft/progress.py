@@ -21,17 +21,21 @@ class Progress:
     It writes to stderr, or below the cell of a notebook; a bar there needs ipywidgets.
     """
 
-    def __init__(self, every: float = 30.0, quiet: bool = False) -> None:
+    def __init__(self, every: float = 30.0, quiet: bool = False, opening: str = "") -> None:
         from rich.console import Console
 
         self.every = every  # seconds between two plain lines
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.quiet = quiet or dist.rank() > 0
+        self.opening = opening  # a line that stands above the first other one; a refusal is alone
         self.bars = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
 
     def say(self, line: str, style: str = "") -> None:
         """Print one line, with anything in it that could harm the terminal escaped; on a terminal, in a rich style."""
         if not self.quiet:
+            opening, self.opening = self.opening, ""
+            if opening:
+                self.console.print(printable(opening), markup=False)
             self.console.print(printable(line), markup=False, style=style or None)
 
     def draw(self, branch: Branch) -> None:

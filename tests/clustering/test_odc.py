@@ -168,7 +168,8 @@ def test_an_accelerator_s_answer_on_its_way_is_stored_and_put_back_there_only(mo
     assert same["small_pending"]
     restore(state, rows, same)
     assert back == []  # on a CPU the answer is that of the step itself
-    state.memory.features_SD = state.memory.features_SD.to("meta")  # stands for an accelerator
+    monkeypatch.setattr("odcft.distributed.accelerator.ASYNCHRONOUS", ("meta",))  # stands for an accelerator
+    state.memory.features_SD = state.memory.features_SD.to("meta")
     made = SimpleNamespace(counts_K=torch.zeros(2))
     monkeypatch.setattr(memory, "new_memory", lambda *args, **how: made)
     restore(state, rows, {"centroids": same["centroids"]})

@@ -65,7 +65,18 @@ def finetune(inputs, out, rank, what, launcher=("-c", PROGRAM), devices=("--devi
 
 def after_the_start(result):
     """What is said but for how the run goes."""
-    expected = ("Loading", "Checkpoint", "Images", "Plan", "Features", "K-Means", "Note", "Warning", "Fine-tuning")
+    expected = (
+        "Machine",
+        "Loading",
+        "Checkpoint",
+        "Images",
+        "Plan",
+        "Features",
+        "K-Means",
+        "Note",
+        "Warning",
+        "Fine-tuning",
+    )
     return [line for line in result.stderr.splitlines() if line.strip() and not line.startswith(expected)]
 
 

@@ -87,7 +87,7 @@ def test_a_class_too_small_is_left_out_of_the_svm_by_name(tmp_path, make_images,
 def test_a_backbone_of_nan_is_refused(tmp_path, make_images, make_checkpoint, monkeypatch):
     images, checkpoint = make_images(tmp_path / "images", 12), str(make_checkpoint(tmp_path / "c.pth"))
 
-    def broken(*args):
+    def broken(*args, **how):
         return torch.full((12, 4), torch.nan), {}
 
     monkeypatch.setattr("odcft.evaluation.features.extract", broken)
