@@ -135,9 +135,11 @@ class Progress:
             now = time.monotonic()
             if now - last_line >= self.every or done >= total:
                 last_line = now
-                rate = done / max(1e-9, now - started)
-                left = duration((total - done) / max(1e-9, rate))
-                text = f"{title}: {done:,}/{total:,} {unit}, {rate:,.{1 if rate < 10 else 0}f} {unit}/s, {left} left"
+                text = f"{title}: {done:,}/{total:,} {unit}"
+                if done:
+                    rate = done / max(1e-9, now - started)
+                    left = duration((total - done) / rate)
+                    text += f", {rate:,.{1 if rate < 10 else 0}f} {unit}/s, {left} left"
                 self.say(f"{text}  {last_note}" if last_note else text)
 
         return advance

@@ -204,7 +204,7 @@ def _train(
     title: str,
 ) -> _Classifier:
     """A classifier trained on these positions of the training images, in evaluation mode."""
-    device, images = dist.this_device(), _only(sets.images, sets.train_rows[rows])
+    device, images = dist.this_device(), sets.images.take(sets.train_rows[rows])
     class_N = torch.from_numpy(sets.train_N[rows]).long()
     augment = AugmentRecipe(crop_scale=(setting.smallest_crop, 1.0), **_NO_JITTER)
     order = TrainingOrder(len(images), max(1, setting.batch // dist.world_size()), setting.epochs, seed)
@@ -236,7 +236,7 @@ def _train(
 
 def _test(network: _Classifier, sets: LabelledSets, view: View, progress: Progress, title: str) -> np.ndarray:
     """The logits (N, C) of the test images, on every rank."""
-    device, images = dist.this_device(), _only(sets.images, sets.test_rows)
+    device, images = dist.this_device(), sets.images.take(sets.test_rows)
     with _autocast(device):
         crops, workers = Crops(images, view), loader_workers(device)
         logits_SC, unreadable = extract(network, crops, TEST_BATCH, workers, device, progress, title)
@@ -259,11 +259,6 @@ def _figures(logits_NC: np.ndarray, test_N: np.ndarray) -> dict[str, Any]:
     return figures | ({"top5": 100 * float(correct.any(1).mean())} if logits_NC.shape[1] > TOP else {})
 
 
-def _only(images: Images, rows: np.ndarray) -> Images:
-    """These images; `rows` ascends."""
-    return images.without(set(range(len(images))) - set(rows.tolist()))
-
-
 def _optim(setting: Setting) -> OptimRecipe:
     return OptimRecipe(
         optimizer=setting.optimizer,  # type: ignore[arg-type]
@@ -276,5 +271,5 @@ def _optim(setting: Setting) -> OptimRecipe:
 
 
 def _autocast(device: torch.device) -> torch.autocast:
-    half = device.type == "cuda" and has_bfloat16(device)
+    half = device.type != "cpu" and has_bfloat16(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=half)
