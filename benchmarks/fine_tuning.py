@@ -109,6 +109,10 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         parser.error("give one or more checkpoints, and then the images")
     if len({name_of(ckpt) for ckpt in ckpts}) < len(ckpts):
         parser.error("two checkpoints have the same file name up to the first dot: rename or link one")
+    if unknown := [method for method in args.methods.split(",") if method not in ("odc", "dc")]:
+        parser.error(f"--methods {args.methods}: {unknown[0]!r} is neither odc nor dc")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is not a folder")
     if "dc" in args.methods.split(",") and not args.dc_recipe:
         if args.recipe != "small":
             parser.error(f"which recipe should DC use to compare with {args.recipe}? Give --dc-recipe NAME")
@@ -153,6 +157,7 @@ def run_once(
 ) -> None:
     """Train and evaluate what has not been yet, then write the table and pictures of all results so far."""
     path = args.out / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     record = json.loads(path.read_text()) if path.exists() else train() if train else {}
     path.write_text(json.dumps(record, indent=1))  # a run need not be repeated if its evaluation is interrupted
     wanted = "svm" if args.layers == "last" else "svm_best"

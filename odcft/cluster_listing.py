@@ -22,10 +22,10 @@ FEW = 5  # images that the tightest and loosest clusters must have, to be named
 def clusters(
     run: str | Path,
     *,
-    out: Path | None = None,
-    folders: Path | None = None,
+    out: str | Path | None = None,
+    folders: str | Path | None = None,
     links: str = "absolute",
-    sheets: Path | None = None,
+    sheets: str | Path | None = None,
     most: int = cluster_sheets.MOST,
     data: str | None = None,
     reader: Any = None,
@@ -55,6 +55,7 @@ def clusters(
         OdcftError: not a RUN, images that cannot be found, or an output that may not be written.
     """
     progress, run = progress or Progress(), Path(run)
+    out, folders, sheets = (None if path is None else Path(path) for path in (out, folders, sheets))
     found_clusters = read_run(run)
     _refuse(out, folders, sheets, links, overwrite)
     values = summarise(found_clusters)

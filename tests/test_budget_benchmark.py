@@ -42,7 +42,9 @@ def test_the_table_has_means_intervals_and_gains_and_names_what_ended_below_the_
 
 def test_other_settings_and_impossible_minutes_are_refused(budget, tmp_path, monkeypatch, capsys):
     def refused(*words):
-        monkeypatch.setattr(sys, "argv", ["budget.py", "c.pth", "images", "--test", "t", "--out", str(tmp_path), *words])
+        monkeypatch.setattr(
+            sys, "argv", ["budget.py", "c.pth", "images", "--test", "t", "--out", str(tmp_path), *words]
+        )
         with pytest.raises(SystemExit):
             budget.parse_arguments()
         return capsys.readouterr().err

@@ -27,6 +27,7 @@ from odcft.text import count_of
 
 KINDS = ("absolute", "relative", "copy")
 LIST, HEADER = "images.csv", ["folder", "file", "path", "kind"]
+OWN_FOLDER, OWN_FILE = re.compile(r"cluster_\d+"), re.compile(r"\d{5,}_")  # names that are given here
 MAX_NAME = 255  # bytes of a file name on all usual file systems
 # What Windows and its file systems do not allow in names, and control characters.
 _UNSAFE = re.compile('[\x00-\x1f\x7f"*/:<>?\\\\|\u2028\u2029\u202a-\u202e\u2066-\u2069]')
@@ -99,7 +100,7 @@ def _inside(path: Path) -> list[Path]:
 
 
 def _listed(path: Path) -> dict[str, str]:
-    """What an earlier images.csv lists: place in the folder to "link" or "copy"."""
+    """What an earlier images.csv lists, of files with names that are given here: place to "link" or "copy"."""
     try:
         if path.is_symlink() or not path.is_file():
             return {}
@@ -107,7 +108,8 @@ def _listed(path: Path) -> dict[str, str]:
             rows = csv.reader(file)
             if next(rows, []) != HEADER:
                 return {}
-            return {os.path.join(row[0], row[1]): row[3] for row in rows if len(row) == len(HEADER)}
+            found = (row for row in rows if len(row) == len(HEADER) and OWN_FOLDER.fullmatch(row[0]))
+            return {os.path.join(row[0], row[1]): row[3] for row in found if OWN_FILE.match(row[1])}
     except (OSError, csv.Error):
         return {}
 

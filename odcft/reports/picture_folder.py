@@ -13,7 +13,7 @@ from odcft.errors import OdcftError
 from odcft.files import atomic_folder
 from odcft.plan import cores_of_rank
 from odcft.progress import Progress
-from odcft.reports.page import Page
+from odcft.reports.page import Page, is_report
 from odcft.run.folder import PICTURE_FILES
 from odcft.run.output_checks import clear_folder
 
@@ -25,8 +25,25 @@ PER_FOLDER = 1000  # images
 
 
 def picture_folder(page: Path) -> Path:
-    """The folder beside a page: report.html has report_pictures."""
-    return page.with_name(f"{page.stem}_pictures")
+    """The folder beside a page: report.html has report_pictures, report.htm report_htm_pictures."""
+    return page.with_name(f"{page.name.removesuffix('.html').replace('.', '_')}_pictures")
+
+
+def refuse_picture_folder(page: Path) -> None:
+    """Refuse the folder if it is a link, or holds something and is not that of an earlier report.
+
+    Raises:
+        OdcftError: says which.
+    """
+    folder = picture_folder(page)
+    if folder.is_symlink():
+        raise OdcftError(f"{folder}, which the pictures go to, is a link. Remove it, or choose another --out.")
+    if (
+        folder.exists()
+        and not (is_report(page) and folder.is_dir())
+        and not (folder.is_dir() and not any(folder.iterdir()))
+    ):
+        raise OdcftError(f"{folder}, which the pictures go to, already exists. Remove it, or choose another --out.")
 
 
 def write_pictures(

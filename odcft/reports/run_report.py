@@ -14,6 +14,7 @@ import numpy as np
 
 from odcft.backbone.model_card import base_name
 from odcft.data.custom_reader import make_reader
+from odcft.data.image_files import is_url
 from odcft.data.images import Images
 from odcft.data.sources import find_images
 from odcft.data.thumbnails import make_thumbnails, media_type
@@ -28,7 +29,7 @@ from odcft.reports.gallery import Gallery, by_importance, cluster_columns, expla
 from odcft.reports.health import findings
 from odcft.reports.neighbours import Neighbours, before_and_after
 from odcft.reports.page import Page, refuse_page, render, write_page
-from odcft.reports.picture_folder import write_pictures
+from odcft.reports.picture_folder import refuse_picture_folder, write_pictures
 from odcft.reports.run_record import RunRecord, read_run
 from odcft.reports.verdicts import read_verdict
 from odcft.text import count_of, printable
@@ -104,6 +105,8 @@ def report(
     place = folder / "report.html" if out is None else Path(out)
     record = read_run(folder)
     refuse_page(place, overwrite or out is None)
+    if all_pictures:
+        refuse_picture_folder(place)
     page = first_page(record)
     page.verdict, page.verdict_kind = read_verdict(evaluation)
     counts: dict[str, Any] = {"images": 0, "clusters": 0, "pictures": 0, "unreadable": 0, "neighbours": 0}
@@ -146,13 +149,13 @@ def lead(record: RunRecord) -> str:
     images = about.get("images")
     how_many = f"{images:,} unlabelled images" if isinstance(images, int) else "unlabelled images"
     method = {"odc": "online deep clustering (ODC)", "dc": "DeepCluster", "codc": "collaborative ODC"}[record.method]
-    what = f"{printable(ckpt)} {{}} {how_many} of {printable(base_name(str(about.get('data', '?'))))} by {method}"
+    what = f"{how_many} in {printable(base_name(str(about.get('data', '?'))))} by {method}"
     if clusters := record.cluster_count():
         what += f" with {clusters:,} clusters"
     if record.finished:
-        return what.format("was fine-tuned on") + f" for {count_of(round(record.epochs_done), 'epoch')}."
-    of = f" of {epochs:,}" if epochs else ""
-    return what.format("is being fine-tuned on") + f": epoch {record.epochs_done:.1f}{of} when this was written."
+        return f"{printable(ckpt)} was fine-tuned on {what} for {count_of(round(record.epochs_done), 'epoch')}."
+    at = f"epoch {record.epochs_done:.1f}" + (f" of {epochs:,}" if epochs else "")
+    return f"{printable(ckpt)} is being fine-tuned on {what}: {at} when this was written."
 
 
 def facts(record: RunRecord) -> list[tuple[str, str]]:
@@ -193,6 +196,8 @@ def find_pictures(
     try:
         if not isinstance(source, str):
             raise OdcftError("run.json does not say where the images are")
+        if data is None and is_url(source):
+            raise OdcftError(f"the run was on {printable(source)}, and nothing is fetched unasked")
         found = find_images(source, progress, reader)
     except OdcftError as error:
         if data is not None:

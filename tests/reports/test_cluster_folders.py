@@ -145,3 +145,13 @@ def test_without_room_or_links_it_says_so(images, tmp_path, monkeypatch):
     with pytest.raises(OdcftError, match="GB left"):
         clusters(run, folders=tmp_path / "out", links="copy")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_list_that_names_other_files_is_not_believed(images, tmp_path):
+    run, out = finished_run(tmp_path / "run", images), tmp_path / "forged"
+    (out / "docs").mkdir(parents=True)
+    (out / "docs" / "thesis.tex").write_text("mine")
+    (out / "images.csv").write_text("folder,file,path,kind\ndocs,thesis.tex,a,copy\n")
+    with pytest.raises(OdcftError, match="holds files odcft did not write"):
+        clusters(run, folders=out, overwrite=True)
+    assert (out / "docs" / "thesis.tex").read_text() == "mine"

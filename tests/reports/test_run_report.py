@@ -11,7 +11,10 @@ from written_runs import NASTY, line_of
 
 from odcft.errors import OdcftError
 from odcft.progress import Progress
-from odcft.reports.run_report import report
+from odcft.reports import run_report
+from odcft.reports.picture_folder import picture_folder
+from odcft.reports.run_record import read_run
+from odcft.reports.run_report import lead, report
 
 QUIET = {"progress": Progress(quiet=True), "sample": 0}
 
@@ -41,7 +44,7 @@ def test_a_report_shows_clusters_and_pictures(make_run, tmp_path, drawn):
     # The mean square of 0.00, 0.03 ... 0.21 is 0.01575.
     assert data["clusters"]["tightness"][0] == pytest.approx(1 - 0.01575, abs=1e-3)
     text = (run / "report.html").read_text()
-    assert "was fine-tuned on 24 unlabelled images of images by online deep clustering" in text
+    assert "was fine-tuned on 24 unlabelled images in images by online deep clustering" in text
     assert text.count("#cluster-") >= 3
     assert re.findall(r'(?:src|href|action|url)="(?!#)[^"]*"', text) == []
 
@@ -187,3 +190,32 @@ def test_the_command_writes_a_page_and_says_so(odcft_command, make_run, tmp_path
     code, _, err = odcft_command("report", tmp_path)
     assert code == 2
     assert err.startswith("odcft: ")
+
+
+def test_braces_in_names_are_no_placeholders(make_run, tmp_path):
+    record = read_run(make_run(tmp_path))
+    record.about |= {"checkpoint": ["{0}.pth", "{}"], "data": "im{0}g/{x}"}
+    assert lead(record).startswith("{0}.pth, {} was fine-tuned on ")
+
+
+def test_addresses_in_run_json_are_not_fetched(make_run, tmp_path, monkeypatch):
+    record = read_run(make_run(tmp_path))
+    record.about["data"] = "ftp://127.0.0.1:9/images/"
+    monkeypatch.setattr(run_report, "find_images", lambda *args: pytest.fail("it was fetched"))
+    found = run_report.find_pictures(record, None, None, None, Progress(quiet=True))
+    assert found.images is None
+    assert "nothing is fetched unasked" in found.why
+
+
+def test_a_folder_of_pictures_that_odcft_did_not_write_is_left_alone(make_run, tmp_path):
+    run, page = make_run(tmp_path), tmp_path / "mine.html"
+    own = tmp_path / "mine_pictures" / "00000" / "00000001.webp"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"mine")
+    with pytest.raises(OdcftError, match="mine_pictures, which the pictures go to, already exists"):
+        report(run, out=page, all_pictures=True, **QUIET)
+    (tmp_path / "other_pictures").symlink_to(tmp_path / "mine_pictures")
+    with pytest.raises(OdcftError, match="is a link"):
+        report(run, out=tmp_path / "other.html", all_pictures=True, **QUIET)
+    assert own.read_bytes() == b"mine"
+    assert picture_folder(tmp_path / "a.htm") != picture_folder(tmp_path / "a.html")
