@@ -122,7 +122,9 @@ def test_a_worker_exits_when_its_reader_is_gone(tmp_path):
     code = (
         "import os, time, torch\n"
         "from odcft.data import batches as data\n"
+        "from odcft.data.view import View\n"
         "class Large:\n"
+        "    view = View(600)\n"
         "    def __getitem__(self, key): return torch.zeros(3, 600, 600, dtype=torch.uint8), 0\n"
         "def no_room(self): raise RuntimeError('no room')\n"
         "torch.Tensor.share_memory_ = no_room\n"
