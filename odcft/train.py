@@ -109,7 +109,7 @@ def fine_tune(
             if dist.rank() == 0:  # also when resumed: the number of epochs may have changed
                 write_recipe(out, start.plan)
             steps, broken = training_order(start).steps, 0
-            if resume and finished_after(out) == steps:
+            if done := resume and finished_after(out) == steps:
                 progress.say(f"Finished    {out} has done all of its {steps:,} steps; nothing is left to do.")
             else:
                 evaluation = None
@@ -118,8 +118,9 @@ def fine_tune(
                     evaluation = EpochEvaluation(labels, eval_every, start.plan.optim.epochs, backbones, view, out)
                 broken = train(start, state, run, progress, evaluation)
                 write_results(start, state, run)
-                if start.plan.log.report and dist.rank() == 0:
-                    during_a_run.write_at_end(out, progress, images=start.images, reader=run.reader)
+            missing = dist.rank() == 0 and not (done and (out / "report.html").exists())
+            if start.plan.log.report and missing:
+                during_a_run.write_at_end(out, progress, images=start.images, reader=run.reader)
             return _result(start, out, steps, broken, time.monotonic() - began)
     except Stopped as stopped:
         if not stopped.args:
