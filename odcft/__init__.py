@@ -3,6 +3,7 @@
 The public names are fetched on first use, so that `import odcft` (which the command line does) does not import torch.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:  # for editors and type checkers
     from odcft.reports.run_report import report
 
 __version__ = "0.2.0"
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else onnxruntime looks up its maker's host, and writes into HOME
 
 _MODULES = {
     "load_recipe": "odcft.recipe",
