@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from odcft.data.image_reading import pixels_of
 from odcft.data.images import Images
+from odcft.data.thumbnails import thumbnail as small_picture
 from odcft.data.view import View
 
 SIDE = 96  # pixels of a thumbnail, unless told otherwise
@@ -39,20 +38,13 @@ class Row:
 def thumbnail(images: Images, index: int, view: View, side: int = SIDE) -> Image.Image | None:
     """Image `index` as a whole in side × side pixels, in the middle of white paper; None if it cannot be read."""
     try:
-        pixels: Any = pixels_of(images, index, view)
-        if not isinstance(pixels, Image.Image):  # n bands: the first three, or the first as gray
-            bands = np.array(pixels)
-            pixels = Image.fromarray(np.ascontiguousarray(bands[..., :3] if bands.shape[2] > 2 else bands[..., 0]))
-        width, height = pixels.size
-        scale = side / max(width, height)
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        # Small images are enlarged with their pixels kept apart.
-        filter = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.BICUBIC
-        pixels = pixels.convert("RGB").resize(size, filter, reducing_gap=2.0)
+        picture = small_picture(images, index, view, side).convert("RGB")
     except Exception:  # of many types, raised by decoders for damaged files, or by the user's own function
         return None
+    if (scale := side // max(picture.size)) > 1:  # small images are enlarged with their pixels kept apart
+        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
     paper = Image.new("RGB", (side, side), PAPER)
-    paper.paste(pixels, ((side - size[0]) // 2, (side - size[1]) // 2))
+    paper.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     return paper
 
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from odcft.backbone.model_card import base_name
 from odcft.data.custom_reader import make_reader
-from odcft.data.image_files import is_url
 from odcft.data.images import Images
 from odcft.data.sources import find_images
 from odcft.data.thumbnails import make_thumbnails, media_type
@@ -30,6 +29,7 @@ from odcft.reports.health import findings
 from odcft.reports.neighbours import Neighbours, before_and_after
 from odcft.reports.page import Page, refuse_page, render, write_page
 from odcft.reports.picture_folder import refuse_picture_folder, write_pictures
+from odcft.reports.run_clusters import place_of_images
 from odcft.reports.run_record import RunRecord, read_run
 from odcft.reports.verdicts import read_verdict
 from odcft.text import count_of, printable
@@ -191,18 +191,14 @@ def find_pictures(
         view = View(224)
     if images is not None and len(images) == count:
         return Pictures(images, np.arange(count), view)
-    source = data if data is not None else record.about.get("data")
     nothing = np.full(count, -1, np.int64)
     try:
-        if not isinstance(source, str):
-            raise OdcftError("run.json does not say where the images are")
-        if data is None and is_url(source):
-            raise OdcftError(f"the run was on {printable(source)}, and nothing is fetched unasked")
+        source = place_of_images(record.folder) if data is None else data
         found = find_images(source, progress, reader)
     except OdcftError as error:
         if data is not None:
             raise
-        return Pictures(None, nothing, view, f"No pictures: {str(error).rstrip('.')}. Pass --data where they are now.")
+        return Pictures(None, nothing, view, f"No pictures: {error}")
     known = {as_written(name): index for index, name in enumerate(found.names)}
     index_N = np.array([known.get(name, -1) for name in record.clusters.names], np.int64)
     missing = int((index_N < 0).sum())

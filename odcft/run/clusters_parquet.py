@@ -123,22 +123,12 @@ def read_cluster_table(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
     Raises:
         OdcftError: the file does not exist, or is not such a file.
     """
-    require_parquet()
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    table = _read(path, ["path", "cluster"])
+    cluster_N = table["cluster"].to_numpy().astype(np.int64)
+    if len(cluster_N) and cluster_N.min() < 0:
+        raise OdcftError(f"{path} is damaged: it has clusters below 0.")
     try:
-        wanted = [name for name in ("path", "cluster", "distance") if name in pq.read_schema(path).names]
-        table = pq.read_table(path, columns=wanted)
-        if not pa.types.is_string(table["path"].type) or not pa.types.is_integer(table["cluster"].type):
-            raise ValueError("its columns have other types")
-        paths, cluster_N = table["path"].to_pylist(), table["cluster"].to_numpy().astype(np.int64)
-        distance_N = np.full(len(paths), np.nan, np.float32)
-        if "distance" in wanted:
-            distance_N = table["distance"].to_numpy().astype(np.float32)
-        if None in paths or (len(cluster_N) and cluster_N.min() < 0):
-            raise ValueError("some rows are empty")
-        return paths, cluster_N, distance_N
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise OdcftError(f"{path} is not the clusters.parquet of a run, with `path` and `cluster` ({said}).") from None
+        distance_N = _read(path, ["distance"])["distance"].to_numpy().astype(np.float32)
+    except OdcftError:
+        distance_N = np.full(len(table), np.nan, np.float32)
+    return table["path"].to_pylist(), cluster_N, distance_N

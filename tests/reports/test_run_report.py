@@ -199,12 +199,14 @@ def test_braces_in_names_are_no_placeholders(make_run, tmp_path):
 
 
 def test_addresses_in_run_json_are_not_fetched(make_run, tmp_path, monkeypatch):
-    record = read_run(make_run(tmp_path))
-    record.about["data"] = "ftp://127.0.0.1:9/images/"
+    run = make_run(tmp_path)
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"data": "ftp://127.0.0.1:9/images/"}))
+    record = read_run(run)
     monkeypatch.setattr(run_report, "find_images", lambda *args: pytest.fail("it was fetched"))
     found = run_report.find_pictures(record, None, None, None, Progress(quiet=True))
     assert found.images is None
-    assert "nothing is fetched unasked" in found.why
+    assert "Nothing is fetched unasked" in found.why
 
 
 def test_a_folder_of_pictures_that_odcft_did_not_write_is_left_alone(make_run, tmp_path):
