@@ -1,6 +1,7 @@
 """What is printed during a run: lines, progress bars and the JSON result. Only rank 0 prints."""
 
 import json
+import math
 import sys
 import threading
 import time
@@ -146,6 +147,14 @@ class Progress:
 
 
 def print_json(values: dict[str, Any]) -> None:
-    """Print the one JSON object of `--json` on stdout."""
-    json.dump(values, sys.stdout)
+    """Print the one JSON object of `--json` on stdout, with null for numbers that are not finite."""
+    json.dump(_finite(values), sys.stdout, allow_nan=False)
     sys.stdout.write("\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
