@@ -661,7 +661,7 @@ def clusters(
     lines = describe(values)
     if not (folders or sheets):
         lines.append(
-            f"Next:       {command('clusters', run, sheets='SHEETS/')} (or --folders, --out, --near-duplicates)"
+            f"Next:       {command('clusters', run, sheets='SHEETS/')}   # or --folders, --out, --near-duplicates"
         )
     _report(values, as_json, lines)
 

@@ -11,7 +11,7 @@ TITLES = {  # measure to its title and decimals
     "spread": ("spread (0: all features alike)", 2),
     "dead_share": ("share of dead features", 2),
 }
-HINT = "A few labelled images of each class would settle it: odcft evaluate RUN LABELLED/ (docs/unlabelled.md)."
+HINT = "Labelled images can settle it:   odcft evaluate RUN LABELLED/   # docs/unlabelled.md"
 WIDE = 2 + max(len(title) for title, _ in TITLES.values())
 
 
