@@ -82,12 +82,6 @@ def code_block(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{lines}\n{fence}"
 
 
-def markdown_text(text: object) -> str:
-    """Text escaped for one line of Markdown: no link, emphasis or HTML takes effect."""
-    escaped = re.sub(r"([\\`*_{}\[\]()#+\-.!|~>:@])", r"\\\1", printable(text))
-    return escaped.replace("&", "&amp;").replace("<", "&lt;")
-
-
 def _longest_run(text: str) -> int:
     return max((len(run) for run in re.findall("`+", text)), default=0)
 

@@ -8,7 +8,7 @@ import warnings
 import pytest
 
 from odcft.progress import Progress
-from odcft.text import code_block, code_span, markdown_text, printable
+from odcft.text import code_block, code_span, printable
 
 HOSTILE = {
     "colour": ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"),
@@ -67,15 +67,6 @@ def test_text_cannot_break_out_of_a_code_block():
     assert (first, last) == ("`````yaml", "`````")
     assert inner == ["method: odc", "```", "# Owned", "````", r"\x1b[31m   x"]
     assert code_block("a") == "```\na\n```"
-
-
-def test_escaped_text_has_no_effect_in_markdown():
-    text = markdown_text("[x](http://a) ![i](b) <img src=x> *a* _b_ `c` &lt; #1 \\ - + ~~ | @me\nx")
-    assert not re.search(r"(?<!\\)[`*_\[\]()#+|~@!>]", text.replace("&lt;img", ""))
-    assert "<" not in text
-    assert "&amp;lt;" in text
-    assert "\n" not in text
-    assert markdown_text("images of mine") == "images of mine"
 
 
 EVIL = "\x1b[2J\nWarning     forged\r\u202e"
