@@ -50,3 +50,12 @@ def test_every_field_is_offered_with_values_that_it_takes():
 
 def test_nothing_fits_nothing():
     assert completion.recipes("zzz") == completion.presets("zzz") == completion.choices("odc")("zzz") == []
+
+
+def test_completion_is_installed_for_the_shell_above(tmp_path):
+    command = f"{sys.executable} -m odcft --install-completion && echo done"
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(filter(None, sys.path))}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "odcft" in (tmp_path / ".bashrc").read_text()
+    assert "_ODCFT_COMPLETE" in next((tmp_path / ".bash_completions").iterdir()).read_text()
