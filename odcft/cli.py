@@ -863,7 +863,8 @@ def main() -> NoReturn:
     warnings.formatwarning = _format_warning  # type: ignore[assignment]
     with stop_signals.handling_signals():
         try:
-            app(prog_name="odcft")  # also where it was started as python -m odcft
+            with completion.words_of_bash():
+                app(prog_name="odcft")  # also where it was started as python -m odcft
         except SystemExit as end:  # the way typer returns
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         except OdcftError as error:

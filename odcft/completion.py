@@ -3,7 +3,10 @@
 Shells wait for the answer, so nothing here imports torch. `odcft --install-completion` sets a shell up.
 """
 
+import io
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, Literal, get_args, get_origin
 
 Offers = list[tuple[str, str]]  # each a word to complete to, and what it is
@@ -74,3 +77,46 @@ def presets(incomplete: str) -> Offers:
     from odcft.presets import PRESETS
 
     return [(name, preset.what) for name, preset in PRESETS.items() if name.startswith(incomplete)]
+
+
+# ---------------------------------------------------------------- bash
+
+
+@contextmanager
+def words_of_bash() -> Iterator[None]:
+    """Let `--set memory.variant=o` complete in bash, which hands over "a=b" as the three words "a", "=" and "b".
+
+    Inside, typer sees the words as they were typed; what it prints is then cut down to the part that bash completes.
+    For other shells, and when nothing is completed, nothing happens.
+    """
+    if os.environ.get("_ODCFT_COMPLETE") != "complete_bash":
+        yield
+        return
+    words, typed = _joined(os.environ.get("COMP_WORDS", "").split("\n")[: int(os.environ.get("COMP_CWORD", 0)) + 1])
+    os.environ |= {"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(len(words) - 1)}
+    if typed.startswith("-"):  # --set=memory.variant=o: typer answers without the name of the option
+        typed = typed.partition("=")[2]
+    answer = io.StringIO()
+    try:
+        with redirect_stdout(answer):
+            yield
+    finally:
+        for line in answer.getvalue().splitlines():
+            print(line.removeprefix(typed))
+
+
+def _joined(words: list[str]) -> tuple[list[str], str]:
+    """Join again what bash took apart at "="; also return what stands before the part of the last word it completes.
+
+    Nothing is joined to an empty word, which is one that begins after a space.
+    """
+    joined: list[str] = []
+    before = ""
+    for last, word in zip(["", *words], words, strict=False):
+        if joined and word and "=" in (last, word):
+            before = joined[-1] + (word if word == "=" else "")
+            joined[-1] += word
+        else:
+            before = ""
+            joined.append(word)
+    return joined, before

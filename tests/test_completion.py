@@ -17,7 +17,8 @@ COMMAND = (
 
 
 def offered(words):
-    environment = {"_ODCFT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    environment = {"_ODCFT_COMPLETE": "complete_bash", "COMP_WORDS": words.replace(" ", "\n")}
+    environment["COMP_CWORD"] = str(len(words.split()) - 1)
     environment["PYTHONPATH"] = ":".join(filter(None, sys.path))
     done = subprocess.run([sys.executable, "-c", COMMAND], env=environment, capture_output=True, text=True)
     assert not done.stderr
@@ -34,6 +35,55 @@ def offered(words):
 )
 def test_bash_completes(words, offers):
     assert offered(words) == offers
+
+
+IN_BASH = """
+complete() { :; }
+eval "$(odcft --show-completion bash)"
+for typed in "--set memory.variant =" "--set = memory.variant = p"; do
+    COMP_WORDS=(odcft finetune c.pth images $typed) COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+    _odcft_completion odcft
+    echo "${COMPREPLY[*]}"
+done
+"""
+
+
+def test_the_script_for_bash_completes_behind_an_equals_sign(tmp_path):
+    (tmp_path / "odcft").write_text(f'#!/bin/sh\nexec {sys.executable} -m odcft "$@"\n')
+    (tmp_path / "odcft").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": ":".join(filter(None, sys.path))}
+    environment["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"  # the shell is named
+    done = subprocess.run(["bash", "-c", IN_BASH], env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("paper official\npaper\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "offers"),  # words as bash has them, taken apart at "="
+    [
+        ("--set memory.variant = o", ["official"]),
+        ("--set seed = 1 --set memory.variant =", ["paper", "official"]),
+        ("--recipe = sm", ["small"]),
+        ("--set memory.variant=o", ["memory.variant=official"]),  # COMP_WORDBREAKS without "="
+        ("--set = memory.va", ["memory.variant=paper", "memory.variant=official"]),
+    ],
+)
+def test_bash_completes_the_part_behind_an_equals_sign(monkeypatch, odcft_command, words, offers):
+    words = ["odcft", "finetune", "c.pth", "images", *words.split()]
+    monkeypatch.setenv("_ODCFT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "\n".join(words))
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+    assert odcft_command()[1].split() == offers
+
+
+def test_words_after_a_space_are_not_joined():
+    assert completion._joined(["odcft", "--set", "a", "=", ""]) == (["odcft", "--set", "a=", ""], "")
+
+
+def test_other_shells_get_whole_words():
+    environment = {"_ODCFT_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "odcft finetune a b --set memory.variant=o"}
+    environment["PYTHONPATH"] = ":".join(filter(None, sys.path))
+    done = subprocess.run([sys.executable, "-c", COMMAND], env=environment, capture_output=True, text=True)
+    assert "memory.variant=official" in done.stdout.replace("\\", "")
 
 
 def test_protocols_follow_those_that_were_typed():
