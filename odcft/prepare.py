@@ -259,7 +259,7 @@ def resumed_run(run: Run, recipe: Recipe, epochs: int | None, progress: Progress
     dist.wait_for_all()
     resume_checks.refuse_malformed_state(run.out, snapshot.about)
     about = resume_checks.read_run_json(run.out)
-    recipe = resume_checks.resumed_recipe(recipe, epochs, run.out, about, snapshot.about)
+    recipe = resume_checks.resumed_recipe(recipe, epochs, run.out, about, snapshot.about, progress.say)
     if dist.rank() == 0 and recipe.optim.epochs != snapshot.about["recipe"]["optim"]["epochs"]:
         note_epochs(run.out, recipe.optim.epochs)  # so that a later --resume need not repeat --epochs
     resume_checks.refuse_other_checkpoint(run.ckpts, run.out, about)

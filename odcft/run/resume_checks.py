@@ -1,6 +1,7 @@
 """Checks before a RUN is resumed: recipe, checkpoints and images must be those that it was started with."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +70,23 @@ def _is_loss_scale(stored: Any) -> bool:
 
 
 def resumed_recipe(
-    given: Recipe, epochs: int | None, run: Path, about: dict[str, Any], saved: dict[str, Any]
+    given: Recipe,
+    epochs: int | None,
+    run: Path,
+    about: dict[str, Any],
+    saved: dict[str, Any],
+    say: Callable[[str], None] = lambda line: None,
 ) -> Recipe:
     """The recipe of a RUN, with the changes that a resumed run may make.
 
     Args:
-        given: the recipe given now, whose fields may still be `auto`.
+        given: the recipe given now, whose fields may still be `auto`. What it leaves at its default, such as the seed
+            of most recipes, stays as the RUN was started with.
         epochs: the new total number of epochs, or None to keep it.
         run: for the message.
         about: its run.json, with the recipe as given at the start, and the epochs if it was prolonged before.
         saved: the state.json of its state, with the resolved recipe and the number of steps done.
+        say: prints a note.
 
     Raises:
         OdcftError: names the first field that differs.
@@ -92,14 +100,20 @@ def resumed_recipe(
     recomputed = set() if epochs is None else {"optim.epochs"}
     if epochs is not None or prolonged != then["optim.epochs"]:
         recomputed.add("optim.final_epochs")
+    chosen, kept = flatten(given.model_dump(mode="json", exclude_unset=True)), []
     for name, value in now.items():
         if name.split(".")[0] in MAY_CHANGE or name in MAY_CHANGE or name not in then or name in recomputed:
             continue
         if value not in ("auto", then[name], given_then.get(name), prolonged if name == "optim.epochs" else then[name]):
+            if name not in chosen:
+                kept.append(f"{name}={short_repr(then[name], quotes=False)}")
+                continue
             how = "Pass --epochs to change it" if name == "optim.epochs" else "Resume without this change"
             raise OdcftError(
                 f"{run} was started with {name}={then[name]}, not {value}. {how}, or choose another --out."
             )
+    if kept:
+        say(f"Note        {run} keeps what it was started with: {', '.join(kept)}.")
     recipe = make_recipe(then_recipe)
     recipe.log, recipe.data.workers, recipe.data.max_broken = given.log, given.data.workers, given.data.max_broken
     recipe.data.cache = given.data.cache

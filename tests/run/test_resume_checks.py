@@ -54,3 +54,21 @@ def test_the_cache_of_decoded_images_may_change_and_older_runs_have_not_chosen()
         for given in ("on", "off"):
             recipe = quick(f"data.cache={given}")
             assert resumed_recipe(recipe, None, Path("run"), {"asked": then}, saved).data.cache == given
+
+
+def test_a_recipe_given_again_need_not_repeat_what_was_given_with_it():
+    """`--recipe small --seed 3 --set …`, and then `--recipe small --resume`: its file says nothing of the seed."""
+    from odcft.errors import OdcftError
+    from odcft.recipe import load_recipe
+    from odcft.run.resume_checks import resumed_recipe
+
+    asked = load_recipe("small", ["seed=3", "neck.hidden=16"]).model_dump(mode="json")
+    saved, notes = {"recipe": asked, "step": 1, "steps_per_epoch": 3}, []
+    asked_now = load_recipe("small")
+    saved["recipe"]["optim"]["final_epochs"] = 2  # as resolved
+    recipe = resumed_recipe(asked_now, None, Path("run"), {"asked": asked}, saved, notes.append)
+    assert (recipe.seed, recipe.neck.hidden) == (3, 16)
+    assert notes == ["Note        run keeps what it was started with: seed=3, neck.hidden=16."]
+    for given in ("seed=0", "neck.hidden=512"):  # the defaults, but asked for
+        with pytest.raises(OdcftError, match=f"not {given.partition('=')[2]}"):
+            resumed_recipe(load_recipe("small", [given]), None, Path("run"), {"asked": asked}, saved)
