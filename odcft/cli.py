@@ -800,8 +800,8 @@ def recipes(
 @app.command()
 def doctor(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Where RUN folders will go: its disk is tried.")
-    ] = Path("."),
+        str, typer.Argument(metavar="FOLDER", help="Where RUN folders will go: its disk is tried.")
+    ] = ".",
     as_json: Json = False,
 ) -> None:
     """Check this machine: libraries, GPUs, shared memory, cores, disk; and say how to fix what is wrong."""

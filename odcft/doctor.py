@@ -68,20 +68,22 @@ class Check:
     fix: str | None = None  # the command, or the setting, that changes it
 
 
-def check_machine(folder: Path = Path(".")) -> dict[str, Any]:
+def check_machine(folder: str | os.PathLike[str] = ".") -> dict[str, Any]:
     """Run every check; a check that breaks is itself reported, and the others go on.
 
     Args:
-        folder: where RUN folders will be written. A file of 64 MB without a name tries its disk.
+        folder: where RUN folders will be written; it need not exist yet. A file of 64 MB without a name tries its disk.
 
     Returns:
         odcft, python, platform; usable (nothing failed); and checks: name, status, found and fix of each.
 
     Raises:
-        OdcftError: there is no such folder.
+        OdcftError: it is not a folder, or has no name; or no other process can be started.
     """
-    if not os.path.isdir(folder):
-        raise OdcftError(f"{folder} is not a folder. Name the one that RUN folders go to, or leave it out.")
+    if not os.fspath(folder) or (os.path.lexists(folder) and not os.path.isdir(folder)):
+        raise OdcftError(
+            f"{os.fspath(folder) or repr('')} is not a folder. Name the one that RUN folders go to, or leave it out."
+        )
     libraries = _import_libraries([name for name in LIBRARIES if _installed(name)])
     steps: dict[str, Callable[[], Iterator[Check]]] = {
         "packages": _check_versions,
@@ -96,7 +98,7 @@ def check_machine(folder: Path = Path(".")) -> dict[str, Any]:
         "cores": _check_cores,
         "memory": _check_memory,
         "open files": _check_open_files,
-        "disk": lambda: _check_disk(folder),
+        "disk": lambda: _check_disk(Path(folder)),
         "cache": _check_cache,
     }
     checks: list[Check] = []
@@ -150,7 +152,7 @@ def machine_line(recipe: Any, out: Path) -> str:
         parts.insert(0, _gpu_names())
     else:
         parts.insert(0, "no GPU")
-    folder = next((f for f in (out, *out.absolute().parents) if os.path.isdir(f)), Path("/"))
+    folder = _nearest(out)
     with suppress(OSError):
         parts.append(f"{_size(shutil.disk_usage(folder).free)} of disk free")
     worst: list[Check] = []
@@ -166,6 +168,11 @@ def machine_line(recipe: Any, out: Path) -> str:
         return f"Machine     {' · '.join(parts)}"
     others = f" (`odcft doctor` shows {len(worst) - 1} more)" if len(worst) > 1 else ""
     return f"Machine     {' · '.join(parts)} · {worst[0].name}: {worst[0].found}. Fix: {worst[0].fix}{others}"
+
+
+def _nearest(folder: Path) -> Path:
+    """A folder, or the nearest one above it that exists."""
+    return next((f for f in (folder, *folder.absolute().parents) if os.path.isdir(f)), Path("/"))
 
 
 def _shared_memory_for(recipe: Any, gpu: bool) -> Iterator[Check]:
@@ -211,6 +218,11 @@ def _import_libraries(names: list[str]) -> dict[str, dict[str, Any]]:
     except subprocess.TimeoutExpired as late:
         output = late.stdout or b""
         found = {name: {"error": None, "gpu": False, "late": True} for name in names}
+    except OSError as error:
+        raise OdcftError(
+            f"No process can be started to try the libraries in: {error.strerror or error}. "
+            "`ulimit -n` (open files) and `ulimit -u` (processes) say what is allowed here."
+        ) from None
     for line in output.decode(errors="replace").splitlines():
         with suppress(ValueError, KeyError, TypeError):
             name, error, *gpu = json.loads(line)
@@ -469,6 +481,8 @@ def _check_open_files() -> Iterator[Check]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < FEW_FILES:
         fix = f"ulimit -n {65536 if hard == resource.RLIM_INFINITY else min(65536, hard)}"
+        if 0 <= hard < FEW_FILES:
+            fix = f"a hard limit above {hard:,}: docker run --ulimit nofile=65536, or /etc/security/limits.conf"
         yield Check("open files", "warn", f"at most {soft:,}, and data workers need one for each batch", fix)
     else:
         yield Check("open files", "ok", "no limit" if soft == resource.RLIM_INFINITY else f"at most {soft:,}")
@@ -482,7 +496,9 @@ def _check_space(folder: Path) -> Iterator[Check]:
 
 def _check_disk(folder: Path) -> Iterator[Check]:
     """How much is free where RUN folders go, and how fast that disk is."""
+    is_new, folder = not os.path.isdir(folder), _nearest(folder)
     found = f"{_size(shutil.disk_usage(folder).free)} free in {folder.absolute()}"
+    found += ", where the folder that you named will be made" if is_new else ""
     try:
         write, read = _disk_speed(folder)
     except OSError as error:

@@ -80,7 +80,8 @@ def test_words_after_a_space_are_not_joined():
 
 
 def test_other_shells_get_whole_words():
-    environment = {"_ODCFT_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "odcft finetune a b --set memory.variant=o"}
+    words = "odcft finetune a b --set memory.variant=o"
+    environment = {"_ODCFT_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": words}
     environment["PYTHONPATH"] = ":".join(filter(None, sys.path))
     done = subprocess.run([sys.executable, "-c", COMMAND], env=environment, capture_output=True, text=True)
     assert "memory.variant=official" in done.stdout.replace("\\", "")

@@ -40,9 +40,19 @@ def test_every_check_has_an_answer_and_nothing_is_left_behind(odcft_command, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(OdcftError, match="is not a folder"):
-        doctor.check_machine(tmp_path / "nowhere")
+def test_of_a_folder_that_does_not_exist_yet_the_one_above_is_tried(tmp_path):
+    check = found(doctor.check_machine(tmp_path / "runs" / "new"), "disk")
+    assert f"in {tmp_path}, where the folder that you named will be made" in check["found"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", "file"])
+def test_what_is_not_a_folder_is_refused(tmp_path, monkeypatch, odcft_command, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    code, _, err = odcft_command("doctor", name)
+    assert code == 2
+    assert f"{name or repr('')} is not a folder. Name the one that RUN folders go to" in err
 
 
 def test_a_version_that_is_too_old_fails_with_the_command(odcft_command, tmp_path, monkeypatch):
@@ -105,6 +115,8 @@ def test_few_open_files_are_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
     check = found(doctor.check_machine(tmp_path), "open files")
     assert (check["status"], check["fix"]) == ("warn", "ulimit -n 4096")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (12, 12))
+    assert found(doctor.check_machine(tmp_path), "open files")["fix"].startswith("a hard limit above 12: docker run")
 
 
 @pytest.fixture
