@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from odcft import doctor
-from odcft.errors import OdcftError
 from odcft.recipe import load_recipe
 
 Usage = namedtuple("Usage", "total used free")

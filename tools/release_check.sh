@@ -41,6 +41,7 @@ cd ..
 
 echo "4 Test it"
 "$bin/python" -m pip install --quiet --constraint constraints.txt "${wheel}[dev,faiss,onnx]"
+"$bin/python" tools/torchvision_on_cpu.py # as `make` does: tests import timm, which a CPU build of torch may not allow
 # Not `python -m pytest`, which would find the checkout before the wheel.
 OMP_NUM_THREADS=1 "$bin/pytest" -n 2 -q -m "not slow" "${@:-tests}"
 echo "odcft $version can be shipped: .release/odcft-$version.tar.gz, $wheel"

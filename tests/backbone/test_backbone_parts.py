@@ -3,12 +3,12 @@ import json
 import pytest
 import timm
 import torch
+from backbone_helpers import contents
 
 from odcft.backbone.backbone_parts import Part, only_part, why_taken
 from odcft.backbone.load import load_backbone
 from odcft.errors import OdcftError
 from odcft.recipe import load_options, load_recipe
-from tests.backbone.backbone_helpers import contents
 
 
 def weights(seed, prefix="", arch="test_resnet"):

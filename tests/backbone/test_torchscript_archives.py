@@ -9,10 +9,10 @@ import pytest
 import timm
 import torch
 from backbone_helpers import equal
+from test_encoder_layouts import as_clip_resnet, random_state
 
 from odcft.backbone.load import load_backbone
 from odcft.errors import OdcftError
-from tests.backbone.test_encoder_layouts import as_clip_resnet, random_state
 
 
 class Holder(torch.nn.Module):
@@ -74,7 +74,7 @@ def test_openais_archive_of_a_resnet(tmp_path):
 
 @pytest.mark.slow
 def test_openais_archive_of_a_transformer_has_the_quick_gelu(tmp_path):
-    from tests.backbone.test_original_layouts import as_clip
+    from test_original_layouts import as_clip
 
     state = random_state(timm.create_model("vit_base_patch32_clip_224", num_classes=0))
     theirs = dict(as_clip(state)) | {"input_resolution": torch.tensor(224)}
