@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, cast
 
+from odcft.argument_types import checked
 from odcft.errors import OdcftError
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ def parse_arch_args(arch_args: str | Mapping[str, Any] | None) -> dict[str, Any]
     return parse_arguments(arch_args) if isinstance(arch_args, str) else dict(arch_args)
 
 
+@checked
 def load_backbone(
     ckpt: StrPath,
     *,
@@ -158,6 +160,7 @@ def load_backbone(
     return load(_text(ckpt), arch, input, allow_partial, seed, arch_args=arguments, part=part)
 
 
+@checked
 def find_images(data: StrPath, *, reader: Reader | None = None, progress: bool = True) -> "Images":
     """Find the images of a DATA argument, in the order that every other function uses.
 
@@ -180,6 +183,7 @@ def find_images(data: StrPath, *, reader: Reader | None = None, progress: bool =
     return find(_text(data), Progress(quiet=not progress), make_reader(reader))
 
 
+@checked
 def init_memory(
     ckpt: StrPath,
     data: StrPath,
@@ -243,6 +247,7 @@ def init_memory(
     return cast(InitialMemory, made)
 
 
+@checked
 def fine_tune(
     ckpt: StrPath | Sequence[StrPath],
     data: StrPath,
@@ -319,7 +324,7 @@ def fine_tune(
         arch_args=arch_args,
     )
     for name, count in (("epochs", epochs), ("eval_every", eval_every)):
-        if count is not None and (not isinstance(count, int) or not 1 <= count <= MAX_EPOCHS):
+        if count is not None and not 1 <= count <= MAX_EPOCHS:
             raise OdcftError(f"{name}={count!r}: give a whole number from 1 to {MAX_EPOCHS:,}.")
     with _ranks_joined(accelerator), _training_alone(to_continue="Continue with resume=True."):
         made = run(
@@ -413,6 +418,7 @@ def evaluate(
     return cast(dict[str, Any], json_values(results))
 
 
+@checked
 def embed(
     ckpt: StrPath,
     data: StrPath,
@@ -467,6 +473,7 @@ def embed(
         )
 
 
+@checked
 def export(
     source: StrPath,
     out: StrPath,

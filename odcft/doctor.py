@@ -218,9 +218,9 @@ def _import_libraries(names: list[str]) -> dict[str, dict[str, Any]]:
     except subprocess.TimeoutExpired as late:
         output = late.stdout or b""
         found = {name: {"error": None, "gpu": False, "late": True} for name in names}
-    except OSError as error:
+    except OSError as failure:
         raise OdcftError(
-            f"No process can be started to try the libraries in: {error.strerror or error}. "
+            f"No process can be started to try the libraries in: {failure.strerror or failure}. "
             "`ulimit -n` (open files) and `ulimit -u` (processes) say what is allowed here."
         ) from None
     for line in output.decode(errors="replace").splitlines():

@@ -33,7 +33,7 @@ FLOORS = [
     {"progress", "optim"},
     {"recipe", "files", "cache_folder"},
     {"distributed"},
-    {"presets"},
+    {"presets", "argument_types"},
     {"errors", "text", "seeds", "precision", "__init__"},
     {"torchvision_on_cpu"},
 ]

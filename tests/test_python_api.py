@@ -184,21 +184,28 @@ def test_two_trainings_at_once_are_refused(here):
     ("arguments", "message"),
     [
         ({"set": {"memory.momentun": 1}}, "memory.momentum"),
-        ({"set": "a=b"}, "give {"),
+        ({"set": "a=b"}, r"'a=b' \(str\): give a dict, a list of str or None"),
         ({"set": {"seed": object()}}, "not JSON"),
-        ({"set": [3]}, "give {"),
+        ({"set": [3]}, "give a dict, a list of str"),
         ({"clusters": "many"}, "memory.clusters"),
-        ({"clusters": 1.5}, "memory.clusters"),
-        ({"recipe": 3}, "int given"),
+        ({"clusters": 1.5}, r"clusters=1.5 \(float\): give an int, a str or None"),
+        ({"recipe": 3}, "recipe=3 .*a Recipe or None"),
         ({"recipe": "smal"}, "did you mean small"),
         ({"method": "x"}, "odc"),
-        ({"memory": 5}, "int given"),
+        ({"memory": 5}, "memory=5 .*a str, a Path or None"),
         ({"ckpt": []}, "give a checkpoint"),
-        ({"ckpt": None}, "give a checkpoint"),
-        ({"ckpt": b"c.pth"}, "bytes given"),
-        ({"data": 7}, "int given"),
+        ({"ckpt": None}, "ckpt=None .*a str, a Path or a list of str or Path"),
+        ({"ckpt": ["a", 3]}, "a list of str or Path"),
+        ({"ckpt": b"c.pth"}, r"\(bytes\): give a str"),
+        ({"out": None}, "out=None .*a str or a Path"),
+        ({"data": 7}, "data=7"),
         ({"preset": "grey"}, "gray"),
-        ({"epochs": 0}, "epochs"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"epochs": True}, r"epochs=True \(bool\): give an int or None"),
+        ({"resume": "no"}, "give True or False"),
+        ({"reader": 3}, "a str, a function or None"),
+        ({"part": [1]}, "part="),
+        ({"arch_args": {1: 2}}, "a str, a dict or None"),
         ({"eval": "nowhere"}, "does not exist"),
         ({"eval_every": 0}, "eval_every"),
         ({"arch": "resnet1"}, "timm has no"),
@@ -210,6 +217,25 @@ def test_mistakes_raise_one_sentence_and_write_nothing(here, arguments, message)
     with pytest.raises(odcft.OdcftError, match=message):
         odcft.fine_tune(**given)
     assert not (here / "run").exists()
+
+
+WRONG = [object(), 1.5, b"c.pth", [object()], {1: 2}, None, True, "no such thing", -1]
+
+
+@pytest.mark.parametrize("name", ["load_backbone", "find_images", "init_memory", "fine_tune", "embed", "export"])
+def test_no_argument_of_a_wrong_type_gets_past_the_first_line(tmp_path, monkeypatch, name):
+    """Every argument with everything that its annotation does not allow; what it allows meets a CKPT without a file."""
+    monkeypatch.chdir(tmp_path)
+    function, refused = getattr(odcft, name), 0
+    arguments = inspect.signature(function).parameters
+    required = {one: "nowhere" for one, p in arguments.items() if p.default is inspect.Parameter.empty}
+    for argument in arguments:
+        for value in WRONG:
+            with pytest.raises(odcft.OdcftError) as refusal:
+                function(**{**required, argument: value})
+            refused += f"{argument}=" in str(refusal.value)
+    assert refused > 5 * len(arguments)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("widgets", [False, True])

@@ -1,0 +1,85 @@
+"""Arguments of Python functions are checked against their annotations, so that a wrong one is refused in a sentence."""
+
+import collections.abc
+import functools
+import inspect
+import os
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from odcft.errors import OdcftError
+from odcft.text import short_repr
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_NAMES = {str: "a str", int: "an int", float: "a number", bool: "True or False", type(None): "None"}
+
+
+def checked(function: _Function) -> _Function:
+    """The function, which refuses arguments that are not what their annotations say.
+
+    It understands classes, unions, `Sequence[…]` (a list or tuple), `Mapping[…]`, `Callable`, and the name `Recipe`.
+    A bool does not pass for a number, nor text for a list.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        hints = _hints(function)
+        for name, value in signature.bind(*args, **options).arguments.items():
+            if not _fits(value, hints[name]):
+                raise OdcftError(
+                    f"{name}={short_repr(value)} ({type(value).__name__}): give {_or(_expected(hints[name]))}."
+                )
+        return function(*args, **options)
+
+    signature = inspect.signature(function)
+    return cast(_Function, call)
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """What the annotations of its arguments stand for."""
+    import odcft
+
+    arguments = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
+    about: Any = types.SimpleNamespace(__annotations__=arguments)
+    return get_type_hints(about, function.__globals__, {"Recipe": odcft.Recipe})
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind is Any:
+        return True
+    if kind in (Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is collections.abc.Callable:
+        return callable(value)
+    if kind is collections.abc.Sequence:
+        return isinstance(value, list | tuple) and all(_fits(one, parts[0]) for one in value)
+    if kind is collections.abc.Mapping:
+        return isinstance(value, Mapping) and all(_fits(name, parts[0]) for name in value)
+    if kind is float:
+        kind = (int, float)
+    return isinstance(value, kind) and not (isinstance(value, bool) and hint is not bool)
+
+
+def _expected(hint: Any) -> Iterator[str]:
+    """What an annotation allows, in words."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, types.UnionType):
+        for part in parts:
+            yield from _expected(part)
+    elif kind is collections.abc.Callable:
+        yield "a function"
+    elif kind is collections.abc.Sequence:
+        yield f"a list of {_or(one.partition(' ')[2] for one in _expected(parts[0]) if one != 'None')}"
+    elif kind is collections.abc.Mapping:
+        yield "a dict"
+    elif kind is os.PathLike:
+        yield "a Path"
+    else:
+        yield _NAMES.get(kind, f"a {getattr(kind, '__name__', kind)}")
+
+
+def _or(words: Iterator[str]) -> str:
+    *most, last = dict.fromkeys(words)
+    return f"{', '.join(most)} or {last}" if most else last
