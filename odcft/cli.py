@@ -136,10 +136,11 @@ def inspect(
         ckpt, arch, input, allow_partial, arch_args=parse_arch_args(arch_args), finite=False, part=part
     )
     values, drawing = describe(loaded)
-    recipe = "odc_vit" if loaded.backbone.is_transformer else None
+    recipe = "odc_vit" if loaded.backbone.is_transformer else "small"
     given = {"arch": arch, "arch_args": arch_args, "input": input, "allow_partial": allow_partial, "recipe": recipe}
     given |= {"part": part}
     line = f"Fine-tune it:   {command('finetune', ckpt, 'IMAGES/', out='RUN', **given)}"
+    line += "   # more than 100,000 images: without --recipe" if recipe == "small" else ""
     if loaded.not_finite:
         line = (
             "It cannot be fine-tuned, because weights that are not finite give no features. Use an earlier checkpoint."
@@ -336,7 +337,7 @@ def finetune(
 
             load_images_to_evaluate(eval_data, make_reader(reader))  # refused here as in the run
         options = {"arch": arch, "reader": reader, "memory": memory, "overwrite": overwrite, "progress": progress}
-        _dry_run(ckpts, data, out, resolved, as_json, epochs=epochs, **options)
+        _dry_run(ckpts, data, out, resolved, as_json, epochs=epochs, recipe_given=recipe is not None, **options)
         return
     from odcft.text import duration
     from odcft.train import fine_tune
@@ -368,7 +369,15 @@ def finetune(
 
 
 def _dry_run(
-    ckpts: list[str], data: str, out: Path, recipe: Any, as_json: bool, *, epochs: int | None, **options: Any
+    ckpts: list[str],
+    data: str,
+    out: Path,
+    recipe: Any,
+    as_json: bool,
+    *,
+    epochs: int | None,
+    recipe_given: bool,
+    **options: Any,
 ) -> None:
     """Say what the run would do, need and take; exit with 2 if it does not fit."""
     from odcft.dry_run import describe
@@ -378,7 +387,10 @@ def _dry_run(
         recipe.optim.epochs = epochs
     values = run(ckpts, data, out, recipe, **options)
     words = shlex.join(["odcft", *(word for word in sys.argv[1:] if word not in ("--dry-run", "--json"))])
-    _report(values, as_json, [*describe(values), *([f"Start it:   {words}"] if values["fits"] else [])])
+    lines = describe(values)
+    if values["better_recipe"] and not recipe_given:
+        lines.append(f"Try first:  {words} --recipe {values['better_recipe']} --dry-run   # made for such a set")
+    _report(values, as_json, [*lines, *([f"Start it:   {words}"] if values["fits"] else [])])
     if not values["fits"]:
         raise typer.Exit(2)
 

@@ -33,7 +33,7 @@ from odcft.errors import OdcftError
 from odcft.model.backpropagation import backpropagate
 from odcft.model.members import make_members, make_necks, on_all_ranks
 from odcft.optim import lr_at, set_lr
-from odcft.plan import Plan
+from odcft.plan import Plan, batch_in_parts, bytes_of_step, recipe_suggestions, suitable_recipe
 from odcft.prepare import Start, feature_network, load_and_plan, prepare_start
 from odcft.progress import Progress
 from odcft.recipe import Recipe
@@ -74,10 +74,10 @@ def dry_run(
         device, precision; steps_timed, images_per_second (of all processes); seconds (loading, features, kmeans,
         training, total); needs (bytes: host, workers and gpu of one process, shared of this machine, disk of all), free
         (bytes: host, gpu, shared, disk; None where unknown), problems (what does not fit and which setting changes
-        that), fits.
+        that), fits; better_recipe (a shipped one that suits such images or networks better, or None).
 
     Raises:
-        OdcftError: for anything the user can fix; so also if memory runs out here.
+        OdcftError: for anything the user can fix; so also if a step needs more memory than there is.
     """
     progress, ckpts = progress or Progress(), [ckpt] if isinstance(ckpt, str) else ckpt
     run = Run(out, ckpts, data, arch, make_reader(reader))
@@ -91,6 +91,7 @@ def dry_run(
         else:
             start = prepare_start(run, recipe, progress, memory=memory)
             seconds = {"loading": time.monotonic() - began, "features": 0.0, "kmeans": 0.0}
+        _refuse_step_too_large(start, free)
         state = new_state(make_members(start.backbones, start.necks, start.dim, start.plan), start.clusters, start.plan)
         order = training_order(start)
         crops = training_crops(start)
@@ -114,7 +115,14 @@ def dry_run(
         "images_per_second": round(order.batch * dist.world_size() / step_seconds, 1),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         **{"needs": most, "free": free, "problems": too_much, "fits": not too_much},
+        "better_recipe": _better_recipe(start),
     }
+
+
+def _better_recipe(start: Start) -> str | None:
+    """The recipe that the notes of the run suggest instead of this one."""
+    suggested = recipe_suggestions(start.backbones, len(start.images), start.plan)
+    return suitable_recipe(start.backbones, len(start.images), start.plan.method) if suggested else None
 
 
 # ---------------------------------------------------------------- time
@@ -163,6 +171,20 @@ def _refuse_memory_too_large(rows: int, dim: int, free: dict[str, int | None]) -
         )
 
 
+def _refuse_step_too_large(start: Start, free: dict[str, int | None]) -> None:
+    """On a CPU, refuse a step that needs more memory than is free, before the system ends the process for it."""
+    plan, here = start.plan, dist.local_world_size()
+    if free["gpu"] is not None or free["host"] is None:
+        return
+    part = -(-plan.batch_of_rank // plan.optim.accumulate)
+    needed = here * bytes_of_step(plan, start.backbones, len(start.images), part)
+    if needed > free["host"]:
+        raise OdcftError(
+            f"A step with {batch_in_parts(plan)} at {plan.data.size} pixels needs about {_gb(needed)} of memory, and "
+            f"{_gb(free['host'])} are free. Pass {more_parts(plan)}{smaller_batch(plan)}, or a smaller data.size."
+        )
+
+
 @torch.no_grad()
 def _time_features(network: Any, crops: Crops, plan: Plan, progress: Progress) -> tuple[Tensor, float]:
     """Features (M, D) of a few images of this rank, and the seconds for one image."""
@@ -197,7 +219,7 @@ def _time_steps(start: Start, state: State, crops: Crops, progress: Progress) ->
     """Take steps as `train` does; return how many were timed, the seconds of one, and the bytes of loader processes."""
     order, clock = training_order(start), _Clock()
     batches = TrainingBatches(crops, order, start.plan.data.workers, dist.this_device())
-    network = on_all_ranks(state.network, dist.this_device()).train()
+    network = on_all_ranks(state.network, dist.this_device(), progress.say).train()
     most = min(order.steps, WARM_UP + max(MOST_BATCHES, 2 * start.plan.data.workers))
 
     def all_batches() -> Iterator[Batch]:

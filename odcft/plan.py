@@ -556,11 +556,12 @@ def cores_of_rank() -> int:
 # ---------------------------------------------------------------- which recipe fits
 
 
-def suitable_recipe(backbones: Sequence[Backbone], count: int) -> str | None:
-    """The shipped recipe that fits these networks and this many images; None for the default."""
+def suitable_recipe(backbones: Sequence[Backbone], count: int, method: str = "odc") -> str | None:
+    """The shipped recipe that fits these networks and this many images; None for the method's default."""
     if any(backbone.is_transformer for backbone in backbones):
         return "odc_vit"
-    return "small" if count < FEW_STEPS * load_recipe().optim.batch_size else None
+    few = count < FEW_STEPS * load_recipe().optim.batch_size
+    return ("dc_small" if method == "dc" else "small") if few else None
 
 
 def recipe_suggestions(backbones: Sequence[Backbone], count: int, recipe: Recipe) -> list[str]:

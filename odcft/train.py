@@ -154,7 +154,8 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
     report = during_a_run.LiveReport(run.out, plan.log.report, progress.say)
     broken = BrokenImages(start.images, plan.data.max_broken, progress.say, least=2 * optim.accumulate)
     ranks, embed = Agreement(), partial(_embed, start, network, device, broken, state, batches)
-    parallel_network = on_all_ranks(network, device).train()  # the same network; gradients are averaged over the ranks
+    # The same network; gradients are averaged over the ranks.
+    parallel_network = on_all_ranks(network, device, progress.say).train()
     if not snapshot_files.exists(run.out):
         saver.save_first()
 

@@ -1,6 +1,7 @@
 """Images and checkpoints that tests make for themselves: nothing is downloaded."""
 
 import os
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +18,15 @@ os.environ["ODCFT_CACHE"] = "off"  # nothing outside the folders of tests is wri
 def no_cache():
     """Tests neither read nor write the cache of whoever runs them."""
     os.environ["ODCFT_CACHE"] = "off"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def temporary_files(tmp_path_factory):
+    """What libraries leave in the folder for temporary files (wandb, torchrun) goes when the tests end."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TMPDIR", str(tmp_path_factory.mktemp("temporary")))
+        patched.setattr(tempfile, "tempdir", None)  # asked for anew
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

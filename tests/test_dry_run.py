@@ -101,6 +101,23 @@ def test_the_command(odcft_command, tmp_path, given, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_for_few_images_the_default_recipe_is_not_the_first_to_try(odcft_command, tmp_path, given):
+    quick = ["data.size=32", "optim.epochs=1", "data.workers=0", "log.tensorboard=false"]
+    options = [*given, "--out", tmp_path / "run", *(f"--set={s}" for s in quick), "--dry-run"]
+    code, _, told = odcft_command("finetune", *options)
+    assert code == 0, told
+    (line,) = [line for line in told.splitlines() if line.startswith("Try first:")]
+    assert line.endswith("--recipe small --dry-run   # made for such a set")
+    assert "Try first" not in odcft_command("finetune", *options, "--recipe", "odc_r50_finetune")[2]
+
+
+def test_a_step_that_needs_more_memory_than_there_is_is_not_tried(tmp_path, given, monkeypatch):
+    free = {"host": 500_000, "gpu": None, "shared": None, "disk": None}
+    monkeypatch.setattr(module, "free_space", lambda out: free)
+    with pytest.raises(OdcftError, match=r"A step with batch 4 .* needs about .* MB .*--set optim\.accumulate=2"):
+        module.dry_run(*given, tmp_path / "run", load_recipe("small", QUICK))
+
+
 @pytest.mark.slow
 def test_several_processes_report_what_each_needs(tmp_path, given):
     command = [sys.executable, "-m", "odcft", "finetune", *given, "--out", str(tmp_path / "run"), "--recipe", "small"]

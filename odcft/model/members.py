@@ -15,7 +15,7 @@ A single member with neither is ODC, bit for bit; every run of ODC and DC is a r
 Shapes: B batch, K clusters, F backbone, D a member's embedding, M members.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -108,15 +108,21 @@ def make_members(backbones: list[Backbone], necks: list[nn.Module], dim: int, pl
     return network
 
 
-def on_all_ranks(network: Members, device: torch.device) -> nn.Module:
+def on_all_ranks(network: Members, device: torch.device, say: Callable[[str], None] = lambda line: None) -> nn.Module:
     """Wrap the network for data-parallel training on all ranks.
 
     With several ranks this does a throwaway backward pass. After the first one, torch sorts the gradients into the
     buckets it exchanges, which decides in which order three or more ranks add them up. A resumed run must start from
     the same buckets as an uninterrupted one.
+
+    Args:
+        network: the members.
+        device: of this rank.
+        say: announces torch.compile, which works silently for minutes in the first step.
     """
     plan = network.plan
     if plan.optim.compile:
+        say("Compiling   the network by torch.compile (optim.compile): the first step can take minutes …")
         for member in network:
             member.backbone.compile()  # in place: the names of its tensors stay
     # Not the necks, as in the official code.

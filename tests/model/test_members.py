@@ -197,7 +197,7 @@ def test_compiled_backbones_train_alike_under_the_same_names(tmp_path, checkpoin
     assert any(not torch.equal(plain[name], compiled[name]) for name in plain)
 
 
-def test_failing_to_compile_is_a_sentence(tmp_path, checkpoints, images, monkeypatch):
+def test_failing_to_compile_is_a_sentence(tmp_path, checkpoints, images, monkeypatch, capfd):
     from torch._dynamo.exc import BackendCompilerFailed
 
     def fail(*args, **options):
@@ -206,3 +206,4 @@ def test_failing_to_compile_is_a_sentence(tmp_path, checkpoints, images, monkeyp
     monkeypatch.setattr(Backbone, "compile", fail)
     with pytest.raises(OdcftError, match=r"torch\.compile failed \(.*Start again without optim\.compile"):
         fine_tune(checkpoints[:1], images, tmp_path / "run", quick("optim.compile=true", "method=odc"))
+    assert "Compiling   the network" in capfd.readouterr().err
