@@ -63,6 +63,7 @@ def load_backbone(
     part: str | None = None,
     *,
     bands: int | None = None,
+    fetch: bool = True,
 ) -> Loaded:
     """Load the backbone of a checkpoint.
 
@@ -80,6 +81,8 @@ def load_backbone(
         finite: refuse weights that are not finite; otherwise only list them.
         part: where in the file to look (`only_part`), if it holds several backbones and another one is wanted.
         bands: of the images, if not what the network takes; a first convolution for RGB is widened (`set_bands`).
+        fetch: get the weights of `timm:NAME` from the hub; otherwise only from this machine's cache, for a name that a
+            file and not the user gives.
 
     Returns:
         The backbone on the CPU, in evaluation mode, and what was matched.
@@ -97,7 +100,7 @@ def load_backbone(
         if scheme in ("timm", "torchvision", "scratch") and rest:
             if part is not None:
                 raise OdcftError(f"--part {part}: {name} is not a file, so it has no parts. Drop --part.")
-            loaded = _load_named(name, scheme, rest, input, arch_args)
+            loaded = _load_named(name, scheme, rest, input, arch_args, fetch)
         else:
             loaded = _load_file(name, Path(ckpt), arch, allow_partial, arch_args, part)
         _apply_input(loaded, input, allow_partial)
@@ -306,12 +309,12 @@ def first_few(names: list[str], between: str = ", ") -> str:
     return between.join(few) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _load_named(name: str, scheme: str, rest: str, input: str | None, arch_args: dict[str, Any]) -> Loaded:
+def _load_named(name: str, scheme: str, rest: str, input: str | None, arch_args: dict[str, Any], fetch: bool) -> Loaded:
     """Load `timm:NAME` or `torchvision:NAME` with its weights, or `scratch:NAME` with random ones."""
     arch = rest.split(".")[0] if scheme != "timm" else rest
     refuse_unknown_arch(arch, name)
     if scheme != "scratch":
-        return Loaded(_from_hub(name, scheme, arch, arch_args).eval(), name, None, scheme, states_view=True)
+        return Loaded(_from_hub(name, scheme, arch, arch_args, fetch).eval(), name, None, scheme, states_view=True)
     usual = NETWORKS[arch][1] if arch in NETWORKS else None
     if name == "scratch:alexnet":  # the papers' (sec. 3.4, after DeepCluster): batch norm, and here RGB for Sobel
         arch, usual, arch_args = "alexnet_deepcluster", RGB, {"in_chans": 3, **arch_args}
@@ -335,7 +338,7 @@ def _load_named(name: str, scheme: str, rest: str, input: str | None, arch_args:
     return Loaded(backbone.eval(), name, None, scheme)
 
 
-def _from_hub(name: str, scheme: str, arch: str, arch_args: dict[str, Any]) -> Backbone:
+def _from_hub(name: str, scheme: str, arch: str, arch_args: dict[str, Any], fetch: bool) -> Backbone:
     """timm's network with timm's weights, from the hub or from this machine's cache of it."""
     import timm
 
@@ -346,12 +349,16 @@ def _from_hub(name: str, scheme: str, arch: str, arch_args: dict[str, Any]) -> B
         raise OdcftError(f"--arch-args {changes[0]}: the weights of {name} only fit the network as timm builds it.")
     backbone = Backbone(arch, **arch_args)
     tag = arch if scheme == "timm" else f"{arch}.tv_in1k"
-    with hub_download.offline_if_unreachable() as reachable:
+    with hub_download.offline_if_unreachable(fetch) as reachable:
         try:
+            if not fetch and not timm.get_pretrained_cfg(tag).hf_hub_id:  # timm would get them from another address
+                raise OSError
             backbone.net = timm.create_model(tag, pretrained=True, num_classes=0, **arch_args)
         except RuntimeError as error:
             raise OdcftError(f"{name}: {short_repr(str(error), 200, quotes=False)}.") from None
         except Exception as error:  # the hub's client raises many kinds when it cannot fetch
+            if not fetch:
+                raise OdcftError(f"{name} is not on this machine, and was not asked for by name.") from None
             why = type(error).__name__ if reachable else "the hub does not answer, and they are not on this machine"
             raise OdcftError(
                 f"{name}: its weights could not be fetched ({why}). Check the network connection, or give a local file."

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from odcft.data.custom_reader import make_reader
 from odcft.data.image_files import is_url
@@ -25,6 +24,7 @@ from odcft.errors import OdcftError
 from odcft.files import iterate_column, read_json
 from odcft.progress import Progress
 from odcft.recipe import DataRecipe, load_recipe
+from odcft.reports.run_record import UNREADABLE
 from odcft.run import snapshot_files
 from odcft.run.clusters_parquet import read_cluster_rows
 from odcft.run.folder import read_quarantine
@@ -87,8 +87,8 @@ def read_run(run: Path) -> RunClusters:
         raise OdcftError(f"{run} is not a RUN: give a folder that `odcft finetune` wrote.")
     names = Names(iterate_column(run / "images.csv", "path"))
     step = None
-    if (run / "clusters.parquet").exists():
-        labels_N, distance_N = read_cluster_rows(run / "clusters.parquet", names)
+    if (table := run / "clusters.parquet").exists() or table.is_symlink():
+        labels_N, distance_N = read_cluster_rows(table, names)
     else:
         labels_N, distance_N, step = _of_state(run, len(names))
     most = int(labels_N.max(initial=0)) + 1
@@ -113,16 +113,28 @@ def _of_state(run: Path, count: int) -> tuple[np.ndarray, np.ndarray, int]:
     try:
         state = snapshot_files.load(folder)
         features_ND, labels_N = state.rows["features"], state.rows["labels"].long()
-        centroids_KD = state.same["method.centroids"].float()
-        if not len(features_ND) == len(labels_N) == count or not 0 <= labels_N.min() <= labels_N.max() < count:
-            raise ValueError("it is of other images")
-        distances = [
-            (features_ND[rows].float() - centroids_KD[labels_N[rows]]).norm(dim=1)
-            for rows in torch.arange(count).split(PIECE)
-        ]
-        return labels_N.numpy(), torch.cat(distances).numpy(), int(state.about["step"])
-    except (OSError, SafetensorError, KeyError, ValueError, IndexError, RuntimeError) as error:
+        centroids_KD = state.same["method.centroids"]
+        distance_N = distances(features_ND, labels_N, centroids_KD, count)
+        return labels_N.numpy(), distance_N, int(state.about["step"])
+    except UNREADABLE as error:
         raise OdcftError(f"{folder} cannot be read ({error}). If {run} is training, try again in a minute.") from None
+
+
+def distances(features_ND: torch.Tensor, labels_N: torch.Tensor, centroids_KD: torch.Tensor, count: int) -> np.ndarray:
+    """The distance of each feature to the centroid of its label, float32 (N,).
+
+    Raises:
+        ValueError: the tensors are not those of so many images; torch raises others (UNREADABLE).
+    """
+    if (features_ND.ndim, labels_N.ndim, centroids_KD.ndim) != (2, 1, 2):
+        raise ValueError("its tensors have other shapes")
+    if not len(features_ND) == len(labels_N) == count or not 0 <= labels_N.min() <= labels_N.max() < count:
+        raise ValueError("it is of other images")
+    found = [
+        (features_ND[rows].float() - centroids_KD[labels_N[rows]].float()).norm(dim=1)
+        for rows in torch.arange(count).split(PIECE)
+    ]
+    return torch.cat(found).numpy()
 
 
 @dataclass

@@ -5,7 +5,7 @@ Shapes: N images of the run, K clusters that have images, L images that the page
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from odcft.errors import OdcftError
 from odcft.evaluation.starting_checkpoint import reader_note, view_of_run
 from odcft.plan import cores_of_rank
 from odcft.progress import Progress
+from odcft.recipe import MAX_MEMBERS
 from odcft.reports.charts import draw_curves, draw_map, draw_sizes
 from odcft.reports.class_agreement import ClassAgreement, compare_with_classes, labels_of
 from odcft.reports.gallery import Gallery, by_importance, cluster_columns, explain_columns, make_gallery
@@ -32,13 +33,14 @@ from odcft.reports.picture_folder import refuse_picture_folder, write_pictures
 from odcft.reports.run_clusters import place_of_images
 from odcft.reports.run_record import RunRecord, read_run
 from odcft.reports.verdicts import read_verdict
-from odcft.text import count_of, printable
+from odcft.text import count_of, printable, short_repr
 
 SAMPLE = 2000  # images among which neighbours are looked for
 MEGABYTES = 30.0  # of the page, at most
 SIDES = ((6000, 160), (3500, 112), (2000, 80), (0, 64))  # bytes there are for a thumbnail, and its side in pixels
 NAMES_SHARE = 0.2  # of the page that file names may take, at most
 ROUGH_NAME = 45  # bytes that an image takes in the page besides its name
+MAX_NAME = 300  # characters of a name of run.json
 EXAMPLES = 40  # images whose neighbours the page shows, some at a time
 
 
@@ -112,7 +114,11 @@ def report(
     counts: dict[str, Any] = {"images": 0, "clusters": 0, "pictures": 0, "unreadable": 0, "neighbours": 0}
     if record.clusters is None:
         page.notes.append("The run has not ended yet, so this report has no clusters and no pictures.")
-    elif len(record.clusters.names):
+    elif not len(record.clusters.names):
+        page.notes.append(
+            f"{folder / 'clusters.parquet'} lists no images, so this report has no clusters and no pictures."
+        )
+    else:
         pictures = find_pictures(record, data, make_reader(reader), images, progress)
         counts |= _add_clusters(
             page, record, pictures, progress, place,
@@ -144,25 +150,30 @@ def first_page(record: RunRecord) -> Page:
 def lead(record: RunRecord) -> str:
     """What was done, in a sentence."""
     about, epochs = record.about, record.planned_epochs
-    names = about.get("checkpoint")
-    ckpt = ", ".join(base_name(str(one)) for one in (names if isinstance(names, list) else [names or "a checkpoint"]))
-    images = about.get("images")
-    how_many = f"{images:,} unlabelled images" if isinstance(images, int) else "unlabelled images"
+    ckpt = _listed(about.get("checkpoint") or "a checkpoint", base_name)
+    images = record.image_count()
+    how_many = "unlabelled images" if images is None else f"{images:,} unlabelled images"
     method = {"odc": "online deep clustering (ODC)", "dc": "DeepCluster", "codc": "collaborative ODC"}[record.method]
-    what = f"{how_many} in {printable(base_name(str(about.get('data', '?'))))} by {method}"
+    what = f"{how_many} in {_listed(about.get('data', '?'), base_name)} by {method}"
     if clusters := record.cluster_count():
         what += f" with {clusters:,} clusters"
     if record.finished:
-        return f"{printable(ckpt)} was fine-tuned on {what} for {count_of(round(record.epochs_done), 'epoch')}."
+        return f"{ckpt} was fine-tuned on {what} for {count_of(round(record.epochs_done), 'epoch')}."
     at = f"epoch {record.epochs_done:.1f}" + (f" of {epochs:,}" if epochs else "")
-    return f"{printable(ckpt)} is being fine-tuned on {what}: {at} when this was written."
+    return f"{ckpt} is being fine-tuned on {what}: {at} when this was written."
+
+
+def _listed(names: Any, short: Callable[[str], str] = str) -> str:
+    """A name of run.json, or a list of them, for one line of the page."""
+    some = names[:MAX_MEMBERS] if isinstance(names, list) else [names]
+    return ", ".join(short_repr(short(str(one)[-MAX_NAME:]), MAX_NAME, quotes=False) for one in some)
 
 
 def facts(record: RunRecord) -> list[tuple[str, str]]:
     """Names and values for the head of the page."""
     found = []
     if isinstance(arch := record.about.get("arch"), str | list):
-        found.append(("Backbone", printable(", ".join(map(str, arch)) if isinstance(arch, list) else arch)))
+        found.append(("Backbone", _listed(arch)))
     if record.recipe:
         found.append(("Input", f"{record.recipe.data.size} pixels"))
         found.append(("Batch", f"{record.recipe.optim.batch_size:,}"))

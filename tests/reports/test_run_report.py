@@ -175,6 +175,8 @@ def test_damaged_files_are_refused_or_left_out(make_run, tmp_path, what):
         else:
             columns = {"path": ["a", "b"], "cluster": [2**60, 5], "distance": np.array([np.nan, np.inf], np.float32)}
             pq.write_table(pa.table(columns), run / "clusters.parquet")
+            about = json.loads((run / "run.json").read_text())
+            (run / "run.json").write_text(json.dumps(about | {"images": 2}))
         assert report(run, **QUIET)["clusters"] in (2, 3)
 
 
