@@ -13,7 +13,7 @@ TIMEOUT_SECONDS = 5.0
 
 @contextmanager
 def offline_if_unreachable(ask: bool = True) -> Iterator[bool]:
-    """Put the hub's client into offline mode if the hub does not answer, or may not be asked; yields whether it does."""
+    """Put the hub's client into offline mode if the hub does not answer, or `ask` is false; yields whether it does."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE

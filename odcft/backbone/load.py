@@ -74,22 +74,19 @@ def load_backbone(
         input: the colours to show it, to override what the file says or odcft guesses; the first convolution is adapted
             where they need it (`_apply_input`). A network with random weights is built for these colours.
         allow_partial: accept a file that covers less than 90 % of the backbone; the rest keeps random weights.
-        seed: of a run; random weights depend on it and on `member` alone, in every process.
-        member: number of this network among several.
+        seed, member: of a run, and of this network among several; random weights depend on nothing else.
         arch_args: arguments to build the network with (`metadata.Arguments`), to override the file's own.
         mean, std: for each channel, in 0..1 of the input's range, to override what the file says or odcft guesses.
         finite: refuse weights that are not finite; otherwise only list them.
         part: where in the file to look (`only_part`), if it holds several backbones and another one is wanted.
         bands: of the images, if not what the network takes; a first convolution for RGB is widened (`set_bands`).
-        fetch: get the weights of `timm:NAME` from the hub; otherwise only from this machine's cache, for a name that a
-            file and not the user gives.
+        fetch: weights of `timm:NAME` may come from the hub; not if a file and not the user says so.
 
     Returns:
         The backbone on the CPU, in evaluation mode, and what was matched.
 
     Raises:
-        OdcftError: the file cannot be read, the architecture is unknown or covered to less than 90 %, or weights are
-            not finite.
+        OdcftError: the file cannot be read, its network is unknown or incomplete, or weights are not finite.
     """
     name = str(ckpt)
     scheme, _, rest = name.partition(":")
@@ -351,7 +348,9 @@ def _from_hub(name: str, scheme: str, arch: str, arch_args: dict[str, Any], fetc
     tag = arch if scheme == "timm" else f"{arch}.tv_in1k"
     with hub_download.offline_if_unreachable(fetch) as reachable:
         try:
-            if not fetch and not timm.get_pretrained_cfg(tag).hf_hub_id:  # timm would get them from another address
+            if not fetch and not getattr(
+                timm.get_pretrained_cfg(tag), "hf_hub_id", None
+            ):  # timm would get them from another address
                 raise OSError
             backbone.net = timm.create_model(tag, pretrained=True, num_classes=0, **arch_args)
         except RuntimeError as error:

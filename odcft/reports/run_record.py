@@ -193,7 +193,7 @@ def _add_states(record: RunRecord) -> None:
     states = sorted((record.folder / "checkpoints").glob(STEP))
     count = len(record.clusters.names)
     for state in reversed(states):
-        with suppress(UNREADABLE):
+        with suppress(*UNREADABLE):
             found = _tensor(state / "same.safetensors", "method.centroids", 2, MAX_CENTROIDS).float().numpy()
             if np.isfinite(found).all():
                 record.centroids_KD = found

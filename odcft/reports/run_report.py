@@ -28,11 +28,12 @@ from odcft.reports.class_agreement import ClassAgreement, compare_with_classes, 
 from odcft.reports.gallery import Gallery, by_importance, cluster_columns, explain_columns, make_gallery
 from odcft.reports.health import findings
 from odcft.reports.neighbours import Neighbours, before_and_after
+from odcft.reports.output_places import refuse_places
 from odcft.reports.page import Page, refuse_page, render, write_page
-from odcft.reports.picture_folder import refuse_picture_folder, write_pictures
+from odcft.reports.picture_folder import pictures_of, refuse_picture_folder, write_pictures
 from odcft.reports.run_clusters import place_of_images
 from odcft.reports.run_record import RunRecord, read_run
-from odcft.reports.verdicts import read_verdict
+from odcft.reports.verdicts import evaluate_run, is_evaluation_file, read_verdict
 from odcft.text import count_of, printable, short_repr
 
 SAMPLE = 2000  # images among which neighbours are looked for
@@ -85,14 +86,15 @@ def report(
         data: where its images are now; by default where they were.
         labels: labelled images, to set the clusters beside classes.
         out: the page to write; by default report.html in the RUN, where an earlier report is replaced.
-        evaluation: what `odcft evaluate RUN … --json` printed, or a file of it: the verdict to show.
+        evaluation: labelled images to judge the backbone by, as `odcft evaluate` does; or what that printed with
+            --json, or a file of it.
         sample: images among which neighbours are looked for; 0 for none.
         megabytes: of the page, at most: as many thumbnails as fit.
         all_pictures: write the thumbnails that do not fit into a folder beside the page.
         reader: the user's function that reads the images (`Reader`), or its name as MODULE:FUNCTION.
         overwrite: replace an earlier report at `out`.
         progress: where to report.
-        images: the run's own, in its order, if they are known already.
+        images: of the run, in its order, if they are known already.
         alone: whether only this one of several processes is here.
         seconds: that making thumbnails may take, about.
 
@@ -106,11 +108,16 @@ def report(
     folder, progress = Path(run), progress or Progress()
     place = folder / "report.html" if out is None else Path(out)
     record = read_run(folder)
+    if os.path.realpath(place) != os.path.realpath(folder / "report.html"):
+        refuse_places({"--out": place}, folder, data)
     refuse_page(place, overwrite or out is None)
     if all_pictures:
         refuse_picture_folder(place)
     page = first_page(record)
+    if isinstance(evaluation, str | Path) and not is_evaluation_file(evaluation):
+        evaluation = evaluate_run(folder, str(evaluation), reader, progress)
     page.verdict, page.verdict_kind = read_verdict(evaluation)
+    page.training = not record.finished
     counts: dict[str, Any] = {"images": 0, "clusters": 0, "pictures": 0, "unreadable": 0, "neighbours": 0}
     if record.clusters is None:
         page.notes.append("The run has not ended yet, so this report has no clusters and no pictures.")
@@ -118,13 +125,15 @@ def report(
         page.notes.append(
             f"{folder / 'clusters.parquet'} lists no images, so this report has no clusters and no pictures."
         )
-    else:
-        pictures = find_pictures(record, data, make_reader(reader), images, progress)
-        counts |= _add_clusters(
-            page, record, pictures, progress, place,
-            labels=labels, sample=sample, megabytes=megabytes, all_pictures=all_pictures, alone=alone, seconds=seconds,
-        )  # fmt: skip
-    size = write_page(page, place)
+    with pictures_of(place):
+        if record.clusters is not None and record.clusters.names:
+            pictures = find_pictures(record, data, make_reader(reader), images, progress)
+            counts |= _add_clusters(
+                page, record, pictures, progress, place,
+                labels=labels, sample=sample, megabytes=megabytes, all_pictures=all_pictures, alone=alone,
+                seconds=seconds,
+            )  # fmt: skip
+        size = write_page(page, place)
     return {"out": str(place), "bytes": size, **counts, "notes": page.notes}
 
 
