@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 from odcft import torchvision_on_cpu  # noqa: F401 - first: it must stand before anything imports torchvision
 
 if TYPE_CHECKING:  # for editors and type checkers
-    from odcft.api import embed, evaluate, export, find_images, fine_tune, init_memory, load_backbone
-    from odcft.cluster_listing import clusters
+    from odcft.api import clusters, embed, evaluate, export, find_images, fine_tune, init_memory, load_backbone, report
     from odcft.distributed.stop_signals import Stopped
     from odcft.errors import OdcftError
     from odcft.recipe import Recipe, load_recipe
-    from odcft.reports.run_report import report
 
 __version__ = "0.2.0"
 
@@ -26,8 +24,6 @@ _MODULES = {
     "Recipe": "odcft.recipe",
     "OdcftError": "odcft.errors",
     "Stopped": "odcft.distributed.stop_signals",
-    "clusters": "odcft.cluster_listing",
-    "report": "odcft.reports.run_report",
 }
 
 __all__ = [

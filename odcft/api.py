@@ -584,3 +584,141 @@ def _texts(paths: Any) -> Any:
     if paths is None or (isinstance(paths, list | tuple) and not paths):
         raise OdcftError(f"ckpt={paths!r}: give a checkpoint, or a list of them.")
     return [_text(path) for path in paths] if isinstance(paths, list | tuple) else _text(paths)
+
+
+def clusters(
+    run: StrPath,
+    *,
+    out: StrPath | None = None,
+    folders: StrPath | None = None,
+    links: str = "absolute",
+    sheets: StrPath | None = None,
+    most: int | None = None,
+    near_duplicates: bool = False,
+    threshold: float | None = None,
+    data: StrPath | None = None,
+    reader: Reader | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Say what the clusters of a RUN or a memory are, and write them; or find groups of nearly identical images.
+
+    Args:
+        run: a RUN, which may still train, or a folder written by `init_memory`.
+        out: a .csv or .parquet file to write: path, cluster, distance; of near-duplicates group, path, similarity.
+        folders: a folder to fill with one for each cluster, with links to its images.
+        links: absolute, relative, or copy; images in shards are always copied.
+        sheets: a folder to fill with contact sheets, and with label_first.csv: which images to label first.
+        most: sheets to draw at most, of the largest first; by default 200.
+        near_duplicates: find groups of nearly identical images, by the features of the fine-tuned backbone.
+        threshold: of near-duplicates: the least similarity, 0.5 to 1; by default 0.85.
+        data: where the images are now; by default where they were.
+        reader: your own function that reads an image, or its name as MODULE:FUNCTION.
+        overwrite: replace what this function wrote there earlier.
+        progress: show progress.
+
+    Returns:
+        What `odcft clusters --json` prints: `images`, `clusters`, `per_cluster` …, or `groups`, `in_groups`, `left` …
+
+    Raises:
+        OdcftError: not a RUN or a memory, images that cannot be found, or an output that may not be written.
+    """
+    from odcft.progress import Progress
+
+    if not isinstance(links, str):
+        raise OdcftError(f"links={links!r}: give absolute, relative or copy.")
+    most = _number("most", most, 1, 1 << 20, whole=True)
+    threshold = _number("threshold", threshold, 0.5, 1)
+    given: dict[str, Any] = {"out": _path(out), "sheets": _path(sheets), "data": _text(data)}
+    given |= {"reader": reader, "overwrite": overwrite, "progress": Progress(quiet=not progress)}
+    given |= {} if most is None else {"most": most}
+    if near_duplicates:
+        from odcft.duplicate_groups import near_duplicates as find
+
+        if folders is not None:
+            raise OdcftError("--folders is for clusters; with --near-duplicates use --sheets or --out.")
+        given |= {} if threshold is None else {"threshold": threshold}
+        return find(_run(run), **given)
+    from odcft.cluster_listing import clusters as list_clusters
+
+    if threshold is not None:
+        raise OdcftError("--threshold belongs to --near-duplicates. Add that, or drop it.")
+    return list_clusters(_run(run), folders=_path(folders), links=links, **given)
+
+
+def report(
+    run: StrPath,
+    other: StrPath | None = None,
+    *,
+    data: StrPath | None = None,
+    labels: StrPath | None = None,
+    evaluation: StrPath | Mapping[str, Any] | None = None,
+    sample: int = 2000,
+    megabytes: float = 30.0,
+    all_pictures: bool = False,
+    out: StrPath | None = None,
+    reader: Reader | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write a page that shows what a run has learned, or that compares two runs.
+
+    Args:
+        run: the RUN, finished or not.
+        other: a second RUN, to compare the first with.
+        data: where the images are now; by default where they were.
+        labels: the same images with labels, to set the clusters beside the classes.
+        evaluation: labelled images to judge the backbone by, as `evaluate` does; or what `evaluate` returned, or a
+            file that `odcft evaluate --json` printed.
+        sample: images among which neighbours are looked for; 0 for none.
+        megabytes: size of the page, at most: as many thumbnails as fit.
+        all_pictures: write the thumbnails that do not fit into a folder beside the page.
+        out: the page to write; by default report.html in the RUN. Of two runs it must be given.
+        reader: your own function that reads an image, or its name as MODULE:FUNCTION.
+        overwrite: replace an earlier report at `out`.
+        progress: show progress.
+
+    Returns:
+        What `odcft report --json` prints: `out`, `bytes`, `images`, `pictures`, `notes` …
+
+    Raises:
+        OdcftError: not a RUN, damaged files, or a page that cannot be written.
+    """
+    from odcft.progress import Progress
+
+    shared: dict[str, Any] = {"data": _text(data), "reader": reader, "overwrite": overwrite}
+    shared |= {"megabytes": _number("megabytes", megabytes, 1, 1000), "progress": Progress(quiet=not progress)}
+    sample = _number("sample", sample, 0, 50_000, whole=True)
+    if other is not None:
+        from odcft.reports.two_runs import compare_runs
+
+        if out is None:
+            raise OdcftError("A comparison of two runs belongs to neither: pass --out FILE.html.")
+        if labels is not None or evaluation is not None or all_pictures:
+            raise OdcftError("--labels, --evaluation and --all-pictures are for the report of one run. Drop them.")
+        return compare_runs(_run(run), _run(other), Path(_text(out)), **shared)
+    from odcft.reports.run_report import report as write
+
+    if evaluation is not None and not isinstance(evaluation, Mapping):
+        evaluation = _text(evaluation)
+    own: dict[str, Any] = {"labels": _text(labels), "evaluation": evaluation, "sample": sample}
+    return write(_run(run), out=_path(out), all_pictures=all_pictures, **own, **shared)
+
+
+def _run(run: Any) -> Path:
+    if run is None:
+        raise OdcftError("run=None: give the folder that `fine_tune` wrote.")
+    return Path(_text(run))
+
+
+def _number(name: str, value: Any, least: float, most: float, *, whole: bool = False) -> Any:
+    """A number of a range; None stays None.
+
+    Raises:
+        OdcftError: it is something else.
+    """
+    kinds = int if whole else int | float
+    if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most):
+        what = "a whole number" if whole else "a number"
+        raise OdcftError(f"{name}={value!r}: give {what} from {least:,} to {most:,}.")
+    return value

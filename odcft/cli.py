@@ -609,7 +609,12 @@ def embed(
 
 @app.command()
 def clusters(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder that `finetune` wrote; it may still train.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="Folder that `finetune` wrote, finished or not; or the memory of `init-memory`."
+        ),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -652,24 +657,18 @@ def clusters(
     as_json: Json = False,
 ) -> None:
     """Show the clusters of a RUN; write them as a table, folders of links, or contact sheets; find near-duplicates."""
-    given: dict[str, Any] = {"out": out, "sheets": sheets, "data": data, "reader": reader, "overwrite": overwrite}
-    given |= {} if most is None else {"most": most}
+    from odcft import api
+
+    given: dict[str, Any] = {"near_duplicates": near_duplicates, "threshold": threshold, "data": data, "reader": reader}
+    outputs: dict[str, Any] = {"out": out, "folders": folders, "sheets": sheets}
+    values = api.clusters(run, links=links, most=most, overwrite=overwrite, **outputs, **given)
     if near_duplicates:
         from odcft.duplicate_groups import describe as describe_groups
-        from odcft.duplicate_groups import near_duplicates as find
 
-        if folders is not None:
-            raise OdcftError("--folders is of clusters; with --near-duplicates take --sheets or --out.")
-        given |= {} if threshold is None else {"threshold": threshold}
-        values = find(run, **given)
         _report(values, as_json, describe_groups(values))
         return
-    from odcft.cluster_listing import clusters as list_clusters
     from odcft.cluster_listing import describe
 
-    if threshold is not None:
-        raise OdcftError("--threshold is of --near-duplicates. Add that, or drop it.")
-    values = list_clusters(run, folders=folders, links=links, **given)
     lines = describe(values)
     if not (folders or sheets):
         lines.append(
@@ -682,7 +681,7 @@ def clusters(
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `finetune` wrote, finished or not.")],
     other: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="A second RUN, to compare the first with.")
+        Path | None, typer.Argument(metavar="RUN", help="A second RUN, to compare the first with.")
     ] = None,
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="Where the run's images are now; by default where they were.")
@@ -692,8 +691,11 @@ def report(
         typer.Option(metavar="DATA", help="The same images with labels, to set the clusters beside the classes."),
     ] = None,
     evaluation: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.json", help="What `odcft evaluate RUN … --json` printed: the verdict to show."),
+        str | None,
+        typer.Option(
+            metavar="DATA|FILE.json",
+            help="Labelled images to judge the backbone by; or what `odcft evaluate RUN … --json` printed.",
+        ),
     ] = None,
     sample: Annotated[
         int, typer.Option(min=0, max=50_000, help="Images among which neighbours are looked for; 0 for none.")
@@ -713,21 +715,15 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Show what a run has learned: one HTML page with its curves, clusters and neighbours before and after."""
-    options: dict[str, Any] = {"data": data, "megabytes": megabytes, "reader": reader, "overwrite": overwrite}
-    if other is not None:
-        from odcft.reports.two_runs import compare_runs, describe
+    from odcft import api
 
-        if out is None:
-            raise OdcftError("A comparison of two runs belongs to neither: pass --out FILE.html.")
-        if labels is not None or evaluation is not None or all_pictures:
-            raise OdcftError("--labels, --evaluation and --all-pictures are for the report of one run. Drop them.")
-        values = compare_runs(run, other, out, **options)
+    options: dict[str, Any] = {"data": data, "megabytes": megabytes, "reader": reader, "overwrite": overwrite}
+    options |= {"labels": labels, "evaluation": evaluation, "sample": sample, "all_pictures": all_pictures}
+    values = api.report(run, other, out=out, **options)
+    if other is not None:
+        from odcft.reports.two_runs import describe
     else:
         from odcft.reports.run_report import describe
-        from odcft.reports.run_report import report as write
-
-        options |= {"labels": labels, "evaluation": evaluation, "sample": sample, "all_pictures": all_pictures}
-        values = write(run, out=out, **options)
     _report(values, as_json, describe(values))
 
 

@@ -1,4 +1,4 @@
-"""The program behind `odcft clusters`: what the clusters of a RUN are, as a table, folders of links, contact sheets."""
+"""The program behind `odcft clusters`: the clusters of a RUN or a memory, as a table, folders of links, or sheets."""
 
 import os
 from pathlib import Path
@@ -9,13 +9,15 @@ import numpy as np
 from odcft.errors import OdcftError
 from odcft.progress import Progress
 from odcft.reports import cluster_folders, cluster_sheets, tables
-from odcft.reports.run_clusters import RunClusters, RunImages, find_run_images, read_run, refuse_inside_images
+from odcft.reports.output_places import refuse_places
+from odcft.reports.run_clusters import RunClusters, RunImages, find_run_images, read_run
 from odcft.run import output_checks
 from odcft.run.run_json import finished_after
 from odcft.text import count_of
 
 COLUMNS = ("path", "cluster", "distance")
 SHOWN = 3  # clusters named in a line of the summary
+ALL_SHOWN = 10  # fewer clusters than this are all named
 FEW = 5  # images that the tightest and loosest clusters must have, to be named
 
 
@@ -35,7 +37,7 @@ def clusters(
     """Say what the clusters of a RUN are, and write them as asked; of one that has not ended, as last saved.
 
     Args:
-        run: the RUN.
+        run: the RUN, or a folder of `odcft init-memory`.
         out: a .csv or .parquet file of all images: path, cluster, distance to the centroid.
         folders: a folder to fill with one for each cluster, with links to its images (cluster_folders.py).
         links: absolute, relative, or copy; images in shards are always copied.
@@ -58,6 +60,7 @@ def clusters(
     out, folders, sheets = (None if path is None else Path(path) for path in (out, folders, sheets))
     found_clusters = read_run(run)
     _refuse(out, folders, sheets, links, overwrite)
+    refuse_places({"--out": out, "--folders": folders, "--sheets": sheets}, run, data)
     values = summarise(found_clusters)
     if out is not None:
         columns = {"cluster": found_clusters.label_N, "distance": found_clusters.distance_N}
@@ -89,14 +92,11 @@ def _refuse(out: Path | None, folders: Path | None, sheets: Path | None, links: 
         cluster_folders.refuse_folder(folders, overwrite)
     if sheets is not None:
         output_checks.refuse_non_empty(sheets, cluster_sheets.SHEET_FILES, overwrite)
-    if folders is not None and sheets is not None and os.path.abspath(folders) == os.path.abspath(sheets):
-        raise OdcftError("--folders and --sheets need two different folders.")
 
 
 def _write_folders(
     found_clusters: RunClusters, found: RunImages, out: Path, links: str, values: dict[str, Any], progress: Progress
 ) -> None:
-    refuse_inside_images(found.images, out)
     if found.images.store is not None or not os.path.isdir(found.images.root):
         if links != "copy":
             progress.say(f"Note        The images are in shards or at a URL, so {out} gets copies instead of links.")
@@ -112,7 +112,6 @@ def _write_folders(
 def _write_sheets(
     found_clusters: RunClusters, found: RunImages, out: Path, most: int, values: dict[str, Any], progress: Progress
 ) -> None:
-    refuse_inside_images(found.images, out)
     drawn = min(most, len(values["per_cluster"]))
     with tables.writing(out), progress.phase("Sheets", drawn, "sheets") as advance:
         written = cluster_sheets.write_sheets(found_clusters, found, out, most, advance)
@@ -153,16 +152,7 @@ def describe(values: dict[str, Any]) -> list[str]:
         lines.append(
             f"Note        The run has not ended: these are its clusters after step {values['step']:,}, as saved."
         )
-    named = [one for one in per_cluster if one["images"] >= FEW]
-    tight = sorted(named, key=lambda one: one["mean_distance"])
-    for title, some in {
-        "Largest": per_cluster,
-        "Smallest": per_cluster[::-1],
-        "Tightest": tight,
-        "Loosest": tight[::-1],
-    }.items():
-        if some:
-            lines.append(f"{title:<12}{' · '.join(map(_describe_one, some[:SHOWN]))}")
+    lines += _describe_some(per_cluster)
     if "out" in values:
         lines.append(f"Wrote       {values['out']}: path, cluster, distance of {count_of(values['images'], 'image')}")
     if "folders" in values:
@@ -182,6 +172,19 @@ def describe(values: dict[str, Any]) -> list[str]:
     if values.get("unreadable"):
         lines.append(f"Note        {count_of(values['unreadable'], 'image')} could not be read.")
     return lines
+
+
+def _describe_some(per_cluster: list[dict[str, Any]]) -> list[str]:
+    """Lines for all clusters, or if there are many, for those at either end."""
+    if len(per_cluster) < ALL_SHOWN:
+        return [f"{'':<12}{_describe_one(one)}" for one in per_cluster]
+    tight = sorted((one for one in per_cluster if one["images"] >= FEW), key=lambda one: one["mean_distance"])
+    ends = {"Largest": per_cluster, "Smallest": per_cluster[::-1], "Tightest": tight, "Loosest": tight[::-1]}
+    return [
+        f"{title:<12}{' · '.join(map(_describe_one, some[:SHOWN]))}"
+        for title, some in ends.items()
+        if len(some) > SHOWN
+    ]
 
 
 def _describe_one(one: dict[str, Any]) -> str:

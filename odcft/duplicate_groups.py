@@ -20,7 +20,8 @@ from odcft.plan import view_for_evaluation
 from odcft.progress import Progress
 from odcft.reports import near_duplicates as search
 from odcft.reports import tables
-from odcft.reports.run_clusters import place_of_images, refuse_inside_images
+from odcft.reports.output_places import refuse_places
+from odcft.reports.run_clusters import MEMORY, described_by, place_of_images
 from odcft.run import output_checks
 from odcft.run.folder import Layout
 from odcft.text import count_of
@@ -70,9 +71,8 @@ def near_duplicates(
     """
     progress, run = progress or Progress(), Path(run)
     _refuse(run, out, sheets, overwrite)
+    refuse_places({"--out": out, "--sheets": sheets}, run, data)
     images = find_images(place_of_images(run) if data is None else data, progress, make_reader(reader))
-    if sheets is not None:
-        refuse_inside_images(images, sheets)
     unit_NF, good, features, view = _features(run, images, progress)
     sizes = images.sizes()
     first = None if sizes is None else np.argsort(-sizes[good], kind="stable")
@@ -96,8 +96,8 @@ def near_duplicates(
 
 def _refuse(run: Path, out: Path | None, sheets: Path | None, overwrite: bool) -> None:
     """Refuse a RUN without a backbone, and outputs that may not be written."""
-    if not (run / "run.json").is_file():
-        raise OdcftError(f"{run} is not a RUN: give a folder that `odcft finetune` wrote.")
+    if described_by(run) == MEMORY:
+        raise OdcftError(f"{run} is a memory and has no fine-tuned backbone. Give a RUN that `odcft finetune` wrote.")
     if not (run / "backbone" / "config.json").is_file():
         raise OdcftError(f"{run} has no backbone yet. Let the run end first: odcft finetune … --resume.")
     if out is not None:

@@ -118,7 +118,7 @@ def fine_tune(
                     evaluation = EpochEvaluation(labels, eval_every, start.plan.optim.epochs, backbones, view, out)
                 broken = train(start, state, run, progress, evaluation)
                 write_results(start, state, run)
-            missing = dist.rank() == 0 and not (done and (out / "report.html").exists())
+            missing = dist.rank() == 0 and (not done or during_a_run.lacks_last_report(out))
             if start.plan.log.report and missing:
                 during_a_run.write_at_end(out, progress, images=start.images, reader=run.reader)
             return _result(start, out, steps, broken, time.monotonic() - began)

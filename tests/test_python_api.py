@@ -65,14 +65,14 @@ def test_no_module_has_the_name_of_a_verb():
 NOT_IN_PYTHON = {"as_json", "devices", "dry_run"}
 RENAMED = {"ckpts": "ckpt", "overrides": "set", "eval_data": "eval"}
 # Arguments of several CKPTs and then DATA, which Python has as two.
-NO_OPTION = {"ckpt", "data", "progress", "source", "out"}
+NO_OPTION = {"ckpt", "data", "progress", "source", "out", "run", "other"}
 
 
 @pytest.mark.parametrize(
     ("command", "function"),
     [
         *(("finetune", "fine_tune"), ("init-memory", "init_memory"), ("evaluate", "evaluate"), ("embed", "embed")),
-        ("export", "export"),
+        *(("export", "export"), ("clusters", "clusters"), ("report", "report")),
     ],
 )
 def test_a_function_has_the_options_and_defaults_of_its_command(command, function):

@@ -12,12 +12,12 @@ TIMEOUT_SECONDS = 5.0
 
 
 @contextmanager
-def offline_if_unreachable() -> Iterator[bool]:
-    """Put the hub's client into offline mode if the hub does not answer; yields whether it does."""
+def offline_if_unreachable(ask: bool = True) -> Iterator[bool]:
+    """Put the hub's client into offline mode if the hub does not answer, or `ask` is false; yields whether it does."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    reachable = not before and _is_reachable(constants.ENDPOINT)
+    reachable = ask and not before and _is_reachable(constants.ENDPOINT)
     constants.HF_HUB_OFFLINE = not reachable
     try:
         yield reachable

@@ -63,6 +63,7 @@ def load_backbone(
     part: str | None = None,
     *,
     bands: int | None = None,
+    fetch: bool = True,
 ) -> Loaded:
     """Load the backbone of a checkpoint.
 
@@ -73,20 +74,19 @@ def load_backbone(
         input: the colours to show it, to override what the file says or odcft guesses; the first convolution is adapted
             where they need it (`_apply_input`). A network with random weights is built for these colours.
         allow_partial: accept a file that covers less than 90 % of the backbone; the rest keeps random weights.
-        seed: of a run; random weights depend on it and on `member` alone, in every process.
-        member: number of this network among several.
+        seed, member: of a run, and of this network among several; random weights depend on nothing else.
         arch_args: arguments to build the network with (`metadata.Arguments`), to override the file's own.
         mean, std: for each channel, in 0..1 of the input's range, to override what the file says or odcft guesses.
         finite: refuse weights that are not finite; otherwise only list them.
         part: where in the file to look (`only_part`), if it holds several backbones and another one is wanted.
         bands: of the images, if not what the network takes; a first convolution for RGB is widened (`set_bands`).
+        fetch: weights of `timm:NAME` may come from the hub; not if a file and not the user says so.
 
     Returns:
         The backbone on the CPU, in evaluation mode, and what was matched.
 
     Raises:
-        OdcftError: the file cannot be read, the architecture is unknown or covered to less than 90 %, or weights are
-            not finite.
+        OdcftError: the file cannot be read, its network is unknown or incomplete, or weights are not finite.
     """
     name = str(ckpt)
     scheme, _, rest = name.partition(":")
@@ -97,7 +97,7 @@ def load_backbone(
         if scheme in ("timm", "torchvision", "scratch") and rest:
             if part is not None:
                 raise OdcftError(f"--part {part}: {name} is not a file, so it has no parts. Drop --part.")
-            loaded = _load_named(name, scheme, rest, input, arch_args)
+            loaded = _load_named(name, scheme, rest, input, arch_args, fetch)
         else:
             loaded = _load_file(name, Path(ckpt), arch, allow_partial, arch_args, part)
         _apply_input(loaded, input, allow_partial)
@@ -306,12 +306,12 @@ def first_few(names: list[str], between: str = ", ") -> str:
     return between.join(few) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _load_named(name: str, scheme: str, rest: str, input: str | None, arch_args: dict[str, Any]) -> Loaded:
+def _load_named(name: str, scheme: str, rest: str, input: str | None, arch_args: dict[str, Any], fetch: bool) -> Loaded:
     """Load `timm:NAME` or `torchvision:NAME` with its weights, or `scratch:NAME` with random ones."""
     arch = rest.split(".")[0] if scheme != "timm" else rest
     refuse_unknown_arch(arch, name)
     if scheme != "scratch":
-        return Loaded(_from_hub(name, scheme, arch, arch_args).eval(), name, None, scheme, states_view=True)
+        return Loaded(_from_hub(name, scheme, arch, arch_args, fetch).eval(), name, None, scheme, states_view=True)
     usual = NETWORKS[arch][1] if arch in NETWORKS else None
     if name == "scratch:alexnet":  # the papers' (sec. 3.4, after DeepCluster): batch norm, and here RGB for Sobel
         arch, usual, arch_args = "alexnet_deepcluster", RGB, {"in_chans": 3, **arch_args}
@@ -335,7 +335,7 @@ def _load_named(name: str, scheme: str, rest: str, input: str | None, arch_args:
     return Loaded(backbone.eval(), name, None, scheme)
 
 
-def _from_hub(name: str, scheme: str, arch: str, arch_args: dict[str, Any]) -> Backbone:
+def _from_hub(name: str, scheme: str, arch: str, arch_args: dict[str, Any], fetch: bool) -> Backbone:
     """timm's network with timm's weights, from the hub or from this machine's cache of it."""
     import timm
 
@@ -346,12 +346,18 @@ def _from_hub(name: str, scheme: str, arch: str, arch_args: dict[str, Any]) -> B
         raise OdcftError(f"--arch-args {changes[0]}: the weights of {name} only fit the network as timm builds it.")
     backbone = Backbone(arch, **arch_args)
     tag = arch if scheme == "timm" else f"{arch}.tv_in1k"
-    with hub_download.offline_if_unreachable() as reachable:
+    with hub_download.offline_if_unreachable(fetch) as reachable:
         try:
+            if not fetch and not getattr(
+                timm.get_pretrained_cfg(tag), "hf_hub_id", None
+            ):  # timm would get them from another address
+                raise OSError
             backbone.net = timm.create_model(tag, pretrained=True, num_classes=0, **arch_args)
         except RuntimeError as error:
             raise OdcftError(f"{name}: {short_repr(str(error), 200, quotes=False)}.") from None
         except Exception as error:  # the hub's client raises many kinds when it cannot fetch
+            if not fetch:
+                raise OdcftError(f"{name} is not on this machine, and was not asked for by name.") from None
             why = type(error).__name__ if reachable else "the hub does not answer, and they are not on this machine"
             raise OdcftError(
                 f"{name}: its weights could not be fetched ({why}). Check the network connection, or give a local file."

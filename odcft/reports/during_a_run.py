@@ -53,7 +53,16 @@ def write_progress(run: Path) -> None:
     refuse_page(run / "report.html", overwrite=True)
     page = first_page(record)
     page.notes.append("The run is still training: clusters and their pictures will be here when it has ended.")
+    page.training = True
     write_page(page, run / "report.html")
+
+
+def lacks_last_report(run: Path) -> bool:
+    """Whether a finished run lacks its last report: a process killed while it wrote that leaves an earlier one."""
+    from odcft.reports.page import is_early_report
+
+    page = run / "report.html"
+    return not page.exists() or is_early_report(page)
 
 
 def write_at_end(run: Path, progress: Progress, *, images: Any, reader: Any = None) -> Path | None:

@@ -130,8 +130,8 @@ def _knn(record: RunRecord) -> list[Finding]:
 def _images(record: RunRecord) -> list[Finding]:
     if not record.unreadable:
         return []
-    total = record.about.get("images")
-    share = f" (of {total + len(record.unreadable):,})" if isinstance(total, int) else ""
+    total = record.image_count()
+    share = "" if total is None else f" (of {total + len(record.unreadable):,})"
     return [
         Finding(
             False,

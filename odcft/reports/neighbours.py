@@ -15,10 +15,11 @@ from odcft.backbone.load import Loaded, load_backbone
 from odcft.data.images import Images
 from odcft.errors import OdcftError
 from odcft.evaluation.features import features_of
-from odcft.evaluation.starting_checkpoint import find_starting_checkpoints, load_options_of, view_of_run
+from odcft.evaluation.starting_checkpoint import SCHEMES, find_starting_checkpoints, load_options_of, view_of_run
 from odcft.plan import view_for_evaluation
 from odcft.progress import Progress
 from odcft.run.folder import BACKBONES
+from odcft.text import short_repr
 
 TOP = 6  # neighbours shown
 ROWS = 1024  # compared at a time
@@ -74,8 +75,10 @@ def before_and_after(
     ckpts, why = find_starting_checkpoints(str(run), len(after))
     before: list[Loaded] = []
     try:
+        for ckpt, one in zip(ckpts, after, strict=False):  # no checkpoints if they are not known
+            _refuse_other_network(ckpt, one)
         before = [
-            load_backbone(ckpt, **load_options_of(str(run), member, len(ckpts)), member=member)
+            load_backbone(ckpt, **load_options_of(str(run), member, len(ckpts)), member=member, fetch=False)
             for member, ckpt in enumerate(ckpts)
         ]
     except OdcftError as error:
@@ -92,6 +95,13 @@ def before_and_after(
     nearest = [rows[good][_nearest(_joined(parts)[good])] if parts else None for parts in features]
     assert nearest[0] is not None
     return Neighbours(rows[good], nearest[0], nearest[1], why)
+
+
+def _refuse_other_network(ckpt: str, after: Loaded) -> None:
+    """Refuse a name in run.json that is of another network than the RUN's: it could be of any size."""
+    arch = ckpt.rpartition(":")[2].partition(".")[0]
+    if ckpt.partition(":")[0] in SCHEMES and arch != after.backbone.arch.partition(".")[0] and arch != "alexnet":
+        raise OdcftError(f"run.json says {short_repr(ckpt, quotes=False)}, but the backbone is {after.backbone.arch}")
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

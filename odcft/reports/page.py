@@ -21,6 +21,7 @@ from odcft.reports.health import Finding
 from odcft.run.output_checks import refuse_invalid_path, why_unwritable
 
 GENERATOR = "odcft report"  # how these files are told from others
+TRAINING = "odcft-run"  # the name of a mark in the report of a run that trains: it is not the last one
 MARK_WITHIN = 4096  # bytes from the start
 
 
@@ -47,6 +48,7 @@ class Page:
         media: their media type.
         folder: where thumbnails of the others are, beside the page; "" for nowhere.
         command: an odcft command to show at the end.
+        training: whether the run has not ended.
     """
 
     title: str
@@ -67,6 +69,7 @@ class Page:
     media: str = "image/webp"
     folder: str = ""
     command: str = ""
+    training: bool = False
 
 
 def render(page: Page) -> str:
@@ -89,6 +92,7 @@ def render(page: Page) -> str:
     return environment.from_string(template).render(
         page=page,
         generator=GENERATOR,
+        mark=TRAINING,
         policy=policy,
         style=style,
         script=script,
@@ -142,8 +146,20 @@ def refuse_page(out: Path, overwrite: bool) -> None:
 
 def is_report(path: Path) -> bool:
     """Whether a file says of itself that it is a report."""
+    return f'<meta name="generator" content="{GENERATOR}">'.encode() in _beginning(path)
+
+
+def is_early_report(path: Path) -> bool:
+    """Whether a file is a report that was written before its run had ended."""
+    return is_report(path) and f'<meta name="{TRAINING}"'.encode() in _beginning(path)
+
+
+def _beginning(path: Path) -> bytes:
+    """The first bytes of a file; b"" if it is a link, or cannot be read."""
     try:
+        if not path.is_file():
+            return b""
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
-            return f'<meta name="generator" content="{GENERATOR}">'.encode() in file.read(MARK_WITHIN)
+            return file.read(MARK_WITHIN)
     except OSError:
-        return False
+        return b""

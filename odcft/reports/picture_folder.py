@@ -3,6 +3,8 @@
 Shapes: L images that the page lists.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +12,12 @@ import numpy as np
 
 from odcft.data.thumbnails import make_thumbnails
 from odcft.errors import OdcftError
-from odcft.files import atomic_folder
+from odcft.files import UNFINISHED, atomic_folder, remove
 from odcft.plan import cores_of_rank
 from odcft.progress import Progress
 from odcft.reports.page import Page, is_report
 from odcft.run.folder import PICTURE_FILES
-from odcft.run.output_checks import clear_folder
+from odcft.run.output_checks import clear_folder, refuse_foreign_files
 
 if TYPE_CHECKING:
     from odcft.reports.run_report import Pictures
@@ -44,12 +46,42 @@ def refuse_picture_folder(page: Path) -> None:
         and not (folder.is_dir() and not any(folder.iterdir()))
     ):
         raise OdcftError(f"{folder}, which the pictures go to, already exists. Remove it, or choose another --out.")
+    refuse_foreign_files(folder, PICTURE_FILES)
+
+
+def _unfinished(page: Path) -> Path:
+    """Where pictures wait until their page has been written."""
+    folder = picture_folder(page)
+    return folder.with_name(f".{folder.name}{UNFINISHED}")
+
+
+@contextmanager
+def pictures_of(page: Path) -> Iterator[None]:
+    """On leaving, put the pictures that `write_pictures` wrote in the place of earlier ones; on an error, discard them.
+
+    Raises:
+        OdcftError: something else is in their place by now.
+    """
+    folder, new = picture_folder(page), _unfinished(page)
+    try:
+        yield
+        if new.is_dir():
+            clear_folder(folder, PICTURE_FILES)
+            folder.rmdir()
+            new.rename(folder)
+    except OSError as error:
+        raise OdcftError(f"{folder} cannot be written: {error.strerror or error}. Choose another --out.") from None
+    finally:
+        with suppress(OSError):
+            remove(new)
 
 
 def write_pictures(
     page: Page, pictures: "Pictures", listed: np.ndarray, place: Path, progress: Progress
 ) -> dict[str, str]:
-    """Write thumbnails of the listed images that have none in the page; return name to reason for unreadable ones.
+    """Write thumbnails of the listed images that have none in the page, inside `pictures_of`.
+
+    They wait in a hidden folder, so that an earlier page keeps its pictures until it is replaced.
 
     Args:
         page: gets the names of the files.
@@ -58,17 +90,21 @@ def write_pictures(
         place: where the page will be.
         progress: where to report.
 
+    Returns:
+        Name to reason for those that cannot be read.
+
     Raises:
-        OdcftError: the folder holds something else, or cannot be written.
+        OdcftError: the folder cannot be written.
     """
     assert pictures.images is not None
-    folder, ending = picture_folder(place), page.media.rpartition("/")[2]
+    folder, ending = _unfinished(place), page.media.rpartition("/")[2]
     index_L = pictures.index_N[listed]
     rest = [i for i in range(len(listed)) if index_L[i] >= 0 and not (i < len(page.thumbnails) and page.thumbnails[i])]
     files = [""] * len(listed)
     unreadable: dict[str, str] = {}
     try:
-        clear_folder(folder, PICTURE_FILES)
+        remove(folder)
+        folder.mkdir(parents=True)
         with progress.phase("Pictures", len(rest)) as advance:
             for number, start in enumerate(range(0, len(rest), PER_FOLDER)):
                 part = rest[start : start + PER_FOLDER]
@@ -89,6 +125,6 @@ def write_pictures(
                             (unfinished / f"{i:08d}.{ending}").write_bytes(content)
     except OSError as error:
         raise OdcftError(f"{folder} cannot be written: {error.strerror or error}. Choose another --out.") from None
-    page.folder = folder.name
+    page.folder = picture_folder(place).name
     page.data["images"]["file"] = files
     return unreadable

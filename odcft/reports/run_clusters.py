@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from odcft.data.custom_reader import make_reader
 from odcft.data.image_files import is_url
@@ -25,11 +24,14 @@ from odcft.errors import OdcftError
 from odcft.files import iterate_column, read_json
 from odcft.progress import Progress
 from odcft.recipe import DataRecipe, load_recipe
+from odcft.reports.run_record import UNREADABLE
 from odcft.run import snapshot_files
 from odcft.run.clusters_parquet import read_cluster_rows
 from odcft.run.folder import read_quarantine
+from odcft.run.memory_folder import open_memory
 from odcft.text import count_of
 
+MEMORY = "memory.json"  # what a folder of `odcft init-memory` has instead of run.json
 PIECE = 1 << 16  # rows whose distances are computed at a time
 
 
@@ -78,17 +80,17 @@ class RunClusters:
 
 
 def read_run(run: Path) -> RunClusters:
-    """The clusters a RUN ended with; of one that has not ended, those of its newest saved state.
+    """The clusters a RUN ended with; of one that has not ended, those of its newest saved state; those of a memory.
 
     Raises:
-        OdcftError: it is not a RUN, has no clusters yet, or is damaged.
+        OdcftError: it is neither a RUN nor a memory, has no clusters yet, or is damaged.
     """
-    if not (run / "run.json").is_file():
-        raise OdcftError(f"{run} is not a RUN: give a folder that `odcft finetune` wrote.")
+    if described_by(run) == MEMORY:
+        return _of_memory(run)
     names = Names(iterate_column(run / "images.csv", "path"))
     step = None
-    if (run / "clusters.parquet").exists():
-        labels_N, distance_N = read_cluster_rows(run / "clusters.parquet", names)
+    if (table := run / "clusters.parquet").exists() or table.is_symlink():
+        labels_N, distance_N = read_cluster_rows(table, names)
     else:
         labels_N, distance_N, step = _of_state(run, len(names))
     most = int(labels_N.max(initial=0)) + 1
@@ -102,6 +104,29 @@ def read_run(run: Path) -> RunClusters:
     )
 
 
+def described_by(run: Path) -> str:
+    """The file that says what a folder is: run.json of a RUN, memory.json of a memory.
+
+    Raises:
+        OdcftError: it is neither.
+    """
+    try:
+        for name in ("run.json", MEMORY):
+            if (run / name).is_file():
+                return name
+    except OSError as error:
+        raise OdcftError(f"{run} cannot be read: {error.strerror}.") from None
+    raise OdcftError(f"{run} is not a RUN: give a folder that `odcft finetune` (or `odcft init-memory`) wrote.")
+
+
+def _of_memory(folder: Path) -> RunClusters:
+    """The first clusters, of K-Means."""
+    _, tensors, _, names, _ = open_memory(folder)
+    labels_N, centroids_KD = tensors["labels"].long(), tensors["centroids"]
+    distance_N = distances(tensors["features"], labels_N, centroids_KD, len(names))
+    return RunClusters(folder, names, labels_N.numpy(), distance_N, len(centroids_KD))
+
+
 def _of_state(run: Path, count: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Labels, distances and the step of the newest state."""
     folder = snapshot_files.newest_to_look_at(run)
@@ -113,16 +138,28 @@ def _of_state(run: Path, count: int) -> tuple[np.ndarray, np.ndarray, int]:
     try:
         state = snapshot_files.load(folder)
         features_ND, labels_N = state.rows["features"], state.rows["labels"].long()
-        centroids_KD = state.same["method.centroids"].float()
-        if not len(features_ND) == len(labels_N) == count or not 0 <= labels_N.min() <= labels_N.max() < count:
-            raise ValueError("it is of other images")
-        distances = [
-            (features_ND[rows].float() - centroids_KD[labels_N[rows]]).norm(dim=1)
-            for rows in torch.arange(count).split(PIECE)
-        ]
-        return labels_N.numpy(), torch.cat(distances).numpy(), int(state.about["step"])
-    except (OSError, SafetensorError, KeyError, ValueError, IndexError, RuntimeError) as error:
+        centroids_KD = state.same["method.centroids"]
+        distance_N = distances(features_ND, labels_N, centroids_KD, count)
+        return labels_N.numpy(), distance_N, int(state.about["step"])
+    except UNREADABLE as error:
         raise OdcftError(f"{folder} cannot be read ({error}). If {run} is training, try again in a minute.") from None
+
+
+def distances(features_ND: torch.Tensor, labels_N: torch.Tensor, centroids_KD: torch.Tensor, count: int) -> np.ndarray:
+    """The distance of each feature to the centroid of its label, float32 (N,).
+
+    Raises:
+        ValueError: the tensors are not those of so many images; torch raises others (UNREADABLE).
+    """
+    if (features_ND.ndim, labels_N.ndim, centroids_KD.ndim) != (2, 1, 2):
+        raise ValueError("its tensors have other shapes")
+    if not len(features_ND) == len(labels_N) == count or not 0 <= labels_N.min() <= labels_N.max() < count:
+        raise ValueError("it is of other images")
+    found = [
+        (features_ND[rows].float() - centroids_KD[labels_N[rows]].float()).norm(dim=1)
+        for rows in torch.arange(count).split(PIECE)
+    ]
+    return torch.cat(found).numpy()
 
 
 @dataclass
@@ -185,10 +222,11 @@ def find_run_images(clusters: RunClusters, data: str | None, reader: Any, progre
 
 def place_of_images(run: Path) -> str:
     """Where the images of a RUN are, by its run.json: the absolute path, or relative to this folder or those of RUN."""
-    about = read_json(run / "run.json")
+    file = run / described_by(run)
+    about = read_json(file)
     data, absolute = about.get("data"), about.get("data_path")
     if not isinstance(data, str) or not data:
-        raise OdcftError(f"{run / 'run.json'} does not say where the images are. Pass --data DATA.")
+        raise OdcftError(f"{file} does not say where the images are. Pass --data DATA.")
     if is_url(data):
         raise OdcftError(f"{run} was run on {data}. Nothing is fetched unasked: pass --data {data} if it should be.")
     places = [absolute] if isinstance(absolute, str) else []
@@ -201,15 +239,10 @@ def place_of_images(run: Path) -> str:
 
 def _view_of(run: Path) -> View:
     """How many bands and which range of values the images have; the sizes do not matter to sheets."""
-    data: DataRecipe = load_recipe(run / "recipe.yaml").data if (run / "recipe.yaml").is_file() else DataRecipe()
+    data = DataRecipe()
+    if described_by(run) == MEMORY:
+        data = open_memory(run)[-1].data
+    elif (run / "recipe.yaml").is_file():
+        data = load_recipe(run / "recipe.yaml").data
     intensity = None if isinstance(data.range, str) else data.range
     return View(224, intensity=intensity, bands=3 if data.bands == "auto" else data.bands)
-
-
-def refuse_inside_images(images: Images, out: Path) -> None:
-    """Refuse to write images into the folder of images: the next run would find them there as more images."""
-    source = Path(images.source)
-    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-        raise OdcftError(
-            f"{out} lies in {source}, among the images. Choose a folder outside, or a run would find them."
-        )

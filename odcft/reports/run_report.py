@@ -5,7 +5,7 @@ Shapes: N images of the run, K clusters that have images, L images that the page
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,26 @@ from odcft.errors import OdcftError
 from odcft.evaluation.starting_checkpoint import reader_note, view_of_run
 from odcft.plan import cores_of_rank
 from odcft.progress import Progress
+from odcft.recipe import MAX_MEMBERS
 from odcft.reports.charts import draw_curves, draw_map, draw_sizes
 from odcft.reports.class_agreement import ClassAgreement, compare_with_classes, labels_of
 from odcft.reports.gallery import Gallery, by_importance, cluster_columns, explain_columns, make_gallery
 from odcft.reports.health import findings
 from odcft.reports.neighbours import Neighbours, before_and_after
+from odcft.reports.output_places import refuse_places
 from odcft.reports.page import Page, refuse_page, render, write_page
-from odcft.reports.picture_folder import refuse_picture_folder, write_pictures
+from odcft.reports.picture_folder import pictures_of, refuse_picture_folder, write_pictures
 from odcft.reports.run_clusters import place_of_images
 from odcft.reports.run_record import RunRecord, read_run
-from odcft.reports.verdicts import read_verdict
-from odcft.text import count_of, printable
+from odcft.reports.verdicts import evaluate_run, is_evaluation_file, read_verdict
+from odcft.text import count_of, printable, short_repr
 
 SAMPLE = 2000  # images among which neighbours are looked for
 MEGABYTES = 30.0  # of the page, at most
 SIDES = ((6000, 160), (3500, 112), (2000, 80), (0, 64))  # bytes there are for a thumbnail, and its side in pixels
 NAMES_SHARE = 0.2  # of the page that file names may take, at most
 ROUGH_NAME = 45  # bytes that an image takes in the page besides its name
+MAX_NAME = 300  # characters of a name of run.json
 EXAMPLES = 40  # images whose neighbours the page shows, some at a time
 
 
@@ -83,14 +86,15 @@ def report(
         data: where its images are now; by default where they were.
         labels: labelled images, to set the clusters beside classes.
         out: the page to write; by default report.html in the RUN, where an earlier report is replaced.
-        evaluation: what `odcft evaluate RUN … --json` printed, or a file of it: the verdict to show.
+        evaluation: labelled images to judge the backbone by, as `odcft evaluate` does; or what that printed with
+            --json, or a file of it.
         sample: images among which neighbours are looked for; 0 for none.
         megabytes: of the page, at most: as many thumbnails as fit.
         all_pictures: write the thumbnails that do not fit into a folder beside the page.
         reader: the user's function that reads the images (`Reader`), or its name as MODULE:FUNCTION.
         overwrite: replace an earlier report at `out`.
         progress: where to report.
-        images: the run's own, in its order, if they are known already.
+        images: of the run, in its order, if they are known already.
         alone: whether only this one of several processes is here.
         seconds: that making thumbnails may take, about.
 
@@ -104,21 +108,32 @@ def report(
     folder, progress = Path(run), progress or Progress()
     place = folder / "report.html" if out is None else Path(out)
     record = read_run(folder)
+    if os.path.realpath(place) != os.path.realpath(folder / "report.html"):
+        refuse_places({"--out": place}, folder, data)
     refuse_page(place, overwrite or out is None)
     if all_pictures:
         refuse_picture_folder(place)
     page = first_page(record)
+    if isinstance(evaluation, str | Path) and not is_evaluation_file(evaluation):
+        evaluation = evaluate_run(folder, str(evaluation), reader, progress)
     page.verdict, page.verdict_kind = read_verdict(evaluation)
+    page.training = not record.finished
     counts: dict[str, Any] = {"images": 0, "clusters": 0, "pictures": 0, "unreadable": 0, "neighbours": 0}
     if record.clusters is None:
         page.notes.append("The run has not ended yet, so this report has no clusters and no pictures.")
-    elif len(record.clusters.names):
-        pictures = find_pictures(record, data, make_reader(reader), images, progress)
-        counts |= _add_clusters(
-            page, record, pictures, progress, place,
-            labels=labels, sample=sample, megabytes=megabytes, all_pictures=all_pictures, alone=alone, seconds=seconds,
-        )  # fmt: skip
-    size = write_page(page, place)
+    elif not len(record.clusters.names):
+        page.notes.append(
+            f"{folder / 'clusters.parquet'} lists no images, so this report has no clusters and no pictures."
+        )
+    with pictures_of(place):
+        if record.clusters is not None and record.clusters.names:
+            pictures = find_pictures(record, data, make_reader(reader), images, progress)
+            counts |= _add_clusters(
+                page, record, pictures, progress, place,
+                labels=labels, sample=sample, megabytes=megabytes, all_pictures=all_pictures, alone=alone,
+                seconds=seconds,
+            )  # fmt: skip
+        size = write_page(page, place)
     return {"out": str(place), "bytes": size, **counts, "notes": page.notes}
 
 
@@ -144,25 +159,30 @@ def first_page(record: RunRecord) -> Page:
 def lead(record: RunRecord) -> str:
     """What was done, in a sentence."""
     about, epochs = record.about, record.planned_epochs
-    names = about.get("checkpoint")
-    ckpt = ", ".join(base_name(str(one)) for one in (names if isinstance(names, list) else [names or "a checkpoint"]))
-    images = about.get("images")
-    how_many = f"{images:,} unlabelled images" if isinstance(images, int) else "unlabelled images"
+    ckpt = _listed(about.get("checkpoint") or "a checkpoint", base_name)
+    images = record.image_count()
+    how_many = "unlabelled images" if images is None else f"{images:,} unlabelled images"
     method = {"odc": "online deep clustering (ODC)", "dc": "DeepCluster", "codc": "collaborative ODC"}[record.method]
-    what = f"{how_many} in {printable(base_name(str(about.get('data', '?'))))} by {method}"
+    what = f"{how_many} in {_listed(about.get('data', '?'), base_name)} by {method}"
     if clusters := record.cluster_count():
         what += f" with {clusters:,} clusters"
     if record.finished:
-        return f"{printable(ckpt)} was fine-tuned on {what} for {count_of(round(record.epochs_done), 'epoch')}."
+        return f"{ckpt} was fine-tuned on {what} for {count_of(round(record.epochs_done), 'epoch')}."
     at = f"epoch {record.epochs_done:.1f}" + (f" of {epochs:,}" if epochs else "")
-    return f"{printable(ckpt)} is being fine-tuned on {what}: {at} when this was written."
+    return f"{ckpt} is being fine-tuned on {what}: {at} when this was written."
+
+
+def _listed(names: Any, short: Callable[[str], str] = str) -> str:
+    """A name of run.json, or a list of them, for one line of the page."""
+    some = names[:MAX_MEMBERS] if isinstance(names, list) else [names]
+    return ", ".join(short_repr(short(str(one)[-MAX_NAME:]), MAX_NAME, quotes=False) for one in some)
 
 
 def facts(record: RunRecord) -> list[tuple[str, str]]:
     """Names and values for the head of the page."""
     found = []
     if isinstance(arch := record.about.get("arch"), str | list):
-        found.append(("Backbone", printable(", ".join(map(str, arch)) if isinstance(arch, list) else arch)))
+        found.append(("Backbone", _listed(arch)))
     if record.recipe:
         found.append(("Input", f"{record.recipe.data.size} pixels"))
         found.append(("Batch", f"{record.recipe.optim.batch_size:,}"))

@@ -18,6 +18,7 @@ from odcft.progress import Progress
 from odcft.reports.charts import draw_curves
 from odcft.reports.gallery import by_importance, make_gallery
 from odcft.reports.health import Finding, findings
+from odcft.reports.output_places import refuse_places
 from odcft.reports.page import Page, refuse_page, write_page
 from odcft.reports.run_record import Assignment, RunRecord, read_run
 from odcft.reports.run_report import MEGABYTES, add_pictures, facts, find_pictures, lead, page_data, that_fit
@@ -58,6 +59,8 @@ def compare_runs(
     progress, place = progress or Progress(), Path(out)
     records = [read_run(Path(one)), read_run(Path(other))]
     names = _different_names(records)
+    for record in records:
+        refuse_places({"--out": place}, record.folder, data)
     refuse_page(place, overwrite)
     page = Page(f"Two runs compared: {names[0]} and {names[1]}", " ".join(lead(record) for record in records))
     page.facts = [

@@ -9,13 +9,43 @@ from odcft.errors import OdcftError
 from odcft.evaluation.results_table import METRICS
 from odcft.evaluation.verdict import BETTER, WORSE, verdict, verdict_line
 from odcft.files import read_json
+from odcft.progress import Progress
 
 WITHOUT_LABELS = {
     "better": ("Better than the checkpoint it was started from, judged without labels.", "better"),
     "worse": ("Worse than the checkpoint it was started from, judged without labels.", "worse"),
     "cannot tell": ("Judged without labels, nothing can be told: a few labelled images would settle it.", "open"),
 }
+PROTOCOLS = ("svm", "knn")  # those of `odcft evaluate` by default
 THAN = "the checkpoint it was started from"
+
+
+def evaluate_run(run: Path, labelled: str, reader: Any, progress: Progress) -> dict[str, Any]:
+    """Do what `odcft evaluate RUN LABELLED` does, for `read_verdict`.
+
+    Raises:
+        OdcftError: the images have no labels, or cannot be evaluated on.
+    """
+    from odcft.evaluation.any_protocol import evaluate_any
+
+    try:
+        return evaluate_any(str(run), labelled, None, PROTOCOLS, reader=reader, progress=progress)
+    except OdcftError as error:
+        raise OdcftError(f"--evaluation {labelled}: {error}") from None
+
+
+def is_evaluation_file(evaluation: str | Path) -> bool:
+    """Whether this is a file that `odcft evaluate … --json` printed, and not labelled images."""
+    path = Path(evaluation)
+    if path.suffix.lower() == ".json":
+        return True
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(64).lstrip().startswith(b"{")
+    except (OSError, ValueError):
+        return False
 
 
 def read_verdict(evaluation: str | Path | Mapping[str, Any] | None) -> tuple[str, str]:

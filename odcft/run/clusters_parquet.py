@@ -19,6 +19,7 @@ from odcft.errors import OdcftError
 
 ROW_GROUP = 1 << 20  # rows, as pyarrow divides a table by default; so many paths are in memory at a time
 PIECE = 1 << 16  # paths compared at a time
+MAX_PATH = 4096  # bytes of a path, at most on average
 
 
 def require_parquet() -> None:
@@ -61,24 +62,61 @@ def read_cluster_rows(path: Path, names: Names) -> tuple[np.ndarray, np.ndarray]
     return labels_N, table["distance"].to_numpy().astype(np.float32)
 
 
-def _read(path: Path, columns: list[str]) -> Any:
-    """These columns of a clusters.parquet, as a table of pyarrow."""
+def _read(path: Path, columns: list[str], rows: int | None = None) -> Any:
+    """These columns of a clusters.parquet, as a table of pyarrow.
+
+    A few bytes can claim billions of rows, or one long path a million times, so the footer is checked first, and paths
+    are counted before they are written out.
+
+    Args:
+        path: clusters.parquet.
+        columns: path, cluster, distance, or some of them.
+        rows: how many images the run has, if that is known.
+    """
     require_parquet()
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path, columns=columns)
-        whole = all(not table[name].null_count for name in columns)
-        kinds = {"path": pa.types.is_string, "cluster": pa.types.is_integer, "distance": pa.types.is_floating}
-        if not whole or not all(kinds[name](table[name].type) for name in columns):
-            raise ValueError("its columns have other types, or holes")
-        return table
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError(f"it is {'not a file' if path.exists() or path.is_symlink() else 'missing'}")
+        with pq.ParquetFile(path, read_dictionary=["path"]) as file:
+            _check_footer(file, path, columns, rows)
+            table = file.read(columns)
+            if any(table[name].null_count for name in columns):
+                raise ValueError("its columns have holes")
+            if "path" in columns:
+                lengths = (
+                    pc.sum(pc.binary_length(part.dictionary).take(part.indices)) for part in table["path"].chunks
+                )
+                if sum(length.as_py() or 0 for length in lengths) > MAX_PATH * len(table):
+                    raise ValueError("its paths are too long")
+                table = table.set_column(columns.index("path"), "path", table["path"].cast(pa.string()))
+            return table
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise OdcftError(
             f"{path} is not the clusters.parquet of a run, with {', '.join(f'`{name}`' for name in columns)} ({said})."
         ) from None
+
+
+def _check_footer(file: Any, path: Path, columns: list[str], rows: int | None) -> None:
+    """Raise a ValueError if the footer says that the columns are others, or too large to be true."""
+    import pyarrow as pa
+
+    kinds = {"cluster": pa.types.is_integer, "distance": pa.types.is_floating}
+    kinds["path"] = lambda kind: pa.types.is_dictionary(kind) and pa.types.is_string(kind.value_type)
+    if not all(kinds[name](file.schema_arrow.field(name).type) for name in columns):
+        raise ValueError("its columns have other types")
+    count, size = file.metadata.num_rows, path.stat().st_size
+    if rows is not None and count != rows:
+        raise ValueError(f"it has {count:,} rows, but the run has {rows:,} images")
+    if count > size:  # paths differ, so even compressed, each takes some bytes
+        raise ValueError(f"it claims {count:,} rows in {size:,} bytes")
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    if sum(group.total_byte_size for group in groups) > MAX_PATH * count + (1 << 20):
+        raise ValueError(f"it claims far too many bytes for {count:,} rows")
 
 
 def _strings(column: Any) -> Iterator[str]:
@@ -117,18 +155,22 @@ def write_clusters(memory: Memory, images: Images, path: Path) -> None:
                 writer.write_table(table)
 
 
-def read_cluster_table(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+def read_cluster_table(path: Path, rows: int | None = None) -> tuple[list[str], np.ndarray, np.ndarray]:
     """All of clusters.parquet: the paths, cluster (N,) int64 and distance (N,) float32, NaN where it does not say.
 
+    Args:
+        path: clusters.parquet.
+        rows: how many images the run has, if that is known.
+
     Raises:
-        OdcftError: the file does not exist, or is not such a file.
+        OdcftError: the file does not exist, is not such a file, or is of another run.
     """
-    table = _read(path, ["path", "cluster"])
+    table = _read(path, ["path", "cluster"], rows)
     cluster_N = table["cluster"].to_numpy().astype(np.int64)
     if len(cluster_N) and cluster_N.min() < 0:
         raise OdcftError(f"{path} is damaged: it has clusters below 0.")
     try:
-        distance_N = _read(path, ["distance"])["distance"].to_numpy().astype(np.float32)
+        distance_N = _read(path, ["distance"], rows)["distance"].to_numpy().astype(np.float32)
     except OdcftError:
         distance_N = np.full(len(table), np.nan, np.float32)
     return table["path"].to_pylist(), cluster_N, distance_N

@@ -115,16 +115,8 @@ def read_memory(folder: Path, ckpts: list[str], images: Images) -> StoredMemory:
         raise OdcftError(
             f"{folder} holds the memory of one checkpoint; several checkpoints make theirs together. Drop --memory."
         )
-    try:
-        about, tensors, neck = _read_files(folder)
-        names = Names(files.iterate_column(folder / "images.csv", "path"))
-        _check_tensors(tensors, len(names))
-        made_from, sha256 = str(about["checkpoint"]), str(about["sha256"])
-        made_with = make_recipe(about["recipe"], str(folder / "memory.json"))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise OdcftError(
-            f"{folder} is not a complete folder of `odcft init-memory` ({error}). Make it again."
-        ) from None
+    about, tensors, neck, names, made_with = open_memory(folder)
+    made_from, sha256 = str(about["checkpoint"]), str(about["sha256"])
     refuse_other_reader(about.get("reader"), images.reader, folder)
     if sha256 != files.checkpoint_sha256(ckpts[0]):
         raise OdcftError(
@@ -146,6 +138,29 @@ def read_memory(folder: Path, ckpts: list[str], images: Images) -> StoredMemory:
     asked = asked.get("data", {}) if isinstance(asked, dict) else {}
     numbers = (tensors["features"], tensors["labels"], len(tensors["centroids"]), neck)
     return StoredMemory(folder, made_with, *numbers, images, unreadable, asked if isinstance(asked, dict) else {})
+
+
+def open_memory(folder: Path) -> tuple[dict, dict[str, Tensor], dict[str, Tensor], Names, Recipe]:
+    """All that a folder written by `write_memory` holds, checked for being complete and of one piece.
+
+    Returns:
+        memory.json; `features`, `labels` and `centroids`; the neck's tensors; the images; and the plan they were made
+        with.
+
+    Raises:
+        OdcftError: it is not such a folder.
+    """
+    try:
+        about, tensors, neck = _read_files(folder)
+        names = Names(files.iterate_column(folder / "images.csv", "path"))
+        _check_tensors(tensors, len(names))
+        if missing := {"checkpoint", "sha256"} - about.keys():
+            raise KeyError(min(missing))
+        return about, tensors, neck, names, make_recipe(about["recipe"], str(folder / "memory.json"))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise OdcftError(
+            f"{folder} is not a complete folder of `odcft init-memory` ({error}). Make it again."
+        ) from None
 
 
 def _read_files(folder: Path) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from odcft import files
 from odcft.distributed import dist
 from odcft.run.trackers import Trackers
 from odcft.text import utc_now
+
+MAX_LINE = 1 << 16  # bytes in a line, at most
 
 
 class Metrics:
@@ -83,11 +86,23 @@ class Metrics:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without a half-written one that a killed run may have left."""
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        with suppress(ValueError, RecursionError):
-            lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict)]
+    return [line for raw in raw_lines(path) if (line := parse_line(raw)) is not None]
+
+
+def raw_lines(path: Path) -> Iterator[bytes]:
+    """The lines of metrics.jsonl as they are, one at a time; those that odcft would not write so long come in parts."""
+    if path.is_file():
+        with path.open("rb") as file:
+            while line := file.readline(MAX_LINE):
+                yield line
+
+
+def parse_line(raw: bytes) -> dict[str, Any] | None:
+    """The object in a line of metrics.jsonl; None if there is none."""
+    with suppress(ValueError, RecursionError):
+        line = json.loads(raw.decode("utf-8", "replace"))
+        return line if isinstance(line, dict) else None
+    return None
 
 
 def _step(line: dict[str, Any]) -> float:

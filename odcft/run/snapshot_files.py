@@ -25,7 +25,7 @@ from torch import Tensor
 
 from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
-from odcft.files import file_sha256, fsync, remove, save_file, write_text_atomically
+from odcft.files import file_sha256, fsync, read_json, remove, save_file, write_text_atomically
 from odcft.run.folder import STEP
 from odcft.state import Snapshot, under
 
@@ -138,6 +138,8 @@ def damage(folder: Path, from_disk: bool = True) -> str:
     def check() -> None:
         names = sorted(_read_about(folder)["files"].items())
         for name, expected in names[dist.rank() :: dist.world_size()]:
+            if not (folder / name).is_file():  # a pipe would be waited for
+                raise OSError(f"{name} is {'not a file' if (folder / name).exists() else 'missing'}")
             if file_sha256(folder / name, from_disk) != expected:
                 raise OSError(f"{name} is not what was written")
 
@@ -188,14 +190,14 @@ def _states(run: Path) -> list[Path]:
 def _read_about(folder: Path) -> dict[str, Any]:
     """The contents of state.json; an OSError if they are not what `save` wrote."""
     try:
-        sealed = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        sealed = read_json(folder / "state.json")
         if _sha256(sealed["state"]) != sealed["sha256"]:
             raise ValueError
         about = json.loads(sealed["state"])
         if not _is_valid(about):
             raise ValueError
         return about
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (OdcftError, ValueError, KeyError, TypeError, RecursionError):
         raise OSError("state.json is not what was written") from None
 
 

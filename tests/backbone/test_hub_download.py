@@ -72,6 +72,16 @@ def test_in_offline_mode_the_hub_is_not_asked(no_network, tmp_path, monkeypatch)
     assert constants.HF_HUB_OFFLINE is True
 
 
+@pytest.mark.parametrize("ckpt", ["timm:resnet18.a3_in1k", "timm:cs3se_edgenet_x.c2ns_in1k", "torchvision:resnet18"])
+def test_weights_that_only_a_file_names_are_never_fetched(ckpt, no_network, tmp_path, monkeypatch):
+    state = cached(tmp_path, monkeypatch)
+    told = load_backbone("timm:resnet18.a1_in1k", fetch=False).backbone.net.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in told.items())
+    with pytest.raises(OdcftError, match="is not on this machine"):
+        load_backbone(ckpt, fetch=False)
+    assert not no_network
+
+
 def test_a_silent_name_server_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(hub_download, "TIMEOUT_SECONDS", 0.2)
     forever = threading.Event()

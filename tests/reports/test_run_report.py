@@ -175,6 +175,8 @@ def test_damaged_files_are_refused_or_left_out(make_run, tmp_path, what):
         else:
             columns = {"path": ["a", "b"], "cluster": [2**60, 5], "distance": np.array([np.nan, np.inf], np.float32)}
             pq.write_table(pa.table(columns), run / "clusters.parquet")
+            about = json.loads((run / "run.json").read_text())
+            (run / "run.json").write_text(json.dumps(about | {"images": 2}))
         assert report(run, **QUIET)["clusters"] in (2, 3)
 
 
@@ -221,3 +223,55 @@ def test_a_folder_of_pictures_that_odcft_did_not_write_is_left_alone(make_run, t
         report(run, out=tmp_path / "other.html", all_pictures=True, **QUIET)
     assert own.read_bytes() == b"mine"
     assert picture_folder(tmp_path / "a.htm") != picture_folder(tmp_path / "a.html")
+
+
+def test_an_earlier_page_keeps_its_pictures_if_the_new_one_cannot_be_written(make_run, tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    report(run, all_pictures=True, megabytes=1e-9, **QUIET)
+    folder = run / "report_pictures"
+    before = {path: path.read_bytes() for path in [run / "report.html", *folder.rglob("*.*")]}
+    assert len(before) == 2
+
+    def full(*args):
+        raise OdcftError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_report, "write_page", full)
+        with pytest.raises(OdcftError, match="the disk is full"):
+            report(run, all_pictures=True, megabytes=1e-9, **QUIET)
+    assert {path: path.read_bytes() for path in [run / "report.html", *folder.rglob("*.*")]} == before
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+    report(run, all_pictures=True, megabytes=1e-9, **QUIET)
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")}.items() <= before.items()
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(OdcftError, match="mine"):
+        report(run, all_pictures=True, **QUIET)
+    assert (folder / "mine.txt").exists()
+
+
+def test_labelled_images_give_the_verdict_that_evaluate_gives(make_run, tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    change = {"knn": {"change": 5.0, "low": 1.0, "high": 9.0}}
+    asked = []
+
+    def evaluate_any(ckpt, data, test, protocols, **options):
+        asked.append((ckpt, data, tuple(protocols)))
+        return {"knn": {"top1": 75.0}, "test_images": 60, "change": change}
+
+    monkeypatch.setattr("odcft.evaluation.any_protocol.evaluate_any", evaluate_any)
+    report(run, evaluation="labelled/", **QUIET)
+    assert asked == [(str(run), "labelled/", ("svm", "knn"))]
+    assert "kNN top-1 70.0 before, 75.0 after" in (run / "report.html").read_text()
+
+
+def test_a_run_that_ends_replaces_the_report_from_before(make_run, tmp_path):
+    from odcft.reports.during_a_run import lacks_last_report, write_progress
+
+    run = make_run(tmp_path)
+    assert lacks_last_report(run)
+    write_progress(run)
+    assert lacks_last_report(run)
+    report(run, **QUIET)
+    assert not lacks_last_report(run)
+    (run / "report.html").write_text("mine")
+    assert not lacks_last_report(run)
