@@ -125,10 +125,10 @@ def _semi_notes(fractions: dict[str, Any]) -> list[str]:
     notes = []
     for name, result in fractions.items():
         how = result["setting"]
+        rates = f"learning rate {how['lr']:g} (head: {how['head_lr']:g} times as high), divided by 5"
         notes.append(
-            f"  Semi {name[:-1]} %: {result['images']:,} labels, {how['name']} setting: {how['epochs']:,} epochs, batches "
-            f"of {how['batch']}, {how['optimizer'].upper()}, learning rate {how['lr']:g} (head: {how['head_lr']:g} times "
-            "as high), divided by 5 after 60 % and after 80 % of the steps"
+            f"  Semi {name[:-1]} %: {result['images']:,} labels, {how['name']} setting: {how['epochs']:,} epochs, "
+            f"batches of {how['batch']}, {how['optimizer'].upper()}, {rates} after 60 % and after 80 % of the steps"
         )
         if result["few"]:
             notes.append(f"    one image of each class where {name[:-1]} % would be less than one")
@@ -188,9 +188,8 @@ def _chosen_rows(results: dict[str, Any], protocol: str, title: str, name: str) 
     for when, column in columns:
         chosen, best = column[protocol]["layer"], column[protocol]["best_on_test"]
         rows.append(
-            f"    {f'{when}: ' if when else ''}the {title} at the top is that of {_layer(chosen)}; the best on the test images, "
-            f"which published tables give, is {best[name]:.1f}, of "
-            f"{_layer(best['layer'])}"
+            f"    {f'{when}: ' if when else ''}the {title} above is that of {_layer(chosen)}; on the test images "
+            f"{_layer(best['layer'])} is best ({best[name]:.1f}), which published tables give"
         )
     return rows
 
