@@ -14,16 +14,20 @@ import csv
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from odcft import files
 from odcft.data.image_files import is_url
 from odcft.data.images import Images
 from odcft.data.sources import find_images
 from odcft.errors import OdcftError
 
+MADE_BY = "long_tail.py"
+HEADER = ("path", "label", "made_by")  # the last column tells this script's lists from others
 POWER = 6  # of the Pareto distribution (Liu et al. 2019)
 
 # N images, C classes.
@@ -36,9 +40,10 @@ def main() -> None:
         by_class, left_out = rows_by_class(images)
         by_class = random_classes(by_class, args.classes, args.seed)
         rows = long_tail(by_class, args.ratio, args.images, args.seed)
-        if args.out.exists() and not args.overwrite:
-            raise OdcftError(f"{args.out} exists. Choose another place, or pass --overwrite.")
-        write_list(images, np.concatenate(list(rows.values())), args.out)
+        refuse_existing(args.out, args.overwrite)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with files.atomic_file(args.out) as unfinished:
+            write_list(images, np.concatenate(list(rows.values())), unfinished)
     except (OdcftError, OSError) as error:
         sys.exit(refused(error))
     sizes = {label: len(mine) for label, mine in rows.items()}
@@ -62,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="how many images in all (default: as many as the shape allows)")
     parser.add_argument("--classes", type=int, help="how many classes, chosen at random (default: all)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite", action="store_true", help="replace a list that exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace a list that this script wrote")
     parser.add_argument("--json", action="store_true", help="print the sizes as JSON")
     args = parser.parse_args()
     if not 1 <= args.ratio < float("inf"):
@@ -73,6 +78,20 @@ def parse_arguments() -> argparse.Namespace:
     if args.out.suffix.lower() != ".csv":
         parser.error(f"--out {args.out}: give the name of a .csv file")
     return args
+
+
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """Refuse to write where something is, unless it is a list of this script's and may be overwritten."""
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not overwrite:
+        raise OdcftError(f"{out} exists. Choose another place, or pass --overwrite.")
+    with suppress(OSError):
+        if out.is_file() and not out.is_symlink():
+            with out.open("rb") as file:
+                if file.readline(100).rstrip(b"\r\n").decode(errors="replace") == ",".join(HEADER):
+                    return
+    raise OdcftError(f"{out} was not written by long_tail.py, so --overwrite will not touch it. Choose another place.")
 
 
 def refused(error: Exception) -> int:
@@ -176,8 +195,8 @@ def write_list(images: Images, rows: np.ndarray, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["path", "label"])
-        table.writerows([os.path.abspath(images.path(row)), labels[row]] for row in sorted(rows.tolist()))
+        table.writerow(HEADER)
+        table.writerows([os.path.abspath(images.path(row)), labels[row], MADE_BY] for row in sorted(rows.tolist()))
 
 
 if __name__ == "__main__":

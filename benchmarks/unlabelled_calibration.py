@@ -49,10 +49,12 @@ from odcft.evaluation.unlabelled_verdict import (
     change_of,
     verdict,
 )
+from odcft.files import read_json, write_table, write_text_atomically
 from odcft.plan import view_for_evaluation
-from odcft.pretexts.training import train_pretext
+from odcft.pretexts.training import TASKS, train_pretext
 from odcft.progress import Progress
 from odcft.recipe import load_recipe
+from odcft.run import output_checks
 from odcft.train import fine_tune
 
 SIZE, QUIET = 32, Progress(quiet=True)
@@ -118,9 +120,14 @@ class Run(NamedTuple):
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(1)
+    refuse_places(args)
     (args.out / "results").mkdir(parents=True, exist_ok=True)
     data = {name: lists_of(args.out, name, folder) for name, folder in named(args.data).items()}
+    for name, about in named(args.pretext).items():
+        parts_of(name, about, data)  # refused before anything is trained
     ckpts = {**named(args.ckpt), **make_checkpoints(args, data)}
+    if not ckpts:
+        raise OdcftError("There is nothing to start from: give --ckpt NAME=CKPT or --pretext.")
     began, rows = time.monotonic(), []
     for run in planned(ckpts, list(data)):
         path = args.out / "results" / f"{run.name}.json"
@@ -132,7 +139,8 @@ def main() -> None:
     pairs = [row for row in rows if "failed" not in row]
     table = {"pairs": [rounded(row) for row in pairs], "failed": [row["name"] for row in rows if "failed" in row]}
     if args.table:
-        args.table.write_text(one_pair_a_line(table))
+        args.table.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(args.table, one_pair_a_line(table))
     found = summary(pairs)
     if found and not args.json:
         print("\n".join(as_text(found)))
@@ -160,6 +168,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the measured pairs as JSON")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     return parser.parse_args()
+
+
+def refuse_places(args: argparse.Namespace) -> None:
+    """Refuse checkpoints that do not exist, and outputs that cannot be written or are something else."""
+    if args.out.exists() and not args.out.is_dir():
+        raise OdcftError(f"--out {args.out} is not a folder.")
+    for ckpt in named(args.ckpt).values():  # else each of its runs would be kept as one that failed
+        if ":" not in ckpt and not Path(ckpt).exists():
+            raise OdcftError(f"--ckpt {ckpt} does not exist.")
+    if args.table is None:
+        return
+    output_checks.refuse_unwritable(args.table)
+    if args.table.exists() and not {"pairs", "failed"} <= set(read_json(args.table)):
+        raise OdcftError(f"--table {args.table} exists, and is not a table of this script. Choose another place.")
 
 
 def named(pairs: list[str]) -> dict[str, str]:
@@ -194,9 +216,19 @@ def lists_of(out: Path, name: str, folder: str) -> dict[str, str]:
         found[part] = str(out / f"{name}-{part}.txt")
         Path(found[part]).write_text("".join(f"{paths[i]}\n" for i in rows))
     found["labelled"] = str(out / f"{name}-labelled.csv")
-    lines = (f"{paths[i]},{paths[i].parent.name}\n" for i in labelled)
-    Path(found["labelled"]).write_text("path,label\n" + "".join(lines))
+    write_table(Path(found["labelled"]), ["path", "label"], ((paths[i], paths[i].parent.name) for i in labelled))
     return found
+
+
+def parts_of(name: str, about: str, data: dict[str, Any]) -> tuple[str, str, str]:
+    """The task, architecture and epochs of --pretext NAME=ABOUT, where NAME is that of a data set, / and a word."""
+    task, arch, epochs = about.split(":") if about.count(":") == 2 else ("", "", "")
+    if name.count("/") != 1 or name.split("/")[0] not in data or task not in TASKS or not (arch and epochs.isdecimal()):
+        raise OdcftError(
+            f"--pretext {name}={about}: write DATA/NAME=TASK:ARCH:EPOCHS, where DATA is the name of a --data and TASK "
+            f"one of {', '.join(TASKS)}."
+        )
+    return task, arch, epochs
 
 
 def make_checkpoints(args: argparse.Namespace, data: dict[str, dict[str, str]]) -> dict[str, str]:
@@ -206,7 +238,7 @@ def make_checkpoints(args: argparse.Namespace, data: dict[str, dict[str, str]]) 
         path = made[name] = str(args.out / f"{name.replace('/', '-')}.pth")
         if not Path(path).exists():
             say(path)
-            task, arch, epochs = about.split(":")
+            task, arch, epochs = parts_of(name, about, data)
             recipe = load_recipe("pretext", [f"data.size={SIZE}", f"optim.epochs={epochs}"])
             train_pretext(task, data[name.split("/")[0]]["train"], arch, Path(path), recipe, progress=QUIET)
     return made
@@ -237,7 +269,7 @@ def write_result(path: Path, work: Callable[[], dict[str, Any]]) -> None:
         found = work()
     except OdcftError as error:
         found = {"failed": str(error)}
-    path.write_text(json.dumps({"name": path.stem, **found}, indent=1))
+    write_text_atomically(path, json.dumps({"name": path.stem, **found}, indent=1))
     say("   " + (found.get("failed") or " ".join(f"{name} {found[name]['change']:+.1f}" for name in FIGURES)))
 
 
@@ -422,4 +454,8 @@ if __name__ == "__main__":
     try:
         main()
     except OdcftError as error:
-        sys.exit(str(error))
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nStopped. Continue with the same command.", file=sys.stderr)
+        sys.exit(75)

@@ -390,9 +390,15 @@ def evaluate(
     """
     from odcft.evaluation.feature_files import evaluate_file
     from odcft.evaluation.protocols import check_protocols, with_labels
+    from odcft.evaluation.python_arguments import refuse_wrong_types
     from odcft.evaluation.results_table import json_values
     from odcft.progress import Progress
 
+    load: dict[str, Any] = {"arch": arch, "input": input, "allow_partial": allow_partial, "part": part}
+    load |= {"arch_args": arch_args, "size": size, "crop": crop}
+    refuse_wrong_types(
+        **load, protocol=protocol, layers=layers, per_class=per_class, accelerator=accelerator, progress=progress
+    )
     protocols = check_protocols(protocol if isinstance(protocol, str) else ",".join(protocol))
     shown = Progress(quiet=not progress)
     with_labels(protocols, features=features is not None, test=_text(test), layers=layers)
@@ -405,8 +411,7 @@ def evaluate(
         raise OdcftError("evaluate takes a checkpoint and labelled images, evaluate(ckpt, data), or features=FILE.")
     from odcft.evaluation.any_protocol import evaluate_any
 
-    load: dict[str, Any] = {"arch": arch, "input": input, "allow_partial": allow_partial, "part": part}
-    options = {**load, "arch_args": parse_arch_args(arch_args), "size": size, "crop": crop, "reader": reader}
+    options = {**load, "arch_args": parse_arch_args(arch_args), "reader": reader}
     with _ranks_joined(accelerator):
         results = evaluate_any(
             *(_texts(ckpt), _text(data), _text(test), protocols),
@@ -456,8 +461,13 @@ def embed(
         OdcftError: a checkpoint or images that cannot be read, or a file that exists.
     """
     from odcft.embeddings import embed as run
+    from odcft.evaluation.python_arguments import refuse_wrong_types
     from odcft.progress import Progress
 
+    refuse_wrong_types(size=size, arch=arch, arch_args=arch_args, input=input, part=part, allow_partial=allow_partial)
+    refuse_wrong_types(overwrite=overwrite, accelerator=accelerator, progress=progress)
+    if ckpt is None or data is None:
+        raise OdcftError("embed takes a checkpoint and images: embed(ckpt, data).")
     with _ranks_joined(accelerator):
         return run(
             *(_text(ckpt), _text(data), _path(out)),

@@ -39,6 +39,7 @@ from odcft.cli_options import (
     Set,
     Size,
 )
+from odcft.data.missing_paths import refuse_missing
 from odcft.distributed import stop_signals
 from odcft.errors import OdcftError
 from odcft.text import printable
@@ -128,6 +129,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint is: its origin, architecture, input, and how much of the backbone it contains."""
+    refuse_missing([ckpt])
     from odcft.backbone.inspection import describe
     from odcft.backbone.load import load_backbone
     from odcft.progress import Progress
@@ -176,6 +178,7 @@ def check_data(
     as_json: Json = False,
 ) -> None:
     """Say what a set of images is, which of them cannot be read, and whether they are enough. Nothing is written."""
+    refuse_missing(data=[data])
     from odcft.check_data import check_data as run
     from odcft.check_data import describe
 
@@ -455,6 +458,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export the backbone, without neck and head, of a RUN or of anybody's checkpoint."""
+    refuse_missing([source])
     from odcft.backbone import transformers_export
     from odcft.backbone.model_card import loading_code
     from odcft.exports import export as run
@@ -534,6 +538,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure how good a backbone's features are, by the field's protocols."""
+    if features is None and ckpts and len(ckpts) > 1:
+        refuse_missing(ckpts[:-1], [ckpts[-1], test])
     from odcft.data.view import CROPS
     from odcft.evaluation.any_protocol import all_lines, evaluate_any
     from odcft.evaluation.feature_files import evaluate_file
@@ -586,6 +592,7 @@ def embed(
     as_json: Json = False,
 ) -> None:
     """Write the backbone's features of all images, with their paths, and labels if there are any."""
+    refuse_missing([ckpt], [data])
     _start_processes(devices, accelerator)
     from odcft.embeddings import embed as run
 

@@ -13,7 +13,7 @@ from typing import Any
 from odcft.distributed import dist
 from odcft.text import Branch, duration, printable
 
-SILENCE = 5.0  # seconds before a task without a progress bar is announced
+SILENCE = 3.0  # seconds before a task without a progress bar is announced
 
 
 class Progress:
@@ -87,7 +87,8 @@ class Progress:
             with self._bar(title, total, unit) as advance:
                 yield advance
         else:
-            yield self._plain_lines(title, total, unit)
+            with self._plain_lines(title, total, unit) as advance:
+                yield advance
 
     @contextmanager
     def _bar(self, title: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
@@ -124,10 +125,20 @@ class Progress:
 
             yield advance
 
-    def _plain_lines(self, title: str, total: int, unit: str) -> Callable[..., None]:
+    @contextmanager
+    def _plain_lines(self, title: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+        """A line after SILENCE, whether or not anything is done by then, then one every `every` seconds, and a last."""
         started = last_line = time.monotonic()
         done = 0
         last_note = ""
+
+        def line() -> None:
+            text = f"{title}: {done:,}/{total:,} {unit}"
+            if done:
+                rate = done / max(1e-9, time.monotonic() - started)
+                left = duration((total - done) / rate)
+                text += f", {rate:,.{1 if rate < 10 else 0}f} {unit}/s, {left} left"
+            self.say(f"{text}  {last_note}" if last_note else text)
 
         def advance(count: int, note: str = "") -> None:
             nonlocal done, last_line, last_note
@@ -135,15 +146,17 @@ class Progress:
             last_note = note or last_note
             now = time.monotonic()
             if now - last_line >= self.every or done >= total:
+                first.cancel()
                 last_line = now
-                text = f"{title}: {done:,}/{total:,} {unit}"
-                if done:
-                    rate = done / max(1e-9, now - started)
-                    left = duration((total - done) / rate)
-                    text += f", {rate:,.{1 if rate < 10 else 0}f} {unit}/s, {left} left"
-                self.say(f"{text}  {last_note}" if last_note else text)
+                line()
 
-        return advance
+        first = threading.Timer(SILENCE, line)
+        first.daemon = True
+        first.start()
+        try:
+            yield advance
+        finally:
+            first.cancel()
 
 
 def print_json(values: dict[str, Any]) -> None:

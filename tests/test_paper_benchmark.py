@@ -97,6 +97,14 @@ def test_the_list_names_images_in_place_and_is_never_overwritten_silently(call, 
     code, _, errors = call("long_tail", images, "--ratio", 4, "--out", out)
     assert (code, errors) == (2, f"long_tail.py: {out} exists. Choose another place, or pass --overwrite.\n")
     assert call("long_tail", images, "--ratio", 2, "--out", out, "--overwrite")[0] == 0
+    mine, link = tmp_path / "mine.csv", tmp_path / "link.csv"
+    mine.write_text("path,label\na.png,a\n")
+    link.symlink_to(out)
+    for other in (mine, link):
+        code, _, errors = call("long_tail", images, "--ratio", 2, "--out", other, "--overwrite")
+        assert code == 2
+        assert "was not written by long_tail.py" in errors
+    assert mine.read_text() == "path,label\na.png,a\n"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pkgutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -256,6 +257,22 @@ def test_progress_in_a_notebook(monkeypatch, capfd, widgets):
         with shown.phase("Features", 2) as advance:
             advance(2)
         assert lines[0].startswith("Features: 2/2 img")
+
+
+def test_a_slow_phase_is_announced_before_anything_is_done(monkeypatch):
+    from odcft import progress
+
+    monkeypatch.setattr(progress, "SILENCE", 0.05)
+    shown, lines = progress.Progress(), []
+    monkeypatch.setattr(shown, "say", lambda line, style="": lines.append(line))
+    with shown.phase("SVM", 2, "classes") as advance:
+        time.sleep(0.3)
+        assert lines == ["SVM: 0/2 classes"]
+        advance(2)
+    with shown.phase("Quick", 1) as advance:
+        advance(1)
+    time.sleep(0.1)
+    assert [line.split(",")[0] for line in lines] == ["SVM: 0/2 classes", "SVM: 2/2 classes", "Quick: 1/1 img"]
 
 
 # ---------------------------------------------------------------- whole scripts

@@ -1,5 +1,6 @@
 """The benchmark that calibrates the verdict without labels: which runs it plans, and how it counts them."""
 
+import argparse
 import importlib.util
 from pathlib import Path
 
@@ -60,5 +61,15 @@ def test_the_best_rule_rather_abstains_than_errs(script):
 def test_mistakes_get_a_sentence(script, tmp_path, make_images):
     with pytest.raises(OdcftError, match="x: write NAME=VALUE"):
         script.named(["x"])
+    for name, about in (("one/b", "rotation:resnet18"), ("two/b", "rotation:resnet18:4"), ("one/b", "x:resnet18:4")):
+        with pytest.raises(OdcftError, match="write DATA/NAME=TASK:ARCH:EPOCHS"):
+            script.parts_of(name, about, {"one": {}})
+    (tmp_path / "mine.json").write_text('{"pairs": 3}')
+    args = argparse.Namespace(out=tmp_path, table=tmp_path / "mine.json", ckpt=["a=scratch:resnet18"])
+    with pytest.raises(OdcftError, match="is not a table of this script"):
+        script.refuse_places(args)
+    args.ckpt = [f"a={tmp_path / 'none.pth'}"]
+    with pytest.raises(OdcftError, match=r"none.pth does not exist"):
+        script.refuse_places(args)
     with pytest.raises(OdcftError, match="has 12 images in sub-folders; give at least"):
         script.lists_of(tmp_path, "few", str(make_images(tmp_path / "few")))

@@ -43,6 +43,7 @@ from odcft.backbone.tensor_renames import merge_split_tensors
 from odcft.backbone.torchscript_archives import is_torchscript, load_torchscript
 from odcft.backbone.transformers_folder import find_twin
 from odcft.backbone.transformers_twins import FAMILIES
+from odcft.backbone.unfinished_runs import why_no_backbone
 from odcft.backbone.weight_files import weight_files
 from odcft.errors import OdcftError
 from odcft.files import read_json
@@ -202,8 +203,9 @@ def _read_folder(folder: Path) -> Contents:
         return contents
     if not files or not config_file.exists():
         raise OdcftError(
-            f"{folder} is a folder without config.json and model.safetensors, "
-            "so it is neither a timm folder nor a finished RUN."
+            why_no_backbone(folder)
+            or f"{folder} is a folder without config.json and model.safetensors, "
+            "so it is neither a timm folder nor a RUN."
         )
     config = read_json(config_file)
     contents = _read_parts(files)

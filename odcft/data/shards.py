@@ -11,12 +11,12 @@ import numpy as np
 from odcft.data.image_files import ENDINGS, is_url
 from odcft.data.images import Images, summary
 from odcft.data.index_cache import Index, cached, checked_counts, stamps_of
+from odcft.data.missing_paths import SHARDS
 from odcft.data.names import Names
 from odcft.data.stores import arrow_datasets, parquet, remote, tables, tar_shards
 from odcft.errors import OdcftError
 from odcft.progress import Progress
 
-SHARDS = (".tar", ".parquet")
 MANY = 8  # shards, which deserve a progress bar
 _SPLIT = re.compile(r"(.+?)-\d{5}-of-\d{5}\b")  # of a data set of Hugging Face: train-00000-of-00005.parquet
 

@@ -9,9 +9,9 @@ from odcft.data.custom_reader import Reader
 from odcft.data.image_files import ENDINGS, MAX_BYTES, file_size, is_url, read_file
 from odcft.data.images import Images
 from odcft.data.index_cache import Index, cached, checked_counts, stamps_of
+from odcft.data.missing_paths import SHARDS, WHAT
 from odcft.data.names import Names
 from odcft.data.shards import (
-    SHARDS,
     find_in_dataset,
     find_in_shards,
     names_of,
@@ -25,8 +25,6 @@ from odcft.data.stores.lists import LISTS, read_list
 from odcft.data.stores.tar_shards import COMPRESSED
 from odcft.errors import OdcftError
 from odcft.progress import Progress
-
-WHAT = f"a folder of images, a list file ({', '.join(LISTS)}), or shards ({', '.join(SHARDS)})"
 
 
 def find_images(data: str | Path, progress: Progress | None = None, reader: Reader | None = None) -> Images:

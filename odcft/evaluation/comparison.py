@@ -102,7 +102,8 @@ def evaluate(
         return {}
     for column in columns:
         _evaluate_column(column, protocols, layers, labels.classes, progress, alone=not several)
-    results = _compared(columns, labels, several)
+    with progress.waiting("95 % intervals of the changes"):
+        results = _compared(columns, labels, several)
     if "clusters" in protocols:
         results["clusters"] |= _clusters_of_run(sources[0], labels, progress)
     if per_class:
@@ -318,7 +319,7 @@ def _clusters_of_run(run: str, labels: "LabelledImages", progress: Any) -> dict[
         class_N = class_numbers(labels.targets[rows])
         return {"run": compare_run(Path(run), [labels.images.path(row) for row in rows], class_N)}
     except OdcftError as error:
-        progress.say(f"Clusters    those of the run are not compared with the labels: {error}")
+        progress.say(f"Clusters    those of the RUN are not compared with the labels: {error}")
         return {}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from odcft.errors import OdcftError
 from odcft.evaluation.embedding_files import read_parquet
-from odcft.evaluation.labels import held_out, label_targets, labels_per_image
+from odcft.evaluation.labels import WITHOUT_LABELS, held_out, label_targets, labels_per_image
 from odcft.evaluation.per_class import add_per_class
 from odcft.evaluation.protocols import ON_IMAGES, Split, evaluate_arrays, name_left_out
 
@@ -92,7 +92,10 @@ def _split_embedding(path: Path, arrays: dict[str, np.ndarray], test: Path | Non
     labelled = []
     for name, one in found:
         if "labels" not in one:
-            raise OdcftError(f"{name} has no labels. Embed images with one folder per class, or a .csv of path,label.")
+            raise OdcftError(
+                f"{name} has no labels. Embed images with one folder per class, or a .csv of path,label. "
+                f"{WITHOUT_LABELS}"
+            )
         rows, labels = one["features"], one["labels"]
         if labels.ndim != 1:
             raise OdcftError(f"{name}: labels should be one text per image, but their shape is {labels.shape}.")
@@ -103,7 +106,8 @@ def _split_embedding(path: Path, arrays: dict[str, np.ndarray], test: Path | Non
         labelled.append((rows[np.array(kept, dtype=np.int64)], [names[i] for i in kept]))
     classes = sorted({label for mine in labelled[0][1] for label in mine})
     if len(classes) < 2:
-        raise OdcftError(f"{path}: {f'only one class ({classes[0]})' if classes else 'no labels'}.")
+        what = f"only one class ({classes[0]}), and two are needed" if classes else "all of its labels are empty"
+        raise OdcftError(f"{path}: {what}. Embed images of several classes. {WITHOUT_LABELS}")
     if len(labelled[0][1]) * len(classes) > MAX_TARGETS:
         raise OdcftError(f"{path}: {len(classes):,} classes of {len(labelled[0][1]):,} images are too many to compare.")
     unknown = sorted({label for _, names in labelled[1:] for mine in names for label in mine} - set(classes))

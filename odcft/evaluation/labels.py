@@ -16,6 +16,7 @@ from odcft.data.duplicates import identical_files
 from odcft.data.images import Images
 from odcft.data.names import Names
 from odcft.data.sources import find_images
+from odcft.data.stores.tables import TableStore
 from odcft.errors import OdcftError
 from odcft.evaluation.voc_folder import LabelledSet, find_voc_folder, load_voc_sets
 from odcft.progress import Progress
@@ -24,6 +25,7 @@ HOW_TO_LABEL = (
     "Put each class into its own folder, or give a table (.csv, .parquet) with a column `label`, or tar shards with "
     ".cls members."
 )
+WITHOUT_LABELS = "To compare checkpoints without labels: odcft evaluate RUN IMAGES/ --protocol unlabelled"
 MIN_IMAGES = 4  # of a class, so that half of them can be held out
 
 
@@ -102,15 +104,15 @@ def load_labelled_images(
     (train_name, count), test_name = sets[0], sets[-1][0]
     classes = sorted({name for names in per_image[:count] for name in names})
     if len(classes) < 2:
-        what = f"only one class ({classes[0]})" if classes else "no labels"
-        raise OdcftError(f"{train_name}: {what}. {HOW_TO_LABEL}")
+        what = f"only one class ({classes[0]}), and two are needed" if classes else _no_labels(read[0])
+        raise OdcftError(f"{train_name}: {what}. {HOW_TO_LABEL} {WITHOUT_LABELS}")
     unknown = sorted({name for names in per_image[count:] for name in names} - set(classes))
     if unknown:
         raise OdcftError(
             f"{test_name} has a class that {train_name} does not have: {unknown[0]}. Both need the same classes."
         )
     if len(found) > 1 and not any(per_image[count:]):
-        raise OdcftError(f"{test_name}: no labels. {HOW_TO_LABEL}")
+        raise OdcftError(f"{test_name}: {_no_labels(read[1])}. {HOW_TO_LABEL}")
     targets = label_targets(per_image, difficult, classes)
     images = found[0] if len(found) == 1 else _joined(*found)
     no_rows = np.zeros(0, dtype=np.int64)
@@ -178,6 +180,23 @@ def _divide(labels: LabelledImages, unreadable: Mapping[int, str]) -> LabelledIm
     is_test = held_out(targets[kept])
     too_small = {c: int(size) for c, size in enumerate((targets[kept] == 1).sum(0)) if size < MIN_IMAGES}
     return replace(labels, train_rows=kept[~is_test], test_rows=kept[is_test], left_out=left_out, too_small=too_small)
+
+
+def _no_labels(one: LabelledSet) -> str:
+    """What to say of images of which none has a label."""
+    images = one.images
+    if one.no_labels:
+        return one.no_labels
+    if isinstance(images.store, TableStore):
+        column = images.store.columns.label
+        return (
+            "no labels, for it has no column of them" if column is None else f"no labels: its column {column} is empty"
+        )
+    if images.labels is not None:
+        return (
+            "no labels: its column of labels is empty" if images.store is None else "no labels: it has no .cls members"
+        )
+    return "no labels, because its images are not in folders of classes"
 
 
 REASONS = {  # of one image, of several images

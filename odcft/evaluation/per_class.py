@@ -61,7 +61,7 @@ def per_class_lines(results: dict[str, Any]) -> list[str]:
     protocols = [name for name in TITLES if any(name in one for one in per_class.values())]
     wide = min(32, max(map(len, per_class)))
     cell = 17 if before else 13
-    lines = [f"  {'':<{wide}}{'learned':>9}{'tested':>8}" + "".join(f"{TITLES[name]:>{cell}}" for name in protocols)]
+    lines = [f"  {'':<{wide}}{'train':>9}{'test':>8}" + "".join(f"{TITLES[name]:>{cell}}" for name in protocols)]
     for name, row in per_class.items():
         cells = ""
         for protocol in protocols:

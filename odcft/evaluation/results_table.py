@@ -98,14 +98,15 @@ def _notes(results: dict[str, Any]) -> list[str]:
         low_shot = results["low_shot"]
         notes.append(f"  Low-shot mAP by images per class: {_by_k(low_shot['per_k'])}")
         if low_shot["too_few"]:
-            notes.append(f"    not with {', '.join(low_shot['too_few'])}: {next(iter(low_shot['too_few'].values()))}")
-        notes.append("  * with the cost that is best on the test images, as in published results")
+            why = next(iter(low_shot["too_few"].values()))
+            notes.append(f"    left out: {', '.join(low_shot['too_few'])}, because {why}")
+        notes.append("  * with the SVM cost that is best on the test images, as published results choose it")
     if len(results.get("knn", {}).get("per_k", {})) > 1:
         notes.append(f"  kNN top-1 by neighbours: {_by_k(results['knn']['per_k'])}")
     notes += _semi_notes(results["semi"]["per_fraction"]) if "semi" in results else []
     if run := results.get("clusters", {}).get("run"):
         notes.append(
-            f"  Clusters of the run: NMI {run['nmi']:.2f}, purity {run['purity']:.1f}, accuracy {run['accuracy']:.1f} "
+            f"  Clusters of the RUN: NMI {run['nmi']:.2f}, purity {run['purity']:.1f}, accuracy {run['accuracy']:.1f} "
             f"({run['k']:,} clusters of {run['images']:,} images)"
         )
     for protocol in ("svm", "low_shot"):
@@ -124,13 +125,13 @@ def _semi_notes(fractions: dict[str, Any]) -> list[str]:
     notes = []
     for name, result in fractions.items():
         how = result["setting"]
+        rates = f"learning rate {how['lr']:g} (head: {how['head_lr']:g} times as high), divided by 5"
         notes.append(
-            f"  Semi {name[:-1]} %: {result['images']:,} labels; {how['name']} setting: {how['epochs']:,} epochs of "
-            f"batches of {how['batch']}, {how['optimizer']}, learning rate {how['lr']:g} (head x {how['head_lr']:g}), "
-            "a fifth after 60 % and 80 %"
+            f"  Semi {name[:-1]} %: {result['images']:,} labels, {how['name']} setting: {how['epochs']:,} epochs, "
+            f"batches of {how['batch']}, {how['optimizer'].upper()}, {rates} after 60 % and after 80 % of the steps"
         )
         if result["few"]:
-            notes.append(f"    {name[:-1]} % of some class is less than one image: at least one of each was taken")
+            notes.append(f"    one image of each class where {name[:-1]} % would be less than one")
     return notes
 
 
@@ -170,7 +171,8 @@ def _layer_rows(results: dict[str, Any]) -> list[str]:
         if not layers or "layer" not in results[protocol]:
             continue
         before = results.get("before", {}).get(protocol, {}).get("per_layer", {})
-        rows.append(f"  {title} by layer{' (before, after)' if before else ''}; cv: on the training images")
+        chosen = " · cv: by cross-validation on the training images" if "cv" in next(iter(layers.values())) else ""
+        rows.append(f"  {title} of every layer{', before and after' if before else ''}{chosen}")
         for layer, figures in layers.items():
             old = f"{before[layer][name]:>8.1f}" if layer in before else ""
             cv = f"  cv {figures['cv']:>5.1f}" if "cv" in figures else ""
@@ -186,10 +188,14 @@ def _chosen_rows(results: dict[str, Any], protocol: str, title: str, name: str) 
     for when, column in columns:
         chosen, best = column[protocol]["layer"], column[protocol]["best_on_test"]
         rows.append(
-            f"    {f'{when}: ' if when else ''}{title} above is of {chosen}; chosen on the test images, as published "
-            f"tables do: {best['layer']}, {best[name]:.1f}"
+            f"    {f'{when}: ' if when else ''}the {title} above is that of {_layer(chosen)}; on the test images "
+            f"{_layer(best['layer'])} is best ({best[name]:.1f}), which published tables give"
         )
     return rows
+
+
+def _layer(name: str) -> str:
+    return "the last layer" if name == "last" else name
 
 
 def summary(results: dict[str, Any]) -> str:

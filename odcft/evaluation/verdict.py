@@ -41,12 +41,13 @@ def verdict_line(changes: Mapping[str, Mapping[str, float]], test_images: int, t
         up = " and ".join(METRICS[name][0] for name, change in changes.items() if change["low"] > 0)
         down = " and ".join(METRICS[name][0] for name, change in changes.items() if change["high"] < 0)
         return f"Mixed: better than {than} by {up}, worse by {down}."
-    line = f"No difference from {than} that {test_images:,} test images can show."
+    line = f"No difference from {than} can be shown with {test_images:,} test images: the changes may be chance."
     if (needed := images_needed(changes, test_images)) is None:
         return line
     protocol, count = needed
     title, change = METRICS[protocol][0], changes[protocol]["change"]
-    return f"{line} A change of {change:+.1f} in {title} would show with about {count:,}."
+    takes = "a few more" if count < 1.1 * test_images else f"about {count:,}"
+    return f"{line} To tell the change of {change:+.1f} in {title} from chance takes {takes} test images."
 
 
 def images_needed(changes: Mapping[str, Mapping[str, float]], test_images: int) -> tuple[str, int] | None:

@@ -24,12 +24,16 @@ MAX_LIST = 1 << 28  # bytes
 
 @dataclass
 class LabelledSet:
-    """Images with the classes that each has, and those of which it has only difficult objects."""
+    """Images with the classes that each has, and those of which it has only difficult objects.
+
+    `no_labels` is what to say if not one has a label, where the images alone do not tell.
+    """
 
     name: str
     images: Images
     present: list[list[str]]
     difficult: list[list[str]]
+    no_labels: str = ""
 
 
 def find_voc_folder(data: str) -> Path | None:
@@ -143,7 +147,8 @@ def _load(folder: Path, path: Path, files: dict[str, str]) -> LabelledSet:
     labels = [_labels(folder / "Annotations" / f"{one}.xml") for one in ids]
     names = [f"JPEGImages/{files.get(one, f'{one}.jpg')}" for one in ids]
     present, difficult = [one for one, _ in labels], [one for _, one in labels]
-    return LabelledSet(f"{folder} ({path.stem})", Images(folder, folder, Names(names)), present, difficult)
+    images, empty = Images(folder, folder, Names(names)), "no labels: its annotations name no objects"
+    return LabelledSet(f"{folder} ({path.stem})", images, present, difficult, empty)
 
 
 def _labels(path: Path) -> tuple[list[str], list[str]]:

@@ -1,6 +1,5 @@
 """The verdict on a run, from what `odcft evaluate RUN … --json` printed: whether it got better, in a sentence."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ WITHOUT_LABELS = {
     "cannot tell": ("Judged without labels, nothing can be told: a few labelled images would settle it.", "open"),
 }
 PROTOCOLS = ("svm", "knn")  # those of `odcft evaluate` by default
+MOST_IMAGES = 10**9  # in a file that can be believed
 THAN = "the checkpoint it was started from"
 
 
@@ -65,7 +65,7 @@ def read_verdict(evaluation: str | Path | Mapping[str, Any] | None) -> tuple[str
     values = evaluation if isinstance(evaluation, Mapping) else read_json(Path(evaluation))
     changes = _changes(values.get("change"))
     tested = values.get("test_images")
-    if changes and isinstance(tested, int) and tested > 0:
+    if changes and _is_number(tested, 1, MOST_IMAGES) and isinstance(tested, int):
         found = verdict(changes)
         kind = "better" if found == BETTER else "worse" if found == WORSE else "open"
         return f"{verdict_line(changes, tested, THAN)} {_figures(values, changes, tested)}", kind
@@ -79,13 +79,18 @@ def read_verdict(evaluation: str | Path | Mapping[str, Any] | None) -> tuple[str
     )
 
 
+def _is_number(value: Any, least: float, most: float) -> bool:
+    """Whether it is a number in this range, which NaN is not; all figures are percentages."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+
 def _changes(given: Any) -> dict[str, dict[str, float]]:
     """The changes with their intervals, as far as they are what `evaluate` prints."""
     found = {}
     for protocol, change in given.items() if isinstance(given, Mapping) else ():
         if protocol in METRICS and isinstance(change, Mapping):
             numbers = {name: change.get(name) for name in ("change", "low", "high")}
-            if all(isinstance(n, int | float) and math.isfinite(n) for n in numbers.values()):
+            if all(_is_number(n, -100, 100) for n in numbers.values()):
                 found[protocol] = {name: float(n) for name, n in numbers.items()}  # type: ignore[arg-type]
     return found
 
@@ -98,7 +103,7 @@ def _figures(values: Mapping[str, Any], changes: Mapping[str, Mapping[str, float
         after = values.get(protocol)
         figure = after.get(key) if isinstance(after, Mapping) else None
         interval = "({low:+.1f} … {high:+.1f})".format(**change)
-        if isinstance(figure, int | float) and math.isfinite(figure):
+        if _is_number(figure, 0, 100):
             said.append(f"{title} {figure - change['change']:.1f} before, {figure:.1f} after {interval}")
         else:
             said.append(f"{title} {change['change']:+.1f} {interval}")

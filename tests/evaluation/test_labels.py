@@ -168,6 +168,18 @@ def test_a_class_too_small_for_two_halves_is_reported(images):
     assert split.too_small == {0: 3, 1: 3}
 
 
+def test_missing_labels_are_told_apart_and_unlabelled_is_offered(images, tmp_path):
+    empty = tmp_path / "empty.csv"
+    empty.write_text("path,label\n" + "".join(f"images/a/{i:03d}.png,\n" for i in (0, 2, 4)))
+    for data, why in ((images / "a", "its images are not in folders of classes"), (empty, "column of labels is empty")):
+        with pytest.raises(OdcftError, match=f"no labels.*{why}.*--protocol unlabelled"):
+            load_labelled_images(str(data), None)
+    with pytest.raises(OdcftError) as refused:
+        load_labelled_images(str(images), str(empty))
+    assert "empty.csv: no labels: its column of labels is empty" in str(refused.value)
+    assert "--protocol unlabelled" not in str(refused.value)  # which has no test images
+
+
 def test_sets_that_cannot_be_divided_are_refused(images, make_images, tmp_path):
     with pytest.raises(OdcftError, match="no labels"):
         load_labelled_images(str(images / "a"), None)

@@ -33,7 +33,7 @@ def test_accuracy_and_precision_of_each_class():
 def test_of_a_run_both_figures_are_shown_and_of_columns_each_has_its_own():
     run = {**results(), "before": results((1, 1, 1, 1))}
     lines = per_class_lines(add_per_class(run, ["ant", "bee", "cow"], TRAIN_NC, TEST_NC))
-    assert lines[0].split() == ["learned", "tested", "SVM", "AP", "kNN", "semi", "10", "%"]
+    assert lines[0].split() == ["train", "test", "SVM", "AP", "kNN", "semi", "10", "%"]
     assert " ".join(lines[1].split()) == "ant 1 3 40.0 -> 40.0 0.0 -> 66.7 33.3 -> 33.3"
     assert " ".join(lines[3].split()) == "cow 1 0 none -> none none -> none none -> none"
     columns = add_per_class(

@@ -44,8 +44,8 @@ def test_every_protocol_has_its_line():
         "    purity       33.0",
         "    NMI          0.25",
         "  Low-shot mAP by images per class: 1: 35.0 · 2: 45.0",
-        "    not with 4: a class has only 3 training images",
-        "  * with the cost that is best on the test images, as in published results",
+        "    left out: 4, because a class has only 3 training images",
+        "  * with the SVM cost that is best on the test images, as published results choose it",
         "  kNN top-1 by neighbours: 10: 54.0 · 20: 55.0",
         "  SVM mAP is the mean over 1 of 2 classes. Left out:",
         "    b: no test image",
@@ -64,7 +64,7 @@ def test_before_and_after_of_every_protocol():
         "  Low-shot mAP    40.0    42.0    +2.0  (-0.5 … +2.0)",
     ]
     assert "    NMI           0.25    0.27    +0.02" in lines
-    assert "  Clusters of the run: NMI 0.50, purity 70.0, accuracy 20.0 (30 clusters of 5,000 images)" in lines
+    assert "  Clusters of the RUN: NMI 0.50, purity 70.0, accuracy 20.0 (30 clusters of 5,000 images)" in lines
 
 
 def test_classes_left_out_of_low_shot_alone_are_named():
@@ -84,16 +84,16 @@ def semi(add=0.0):
 def test_semi_says_how_many_labels_it_used_and_how_it_trained():
     change = {"change": 2.0, "low": -0.5, "high": 3.0}
     one = {"change": 2.0, "low": 0.5, "high": 4.0}
-    how = "sgd, learning rate 0.01 (head x 10), a fifth after 60 % and 80 %"
+    how = "SGD, learning rate 0.01 (head: 10 times as high), divided by 5 after 60 % and after 80 % of the steps"
     changes = {"semi": {**change, "per_fraction": {"1%": one, "10%": change}}}
     assert table_lines({**semi(2.0), "before": semi(), "change": changes})[1:] == [
         "  Semi 10 %       30.0    32.0    +2.0  (-0.5 … +3.0)",
         "    top-5         60.0    60.0    +0.0",
         "    with 1 %      20.0    22.0    +2.0  (+0.5 … +4.0)",
         "    … top-5       50.0    50.0    +0.0",
-        f"  Semi 1 %: 12 labels; quick setting: 300 epochs of batches of 12, {how}",
-        "    1 % of some class is less than one image: at least one of each was taken",
-        f"  Semi 10 %: 120 labels; quick setting: 300 epochs of batches of 32, {how}",
+        f"  Semi 1 %: 12 labels, quick setting: 300 epochs, batches of 12, {how}",
+        "    one image of each class where 1 % would be less than one",
+        f"  Semi 10 %: 120 labels, quick setting: 300 epochs, batches of 32, {how}",
     ]
     columns = [{"source": "a", **semi(), "change": changes}, {"source": "b", **semi()}]
     assert table_lines({**columns[0], "columns": columns})[1] == "  a       30.0  +2.0  (-0.5 … +3.0)"

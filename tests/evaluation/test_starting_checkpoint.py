@@ -40,10 +40,10 @@ def test_the_clusters_of_a_run_are_compared_with_the_labels_of_its_own_images(ru
     results = evaluate(str(run[0]), run[1], None, ["clusters"], progress=progress)
     assert results["clusters"]["run"]["images"] == 24
     assert results["change"]["clusters"]["low"] <= results["change"]["clusters"]["high"]
-    assert any(line.startswith("  Clusters of the run: NMI ") for line in table_lines(results))
+    assert any(line.startswith("  Clusters of the RUN: NMI ") for line in table_lines(results))
     other = str(make_images(tmp_path / "other", 24))
     assert "run" not in evaluate(str(run[0]), other, None, ["clusters"], progress=progress)["clusters"]
-    assert progress.lines[-1].startswith("Clusters    those of the run are not compared with the labels: ")
+    assert progress.lines[-1].startswith("Clusters    those of the RUN are not compared with the labels: ")
     assert "was not trained on any of these images" in progress.lines[-1]
 
 

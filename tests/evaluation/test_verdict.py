@@ -9,7 +9,7 @@ def change(low, high):
     return {"change": (low + high) / 2, "low": low, "high": high}
 
 
-NONE = "No difference from c that 100 test images can show."
+NONE = "No difference from c can be shown with 100 test images: the changes may be chance."
 
 
 @pytest.mark.parametrize(
@@ -22,12 +22,12 @@ NONE = "No difference from c that 100 test images can show."
         (
             (-1, 1),
             (0, 2),
-            NONE + " A change of +1.0 in kNN top-1 would show with about 100.",
+            NONE + " To tell the change of +1.0 in kNN top-1 from chance takes a few more test images.",
         ),
         (
             (-1, 3),
             (-3, 3),
-            NONE + " A change of +1.0 in SVM mAP would show with about 400.",
+            NONE + " To tell the change of +1.0 in SVM mAP from chance takes about 400 test images.",
         ),
         ((-1, 1), (-2, 2), NONE),
     ],

@@ -31,8 +31,20 @@ def test_a_verdict_with_its_figures(tmp_path):
         {"change": {"svm": {"change": "x", "low": 0, "high": 1}}, "test_images": 3},
         {"change": {"<b>": {"change": 1, "low": 0, "high": 1}}, "test_images": 3},
         {"unlabelled": {"verdict": ["better"]}},
+        {**BETTER, "test_images": 10**5000},
+        {**BETTER, "test_images": True},
+        {**BETTER, "change": {"svm": {"change": 10**400, "low": -(10**400), "high": 1}}},
+        {**BETTER, "change": {"svm": {"change": float("nan"), "low": 0.0, "high": 1e300}}},
     ],
 )
 def test_anything_else_is_refused(evaluation):
     with pytest.raises(OdcftError, match="holds no comparison"):
         read_verdict(evaluation)
+
+
+def test_a_figure_that_cannot_be_is_not_shown(tmp_path):
+    (tmp_path / "e.json").write_text(json.dumps({**BETTER, "svm": {"mAP": 10**4000}}))
+    assert read_verdict(tmp_path / "e.json")[0].endswith("On 900 test images: SVM mAP +5.6 (+4.1 … +7.0).")
+    (tmp_path / "e.json").write_text("[" * 100_000)
+    with pytest.raises(OdcftError, match="not a JSON object"):
+        read_verdict(tmp_path / "e.json")
