@@ -343,6 +343,7 @@ def fine_tune(
     return cast(FineTuned, {"backbones": [made["backbone"]], **made, "metrics": metrics})
 
 
+@checked
 def evaluate(
     ckpt: StrPath | Sequence[StrPath] | None = None,
     data: StrPath | None = None,
@@ -390,15 +391,11 @@ def evaluate(
     """
     from odcft.evaluation.feature_files import evaluate_file
     from odcft.evaluation.protocols import check_protocols, with_labels
-    from odcft.evaluation.python_arguments import refuse_wrong_types
     from odcft.evaluation.results_table import json_values
     from odcft.progress import Progress
 
     load: dict[str, Any] = {"arch": arch, "input": input, "allow_partial": allow_partial, "part": part}
     load |= {"arch_args": arch_args, "size": size, "crop": crop}
-    refuse_wrong_types(
-        **load, protocol=protocol, layers=layers, per_class=per_class, accelerator=accelerator, progress=progress
-    )
     protocols = check_protocols(protocol if isinstance(protocol, str) else ",".join(protocol))
     shown = Progress(quiet=not progress)
     with_labels(protocols, features=features is not None, test=_text(test), layers=layers)
@@ -461,11 +458,8 @@ def embed(
         OdcftError: a checkpoint or images that cannot be read, or a file that exists.
     """
     from odcft.embeddings import embed as run
-    from odcft.evaluation.python_arguments import refuse_wrong_types
     from odcft.progress import Progress
 
-    refuse_wrong_types(size=size, arch=arch, arch_args=arch_args, input=input, part=part, allow_partial=allow_partial)
-    refuse_wrong_types(overwrite=overwrite, accelerator=accelerator, progress=progress)
     if ckpt is None or data is None:
         raise OdcftError("embed takes a checkpoint and images: embed(ckpt, data).")
     with _ranks_joined(accelerator):
@@ -596,6 +590,7 @@ def _texts(paths: Any) -> Any:
     return [_text(path) for path in paths] if isinstance(paths, list | tuple) else _text(paths)
 
 
+@checked
 def clusters(
     run: StrPath,
     *,
@@ -656,6 +651,7 @@ def clusters(
     return list_clusters(_run(run), folders=_path(folders), links=links, **given)
 
 
+@checked
 def report(
     run: StrPath,
     other: StrPath | None = None,

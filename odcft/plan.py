@@ -24,6 +24,7 @@ from odcft.distributed import accelerator, dist
 from odcft.errors import OdcftError
 from odcft.precision import allow_tf32, has_bfloat16, has_fast_float16
 from odcft.recipe import (
+    MAX_IMAGE_SIZE,
     MAX_MEMBERS,
     CODCRecipe,
     DataRecipe,
@@ -443,7 +444,12 @@ def view_for_evaluation(loaded: Loaded, images: Images, size: int | None, run: V
         images: the labelled images.
         size: given by the user.
         run: the view of the RUN that the backbone belongs to.
+
+    Raises:
+        OdcftError: the size is none that images can have.
     """
+    if size is not None and not 8 <= size <= MAX_IMAGE_SIZE:
+        raise OdcftError(f"--size {size}: give 8 to {MAX_IMAGE_SIZE:,} pixels.")
     backbone = loaded.backbone
     view = run or backbone.input.view
     if view.intensity is None:  # trained on 8-bit images, or by other code

@@ -119,7 +119,7 @@ class Progress:
                 nonlocal done
                 done += count
                 rate = done / max(1e-9, time.monotonic() - started)
-                bar.update(task, advance=count, rate=f"{rate:,.{1 if rate < 10 else 0}f} {unit}/s")
+                bar.update(task, advance=count, rate=f"{_rate(rate)} {unit}/s")
                 if note:
                     bar.update(task, note=printable(note))
 
@@ -137,7 +137,7 @@ class Progress:
             if done:
                 rate = done / max(1e-9, time.monotonic() - started)
                 left = duration((total - done) / rate)
-                text += f", {rate:,.{1 if rate < 10 else 0}f} {unit}/s, {left} left"
+                text += f", {_rate(rate)} {unit}/s, {left} left"
             self.say(f"{text}  {last_note}" if last_note else text)
 
         def advance(count: int, note: str = "") -> None:
@@ -157,6 +157,11 @@ class Progress:
             yield advance
         finally:
             first.cancel()
+
+
+def _rate(per_second: float) -> str:
+    """With two digits at least: some work takes a minute a unit."""
+    return f"{per_second:.2g}" if per_second < 1 else f"{per_second:,.{1 if per_second < 10 else 0}f}"
 
 
 def print_json(values: dict[str, Any]) -> None:

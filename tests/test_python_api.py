@@ -223,7 +223,10 @@ def test_mistakes_raise_one_sentence_and_write_nothing(here, arguments, message)
 WRONG = [object(), 1.5, b"c.pth", [object()], {1: 2}, None, True, "no such thing", -1]
 
 
-@pytest.mark.parametrize("name", ["load_backbone", "find_images", "init_memory", "fine_tune", "embed", "export"])
+FUNCTIONS = "load_backbone find_images init_memory fine_tune evaluate embed export clusters report".split()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_argument_of_a_wrong_type_gets_past_the_first_line(tmp_path, monkeypatch, name):
     """Every argument with everything that its annotation does not allow; what it allows meets a CKPT without a file."""
     monkeypatch.chdir(tmp_path)
