@@ -35,6 +35,7 @@ from odcft.backbone.layers import LayerFeatures
 from odcft.backbone.load import load_backbone
 from odcft.data.host_memory import free_host_memory
 from odcft.data.image_decoding import read_image
+from odcft.data.missing_paths import refuse_missing
 from odcft.data.sources import find_images
 from odcft.errors import OdcftError
 from odcft.evaluation.labels import load_labelled_images
@@ -148,7 +149,7 @@ def main() -> None:
         work = prepare(args)
         refuse_too_little_memory(work, args.target)
         results = TARGETS[args.target](work)
-    except OdcftError as error:
+    except (OdcftError, OSError) as error:
         sys.exit(long_tail.refused(error))
     except KeyboardInterrupt:
         print("\npaper.py: stopped. Continue with the same command.", file=sys.stderr)
@@ -283,6 +284,9 @@ def prepare(args: argparse.Namespace) -> Work:
     Raises:
         OdcftError: images that do not exist or have no labels, a wrong --set, or a DIR of other settings.
     """
+    if args.out.exists() and not args.out.is_dir():
+        raise OdcftError(f"--out {args.out} is not a folder. Choose another place.")
+    refuse_missing(args.ckpt)
     scale, images = SCALES[args.scale], find_images(args.data)
     if args.per_class:
         scale = replace(scale, per_class=args.per_class)
