@@ -1,13 +1,13 @@
 """The tables and figures of the ODC paper (Zhan et al., CVPR 2020) on your images, one command each.
 
     python benchmarks/paper.py TARGET --data DATA --scale full|tiny [--labelled DATA [--test DATA]]… [--ckpt CKPT]…
-        [--out DIR] [--images N] [--epochs E] [--set FIELD=VALUE]… [--seed S] [--devices N] [--json]
+        [--out DIR] [--images N] [--per-class N] [--epochs E] [--set FIELD=VALUE]… [--seed S] [--devices N] [--json]
 
 TARGET is table1, table2, table3, table4, fig1b, fig3, fig4, fig5, fig6 or fig7. DATA are the images to train on;
 networks are evaluated on --labelled (by default DATA itself), half of it held out unless --test gives other images.
 Tables 1 and 2 take several --labelled. `full` is what the paper did: its recipes, ResNet-50 and AlexNet, days on GPUs.
 `tiny` does the same with a few hundred images in minutes on a CPU, and its figures mean nothing: it shows that a target
-works. --images, --epochs and --set make it larger.
+works. --images, --per-class, --epochs and --set make it larger.
 
 DIR keeps runs/, results/ and TARGET.json with TARGET.md (tables) or TARGET.png (figures). Targets share runs: use one
 DIR for all. To continue after an interruption, run the same command again. docs/paper.md says what each shows.
@@ -19,7 +19,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,11 @@ import runs
 from runs import Curve, name_of
 
 from odcft import files
+from odcft.backbone.layers import LayerFeatures
+from odcft.backbone.load import load_backbone
+from odcft.data.host_memory import free_host_memory
 from odcft.data.image_decoding import read_image
+from odcft.data.missing_paths import refuse_missing
 from odcft.data.sources import find_images
 from odcft.errors import OdcftError
 from odcft.evaluation.labels import load_labelled_images
@@ -57,6 +61,13 @@ PAPER: dict[str, Any] = {  # what the paper reports
     },
     "fig1b": {"final loss": {"ODC": 2.0, "DC": 2.9}},
 }
+PER_CLUSTER = 25  # images to a cluster, at least: no run starts with fewer than min_cluster, 20
+FEW_IMAGES = 5_000  # labelled images whose features fit into the memory of any machine
+COPIES = 2  # of the features: of all images, and of those to train and to test on
+ON_LAYERS = {  # targets that evaluate every layer, and the network
+    "table1": "alexnet",
+    **dict.fromkeys(("table2", "table3", "table4", "fig3", "fig4", "fig6"), "resnet"),
+}
 COLOURS = {"ODC": "tab:blue", "DC": "tab:orange", "Random": "tab:gray"}
 
 
@@ -79,7 +90,8 @@ class Scale:
     ratios: tuple[int, ...]
     first_epochs: int | None  # that fig. 1b shows
     crop: str  # of images for SVMs
-    size: int | None  # of images to evaluate on
+    sizes: Mapping[str, int]  # of images to evaluate on, by network; a checkpoint's own if there is none
+    run_clusters: int | None = None  # K of runs on all images; None: the recipe's
 
 
 _ODC, _DC = "odc_r50_scratch", "dc_r50_scratch"
@@ -104,7 +116,7 @@ SCALES = {
         ratios=(1, 2, 4, 8, 16, 32, 64),
         first_epochs=32,
         crop="squash",
-        size=224,
+        sizes={"resnet": 224, "alexnet": 224, "ckpt": 224},
     ),
     "tiny": Scale(
         networks={"resnet": "scratch:resnet18", "alexnet": "scratch:alexnet"},
@@ -113,7 +125,7 @@ SCALES = {
             "alexnet": {"odc": ("small", "data.size=64"), "dc": ("dc_small", "data.size=64", _SOBEL)},
         },
         fine_tuning=("small", "dc_small"),
-        both=("optim.batch_size=64", "optim.epochs=3", "memory.clusters=16", "log.interval=1", "log.tensorboard=false"),
+        both=("optim.batch_size=64", "optim.epochs=3", "log.interval=1", "log.tensorboard=false"),
         images=400,
         classes=5,
         per_class=20,
@@ -125,7 +137,8 @@ SCALES = {
         ratios=(1, 8, 64),
         first_epochs=None,
         crop="centre",
-        size=None,
+        sizes={"resnet": 32, "alexnet": 64},
+        run_clusters=16,
     ),
 }
 
@@ -134,8 +147,9 @@ def main() -> None:
     args = parse_arguments()
     try:
         work = prepare(args)
+        refuse_too_little_memory(work, args.target)
         results = TARGETS[args.target](work)
-    except OdcftError as error:
+    except (OdcftError, OSError) as error:
         sys.exit(long_tail.refused(error))
     except KeyboardInterrupt:
         print("\npaper.py: stopped. Continue with the same command.", file=sys.stderr)
@@ -166,6 +180,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scale", required=True, choices=SCALES)
     parser.add_argument("--out", type=Path, default=Path("paper"), metavar="DIR", help="default: paper")
     parser.add_argument("--images", type=int, help="train on so many images, instead of the scale's number")
+    parser.add_argument("--per-class", type=int, metavar="N", help="evaluate on so many labelled images of each class")
     parser.add_argument("--epochs", type=int, help="epochs of every run, instead of the recipe's")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--seed", type=int, default=0)
@@ -181,9 +196,9 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("two --ckpt have the same file name up to the first dot: rename or link one")
     if args.target == "table4" and args.scale == "full" and not args.ckpt:
         parser.error("table4 fine-tunes checkpoints: give one or more --ckpt, for example rotation.pth.tar")
-    for name, least in (("images", 1), ("epochs", 1), ("devices", 1), ("seed", 0)):
+    for name, least in (("images", 1), ("per_class", 4), ("epochs", 1), ("devices", 1), ("seed", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name} {getattr(args, name)}: give {least} or more")
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} or more")
     if args.target.startswith("fig") and importlib.util.find_spec("matplotlib") is None:
         parser.error("the figures need matplotlib: pip install matplotlib")
     return args
@@ -231,7 +246,9 @@ class Work:
             )
         return folder
 
-    def evaluated(self, name: str, source: str | Path, labelled: str, protocols: list[str], layers: str) -> Any:
+    def evaluated(
+        self, name: str, source: str | Path, labelled: str, protocols: list[str], layers: str, network: str = "resnet"
+    ) -> Any:
         """The result of `odcft evaluate` for a checkpoint, or for the backbone of a RUN."""
         from odcft.evaluation.comparison import evaluate
         from odcft.evaluation.results_table import json_values
@@ -240,7 +257,7 @@ class Work:
         crop = self.scale.crop if "svm" in protocols else "centre"
         backbone = str(source / "backbone" if isinstance(source, Path) else source)
         keep = self.out / "results" / f"{name}-{labelled}-{'-'.join(protocols)}.json"
-        options: dict[str, Any] = {"size": self.scale.size, "layers": layers, "crop": crop}
+        options: dict[str, Any] = {"size": self.scale.sizes.get(network), "layers": layers, "crop": crop}
         return runs.once(keep, lambda: json_values(evaluate(backbone, data, test, protocols, **options)))
 
     def only_labelled(self) -> str:
@@ -267,7 +284,12 @@ def prepare(args: argparse.Namespace) -> Work:
     Raises:
         OdcftError: images that do not exist or have no labels, a wrong --set, or a DIR of other settings.
     """
+    if args.out.exists() and not args.out.is_dir():
+        raise OdcftError(f"--out {args.out} is not a folder. Choose another place.")
+    refuse_missing(args.ckpt)
     scale, images = SCALES[args.scale], find_images(args.data)
+    if args.per_class:
+        scale = replace(scale, per_class=args.per_class)
     names: dict[str, tuple[str, str | None]] = {}
     for one, test in zip(args.labelled, args.test or [None] * len(args.labelled), strict=True):
         load_labelled_images(one, test)
@@ -280,8 +302,12 @@ def prepare(args: argparse.Namespace) -> Work:
     data, count = args.data, args.images or scale.images
     if count is not None and count < len(images):
         data = str(args.out / "lists" / "train.csv")
-        rows = _classes_of(images, scale.classes, args.seed)
-        runs.once_file(Path(data), lambda path: long_tail.write_list(images, _sample(rows, count, args.seed), path))
+        rows = _sample(_classes_of(images, scale.classes, args.seed), count, args.seed)
+        runs.once_file(Path(data), lambda path: long_tail.write_list(images, rows, path))
+    if scale.run_clusters is not None:
+        trained_on = len(images) if data == args.data else len(rows)
+        clusters = clusters_for(trained_on, scale.run_clusters)
+        scale = replace(scale, both=(*scale.both, f"memory.clusters={clusters}"))
     if scale.per_class is not None:
         lists = args.out / "lists"
         names = {
@@ -291,9 +317,41 @@ def prepare(args: argparse.Namespace) -> Work:
     return Work(args.out, scale, data, args.data, names, overrides, ckpts, args.seed, args.devices, args.images)
 
 
+def clusters_for(images: int, most: int) -> int:
+    """So many clusters; fewer where they would have fewer than PER_CLUSTER images on average."""
+    return max(2, min(most, images // PER_CLUSTER))
+
+
+def refuse_too_little_memory(work: Work, target: str) -> None:
+    """Refuse to start what would end, days later, for want of memory: features of all layers of many images.
+
+    Raises:
+        OdcftError: says how much is needed, and how many images of each class would fit.
+    """
+    if target not in ON_LAYERS:
+        return
+    for data, test in work.labelled.values():
+        labels = load_labelled_images(data, test)
+        if len(labels.images) <= FEW_IMAGES:
+            continue
+        network = ON_LAYERS[target]
+        backbone = load_backbone(work.scale.networks[network]).backbone.eval()
+        width = sum(LayerFeatures(backbone, work.scale.sizes[network]).widths)
+        needed, free = COPIES * 4 * width * len(labels.images), free_host_memory()
+        if free is not None and needed > free:
+            fits = int(0.8 * free / (COPIES * 4 * width) / (len(labels.classes) * len(labels.sets)))
+            raise OdcftError(
+                f"{target} keeps the features of every layer of {len(labels.images):,} labelled images in memory: "
+                f"about {needed / 1e9:,.0f} GB, and {free / 1e9:,.0f} GB are free. Evaluate on fewer images of each "
+                f"class (--per-class {max(4, fits)}), or use a machine with more memory."
+            )
+
+
 def _keep_settings(args: argparse.Namespace, labelled: Mapping[str, Any], ckpts: Mapping[str, str]) -> None:
     """Keep what the results in DIR are of, by their names, and refuse others."""
     settings = {name: getattr(args, name) for name in ("data", "scale", "images", "epochs", "overrides", "seed")}
+    if args.per_class:
+        settings["per_class"] = args.per_class
     kept: dict[str, dict[str, Any]] = {"settings": settings}
     kept |= {f"labelled-{name}": {"images": pair} for name, pair in labelled.items()}
     kept |= {f"ckpt-{name}": {"path": os.path.abspath(ckpt)} for name, ckpt in ckpts.items()}
@@ -344,9 +402,9 @@ def linear_table(work: Work, target: str, network: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for title, source in from_scratch(work, network).items():
         for labelled in work.labelled:
-            result = work.evaluated(f"{network}-{title.lower()}", source, labelled, ["linear"], "all")["linear"]
+            result = work.evaluated(f"{network}-{title.lower()}", source, labelled, ["linear"], "all", network)
             found.setdefault(title, {})[labelled] = {
-                layer: figures["top1"] for layer, figures in result["per_layer"].items()
+                layer: figures["top1"] for layer, figures in result["linear"]["per_layer"].items()
             }
     layers = list(next(iter(found["ODC"].values())))
     titles = [*(f"conv{i}" for i in range(1, len(layers))), "pooled"]
@@ -388,7 +446,7 @@ def svm_of_all(work: Work) -> dict[str, Any]:
         for title, source in from_scratch(work, "resnet").items()
     }
     for name, ckpt in work.ckpts.items():
-        found[name] = work.evaluated(f"ckpt-{name}", ckpt, labelled, protocols, "best")
+        found[name] = work.evaluated(f"ckpt-{name}", ckpt, labelled, protocols, "best", "ckpt")
     return found
 
 
@@ -474,7 +532,7 @@ def fig4(work: Work) -> dict[str, Any]:
 
     def trained(interval: int = 10, threshold: int = 20) -> dict[str, float]:
         fields = [f"memory.centroid_interval={interval}", f"memory.min_cluster={threshold}"]
-        return _svm_on(work, f"fig4-{interval}-{threshold}", data, *fields)
+        return _svm_on(work, f"fig4-{interval}-{threshold}", data, len(rows), *fields)
 
     found = {
         "centroids every n steps": {n: trained(interval=n) for n in work.scale.intervals},
@@ -488,7 +546,7 @@ def fig4(work: Work) -> dict[str, Any]:
         y="mAP",
         log_x=True,
     )
-    return {**found, "images": len(rows), "clusters": work.scale.clusters}
+    return {**found, "images": len(rows), "clusters": clusters_for(len(rows), work.scale.clusters)}
 
 
 def fig6(work: Work) -> dict[str, Any]:
@@ -505,14 +563,16 @@ def fig6(work: Work) -> dict[str, Any]:
         rows = long_tail.long_tail(by_class, ratio, count, work.seed)
         all_rows = np.concatenate(list(rows.values()))
         runs.once_file(data, lambda path, rows=all_rows: long_tail.write_list(images, rows, path))
-        found[ratio] = {**_svm_on(work, f"fig6-{ratio}", data), "sizes": [len(one) for one in rows.values()]}
+        figures = _svm_on(work, f"fig6-{ratio}", data, len(all_rows))
+        found[ratio] = {**figures, "sizes": [len(one) for one in rows.values()]}
     runs.draw(work.out / "fig6.png", {"": _sweep(found)}, x="largest class : smallest class", y="mAP", log_x=True)
-    return {"ratios": found, "images": count, "clusters": work.scale.clusters}
+    return {"ratios": found, "images": count, "clusters": clusters_for(count, work.scale.clusters)}
 
 
-def _svm_on(work: Work, name: str, data: Path, *fields: str) -> dict[str, Any]:
-    """Train a ResNet by ODC on these images; the SVM's mAP at the layer cross-validation prefers, and at the best."""
-    run = work.run(name, "resnet", "odc", f"memory.clusters={work.scale.clusters}", *fields, data=str(data))
+def _svm_on(work: Work, name: str, data: Path, images: int, *fields: str) -> dict[str, Any]:
+    """Train a ResNet by ODC on so many images; the SVM's mAP at the layer cross-validation prefers, and at the best."""
+    clusters = clusters_for(images, work.scale.clusters)
+    run = work.run(name, "resnet", "odc", f"memory.clusters={clusters}", *fields, data=str(data))
     svm = work.evaluated(name, run, work.only_labelled(), ["svm"], "best")["svm"]
     return {"layer": svm["layer"], "mAP": svm["mAP"], "best_on_test": svm["best_on_test"]["mAP"]}
 

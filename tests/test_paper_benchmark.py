@@ -274,6 +274,25 @@ def test_figure_6_trains_on_lists_of_the_same_length(call, trained, evaluated, m
         assert point["sizes"][0] / point["sizes"][-1] == pytest.approx(int(ratio), rel=0.5)
 
 
+def test_few_images_get_fewer_clusters(load):
+    clusters_for = load("paper").clusters_for
+    assert [clusters_for(n, 16) for n in (400, 399, 257, 60, 3)] == [16, 15, 10, 2, 2]
+    assert clusters_for(78_000, 3_000) == 3_000
+
+
+def test_too_little_memory_is_refused_before_anything_is_trained(
+    call, load, trained, make_images, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(load("paper"), "FEW_IMAGES", 10)
+    monkeypatch.setattr(load("paper"), "free_host_memory", lambda: 1_000_000)
+    words = ("--data", make_images(tmp_path / "images"), "--scale", "tiny", "--out", tmp_path / "out")
+    code, _, errors = call("paper", "table1", *words)
+    assert code == 2
+    assert "table1 keeps the features of every layer of 12 labelled images in memory" in errors
+    assert "--per-class 4" in errors
+    assert not trained[0]
+
+
 @pytest.mark.slow
 def test_figure_7_of_a_real_run(call, make_images, tmp_path):
     images = make_images(tmp_path / "images", count=48)

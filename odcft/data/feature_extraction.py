@@ -23,6 +23,7 @@ def extract(
     stop: Callable[[], object] = lambda: None,
     *,
     alone: bool = False,
+    on: torch.device | None = None,
 ) -> tuple[Tensor, dict[int, str]]:
     """Extract the features of the images that this rank owns, in the order of its rows, without augmentation.
 
@@ -37,12 +38,14 @@ def extract(
         dtype: of the result.
         stop: called before every batch; extraction ends early once it returns something true.
         alone: extract the features of all images on this rank: the others are not here.
+        on: where to keep the features, by default on `device`; the host has room for more, but each batch waits.
 
     Returns:
-        Features (S, D) of this rank's S images, on the device, with zero rows for unreadable ones; and index to reason
-        for the unreadable ones.
+        Features (S, D) of this rank's S images, where they are kept, with zero rows for unreadable ones; and index to
+        reason for the unreadable ones.
     """
     assert crops.augment is None
+    kept = on or device
     owned = range(len(crops.images)) if alone else ownership.my_images(len(crops.images))
     unreadable: dict[int, str] = {}
     features_SD: Tensor | None = None
@@ -55,12 +58,12 @@ def extract(
                 images = to_float(part.pixels, device)
                 features_BD = network(images).float()
                 if features_SD is None:
-                    features_SD = torch.zeros(len(owned), features_BD.shape[1], dtype=dtype, device=device)
-                row_B = (part.index_B if alone else ownership.row_of(part.index_B)).to(device, non_blocking=True)
-                features_SD[row_B] = features_BD.to(dtype)
+                    features_SD = torch.zeros(len(owned), features_BD.shape[1], dtype=dtype, device=kept)
+                row_B = (part.index_B if alone else ownership.row_of(part.index_B)).to(kept, non_blocking=True)
+                features_SD[row_B] = features_BD.to(kept, dtype)
             advance(len(part.index_B) + len(part.unreadable))
     if features_SD is None:  # no image of this rank could be read
-        features_SD = torch.zeros(len(owned), 0, dtype=dtype, device=device)
+        features_SD = torch.zeros(len(owned), 0, dtype=dtype, device=kept)
     return features_SD, unreadable
 
 

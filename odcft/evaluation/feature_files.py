@@ -131,6 +131,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         _refuse_bomb(path)
         if path.suffix == ".parquet":
             return read_parquet(path)
+        if path.exists() and not zipfile.is_zipfile(path):  # np.load would advise to load it unsafely
+            raise ValueError("it is not an archive of arrays")
         with np.load(path) as arrays:  # refuses pickled objects
             if "features" in arrays and NAMES[0] not in arrays:
                 return {name: arrays[name] for name in ("features", "labels") if name in arrays}

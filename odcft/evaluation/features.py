@@ -106,7 +106,8 @@ def _extract(
     network: torch.nn.Module, crops: Crops, device: torch.device, progress: Progress, alone: bool
 ) -> tuple[Tensor, dict[int, str]]:
     """Features (N, F) of all images on the host, and why some cannot be read."""
-    features_SF, unreadable = extract(network, crops, BATCH, loader_workers(device), device, progress, alone=alone)
+    host, workers = torch.device("cpu"), loader_workers(device)  # all layers of a large set would not fit on a GPU
+    features_SF, unreadable = extract(network, crops, BATCH, workers, device, progress, alone=alone, on=host)
     if alone:
-        return features_SF.cpu(), unreadable
-    return ownership.in_dataset_order(features_SF.cpu(), len(crops.images)), dist.gather_dict(unreadable)
+        return features_SF, unreadable
+    return ownership.in_dataset_order(features_SF, len(crops.images)), dist.gather_dict(unreadable)

@@ -226,8 +226,10 @@ def describe_left_out(
 
 def _refuse_too_few(labels: LabelledImages, targets: np.ndarray) -> None:
     if (targets == 1).sum(0).max() < MIN_IMAGES:
+        out = "; ".join(describe_left_out(labels.left_out, labels, {}, most=1))
         raise OdcftError(
-            f"Every class of {labels.sets[0][0]} has fewer than {MIN_IMAGES} images: too few to hold out half. "
+            f"Every one of the {len(labels.classes):,} classes of {labels.sets[0][0]} has fewer than {MIN_IMAGES} "
+            f"images, too few to hold out half{f' ({out})' if out else ''}. "
             "Give more images, or a test set with --test."
         )
 

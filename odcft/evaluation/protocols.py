@@ -170,7 +170,7 @@ def class_numbers(targets_NC: np.ndarray, protocol: str = "knn") -> np.ndarray:
     if several.any():
         raise OdcftError(
             f"--protocol {protocol} needs exactly one label per image, but {several.sum():,} of {len(several):,} "
-            "images have none or several. Use --protocol svm or low-shot."
+            f"images {'has' if several.sum() == 1 else 'have'} none or several. Use --protocol svm or low-shot."
         )
     return (targets_NC == 1).argmax(1)
 

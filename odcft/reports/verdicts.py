@@ -103,7 +103,7 @@ def _figures(values: Mapping[str, Any], changes: Mapping[str, Mapping[str, float
         after = values.get(protocol)
         figure = after.get(key) if isinstance(after, Mapping) else None
         interval = "({low:+.1f} … {high:+.1f})".format(**change)
-        if _is_number(figure, 0, 100):
+        if figure is not None and _is_number(figure, 0, 100):
             said.append(f"{title} {figure - change['change']:.1f} before, {figure:.1f} after {interval}")
         else:
             said.append(f"{title} {change['change']:+.1f} {interval}")

@@ -131,8 +131,9 @@ def test_files_that_hold_no_features_are_refused(tmp_path, what):
         path.unlink()
         if what == "folder":
             path.mkdir()
-    with pytest.raises(OdcftError, match=r"is not an \.npz file with"):
+    with pytest.raises(OdcftError, match=r"is not an \.npz file with") as refused:
         evaluate_file(path, ["knn"])
+    assert "unsafe" not in str(refused.value)
 
 
 def test_an_archive_that_expands_beyond_reason_is_refused_before_it_is_read(tmp_path, monkeypatch):
