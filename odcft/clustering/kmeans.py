@@ -10,7 +10,15 @@ Two things make it fast, and neither changes the labels that plain float32 would
   centroids move, the bounds are widened, and a row is searched again only when they meet (Hamerly, "Making k-means even
   faster", SDM 2010). The few centroids that moved farthest, which would spoil the bound of all rows, are compared with
   every row instead.
+
+On a CPU, threads take pieces of the rows as they finish, and each operation uses one core. If each used all cores, it
+would wait for the one that another process keeps busy.
 """
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +29,12 @@ from odcft.distributed import dist, ownership
 from odcft.errors import OdcftError
 from odcft.precision import exact_products, has_bfloat16
 
-ROWS = 8192  # processed at a time, in passes over all rows
+ROWS = 8192  # of which sums are computed at a time
 SCORES = 1 << 21  # computed at a time: they should stay in the processor's cache
 GROUP = 32  # centroids: the search skips whole groups whose best score is too low
 FASTEST = 64  # centroids, those that moved farthest, that are compared with every row
+PIECE = 2048  # rows that a thread takes at a time, unless all their scores are computed
+WORKERS = 8  # threads, at most: more would wait for one another in Python; where there are more cores, they share them
 
 
 @exact_products()
@@ -50,8 +60,14 @@ def kmeans(features_SD: Tensor, k: int, seed: int, iterations: int = 20, engine:
     """
     if engine == "faiss":
         return _faiss_kmeans(features_SD, k, seed, iterations)
+    with _workers(features_SD.device) as run:
+        return _lloyd(features_SD, k, seed, iterations, run)
+
+
+def _lloyd(features_SD: Tensor, k: int, seed: int, iterations: int, run: Callable) -> Tensor:
+    """As `kmeans`, by the engine "torch". run: like `map`, for pieces of the rows."""
     centroids_KD = _first_centroids(features_SD, k, seed)
-    nearest = _Nearest(features_SD, centroids_KD)
+    nearest = _Nearest(features_SD, centroids_KD, run)
     sums = _ClusterSums(features_SD, nearest.label_S, k)
     for iteration in range(iterations + 10):
         empty = bool((sums.counts_K == 0).any())
@@ -129,18 +145,15 @@ def _whole_units(features: Tensor) -> Tensor:
 class _Nearest:
     """The nearest centroid of each row, updated as centroids move. It has the largest score x.c - |c|^2 / 2."""
 
-    def __init__(self, features_SD: Tensor, centroids_KD: Tensor) -> None:
+    def __init__(self, features_SD: Tensor, centroids_KD: Tensor, run: Callable = map) -> None:
         S, device = len(features_SD), features_SD.device
-        self.features_SD, self.dtype = features_SD, _coarse_dtype(device)
+        self.features_SD, self.dtype, self.run = features_SD, _coarse_dtype(device), run
         # Shifting everything keeps the distances. Rounding errors are smallest with the centroids around zero.
         self.centre_D = centroids_KD.mean(0)
         self.coarse_SD = torch.empty(S, features_SD.shape[1], dtype=self.dtype, device=device)
         self.square_S, self.length_S, self.rounding_S = torch.empty(3, S, device=device)
-        for start in range(0, S, ROWS):
-            rows = slice(start, start + ROWS)
-            rows_BD = features_SD[rows].float()
-            self.square_S[rows] = rows_BD.square().sum(1)
-            self.coarse_SD[rows], self.length_S[rows], self.rounding_S[rows] = self._round(rows_BD)
+        self.pieces = [slice(start, start + PIECE) for start in range(0, S, PIECE)]
+        self._each(self._round_rows, self.pieces)
         # Margin for comparing bounds with distances, far larger than the rounding of float32 scores.
         self.margin = 1e-3 * float(self.square_S.mean().sqrt())  # NaN, but unused, if a rank has no rows
         self.label_S = torch.zeros(S, dtype=torch.int64, device=device)
@@ -157,15 +170,21 @@ class _Nearest:
         fastest = moved_K.topk(min(FASTEST + 1, len(moved_K)))
         self.others_S -= fastest.values[-1]
         if len(moved_K) > 1:
-            self._compare_with(fastest.indices[:-1])
+            self._each(partial(self._compare_with, fastest.indices[:-1]), self.pieces)
         row_M = (self.others_S < self.distance_S + self.margin).nonzero()[:, 0]
         self.measure(row_M)
         self._search(row_M[self.others_S[row_M] < self.distance_S[row_M] + self.margin])
 
     def measure(self, row_M: Tensor) -> None:
         """Compute the exact distances of these rows, for which only upper bounds may be known."""
-        for row_B in row_M.split(ROWS):
-            self.distance_S[row_B] = self._distance(row_B, self._score(row_B, self.label_S[row_B]))
+        self._each(self._measure, row_M.split(PIECE))
+
+    def _measure(self, row_B: Tensor) -> None:
+        self.distance_S[row_B] = self._distance(row_B, self._score(row_B, self.label_S[row_B]))
+
+    def _each(self, work: Callable, pieces: Iterable) -> None:
+        for _ in self.run(work, pieces):
+            pass
 
     def _set_centroids(self, centroids_KD: Tensor) -> None:
         self.centroids_KD, self.minus_half_squares_K = centroids_KD, minus_half_squares(centroids_KD)
@@ -181,6 +200,11 @@ class _Nearest:
         longest = length_K.max()
         self.error_S = self.rounding_S * longest + self.length_S * (rounding_K.max() + relative * longest)
 
+    def _round_rows(self, rows: slice) -> None:
+        rows_BD = self.features_SD[rows].float()
+        self.square_S[rows] = rows_BD.square().sum(1)
+        self.coarse_SD[rows], self.length_S[rows], self.rounding_S[rows] = self._round(rows_BD)
+
     def _round(self, rows_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         centred_BD = rows_BD - self.centre_D
         coarse_BD = centred_BD.to(self.dtype)
@@ -195,49 +219,64 @@ class _Nearest:
     def _distance(self, row_B: Tensor, score_B: Tensor) -> Tensor:
         return (self.square_S[row_B] - 2 * score_B).clamp_(min=0).sqrt_()
 
-    def _compare_with(self, some_K: Tensor) -> None:
-        """Lower the bounds `others_S` of all rows to the distances of some centroids."""
+    def _compare_with(self, some_K: Tensor, rows: slice) -> None:
+        """Lower the bounds `others_S` of rows to the distances of some centroids."""
         coarse_CD, minus_half_squares_C = self.coarse_CD[some_K], self.coarse_minus_half_squares_C[some_K]
-        for start in range(0, len(self.label_S), ROWS):
-            rows = slice(start, start + ROWS)
-            scores_BC = torch.mm(self.coarse_SD[rows], coarse_CD.T).float().add_(minus_half_squares_C)
-            scores_BC.masked_fill_(self.label_S[rows].unsqueeze(1) == some_K, -torch.inf)
-            nearest_B = self._coarse_distance(rows, scores_BC.amax(1))
-            self.others_S[rows] = torch.minimum(self.others_S[rows], nearest_B)
+        scores_BC = torch.mm(self.coarse_SD[rows], coarse_CD.T).float().add_(minus_half_squares_C)
+        scores_BC.masked_fill_(self.label_S[rows].unsqueeze(1) == some_K, -torch.inf)
+        nearest_B = self._coarse_distance(rows, scores_BC.amax(1))
+        self.others_S[rows] = torch.minimum(self.others_S[rows], nearest_B)
 
     def _search(self, row_S: Tensor) -> None:
         """Compare rows with all centroids."""
-        padded_K = len(self.coarse_CD)
-        for row_B in row_S.split(max(1, SCORES // padded_K)):
-            B = len(row_B)
-            error_B = self.error_S[row_B]
-            scores_BC = torch.mm(self.coarse_SD.index_select(0, row_B), self.coarse_CD.T).float()
-            scores_BGP = scores_BC.add_(self.coarse_minus_half_squares_C).view(B, padded_K // GROUP, GROUP)
-            best_BG = scores_BGP.amax(2)
-            least_B = best_BG.amax(1) - 2 * error_B
-            # Candidates: first the groups that have one, then the positions within these groups.
-            b_M, group_M = (best_BG >= least_B.unsqueeze(1)).nonzero().unbind(1)
-            near_MP = scores_BGP.view(-1, GROUP).index_select(0, b_M * best_BG.shape[1] + group_M)
-            m_C, position_C = (near_MP >= least_B[b_M].unsqueeze(1)).nonzero().unbind(1)
-            b_C, k_C = b_M[m_C], group_M[m_C] * GROUP + position_C
-            score_C = self._score(row_B[b_C], k_C)
-            score_B = score_C.new_full((B,), -torch.inf).scatter_reduce_(0, b_C, score_C, "amax")
-            k_C.masked_fill_(score_C < score_B[b_C], padded_K)
-            label_B = k_C.new_full((B,), padded_K).scatter_reduce_(0, b_C, k_C, "amin")
-            self.label_S[row_B] = label_B
-            self.distance_S[row_B] = self._distance(row_B, score_B)
-            # The best score of all other centroids.
-            scores_BC.scatter_(1, label_B.unsqueeze(1), -torch.inf)
-            own_B = label_B // GROUP
-            first_B = torch.arange(B, device=own_B.device) * best_BG.shape[1]
-            own_BP = scores_BGP.view(-1, GROUP).index_select(0, first_B + own_B)
-            best_BG.scatter_(1, own_B.unsqueeze(1), own_BP.amax(1, keepdim=True))
-            self.others_S[row_B] = self._coarse_distance(row_B, best_BG.amax(1))
+        self._each(self._search_rows, row_S.split(max(1, SCORES // len(self.coarse_CD))))
+
+    def _search_rows(self, row_B: Tensor) -> None:
+        B, padded_K = len(row_B), len(self.coarse_CD)
+        error_B = self.error_S[row_B]
+        scores_BC = torch.mm(self.coarse_SD.index_select(0, row_B), self.coarse_CD.T).float()
+        scores_BGP = scores_BC.add_(self.coarse_minus_half_squares_C).view(B, padded_K // GROUP, GROUP)
+        best_BG = scores_BGP.amax(2)
+        least_B = best_BG.amax(1) - 2 * error_B
+        # Candidates: first the groups that have one, then the positions within these groups.
+        b_M, group_M = (best_BG >= least_B.unsqueeze(1)).nonzero().unbind(1)
+        near_MP = scores_BGP.view(-1, GROUP).index_select(0, b_M * best_BG.shape[1] + group_M)
+        m_C, position_C = (near_MP >= least_B[b_M].unsqueeze(1)).nonzero().unbind(1)
+        b_C, k_C = b_M[m_C], group_M[m_C] * GROUP + position_C
+        score_C = self._score(row_B[b_C], k_C)
+        score_B = score_C.new_full((B,), -torch.inf).scatter_reduce_(0, b_C, score_C, "amax")
+        k_C.masked_fill_(score_C < score_B[b_C], padded_K)
+        label_B = k_C.new_full((B,), padded_K).scatter_reduce_(0, b_C, k_C, "amin")
+        self.label_S[row_B] = label_B
+        self.distance_S[row_B] = self._distance(row_B, score_B)
+        # The best score of all other centroids.
+        scores_BC.scatter_(1, label_B.unsqueeze(1), -torch.inf)
+        own_B = label_B // GROUP
+        first_B = torch.arange(B, device=own_B.device) * best_BG.shape[1]
+        own_BP = scores_BGP.view(-1, GROUP).index_select(0, first_B + own_B)
+        best_BG.scatter_(1, own_B.unsqueeze(1), own_BP.amax(1, keepdim=True))
+        self.others_S[row_B] = self._coarse_distance(row_B, best_BG.amax(1))
 
     def _coarse_distance(self, row_B: Tensor | slice, score_B: Tensor) -> Tensor:
         """A lower bound of the distance, from a coarse score."""
         centred_square_B = (self.length_S[row_B] - self.rounding_S[row_B]).square()
         return (centred_square_B - 2 * (score_B + self.error_S[row_B])).clamp_(min=0).sqrt_()
+
+
+@contextmanager
+def _workers(device: torch.device) -> Iterator[Callable]:
+    """Within this context operations use few threads; it gives a `map` that calls from several."""
+    threads = torch.get_num_threads()
+    workers = min(WORKERS, threads) if device.type == "cpu" else 1
+    if workers == 1:
+        yield map
+        return
+    torch.set_num_threads(threads // workers)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _coarse_dtype(device: torch.device) -> torch.dtype:

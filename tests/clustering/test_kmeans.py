@@ -1,4 +1,5 @@
 import sys
+import threading
 import types
 from collections import Counter
 
@@ -172,6 +173,30 @@ def test_ranks_that_settle_earlier_go_on_with_the_others(on_threads):
         assert torch.equal(part, alone)
 
 
+@pytest.mark.parametrize("threads", [1, 3, 16])
+def test_threads_come_to_the_centroids_of_one(monkeypatch, threads):
+    """Each takes pieces of the rows, and within a piece no operation waits for other cores."""
+    monkeypatch.setattr(module, "PIECE", 64)
+    monkeypatch.setattr(module, "SCORES", 64 * 32)
+    features = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
+    alone = kmeans(features, 20, 0)
+    seen, search = set(), _Nearest._search_rows
+    monkeypatch.setattr(
+        _Nearest,
+        "_search_rows",
+        lambda self, row_B: (seen.add((threading.get_ident(), torch.get_num_threads())), search(self, row_B))[1],
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(kmeans(features, 20, 0), alone)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert {number for _, number in seen} == {2 if threads == 16 else 1}  # at most eight share the cores
+    assert (threads > 1) == (threading.get_ident() not in {thread for thread, _ in seen})
+
+
 # ---------------------------------------------------------------- what bounds promise
 
 
@@ -279,7 +304,7 @@ def test_centroids_that_move_much_are_compared_alone(searched, monkeypatch):
     monkeypatch.setattr(module, "FASTEST", 3)
     compared, compare = [], _Nearest._compare_with
     monkeypatch.setattr(
-        _Nearest, "_compare_with", lambda self, some_K: (compared.append(some_K), compare(self, some_K))
+        _Nearest, "_compare_with", lambda self, some_K, rows: (compared.append(some_K), compare(self, some_K, rows))
     )
     centroids = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
     centroids[:3] += 100
