@@ -203,7 +203,7 @@
   const position = new Map(neighbours ? neighbours.of.map((image, i) => [image, i]) : []);
 
   function sides(image) {
-    if (data.company) return data.company.titles.map((title, i) => side(title, company(i, image), image));
+    if (data.mates) return data.mates.titles.map((title, i) => side(title, mates(i, image), image));
     const at = position.get(image);
     if (at === undefined) return [];
     const both = neighbours.before ? [side("Before", neighbours.before[at], image)] : [];
@@ -211,17 +211,17 @@
   }
 
   // Two runs compared: the images that are nearest to the centroid of the cluster that each run put an image in.
-  const companies = [];
-  function company(run, image) {
-    const cluster = run ? images.cluster : data.company.cluster;
-    if (!companies[run]) {
-      companies[run] = new Map();
+  const known = [];
+  function mates(run, image) {
+    const cluster = run ? images.cluster : data.mates.cluster;
+    if (!known[run]) {
+      known[run] = new Map();
       for (let i = 0; i < count; i++) {
-        if (!companies[run].has(cluster[i])) companies[run].set(cluster[i], []);
-        companies[run].get(cluster[i]).push(i);
+        if (!known[run].has(cluster[i])) known[run].set(cluster[i], []);
+        known[run].get(cluster[i]).push(i);
       }
     }
-    const list = companies[run].get(cluster[image]).filter((other) => other !== image);
+    const list = known[run].get(cluster[image]).filter((other) => other !== image);
     return list.sort((a, b) => Boolean(encoded[b]) - Boolean(encoded[a])).slice(0, 16);
   }
 
@@ -239,8 +239,8 @@
     const both = make("div", "sides example");
     both.append(...sides(image));
     element("opened-body").append(top);
-    if (both.childElementCount) element("opened-body").append(make("h3", "", data.company ? "Company" : "Nearest neighbours in the sample"), both);
-    else if (neighbours) element("opened-body").append(make("p", "", "This image is not in the sample of which neighbours are known; odcft report --sample takes more."));
+    if (both.childElementCount) element("opened-body").append(make("h3", "", data.mates ? "Mates in the same cluster" : "Nearest neighbours in the sample"), both);
+    else if (neighbours) element("opened-body").append(make("p", "", "The neighbours of this image are not known: it is not in the sample. odcft report --sample takes a larger one."));
   }
 
   function showExamples() {
