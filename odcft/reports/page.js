@@ -266,6 +266,8 @@
 
   // ---- what the reader does
 
+  const numberOf = (link) => Number(link.getAttribute("xlink:href").replace("#cluster-", ""));
+
   document.addEventListener("click", (event) => {
     const button = event.target.closest("[data-cluster], [data-image]");
     if (button) {
@@ -275,10 +277,11 @@
     const link = event.target.closest(".map a");
     if (link) {
       event.preventDefault();
-      const k = rowOf.get(Number(link.getAttribute("xlink:href").replace("#cluster-", "")));
+      const k = rowOf.get(numberOf(link));
       if (k !== undefined) open({ cluster: k });
     }
   });
+  addEventListener("beforeprint", () => { for (const img of document.images) img.loading = "eager"; });
   element("close").addEventListener("click", () => dialog.close());
   element("back").addEventListener("click", () => { trail.pop(); show(trail[trail.length - 1]); });
   dialog.addEventListener("close", () => { trail = []; });
@@ -301,12 +304,12 @@
     if (data.sort) element("sort").value = sorts.findIndex(([key, , sign]) => key === data.sort && sign === 1);
     sortClusters();
     showPage();
-    for (const link of document.querySelectorAll(".map a")) {
-      const k = rowOf.get(Number(link.getAttribute("xlink:href").replace("#cluster-", "")));
-      if (k === undefined) continue;
+    document.addEventListener("pointerover", (event) => {  // titles of ten thousand points would slow the page down
+      const link = event.target.closest(".map a"), k = link ? rowOf.get(numberOf(link)) : undefined;
+      if (k === undefined || link.querySelector("title")) return;
       const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
       title.textContent = `Cluster ${clusters.id[k]}, ${facts(k).join(", ")}`;
       link.append(title);
-    }
+    });
   }
 })();

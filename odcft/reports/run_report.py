@@ -42,6 +42,7 @@ DEFAULTS = {"sample": SAMPLE, "megabytes": MEGABYTES}
 SIDES = ((6000, 160), (3500, 112), (2000, 80), (0, 64))  # bytes there are for a thumbnail, and its side in pixels
 NAMES_SHARE = 0.2  # of the page that file names may take, at most
 ROUGH_NAME = 45  # bytes that an image takes in the page besides its name
+MAX_MAP, MAX_DIM = 20_000, 8192  # clusters on the map, and numbers of a centroid
 MAX_NAME = 300  # characters of a name of run.json
 EXAMPLES = 40  # images whose neighbours the page shows, some at a time
 
@@ -275,7 +276,10 @@ def _add_clusters(
     page.classes = classes
     page.about_clusters = explain_columns(record, gallery)
     page.charts.append(draw_sizes(gallery.size_K))
-    if (centroids := record.centroids_KD) is not None and int(gallery.ids.max()) < len(centroids):
+    centroids = record.centroids_KD
+    if len(gallery.ids) > MAX_MAP:
+        page.notes.append(f"No map: it shows at most {MAX_MAP:,} clusters.")
+    elif centroids is not None and int(gallery.ids.max()) < len(centroids) and centroids.shape[1] <= MAX_DIM:
         with progress.waiting("Laying out the map of the clusters …"):
             page.map = draw_map(gallery.ids, centroids[gallery.ids], gallery.size_K)
     page.notes += [pictures.why] if pictures.why else []
@@ -438,8 +442,9 @@ def add_pictures(
 
     def count(done: int) -> None:
         nonlocal left
-        advance(min(left, done))  # small thumbnails may be more than expected
-        left -= min(left, done)
+        if left:  # small thumbnails may be more than expected
+            advance(min(left, done))
+            left -= min(left, done)
 
     with progress.phase("Thumbnails", expected) as advance:
         made, unreadable = make_thumbnails(
