@@ -10,6 +10,7 @@ from odcft.text import count_of
 WAITING = 0.2  # share of the time that training waited for images, from which on loading images limits the speed
 MOVING = 0.3  # share of labels that still change at the end, from which on a longer run may settle them
 FEW = 0.1  # share of labels below which the clusters have settled
+HARDLY_ANY = 0.02  # share of labels below which it does not matter whether they become more
 CHANGED = 0.1  # by how much, of the figure before, a figure must differ to have risen or fallen
 LATE = 0.5  # of all epochs: the best kNN accuracy before that says that the run got worse again
 WORSE = 1.0  # points of kNN accuracy below the best
@@ -84,6 +85,8 @@ def _labels(record: RunRecord) -> Finding:
         return Finding(True, "Labels", "The log does not say how many labels change.")
     now, before, rising = ratios[-1], *_trend(ratios)
     moving = f"{_percent(now)} of the labels change in a step"
+    if now <= HARDLY_ANY:
+        return Finding(True, "Labels", f"{moving}: the clusters have settled.")
     if before is not None and rising > CHANGED:
         moving += f", more and more (a quarter of the run ago it was {_percent(before)})"
     elif before is not None and rising < -CHANGED:

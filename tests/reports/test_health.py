@@ -59,7 +59,12 @@ def test_each_problem_is_named_with_what_helps(figures, about, says):
         ([0.05 + step / 400 for step in range(48)], False, True, "the clusters have not settled yet"),
         ([0.2] * 48, True, True, "20% of the labels change in a step: the clusters have not settled yet"),
         ([0.02, 0.03], True, True, "the clusters have settled"),
-        ([0.001 + step / 9000 for step in range(48)], True, True, "0.6% of the labels change in a step, more and more"),
+        (
+            [0.001 + step / 9000 for step in range(48)],
+            True,
+            True,
+            "0.6% of the labels change in a step: the clusters have settled",
+        ),
         ([0.4] * 48, True, False, "the clusters have not settled. Train longer"),
     ],
 )
