@@ -688,7 +688,7 @@ def clusters(
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `finetune` wrote, finished or not.")],
     other: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="A second RUN, to compare the first with.")
+        Path | None, typer.Argument(metavar="RUN_B", help="A second RUN, to compare the first with.")
     ] = None,
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="Where the run's images are now; by default where they were.")

@@ -89,7 +89,10 @@ def near_duplicates(
         _write_table(out, lists, found, [images.names[int(i)] for i in good])
         values["out"] = str(out)
     if sheets is not None:
-        _draw(sheets, lists[:most], found, images, good, view)
+        if lists:
+            _draw(sheets, lists[:most], found, images, good, view)
+        elif sheets.is_dir():  # sheets of an earlier search would show groups that this one has not found
+            output_checks.clear_folder(sheets, SHEET_FILES)
         values |= {"sheets": str(sheets), "drawn": min(most, len(lists))}
     return values
 
@@ -142,25 +145,24 @@ def _write_table(out: Path, lists: list[list[int]], found: search.Groups, names:
 def describe(values: dict[str, Any]) -> list[str]:
     """What `near_duplicates` returned, as lines for the user."""
     removed = values["images"] - values["left"]
-    lines = [
-        f"Look alike  {count_of(values['in_groups'], 'image')} in {count_of(values['groups'], 'group')}, of "
-        f"{count_of(values['images'], 'image')} in {values['data']} (similarity {values['threshold']:g} and more)"
-    ]
-    for number, group in enumerate(values["examples"], 1):
-        lines.append(f"            group {number}: {' = '.join(group)}")
-    lines.append(
-        f"Left        {count_of(values['left'], 'image')} if one of each group is kept, {removed:,} fewer"
-        + ("" if removed else ": nothing to remove")
-    )
+    images, similar = count_of(values["images"], "image"), f"(similarity {values['threshold']:g} and more)"
+    if values["groups"]:
+        in_groups = f"{count_of(values['in_groups'], 'image')} in {count_of(values['groups'], 'group')}"
+        lines = [f"Look alike  {in_groups}, of {images} in {values['data']} {similar}"]
+        lines += [f"            group {n}: {' = '.join(group)}" for n, group in enumerate(values["examples"], 1)]
+        kept = count_of(values["left"], "image")
+        lines.append(f"Left        {kept} if one of each group is kept, {removed:,} fewer")
+    else:
+        lines = [f"Look alike  none of {images} in {values['data']} {similar}. A lower --threshold finds more."]
     if values["unreadable"]:
         name, why = next(iter(values["unreadable"].items()))
         lines.append(f"Left out    {len(values['unreadable']):,} that cannot be read; the first is {name} ({why}).")
     if "out" in values:
-        lines.append(
-            f"Wrote       {values['out']}: group, path, similarity; the first of each group is the one to keep"
-        )
+        what = "group, path, similarity; the first of each group is the one to keep"
+        lines.append(f"Wrote       {values['out']}: {what if values['groups'] else 'its header only'}")
     if "sheets" in values:
         rest = values["groups"] - values["drawn"]
         more = f" of {values['groups']:,}, the largest" if rest > 0 else ""
-        lines.append(f"Wrote       {values['sheets']}: contact sheets of {count_of(values['drawn'], 'group')}{more}")
+        drawn = f"{values['sheets']}: contact sheets of {count_of(values['drawn'], 'group')}{more}"
+        lines.append(f"Wrote       {drawn if values['groups'] else 'no contact sheets: there is no group to draw'}")
     return lines

@@ -49,3 +49,19 @@ def test_copies_are_found_and_the_largest_file_is_kept(run, tmp_path, odcft_comm
     code, _, err = odcft_command("clusters", run, "--near-duplicates", "--out", out)
     assert code == 2
     assert "--overwrite" in err
+
+
+def test_no_group_is_said_and_leaves_neither_rows_nor_sheets(run, tmp_path, odcft_command):
+    for name in ("a/000 copy.bmp", "a/002 copy.bmp", "a/004 copy.bmp", "b/бinary.png"):
+        (tmp_path / "images" / name).unlink()
+    out, sheets = tmp_path / "g.csv", tmp_path / "sheets"
+    sheets.mkdir()
+    (sheets / "near_duplicates_01.png").write_bytes(b"of an earlier search")
+    words = ("clusters", run, "--near-duplicates", "--threshold", 1, "--out", out, "--sheets", sheets, "--overwrite")
+    code, _, err = odcft_command(*words)
+    assert code == 0, err
+    assert "Look alike  none of 24 images in" in err
+    assert "its header only" in err
+    assert "no contact sheets: there is no group to draw" in err
+    assert out.read_text().split() == ["group,path,similarity"]
+    assert list(sheets.iterdir()) == []

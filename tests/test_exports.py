@@ -349,7 +349,7 @@ def test_the_card_of_a_run_says_before_and_after_and_links_its_report():
         "report": "../report.html",
     }
     text = make_card(backbone, about)
-    assert "Fine-tuning took the loss, relative to ln K, from 0.98 to 0.49. Curves, clusters, and the" in text
+    assert "Training moved the loss, relative to ln K, from 0.98 to 0.49; these figures do not say whether" in text
     assert "[report.html](../report.html)" in text
     assert "\nimport timm\nnet = timm.create_model(" in text
     assert "## Licence" in text

@@ -90,6 +90,35 @@ def test_a_function_has_the_options_and_defaults_of_its_command(command, functio
         assert default == (False if option.is_flag else option.default) or default is option.default is None, name
 
 
+@pytest.mark.parametrize(
+    ("function", "arguments", "options", "says"),
+    [
+        ("clusters", (None,), {}, "run=None"),
+        ("clusters", (3,), {}, "int given where a path"),
+        ("clusters", ("run",), {"most": "all"}, "most='all': give a whole number from 1"),
+        ("clusters", ("run",), {"threshold": True}, "threshold=True: give a number from 0.5 to 1"),
+        ("clusters", ("run",), {"threshold": 0.9}, "belongs to --near-duplicates"),
+        ("clusters", ("run",), {"links": None}, "links=None: give absolute"),
+        ("clusters", ("run",), {"out": 3}, "int given where a path"),
+        ("clusters", ("run",), {"near_duplicates": True, "folders": "f"}, "--folders is for clusters"),
+        ("report", (["a", "b"],), {}, "list given where a path"),
+        ("report", ("a", 3), {"out": "x.html"}, "int given where a path"),
+        ("report", ("a", "b"), {}, "pass --out"),
+        ("report", ("a", "b"), {"out": "x.html", "labels": "l"}, "are for the report of one run"),
+        ("report", ("run",), {"sample": 1.5}, "sample=1.5: give a whole number from 0 to 50,000"),
+        ("report", ("run",), {"megabytes": float("nan")}, "megabytes=nan: give a number from 1 to 1,000"),
+        ("report", ("run",), {"evaluation": 7}, "int given where a path"),
+        ("report", ("nowhere",), {}, "is not a RUN"),
+    ],
+)
+def test_a_wrong_argument_of_clusters_and_report_is_one_sentence(function, arguments, options, says, capfd):
+    with pytest.raises(odcft.OdcftError) as refused:
+        getattr(odcft, function)(*arguments, **options)
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_every_argument_and_result_is_annotated():
     for name in FUNCTIONS:
         signature = inspect.signature(getattr(odcft, name))

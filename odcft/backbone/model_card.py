@@ -109,10 +109,15 @@ def before_and_after(about: dict[str, Any]) -> str:
         )
         if all(isinstance(line.get(key), int | float) and abs(line[key]) < 1e30 for line in (first, last))
     ]
-    text = f"Fine-tuning took {' and '.join(moved)}. " if moved else ""
+    text = ""
+    if isinstance(last.get("knn"), int | float) and abs(last["knn"]) < 1e30:
+        text += f"At the end, nearest neighbours on the labelled images of `--eval` were right in {last['knn']:.1f} %. "
+    if moved:
+        text += f"Training moved {' and '.join(moved)}; these figures do not say whether the features got better. "
+    text += "To compare them with those of the checkpoint, run `odcft evaluate RUN LABELLED/`. "
     if about.get("report"):
-        text += f"Curves, clusters, and the neighbours of images before and after: [report.html]({about['report']}). "
-    return text + "Whether its features got better for a task is what `odcft evaluate RUN LABELLED/` measures."
+        text += f"Curves, clusters, and neighbours of images before and after: [report.html]({about['report']})."
+    return text.rstrip()
 
 
 def _numbers(values: tuple[float, ...]) -> str:

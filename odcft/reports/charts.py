@@ -180,7 +180,8 @@ def _in_words(curve: Curve, series: Sequence[tuple[str, str, np.ndarray]], sever
     for run, key, points in series:
         who = (f"{run}, " if several else "") + (f"{key}: " if len(curve.keys) > 1 else "")
         first, last = curve.shown(points[0, 1]), curve.shown(points[-1, 1])
-        said.append(f"{who}from {first} to {last}" if len(points) > 1 else f"{who}{last}")
+        ends = f"from {first} to {last}" if first != last else f"{last} at both ends"
+        said.append(f"{who}{ends if len(points) > 1 else last}")
     text = "; ".join(said)
     return text if several else text[:1].upper() + text[1:]
 

@@ -7,8 +7,11 @@ from odcft.reports.run_record import RunRecord
 from odcft.run.collapse_warnings import CHANCE, warnings
 from odcft.text import count_of
 
-WAITING = 0.2  # share of the time that training waited for images, from which on the loading of images is the brake
+WAITING = 0.2  # share of the time that training waited for images, from which on loading images limits the speed
 MOVING = 0.3  # share of labels that still change at the end, from which on a longer run may settle them
+FEW = 0.1  # share of labels below which the clusters have settled
+HARDLY_ANY = 0.02  # share of labels below which it does not matter whether they become more
+CHANGED = 0.1  # by how much, of the figure before, a figure must differ to have risen or fallen
 LATE = 0.5  # of all epochs: the best kNN accuracy before that says that the run got worse again
 WORSE = 1.0  # points of kNN accuracy below the best
 
@@ -30,7 +33,7 @@ def findings(record: RunRecord) -> list[Finding]:
     problems = warnings(lines, clusters, record.method)
     found = [Finding(False, _TITLES[name], _sentence(text)) for name, text in problems.items()]
     found += _past_problems(record, problems)
-    found += [_loss(record), *_clusters(record, clusters)] if not problems else []
+    found += [_loss(record), *_clusters(record)] if not problems else []
     if record.method != "dc":
         found.append(_labels(record))
     found += [*_waiting(record), *_knn(record), *_images(record)]
@@ -51,7 +54,7 @@ def _past_problems(record: RunRecord, now: Sequence[str] | dict[str, str]) -> li
         steps = [line["step"] for line in record.lines if name in line["warnings"]]
         if steps and name not in now:
             when = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
-            found.append(Finding(True, title, f"The log warned of this at {when}; it is over."))
+            found.append(Finding(True, title, f"The log warned of this at {when}, but not since."))
     return found
 
 
@@ -67,29 +70,49 @@ def _loss(record: RunRecord) -> Finding:
     )
 
 
-def _clusters(record: RunRecord, clusters: int) -> list[Finding]:
+def _clusters(record: RunRecord) -> list[Finding]:
     last = record.full_lines()[-1]
-    effective = clusters ** min(1.0, max(0.0, last["entropy"]))
-    text = f"The clusters are as even as {effective:,.0f} of equal size would be, out of {clusters:,}."
+    even = min(1.0, max(0.0, last["entropy"]))
+    text = f"Their sizes are {even:.0%} as even as they can be (entropy, divided by ln K; 100% if all are equal)."
     if "smallest" in last and "largest" in last:
-        text += f" They hold {last['smallest']:,} to {count_of(last['largest'], 'image')}."
+        text = f"The clusters hold {last['smallest']:,} to {count_of(last['largest'], 'image')}. {text}"
     return [Finding(True, "Clusters", text)]
 
 
 def _labels(record: RunRecord) -> Finding:
-    ratio = record.lines[-1].get("change_ratio")
-    if ratio is None:
+    ratios = [line["change_ratio"] for line in record.lines if "change_ratio" in line]
+    if not ratios:
         return Finding(True, "Labels", "The log does not say how many labels change.")
-    share = f"{ratio:.0%}" if ratio >= 0.01 else f"{ratio:.1%}"
-    if ratio > MOVING and record.finished:
-        return Finding(
-            False,
-            "Labels",
-            f"{share} of the labels still change in a step: the clusters have not settled. Train longer "
-            "(odcft finetune … --resume --epochs with twice as many), or lower memory.momentum.",
-        )
-    settled = "the clusters have settled" if ratio < MOVING / 3 else "the clusters are settling"
-    return Finding(True, "Labels", f"{share} of the labels still change in a step: {settled}.")
+    now, before, rising = ratios[-1], *_trend(ratios)
+    moving = f"{_percent(now)} of the labels change in a step"
+    if now <= HARDLY_ANY:
+        return Finding(True, "Labels", f"{moving}: the clusters have settled.")
+    if before is not None and rising > CHANGED:
+        moving += f", more and more (a quarter of the run ago it was {_percent(before)})"
+    elif before is not None and rising < -CHANGED:
+        moving += f", fewer and fewer (a quarter of the run ago it was {_percent(before)})"
+    longer = "Train longer (odcft finetune … --resume --epochs with twice as many), or lower memory.momentum."
+    if record.finished and (now > MOVING or (now > FEW and rising > CHANGED)):
+        return Finding(False, "Labels", f"{moving}: the clusters have not settled. {longer}")
+    if now <= FEW and rising <= CHANGED:
+        return Finding(True, "Labels", f"{moving}: the clusters have settled.")
+    if rising < -CHANGED:
+        return Finding(True, "Labels", f"{moving}: the clusters are settling.")
+    return Finding(True, "Labels", f"{moving}: the clusters have not settled yet.")
+
+
+def _trend(values: Sequence[float]) -> tuple[float | None, float]:
+    """The mean of the quarter before the last, and by how much of it the last quarter is higher; None if too few."""
+    quarter = len(values) // 4
+    if quarter < 2:
+        return None, 0.0
+    before = sum(values[-2 * quarter : -quarter]) / quarter
+    last = sum(values[-quarter:]) / quarter
+    return before, (last - before) / max(before, 1e-9)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else f"{share:.1%}"
 
 
 def _waiting(record: RunRecord) -> list[Finding]:

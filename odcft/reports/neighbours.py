@@ -70,7 +70,9 @@ def before_and_after(
         OdcftError: the backbone of the RUN cannot be loaded.
     """
     sample = images.take(rows)
-    names = [name for name in BACKBONES if (run / name).is_dir()] or ["backbone"]
+    names = [name for name in BACKBONES if (run / name).is_dir()]
+    if not names:
+        raise OdcftError(f"{run} has no backbone.")
     after = [load_backbone(str(run / name)) for name in names]
     ckpts, why = find_starting_checkpoints(str(run), len(after))
     before: list[Loaded] = []

@@ -39,7 +39,7 @@ def refuse_places(outputs: Mapping[str, Path | None], run: Path, data: str | Non
 
 def refuse_inside_run(out: Path) -> None:
     """Refuse a place in a RUN or a memory."""
-    folders = dict.fromkeys(folder for path in (_absolute(out), out.resolve()) for folder in (path, *path.parents))
+    folders = dict.fromkeys(folder for path in (_absolute(out), _real(out)) for folder in (path, *path.parents))
     for folder in folders:
         for kind, files in OURS.items():
             with suppress(OSError):
@@ -63,8 +63,12 @@ def refuse_among_images(out: Path, run: Path, data: str | None) -> None:
 
 
 def _lies_in(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve()) or _absolute(path).is_relative_to(_absolute(folder))
+    return _real(path).is_relative_to(_real(folder)) or _absolute(path).is_relative_to(_absolute(folder))
 
 
 def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))

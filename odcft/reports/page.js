@@ -203,7 +203,7 @@
   const position = new Map(neighbours ? neighbours.of.map((image, i) => [image, i]) : []);
 
   function sides(image) {
-    if (data.company) return data.company.titles.map((title, i) => side(title, company(i, image), image));
+    if (data.mates) return data.mates.titles.map((title, i) => side(title, mates(i, image), image));
     const at = position.get(image);
     if (at === undefined) return [];
     const both = neighbours.before ? [side("Before", neighbours.before[at], image)] : [];
@@ -211,17 +211,17 @@
   }
 
   // Two runs compared: the images that are nearest to the centroid of the cluster that each run put an image in.
-  const companies = [];
-  function company(run, image) {
-    const cluster = run ? images.cluster : data.company.cluster;
-    if (!companies[run]) {
-      companies[run] = new Map();
+  const known = [];
+  function mates(run, image) {
+    const cluster = run ? images.cluster : data.mates.cluster;
+    if (!known[run]) {
+      known[run] = new Map();
       for (let i = 0; i < count; i++) {
-        if (!companies[run].has(cluster[i])) companies[run].set(cluster[i], []);
-        companies[run].get(cluster[i]).push(i);
+        if (!known[run].has(cluster[i])) known[run].set(cluster[i], []);
+        known[run].get(cluster[i]).push(i);
       }
     }
-    const list = companies[run].get(cluster[image]).filter((other) => other !== image);
+    const list = known[run].get(cluster[image]).filter((other) => other !== image);
     return list.sort((a, b) => Boolean(encoded[b]) - Boolean(encoded[a])).slice(0, 16);
   }
 
@@ -239,8 +239,8 @@
     const both = make("div", "sides example");
     both.append(...sides(image));
     element("opened-body").append(top);
-    if (both.childElementCount) element("opened-body").append(make("h3", "", data.company ? "Company" : "Nearest neighbours in the sample"), both);
-    else if (neighbours) element("opened-body").append(make("p", "", "This image is not in the sample of which neighbours are known; odcft report --sample takes more."));
+    if (both.childElementCount) element("opened-body").append(make("h3", "", data.mates ? "Mates in the same cluster" : "Nearest neighbours in the sample"), both);
+    else if (neighbours) element("opened-body").append(make("p", "", "The neighbours of this image are not known: it is not in the sample. odcft report --sample takes a larger one."));
   }
 
   function showExamples() {
@@ -266,6 +266,8 @@
 
   // ---- what the reader does
 
+  const numberOf = (link) => Number(link.getAttribute("xlink:href").replace("#cluster-", ""));
+
   document.addEventListener("click", (event) => {
     const button = event.target.closest("[data-cluster], [data-image]");
     if (button) {
@@ -275,10 +277,11 @@
     const link = event.target.closest(".map a");
     if (link) {
       event.preventDefault();
-      const k = rowOf.get(Number(link.getAttribute("xlink:href").replace("#cluster-", "")));
+      const k = rowOf.get(numberOf(link));
       if (k !== undefined) open({ cluster: k });
     }
   });
+  addEventListener("beforeprint", () => { for (const img of document.images) img.loading = "eager"; });
   element("close").addEventListener("click", () => dialog.close());
   element("back").addEventListener("click", () => { trail.pop(); show(trail[trail.length - 1]); });
   dialog.addEventListener("close", () => { trail = []; });
@@ -301,12 +304,12 @@
     if (data.sort) element("sort").value = sorts.findIndex(([key, , sign]) => key === data.sort && sign === 1);
     sortClusters();
     showPage();
-    for (const link of document.querySelectorAll(".map a")) {
-      const k = rowOf.get(Number(link.getAttribute("xlink:href").replace("#cluster-", "")));
-      if (k === undefined) continue;
+    document.addEventListener("pointerover", (event) => {  // titles of ten thousand points would slow the page down
+      const link = event.target.closest(".map a"), k = link ? rowOf.get(numberOf(link)) : undefined;
+      if (k === undefined || link.querySelector("title")) return;
       const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
       title.textContent = `Cluster ${clusters.id[k]}, ${facts(k).join(", ")}`;
       link.append(title);
-    }
+    });
   }
 })();

@@ -39,7 +39,7 @@ class Page:
         charts: curves.
         map: of the clusters.
         about_clusters: what the gallery shows.
-        about_neighbours: what the neighbours are.
+        about_neighbours: what the neighbours are, and the title of their section.
         classes: clusters against labels.
         recipe: as YAML.
         notes: what is missing from the report, and why.
@@ -61,6 +61,7 @@ class Page:
     map: Chart | None = None
     about_clusters: str = ""
     about_neighbours: str = ""
+    neighbours_title: str = "Neighbours"
     classes: ClassAgreement | None = None
     recipe: str = ""
     notes: list[str] = field(default_factory=list)

@@ -66,14 +66,19 @@ def pictures_of(page: Path) -> Iterator[None]:
     try:
         yield
         if new.is_dir():
-            clear_folder(folder, PICTURE_FILES)
-            folder.rmdir()
-            new.rename(folder)
-    except OSError as error:
-        raise OdcftError(f"{folder} cannot be written: {error.strerror or error}. Choose another --out.") from None
+            _put(new, folder)
     finally:
         with suppress(OSError):
             remove(new)
+
+
+def _put(new: Path, folder: Path) -> None:
+    try:
+        clear_folder(folder, PICTURE_FILES)
+        folder.rmdir()
+        new.rename(folder)
+    except OSError as error:
+        raise OdcftError(f"{folder} cannot be written: {error.strerror or error}. Choose another --out.") from None
 
 
 def write_pictures(

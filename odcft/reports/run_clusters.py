@@ -29,9 +29,10 @@ from odcft.run import snapshot_files
 from odcft.run.clusters_parquet import read_cluster_rows
 from odcft.run.folder import read_quarantine
 from odcft.run.memory_folder import open_memory
-from odcft.text import count_of
+from odcft.text import count_of, short_repr
 
 MEMORY = "memory.json"  # what a folder of `odcft init-memory` has instead of run.json
+MAX_SAID = 1000  # characters of a path from a file, in a message
 PIECE = 1 << 16  # rows whose distances are computed at a time
 
 
@@ -227,14 +228,15 @@ def place_of_images(run: Path) -> str:
     data, absolute = about.get("data"), about.get("data_path")
     if not isinstance(data, str) or not data:
         raise OdcftError(f"{file} does not say where the images are. Pass --data DATA.")
+    said = short_repr(data, MAX_SAID, quotes=False)
     if is_url(data):
-        raise OdcftError(f"{run} was run on {data}. Nothing is fetched unasked: pass --data {data} if it should be.")
+        raise OdcftError(f"{run} was run on {said}. Nothing is fetched unasked: pass --data {said} if it should be.")
     places = [absolute] if isinstance(absolute, str) else []
     places += [data, *(os.path.join(folder, data) for folder in run.absolute().parents)]
     for place in places:
         if os.path.exists(place) or (glob.has_magic(place) and glob.glob(place)):
             return place
-    raise OdcftError(f"{run} was run on {data}, which does not exist here. Pass where it is now: --data DATA.")
+    raise OdcftError(f"{run} was run on {said}, which does not exist here. Pass where it is now: --data DATA.")
 
 
 def _view_of(run: Path) -> View:

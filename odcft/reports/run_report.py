@@ -38,9 +38,11 @@ from odcft.text import count_of, printable, short_repr
 
 SAMPLE = 2000  # images among which neighbours are looked for
 MEGABYTES = 30.0  # of the page, at most
+DEFAULTS = {"sample": SAMPLE, "megabytes": MEGABYTES}
 SIDES = ((6000, 160), (3500, 112), (2000, 80), (0, 64))  # bytes there are for a thumbnail, and its side in pixels
 NAMES_SHARE = 0.2  # of the page that file names may take, at most
 ROUGH_NAME = 45  # bytes that an image takes in the page besides its name
+MAX_MAP, MAX_DIM = 20_000, 8192  # clusters on the map, and numbers of a centroid
 MAX_NAME = 300  # characters of a name of run.json
 EXAMPLES = 40  # images whose neighbours the page shows, some at a time
 
@@ -114,6 +116,11 @@ def report(
     if all_pictures:
         refuse_picture_folder(place)
     page = first_page(record)
+    if images is None:  # asked for by the user
+        given = {"data": data, "labels": labels, "evaluation": evaluation, "sample": sample, "megabytes": megabytes}
+        page.command = again(
+            folder, **given, all_pictures=all_pictures, reader=reader, out=out, overwrite=out is not None
+        )
     if isinstance(evaluation, str | Path) and not is_evaluation_file(evaluation):
         evaluation = evaluate_run(folder, str(evaluation), reader, progress)
     page.verdict, page.verdict_kind = read_verdict(evaluation)
@@ -152,8 +159,19 @@ def first_page(record: RunRecord) -> Page:
     page = Page(f"Fine-tuning report: {printable(name)}", lead(record), facts=facts(record), findings=findings(record))
     page.charts = draw_curves({name: record.lines}) if record.lines else []
     page.recipe = record.recipe_text
-    page.command = f"Write it again: {shlex.join(['odcft', 'report', printable(record.folder)])}"
+    page.command = again(record.folder)
     return page
+
+
+def again(run: Path, **options: Any) -> str:
+    """How to write a report again, with the options that were given."""
+    words = ["odcft", "report", str(run)]
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, str | Path | int | float) and value is not False and value != DEFAULTS.get(name):
+            words += [option] if value is True else [option, str(value)]
+    text = f"Write it again: {printable(shlex.join(words))}"
+    return f"{text} (and --evaluation for the verdict)" if isinstance(options.get("evaluation"), Mapping) else text
 
 
 def lead(record: RunRecord) -> str:
@@ -258,7 +276,10 @@ def _add_clusters(
     page.classes = classes
     page.about_clusters = explain_columns(record, gallery)
     page.charts.append(draw_sizes(gallery.size_K))
-    if (centroids := record.centroids_KD) is not None and int(gallery.ids.max()) < len(centroids):
+    centroids = record.centroids_KD
+    if len(gallery.ids) > MAX_MAP:
+        page.notes.append(f"No map: it shows at most {MAX_MAP:,} clusters.")
+    elif centroids is not None and int(gallery.ids.max()) < len(centroids) and centroids.shape[1] <= MAX_DIM:
         with progress.waiting("Laying out the map of the clusters …"):
             page.map = draw_map(gallery.ids, centroids[gallery.ids], gallery.size_K)
     page.notes += [pictures.why] if pictures.why else []
@@ -414,11 +435,17 @@ def add_pictures(
     if pictures.images is None:
         return 0, {}
     index_L = pictures.index_N[listed]
-    left = megabytes * 1e6 - len(render(page)) - 2 * len(listed)
-    room = max(0.0, left) * 3 / 4  # base64
+    room = max(0.0, megabytes * 1e6 - len(render(page)) - 2 * len(listed)) * 3 / 4  # base64
     side = next(side for least, side in SIDES if room / max(1, min(wanted, len(listed))) >= least)
     present = index_L[index_L >= 0]
-    expected = min(len(present), int(room / (side * side / 4)) + 1)
+    left = expected = min(len(present), int(room / (side * side / 6)) + 1)
+
+    def count(done: int) -> None:
+        nonlocal left
+        if left:  # small thumbnails may be more than expected
+            advance(min(left, done))
+            left -= min(left, done)
+
     with progress.phase("Thumbnails", expected) as advance:
         made, unreadable = make_thumbnails(
             pictures.images,
@@ -428,7 +455,7 @@ def add_pictures(
             most_bytes=room,
             threads=cores_of_rank(),
             most_seconds=seconds,
-            advance=advance,
+            advance=count,
         )
     page.thumbnails = [made.get(int(index), b"") for index in index_L]
     while page.thumbnails and not page.thumbnails[-1]:

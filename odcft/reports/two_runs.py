@@ -1,4 +1,4 @@
-"""Two runs compared: their curves in the same axes, and which images changed company.
+"""Two runs compared: their curves in the same axes, and which images they group differently.
 
 Shapes: N images that both runs have, K clusters of the second run.
 """
@@ -22,9 +22,9 @@ from odcft.reports.output_places import refuse_places
 from odcft.reports.page import Page, refuse_page, write_page
 from odcft.reports.run_record import Assignment, RunRecord, read_run
 from odcft.reports.run_report import MEGABYTES, add_pictures, facts, find_pictures, lead, page_data, that_fit
-from odcft.text import printable
+from odcft.text import count_of, printable
 
-EXAMPLES = 40  # of the images that changed company most
+EXAMPLES = 40  # of the images that the runs group most differently
 
 
 def compare_runs(
@@ -50,7 +50,7 @@ def compare_runs(
         progress: where to report.
 
     Returns:
-        `out`, `bytes`, `images` (in both runs), `nmi` and `kept` (the mean share of company kept), `pictures`, `notes`;
+        `out`, `bytes`, `images` (in both runs), `nmi`, `kept` (the mean of `mates_kept`), `pictures`, `notes`;
         without clusters to compare, `images` is 0, and `nmi` and `kept` are None.
 
     Raises:
@@ -62,7 +62,10 @@ def compare_runs(
     for record in records:
         refuse_places({"--out": place}, record.folder, data)
     refuse_page(place, overwrite)
-    page = Page(f"Two runs compared: {names[0]} and {names[1]}", " ".join(lead(record) for record in records))
+    page = Page(
+        f"Two runs compared: {names[0]} and {names[1]}",
+        " ".join(f"{name}: {lead(record)}" for name, record in zip(names, records, strict=True)),
+    )
     page.facts = [
         (f"{title}, {name}", value) for name, r in zip(names, records, strict=True) for title, value in facts(r)
     ]
@@ -72,7 +75,7 @@ def compare_runs(
     if records[0].clusters is None or records[1].clusters is None:
         page.notes.append("Clusters can be compared once both runs have ended.")
     else:
-        counts |= _add_company(page, names, records, data, reader, megabytes, progress)
+        counts |= _add_mates(page, names, records, data, reader, megabytes, progress)
     size = write_page(page, place)
     return {"out": str(place), "bytes": size, **counts, "notes": page.notes}
 
@@ -82,8 +85,8 @@ def describe(values: Mapping[str, Any]) -> list[str]:
     lines = [f"Wrote {values['out']} ({values['bytes'] / 1e6:.1f} MB)."]
     if values["images"]:
         lines.append(
-            f"Company     {values['kept']:.0%} of it kept, on average, by {values['images']:,} images "
-            f"(NMI of the clusterings {values['nmi']:.2f})"
+            f"Same mates  {values['kept']:.0%} of an image's cluster mates are the same in both runs, on average over "
+            f"{count_of(values['images'], 'image')} (NMI of the clusterings {values['nmi']:.2f})"
         )
     return [*lines, *(f"Note        {note}" for note in values["notes"])]
 
@@ -107,8 +110,8 @@ def _findings(names: list[str], records: list[RunRecord]) -> list[Finding]:
     return sorted(found, key=lambda finding: finding.fine)
 
 
-def company_kept(one_N: np.ndarray, other_N: np.ndarray) -> np.ndarray:
-    """Of each image: the images with it in both clusterings, divided by those with it in either; itself not counted.
+def mates_kept(one_N: np.ndarray, other_N: np.ndarray) -> np.ndarray:
+    """Of each image: those that share its cluster in both clusterings, divided by those that do in either.
 
     1 for an image that is alone in both.
     """
@@ -122,7 +125,7 @@ def company_kept(one_N: np.ndarray, other_N: np.ndarray) -> np.ndarray:
     return np.where(either_N > 0, together_N / np.maximum(either_N, 1), 1.0)
 
 
-def _add_company(
+def _add_mates(
     page: Page,
     names: list[str],
     records: list[RunRecord],
@@ -131,7 +134,7 @@ def _add_company(
     megabytes: float,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Add the clusters of the second run, how much company each kept, and the pictures."""
+    """Add the clusters of the second run, how many mates their images keep, and the pictures."""
     first, second = records[0].clusters, records[1].clusters
     assert first is not None
     assert second is not None
@@ -144,28 +147,30 @@ def _add_company(
     before_N = np.array([cluster_of[name] for name in common.names], np.int64)
     record = replace(records[1], clusters=common, earlier_N=None)
     gallery = make_gallery(common)
-    kept_N = company_kept(before_N, common.cluster_N)
+    kept_N = mates_kept(before_N, common.cluster_N)
     gallery.stability_K = np.bincount(gallery.row_N, kept_N) / gallery.size_K
     agreement = nmi(before_N, common.cluster_N)
     changed = np.argsort(kept_N, kind="stable")
     listed = that_fit(by_importance(gallery), common.names, megabytes)
     listed = listed[np.lexsort((np.arange(len(listed)), ~np.isin(listed, changed[:EXAMPLES])))]
     page.data = page_data(record, gallery, None, listed)
-    page.data["clusters"]["names"] = {"stability": "company kept"}
+    page.data["clusters"]["names"] = {"stability": "same mates"}
     page.data["sort"] = "stability"
     _, before_N = np.unique(before_N, return_inverse=True)
-    page.data["company"] = {"cluster": before_N[listed].tolist(), "titles": [f"In {name}" for name in names]}
+    page.data["mates"] = {"cluster": before_N[listed].tolist(), "titles": [f"In {name}" for name in names]}
     place = np.full(len(both), -1, np.int64)
     place[listed] = np.arange(len(listed))
     page.data["examples"] = [i for i in place[changed[:EXAMPLES]].tolist() if i >= 0]
+    page.neighbours_title = "Images that the runs group differently"
     page.about_neighbours = (
-        f"Of the images that share a cluster with an image in {names[0]} or in {names[1]}, {kept_N.mean():.0%} do in "
-        f"both, on average; the NMI of the two clusterings is {agreement:.2f}, over {len(both):,} images. Below are "
-        "the images that changed company most, with some of their company in either run."
+        f"The mates of an image are the others in its cluster. Of the mates it has in {names[0]} or in {names[1]}, "
+        f"it has {kept_N.mean():.0%} in both, on average over {len(both):,} images. (The NMI of the two clusterings is "
+        f"{agreement:.2f}; 1 means that they are the same.) Below are the images whose mates differ most, with some of "
+        "their mates in either run."
     )
     page.about_clusters = (
-        f"The clusters of {names[1]}, those that kept least company first. Company kept is the mean, over a cluster's "
-        "images, of that share."
+        f"The clusters of {names[1]}, those that differ most from {names[0]} first. Same mates is the mean, over the "
+        "images of a cluster, of the share above."
     )
     left_out = max(len(first.names), len(second.names)) - len(both)
     if left_out:

@@ -16,7 +16,7 @@ def test_curves_say_in_words_where_they_begin_and_end():
     drawn = {chart.name: chart for chart in charts.draw_curves({"a run of $5": lines})}
     assert set(drawn) == set(charts.CURVES) - {"knn"}
     assert drawn["loss"].words.endswith("From 0.90 to 0.88.")
-    assert "Largest: from 9 to 9; smallest: from 2 to 2." in drawn["sizes"].words
+    assert "Largest: 9 at both ends; smallest: 2 at both ends." in drawn["sizes"].words
     svg = drawn["loss"].svg
     assert svg.startswith("<svg ")
     assert "currentColor" in svg
@@ -31,7 +31,7 @@ def test_two_runs_share_axes_and_have_a_legend():
     (chart,) = [c for c in charts.draw_curves({"one $x^2$": lines, "two": lines}) if c.name == "loss"]
     assert "var(--series-2)" in chart.svg
     assert "one $x^2$" in chart.svg
-    assert "one $x^2$, from 0.90 to 0.90; two, from" in chart.words
+    assert "one $x^2$, 0.90 at both ends; two, 0.90" in chart.words
 
 
 def test_odd_figures_are_drawn():

@@ -29,7 +29,7 @@ def test_a_healthy_run_has_no_problem():
     said = " ".join(finding.text for finding in findings(record_of(lines)))
     assert "The loss went from 0.90 to 0.85 of ln K" in said
     assert "the clusters have settled" in said
-    assert "They hold 2 to 9 images" in said
+    assert "The clusters hold 2 to 9 images. Their sizes are 97% as even as they can be" in said
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,31 @@ def test_each_problem_is_named_with_what_helps(figures, about, says):
     assert says in found[about]
 
 
+@pytest.mark.parametrize(
+    ("ratios", "finished", "fine", "says"),
+    [
+        ([0.4 - step / 150 for step in range(48)], True, True, "9% of the labels change in a step, fewer and fewer"),
+        ([0.5 - step / 150 for step in range(48)], True, True, "the clusters are settling"),
+        ([0.05 + step / 400 for step in range(48)], True, False, "17% of the labels change in a step, more and more"),
+        ([0.05 + step / 400 for step in range(48)], False, True, "the clusters have not settled yet"),
+        ([0.2] * 48, True, True, "20% of the labels change in a step: the clusters have not settled yet"),
+        ([0.02, 0.03], True, True, "the clusters have settled"),
+        (
+            [0.001 + step / 9000 for step in range(48)],
+            True,
+            True,
+            "0.6% of the labels change in a step: the clusters have settled",
+        ),
+        ([0.4] * 48, True, False, "the clusters have not settled. Train longer"),
+    ],
+)
+def test_labels_are_judged_by_where_they_are_and_where_they_go(ratios, finished, fine, says):
+    lines = [line_of(step, change_ratio=ratio) for step, ratio in enumerate(ratios)]
+    (labels,) = (one for one in findings(record_of(lines, finished=finished)) if one.about == "Labels")
+    assert labels.fine == fine
+    assert says in labels.text
+
+
 def test_a_best_epoch_long_ago_and_unreadable_images_are_told():
     lines = [line_of(step, change_ratio=0.02, knn=70.0 if step == 5 else 60.0) for step in range(40)]
     found = problems(lines, unreadable={"a.png": "cut"})
@@ -61,7 +86,7 @@ def test_a_best_epoch_long_ago_and_unreadable_images_are_told():
 def test_a_warning_that_is_over_is_told_as_such():
     lines = [line_of(step, change_ratio=0.02, warnings=["uneven"] if step in (12, 13) else []) for step in range(40)]
     record = record_of(lines)
-    (over,) = [finding for finding in findings(record) if "it is over" in finding.text]
+    (over,) = [finding for finding in findings(record) if "but not since" in finding.text]
     assert over.fine
     assert "steps 12 to 13" in over.text
 

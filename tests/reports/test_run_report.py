@@ -261,6 +261,7 @@ def test_labelled_images_give_the_verdict_that_evaluate_gives(make_run, tmp_path
     monkeypatch.setattr("odcft.evaluation.any_protocol.evaluate_any", evaluate_any)
     report(run, evaluation="labelled/", **QUIET)
     assert asked == [(str(run), "labelled/", ("svm", "knn"))]
+    assert f"odcft report {run} --evaluation labelled/ --sample 0" in (run / "report.html").read_text()
     assert "kNN top-1 70.0 before, 75.0 after" in (run / "report.html").read_text()
 
 
