@@ -1,6 +1,7 @@
 """Arguments that a Python program gives: the command line's have the right types already."""
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 from odcft.errors import OdcftError
@@ -35,7 +36,9 @@ def _wanted(name: str, value: Any) -> str:
         return "" if isinstance(value, bool) else "True or False"
     if name == "size":
         least, most = SIZES
-        right = value is None or (isinstance(value, int) and not isinstance(value, bool) and least <= value <= most)
+        right = value is None or (
+            isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
+        )
         return "" if right else f"a whole number from {least} to {most:,}, or None"
     if name == "protocol":
         several = isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
