@@ -36,10 +36,8 @@ def _wanted(name: str, value: Any) -> str:
         return "" if isinstance(value, bool) else "True or False"
     if name == "size":
         least, most = SIZES
-        right = value is None or (
-            isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
-        )
-        return "" if right else f"a whole number from {least} to {most:,}, or None"
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        return "" if value is None or (whole and least <= int(value) <= most) else f"a number from {least} to {most:,}"
     if name == "protocol":
         several = isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
         return (
