@@ -630,10 +630,8 @@ def clusters(
     """
     from odcft.progress import Progress
 
-    if not isinstance(links, str):
-        raise OdcftError(f"links={links!r}: give absolute, relative or copy.")
-    most = _number("most", most, 1, 1 << 20, whole=True)
-    threshold = _number("threshold", threshold, 0.5, 1)
+    most = _in_range("most", most, 1, 1 << 20)
+    threshold = _in_range("threshold", threshold, 0.5, 1)
     given: dict[str, Any] = {"out": _path(out), "sheets": _path(sheets), "data": _text(data)}
     given |= {"reader": reader, "overwrite": overwrite, "progress": Progress(quiet=not progress)}
     given |= {} if most is None else {"most": most}
@@ -643,12 +641,12 @@ def clusters(
         if folders is not None:
             raise OdcftError("--folders is for clusters; with --near-duplicates use --sheets or --out.")
         given |= {} if threshold is None else {"threshold": threshold}
-        return find(_run(run), **given)
+        return find(Path(_text(run)), **given)
     from odcft.cluster_listing import clusters as list_clusters
 
     if threshold is not None:
         raise OdcftError("--threshold belongs to --near-duplicates. Add that, or drop it.")
-    return list_clusters(_run(run), folders=_path(folders), links=links, **given)
+    return list_clusters(Path(_text(run)), folders=_path(folders), links=links, **given)
 
 
 @checked
@@ -693,8 +691,8 @@ def report(
     from odcft.progress import Progress
 
     shared: dict[str, Any] = {"data": _text(data), "reader": reader, "overwrite": overwrite}
-    shared |= {"megabytes": _number("megabytes", megabytes, 1, 1000), "progress": Progress(quiet=not progress)}
-    sample = _number("sample", sample, 0, 50_000, whole=True)
+    shared |= {"megabytes": _in_range("megabytes", megabytes, 1, 1000), "progress": Progress(quiet=not progress)}
+    sample = _in_range("sample", sample, 0, 50_000)
     if other is not None:
         from odcft.reports.two_runs import compare_runs
 
@@ -702,29 +700,21 @@ def report(
             raise OdcftError("A comparison of two runs belongs to neither: pass --out FILE.html.")
         if labels is not None or evaluation is not None or all_pictures:
             raise OdcftError("--labels, --evaluation and --all-pictures are for the report of one run. Drop them.")
-        return compare_runs(_run(run), _run(other), Path(_text(out)), **shared)
+        return compare_runs(Path(_text(run)), Path(_text(other)), Path(_text(out)), **shared)
     from odcft.reports.run_report import report as write
 
     if evaluation is not None and not isinstance(evaluation, Mapping):
         evaluation = _text(evaluation)
     own: dict[str, Any] = {"labels": _text(labels), "evaluation": evaluation, "sample": sample}
-    return write(_run(run), out=_path(out), all_pictures=all_pictures, **own, **shared)
+    return write(Path(_text(run)), out=_path(out), all_pictures=all_pictures, **own, **shared)
 
 
-def _run(run: Any) -> Path:
-    if run is None:
-        raise OdcftError("run=None: give the folder that `fine_tune` wrote.")
-    return Path(_text(run))
-
-
-def _number(name: str, value: Any, least: float, most: float, *, whole: bool = False) -> Any:
+def _in_range(name: str, value: Any, least: float, most: float) -> Any:
     """A number of a range; None stays None.
 
     Raises:
-        OdcftError: it is something else.
+        OdcftError: it is outside of it.
     """
-    kinds = int if whole else int | float
-    if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most):
-        what = "a whole number" if whole else "a number"
-        raise OdcftError(f"{name}={value!r}: give {what} from {least:,} to {most:,}.")
+    if value is not None and not least <= value <= most:
+        raise OdcftError(f"{name}={value}: give a number from {least:,} to {most:,}.")
     return value

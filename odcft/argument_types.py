@@ -3,6 +3,7 @@
 import collections.abc
 import functools
 import inspect
+import numbers
 import os
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ from odcft.text import short_repr
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _NAMES = {str: "a str", int: "an int", float: "a number", bool: "True or False", type(None): "None"}
+_ALSO = {int: numbers.Integral, float: numbers.Real}  # numpy's too
 
 
 def checked(function: _Function) -> _Function:
@@ -57,8 +59,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list | tuple) and all(_fits(one, parts[0]) for one in value)
     if kind is collections.abc.Mapping:
         return isinstance(value, Mapping) and all(_fits(name, parts[0]) for name in value)
-    if kind is float:
-        kind = (int, float)
+    kind = _ALSO.get(kind, kind)
     return isinstance(value, kind) and not (isinstance(value, bool) and hint is not bool)
 
 

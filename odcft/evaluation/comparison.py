@@ -247,7 +247,9 @@ def load_starting_checkpoints(column: Column, progress: Any) -> list["Loaded"]:
     except OdcftError as error:
         loaded, reason = [], str(error).rstrip(".")
     if reason:
-        progress.say(f"Before      no column: {reason}. To compare, evaluate that checkpoint on its own.")
+        progress.say(
+            f"Before      not shown: {reason}. To compare, give the checkpoint as well: odcft evaluate RUN CKPT DATA"
+        )
     return loaded
 
 

@@ -80,7 +80,7 @@ def evaluate_unlabelled(
     measured = []
     for column, (clean_NF, views_NVF) in zip(columns, features, strict=True):
         _refuse_not_finite(column.source, clean_NF[good], views_NVF[good])
-        with progress.waiting(f"Measures{column.suffix}"):
+        with progress.waiting(f"Measuring   {column.source}"):
             measured.append(measure(clean_NF[good], views_NVF[good]))
     counts = {"images": len(good), "found": len(found), "unreadable": len(unreadable)}
     return {**_compared(columns, measured, len(sources) > 1), **counts, "views": VIEWS, "seed": SEED}

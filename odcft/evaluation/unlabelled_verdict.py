@@ -64,13 +64,13 @@ def judge(before: Measures, after: Measures) -> tuple[str, str]:
     rose, count = sum(change > 0 for change in alike), len(alike)
     if found == CANNOT_TELL:
         why = "the measures changed too little, or disagree"
-        return found, f"{why}. Of {count} runs of ours like this the labelled score rose in {rose}."
+        return found, f"{why}. In {rose} of our {count} runs like this, the labelled score rose."
     if found == BETTER:
         why = "more of an image's neighbours stay when it is augmented, and the features kept their rank"
-        return found, f"{why}. In {rose} of {count} runs of ours with this pattern the labelled score rose, too."
+        return found, f"{why}. In {rose} of our {count} runs like this, the labelled score rose too."
     lost = math.exp(change_of("effective_rank", before, after)) < RULE.rank_lost
     why = "the features lost rank" if lost else "fewer of an image's neighbours stay when it is augmented"
-    return found, f"{why}. In {count - rose} of {count} runs of ours with this verdict the labelled score fell, too."
+    return found, f"{why}. In {count - rose} of our {count} runs with this verdict, the labelled score fell too."
 
 
 def said_of(pair: Mapping[str, Any]) -> str:

@@ -70,8 +70,8 @@ def test_the_sentence_counts_the_runs_that_were_held_back():
     said, reason = judge(before, collapsed)
     assert said == WORSE
     assert reason.startswith("the features lost rank. ")
-    assert f"In {sum(change < 0 for change in alike)} of {len(alike)} runs of ours" in reason
-    assert judge(before, before)[1].startswith("the measures changed too little, or disagree. Of ")
+    assert f"In {sum(change < 0 for change in alike)} of our {len(alike)} runs" in reason
+    assert judge(before, before)[1].startswith("the measures changed too little, or disagree. In ")
 
 
 def test_the_table_of_runs():
