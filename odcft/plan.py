@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from odcft.backbone.activation_memory import bytes_per_image
+from odcft.backbone.frozen_stages import check_freezing
 from odcft.backbone.input_resizing import USUAL_SIZE
 from odcft.backbone.load import Loaded
 from odcft.backbone.network import Backbone
@@ -149,6 +150,7 @@ def make_plan(
         for backbone in backbones:
             backbone.save_activations_at_blocks_only()
     for backbone in backbones:
+        notes += [note] if (note := check_freezing(backbone, recipe.optim.freeze)) else []
         _refuse_size(backbone, size)
         if backbone.fixed_size and size != backbone.size:
             notes.append(

@@ -218,6 +218,9 @@ class OptimRecipe(_Group):
     head_momentum: float = Field(0.0, ge=0, lt=1)  # the head's own (official code, after DeepCluster)
     head_lr: float = Field(1.0, gt=0)  # the head's learning rate, as a multiple of lr
     weight_decay: float = Field(1e-5, ge=0)  # sgd: of all weights; adamw: of matrices and filters
+    # how many of the backbone's first stages keep their weights and statistics: 1: the stem, 2: also the first stage
+    # or transformer block, … Their backward pass is saved
+    freeze: int = Field(0, ge=0)
     # in how many parts, one after the other, a process computes its batch: the batch stays the same and needs less
     # memory, but batch norm sees one part at a time; auto: as few as fit on the GPU
     accumulate: Auto | Annotated[int, Field(ge=1, le=MAX_PARTS)] = 1

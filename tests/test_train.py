@@ -250,7 +250,7 @@ FIELDS = {
     "memory.centroid_interval": 1, "memory.min_cluster": 5, "memory.variant": "official", "memory.reweight": False,
     "memory.dtype": "float16", "kmeans.iterations": 1, "optim.epochs": 3, "optim.batch_size": 6, "optim.lr": 0.01,
     "optim.schedule": "step", "optim.warmup_epochs": 1.0, "optim.momentum": 0.0, "optim.head_momentum": 0.0,
-    "method": "dc", "optim.optimizer": "adamw", "optim.head_lr": 10.0, "optim.weight_decay": 0.1,
+    "method": "dc", "optim.optimizer": "adamw", "optim.head_lr": 10.0, "optim.freeze": 2, "optim.weight_decay": 0.1,
     "optim.precision": "bfloat16",
 }  # fmt: skip
 # Speed and speech only: they must not change the backbone.
