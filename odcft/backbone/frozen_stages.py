@@ -33,14 +33,14 @@ def stages_by_depth(net: nn.Module) -> list[list[str]]:
     return [groups[number] for number in sorted(groups)]
 
 
-def check_freezing(backbone: Backbone, count: int) -> str:
-    """Refuse to freeze more stages than leave something to learn; a note for the user on what is frozen, if anything.
+def check_freezing(backbone: Backbone, count: int) -> list[str]:
+    """Refuse to freeze more stages than leave something to learn; notes for the user on what is frozen.
 
     Raises:
         OdcftError: the network has no more than `count` stages.
     """
     if not count:
-        return ""
+        return []
     stages = stages_by_depth(backbone.net)
     if count >= len(stages):
         most = (
@@ -48,7 +48,7 @@ def check_freezing(backbone: Backbone, count: int) -> str:
         )
         raise OdcftError(f"optim.freeze={count} leaves nothing of {backbone.arch} to learn: {most}.")
     parts = _outermost(backbone.net, {name for stage in stages[:count] for name in stage})
-    return f"Frozen (optim.freeze={count} of the {len(stages)} stages of {backbone.arch}): {', '.join(parts)}."
+    return [f"Frozen (optim.freeze={count} of the {len(stages)} stages of {backbone.arch}): {', '.join(parts)}."]
 
 
 def freeze_stages(backbone: Backbone, count: int) -> None:

@@ -54,9 +54,9 @@ def test_nothing_is_frozen_by_default():
 
 def test_what_is_frozen_is_named_and_freezing_everything_is_refused():
     backbone = load_backbone("scratch:test_resnet").backbone
-    assert check_freezing(backbone, 0) == ""
+    assert check_freezing(backbone, 0) == []
     note = "Frozen (optim.freeze=2 of the 5 stages of test_resnet): conv1, bn1, layer1."
-    assert check_freezing(backbone, 2) == note
+    assert check_freezing(backbone, 2) == [note]
     check_freezing(backbone, 4)
     with pytest.raises(OdcftError, match=r"optim\.freeze=5 leaves nothing of test_resnet to learn.*4 is the maximum"):
         check_freezing(backbone, 5)
