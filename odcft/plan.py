@@ -164,8 +164,7 @@ def make_plan(
     if bands != 3 and any((plan.augment.saturation, plan.augment.hue, plan.augment.gray)):
         notes.append(f"Images of {bands} bands have no colours: augment.saturation, hue and gray are not applied.")
     _refuse_contradictions(plan)
-    if clustered and plan.memory.start_layer != LAST:
-        _refuse_start_layer(plan, backbones)
+    notes += _check_first_labels(plan, backbones) if clustered else []
     plan, more = decide_parts(plan, recipe, backbones, len(images))
     return plan, [*([note] if note else []), *notes, *notes_on_queue(plan), *more]
 
@@ -185,14 +184,25 @@ def _refuse_contradictions(plan: Plan) -> None:
         )
 
 
-def _refuse_start_layer(plan: Plan, backbones: Sequence[Backbone]) -> None:
-    """Refuse `memory.start_layer` where it has no meaning, or names no layer."""
-    if plan.method != "odc":
+def _check_first_labels(plan: Plan, backbones: Sequence[Backbone]) -> list[str]:
+    """Refuse `memory.start_layer` and `start_epochs` where they have no meaning; notes on them for the user."""
+    layer, epochs = plan.memory.start_layer, plan.memory.start_epochs
+    if layer != LAST and plan.method != "odc":
         raise OdcftError(
-            f"memory.start_layer={short_repr(plan.memory.start_layer)} is for --method odc, not {plan.method}. "
+            f"memory.start_layer={short_repr(layer)} is for --method odc, not {plan.method}. "
             "Pass --set memory.start_layer=last."
         )
-    refuse_unknown_layer(backbones[0], plan.memory.start_layer)
+    if epochs and plan.method == "dc":
+        raise OdcftError(
+            f"memory.start_epochs={epochs:g} is for ODC: labels of DC stay for dc.interval epochs. "
+            "Pass --set memory.start_epochs=0."
+        )
+    if layer != LAST:
+        refuse_unknown_layer(backbones[0], layer)
+    if layer == LAST and not epochs:
+        return []
+    kept = f", and images keep them for {epochs:g} of {count_of(plan.optim.epochs, 'epoch')}" if epochs else ""
+    return [f"The first labels are clusters of {'the last layer' if layer == LAST else layer}{kept}."]
 
 
 def _notes_on_machine(recipe: Recipe) -> list[str]:

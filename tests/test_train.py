@@ -375,7 +375,11 @@ def test_images_keep_the_labels_of_a_layer_in_the_first_epochs_and_frozen_stages
     tmp_path, checkpoint, images
 ):
     start = quick("memory.start_layer=layer2", "memory.start_epochs=1", "optim.freeze=2", "memory.min_cluster=1")
-    fine_tune(checkpoint, images, tmp_path / "run", start)
+    said, progress = [], Progress(quiet=True)
+    progress.say = said.append
+    fine_tune(checkpoint, images, tmp_path / "run", start, progress=progress)
+    note = "The first labels are clusters of layer2, and images keep them for 1 of 2 epochs."
+    assert any(note in line for line in said)
     assert [line["change_ratio"] for line in lines(tmp_path / "run")[:3]] == [0, 0, 0]
     before = {n.removeprefix("module."): t for n, t in torch.load(checkpoint)["state_dict"].items()}
     after = backbone(tmp_path / "run")
@@ -384,6 +388,8 @@ def test_images_keep_the_labels_of_a_layer_in_the_first_epochs_and_frozen_stages
     assert not any(name.startswith("layer2") and name.endswith("conv1.weight") for name in same)
     with pytest.raises(OdcftError, match=r"memory\.start_layer='layer2' is for --method odc, not dc"):
         fine_tune(checkpoint, images, tmp_path / "dc", quick("memory.start_layer=layer2", "method=dc"))
+    with pytest.raises(OdcftError, match=r"memory\.start_epochs=2 is for ODC"):
+        fine_tune(checkpoint, images, tmp_path / "dc", quick("memory.start_epochs=2", "method=dc"))
     with pytest.raises(OdcftError, match=r"optim\.freeze=5 leaves nothing of test_resnet to learn"):
         fine_tune(checkpoint, images, tmp_path / "all", quick("optim.freeze=5"))
     assert not (tmp_path / "dc").exists()
