@@ -201,7 +201,8 @@ def _check_first_labels(plan: Plan, backbones: Sequence[Backbone]) -> list[str]:
         refuse_unknown_layer(backbones[0], layer)
     if layer == LAST and not epochs:
         return []
-    kept = f", and images keep them for {epochs:g} of {count_of(plan.optim.epochs, 'epoch')}" if epochs else ""
+    how_long = f"for {epochs:g} of {plan.optim.epochs} epochs" if epochs < plan.optim.epochs else "to the end"
+    kept = f", and images keep them {how_long}" if epochs else ""
     return [f"The first labels are clusters of {'the last layer' if layer == LAST else layer}{kept}."]
 
 

@@ -11,7 +11,7 @@ from odcft.backbone.network import Backbone
 from odcft.errors import OdcftError
 from odcft.text import short_repr
 
-POOLED = 2048  # numbers per image, at most
+POOLED = 2048  # numbers per image, at most; one for each channel if there are more
 
 
 class LastAndLayer(nn.Module):
