@@ -34,7 +34,7 @@ from odcft.model.backpropagation import backpropagate
 from odcft.model.members import make_members, make_necks, on_all_ranks
 from odcft.optim import lr_at, set_lr
 from odcft.plan import Plan, batch_in_parts, bytes_of_step, recipe_suggestions, suitable_recipe
-from odcft.prepare import Start, feature_network, load_and_plan, prepare_start
+from odcft.prepare import Start, feature_network, load_and_plan, prepare_start, split_features
 from odcft.progress import Progress
 from odcft.recipe import Recipe
 from odcft.run.clusters_parquet import require_parquet
@@ -140,7 +140,9 @@ def _start_like_a_run(
     seconds = {"loading": time.monotonic() - began}
     rows = len(ownership.my_images(len(images)))
     _refuse_memory_too_large(rows, len(necks) * dim, free)
-    features_MD, an_image = _time_features(feature_network(backbones, necks), Crops(images, plan.view), plan, progress)
+    features_MD, an_image = _time_features(
+        feature_network(backbones, necks, plan), Crops(images, plan.view), plan, progress
+    )
     seconds["features"] = an_image * rows
     if not len(features_MD):
         raise OdcftError(
@@ -149,12 +151,12 @@ def _start_like_a_run(
     features_SD = _like(features_MD, rows)
     began = time.monotonic()
     with progress.waiting(f"K-Means     {plan.memory.clusters:,} clusters …"):
-        features_SD = method.features_for_kmeans(features_SD, plan)
+        features_SD, clustered_SP = split_features(features_SD, dim, plan)
         prepared = time.monotonic()
-        part_SD = features_SD[: max(KMEANS_ROWS, plan.memory.clusters)]
-        kmeans(part_SD, plan.memory.clusters, seed(plan.seed, "kmeans", 0), plan.kmeans.iterations, plan.kmeans.engine)
+        part_SP = clustered_SP[: max(KMEANS_ROWS, plan.memory.clusters)]
+        kmeans(part_SP, plan.memory.clusters, seed(plan.seed, "kmeans", 0), plan.kmeans.iterations, plan.kmeans.engine)
         _wait()
-    seconds["kmeans"] = prepared - began + (time.monotonic() - prepared) * rows / len(part_SD)
+    seconds["kmeans"] = prepared - began + (time.monotonic() - prepared) * rows / len(part_SP)
     labels_S = torch.arange(rows, device=features_SD.device) % plan.memory.clusters
     clusters = method.start(features_SD, labels_S, plan)
     return Start(plan, planned.loaded, necks, dim, images, clusters, {}), seconds

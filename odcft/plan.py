@@ -13,9 +13,12 @@ from typing import Any, Literal
 import torch
 
 from odcft.backbone.activation_memory import bytes_per_image
+from odcft.backbone.frozen_stages import check_freezing
 from odcft.backbone.input_resizing import USUAL_SIZE
+from odcft.backbone.layers import LAST
 from odcft.backbone.load import Loaded
 from odcft.backbone.network import Backbone
+from odcft.backbone.start_layer import refuse_unknown_layer
 from odcft.data import jpeg_crops, shared_memory
 from odcft.data.images import Images
 from odcft.data.intensity_range import choose_range, median_shorter_side
@@ -35,7 +38,7 @@ from odcft.recipe import (
     Recipe,
     load_recipe,
 )
-from odcft.text import count_of
+from odcft.text import count_of, short_repr
 
 IMAGES_PER_CLUSTER = 128  # what `auto` aims at
 MAX_AUTO_CLUSTERS = 10_000  # the most that `auto` chooses (paper, sec. 3.4)
@@ -150,6 +153,7 @@ def make_plan(
         for backbone in backbones:
             backbone.save_activations_at_blocks_only()
     for backbone in backbones:
+        notes += check_freezing(backbone, recipe.optim.freeze)
         _refuse_size(backbone, size)
         if backbone.fixed_size and size != backbone.size:
             notes.append(
@@ -161,6 +165,7 @@ def make_plan(
     if bands != 3 and any((plan.augment.saturation, plan.augment.hue, plan.augment.gray)):
         notes.append(f"Images of {bands} bands have no colours: augment.saturation, hue and gray are not applied.")
     _refuse_contradictions(plan)
+    notes += _check_first_labels(plan, backbones) if clustered else []
     plan, more = decide_parts(plan, recipe, backbones, len(images))
     return plan, [*([note] if note else []), *notes, *notes_on_queue(plan), *more]
 
@@ -178,6 +183,28 @@ def _refuse_contradictions(plan: Plan) -> None:
             f"optim.final_epochs={optim.final_epochs:g} of {optim.epochs} epochs leaves none at the full learning "
             "rate. Choose more epochs, or, for a new run, --set optim.final_epochs=auto: a sixth of them."
         )
+
+
+def _check_first_labels(plan: Plan, backbones: Sequence[Backbone]) -> list[str]:
+    """Refuse `memory.start_layer` and `start_epochs` where they have no meaning; notes on them for the user."""
+    layer, epochs = plan.memory.start_layer, plan.memory.start_epochs
+    if layer != LAST and plan.method != "odc":
+        raise OdcftError(
+            f"memory.start_layer={short_repr(layer)} is for --method odc, not {plan.method}. "
+            "Pass --set memory.start_layer=last."
+        )
+    if epochs and plan.method == "dc":
+        raise OdcftError(
+            f"memory.start_epochs={epochs:g} is for ODC: labels of DC stay for dc.interval epochs. "
+            "Pass --set memory.start_epochs=0."
+        )
+    if layer != LAST:
+        refuse_unknown_layer(backbones[0], layer)
+    if layer == LAST and not epochs:
+        return []
+    how_long = f"for {epochs:g} of {plan.optim.epochs} epochs" if epochs < plan.optim.epochs else "to the end"
+    kept = f", and images keep them {how_long}" if epochs else ""
+    return [f"The first labels are clusters of {'the last layer' if layer == LAST else layer}{kept}."]
 
 
 def _notes_on_machine(recipe: Recipe) -> list[str]:

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from odcft.backbone.layers import LAST
 from odcft.backbone.load import Loaded, load_backbone
 from odcft.backbone.network import Backbone
+from odcft.backbone.start_layer import LastAndLayer
 from odcft.clustering.clusters import Clusters
 from odcft.clustering.kmeans import assign, kmeans
 from odcft.clustering.methods import METHODS
@@ -82,7 +84,7 @@ def prepare_start(
         images = images.without(set(unreadable))
         plan, notes = with_clusters_for(plan, planned.requested, len(images))
         _say_notes(notes, progress)
-    clusters = _cluster(features_SD, len(images), plan, progress)
+    clusters = _cluster(features_SD, dim, len(images), plan, progress)
     return Start(plan, loaded, necks, dim, images, clusters, dict(unreadable.values()))
 
 
@@ -169,8 +171,21 @@ def _say_notes(notes: list[str], progress: Progress) -> None:
         progress.say(f"Note        {note}")
 
 
-def feature_network(backbones: list[Backbone], necks: list[nn.Module]) -> Callable[[Tensor], Tensor]:
-    """A function from images (B, 3, H, W) to the joint features (B, D) that are clustered; on this rank's device."""
+def feature_network(backbones: list[Backbone], necks: list[nn.Module], plan: Plan) -> Callable[[Tensor], Tensor]:
+    """A function from images (B, 3, H, W) to the joint features (B, D) that are clustered; on this rank's device.
+
+    With `memory.start_layer` those of that layer follow: (B, D + L).
+    """
+    if plan.memory.start_layer != LAST:
+        (neck,), device = necks, dist.this_device()
+        neck.to(device).eval()
+        both = LastAndLayer(backbones[0], plan.memory.start_layer).to(device).eval()
+
+        def features_and_layer(images: Tensor) -> Tensor:
+            last_BF, layer_BL = both(images)
+            return torch.cat([neck(last_BF), layer_BL], 1)
+
+        return features_and_layer
     networks = [nn.Sequential(*parts).to(dist.this_device()).eval() for parts in zip(backbones, necks, strict=True)]
     return lambda images: joint_features([network(images) for network in networks])
 
@@ -179,7 +194,7 @@ def _extract(
     backbones: list[Backbone], necks: list[nn.Module], images: Images, plan: Plan, progress: Progress
 ) -> tuple[Tensor, dict[int, tuple[str, str]]]:
     """Features (S, D) of this rank's readable images; and all unreadable ones: index to name and reason."""
-    device, network = dist.this_device(), feature_network(backbones, necks)
+    device, network = dist.this_device(), feature_network(backbones, necks, plan)
     crops = Crops(images, plan.view)
     features_SD, mine = extract(network, crops, plan.batch_of_rank, plan.data.workers, device, progress)
     unreadable = {index: (images.names[index], why) for index, why in sorted(dist.gather_dict(mine).items())}
@@ -196,13 +211,26 @@ def _extract(
     return features_SD, unreadable
 
 
-def _cluster(features_SD: Tensor, count: int, plan: Plan, progress: Progress) -> Clusters:
+def split_features(features_SX: Tensor, dim: int, plan: Plan) -> tuple[Tensor, Tensor]:
+    """What `feature_network` gave, as the features (S, D) of the memory and those that K-Means clusters.
+
+    They are the same, unless a layer gives the first labels: its features are then reduced as DeepCluster's are.
+    """
+    method = METHODS[plan.method]
+    if plan.memory.start_layer == LAST:
+        features_SD = method.features_for_kmeans(features_SX, plan)
+        return features_SD, features_SD
+    features_SD = method.features_for_kmeans(features_SX[:, :dim].contiguous(), plan)
+    return features_SD, METHODS["dc"].features_for_kmeans(features_SX[:, dim:], plan)
+
+
+def _cluster(features_SX: Tensor, dim: int, count: int, plan: Plan, progress: Progress) -> Clusters:
     """Both memories, from one K-Means over the features of all ranks."""
     began, method, K = time.monotonic(), METHODS[plan.method], plan.memory.clusters
     with progress.waiting(f"K-Means     {K:,} clusters of {count:,} images …"):
-        features_SD = method.features_for_kmeans(features_SD, plan)
-        centroids_KD = kmeans(features_SD, K, seed(plan.seed, "kmeans", 0), plan.kmeans.iterations, plan.kmeans.engine)
-        labels_S = assign(features_SD, centroids_KD)[0]
+        features_SD, clustered_SP = split_features(features_SX, dim, plan)
+        centroids_KP = kmeans(clustered_SP, K, seed(plan.seed, "kmeans", 0), plan.kmeans.iterations, plan.kmeans.engine)
+        labels_S = assign(clustered_SP, centroids_KP)[0]
     clusters: Clusters = method.start(features_SD, labels_S, plan)
     sizes_K = clusters.memory.sizes_K
     progress.say(

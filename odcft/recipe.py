@@ -159,6 +159,10 @@ class MemoryRecipe(_Group):
     centroid_interval: int = Field(10, ge=1)  # steps between two refreshes of the centroids
     min_cluster: int = Field(20, ge=-1)  # clusters with this many images or fewer are dispersed and refilled
     variant: Literal["paper", "official"] = "paper"  # where paper and official code differ (docs/variants.md)
+    # the layer of the backbone whose features give the images their first labels (`odcft evaluate --layers all` lists
+    # them): of a pretext checkpoint an earlier one may be far better; last: the features that are clustered later, too
+    start_layer: Annotated[str, Field(max_length=300)] = "last"
+    start_epochs: float = Field(0.0, ge=0)  # in which the images keep their first labels
     reweight: bool = True  # loss weights 1 / sqrt(N_c)
     dtype: Literal["auto", "float16", "float32"] = "auto"  # of the stored features; auto: float16 on a GPU
 
@@ -218,6 +222,9 @@ class OptimRecipe(_Group):
     head_momentum: float = Field(0.0, ge=0, lt=1)  # the head's own (official code, after DeepCluster)
     head_lr: float = Field(1.0, gt=0)  # the head's learning rate, as a multiple of lr
     weight_decay: float = Field(1e-5, ge=0)  # sgd: of all weights; adamw: of matrices and filters
+    # how many of the backbone's first stages keep their weights and statistics: 1: the stem, 2: also the first stage
+    # or transformer block, … Their backward pass is saved
+    freeze: int = Field(0, ge=0)
     # in how many parts, one after the other, a process computes its batch: the batch stays the same and needs less
     # memory, but batch norm sees one part at a time; auto: as few as fit on the GPU
     accumulate: Auto | Annotated[int, Field(ge=1, le=MAX_PARTS)] = 1

@@ -146,6 +146,7 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
     plan, method, network, clusters = start.plan, METHODS[start.plan.method], state.network, state.clusters
     device, optim, order = dist.this_device(), plan.optim, training_order(start, first_step=state.step)
     batches = TrainingBatches(training_crops(start), order, plan.data.workers, device)
+    clusters.start_steps = round(plan.memory.start_epochs * order.steps_per_epoch)
     metrics = Metrics(run.out, open_trackers(run.out, plan, state.logged, progress.say), state.logged)
     guard = NonFiniteGuard(state, optim.skip_non_finite, run.out, progress.say)
     hooks = _after_epochs(start, state, evaluation)

@@ -25,7 +25,8 @@ def given(tmp_path, make_images, make_checkpoint):
 
 @pytest.mark.parametrize("method", ["odc", pytest.param("dc", marks=pytest.mark.slow)])
 def test_it_says_what_the_run_then_does_and_writes_nothing(tmp_path, given, method):
-    recipe, before = load_recipe("small", [*QUICK, f"method={method}"]), tree(tmp_path)
+    layer = ["memory.start_layer=layer2"] if method == "odc" else []
+    recipe, before = load_recipe("small", [*QUICK, f"method={method}", *layer]), tree(tmp_path)
     told = dry_run(*given, tmp_path / "run", recipe)
     assert tree(tmp_path) == before
     assert "batch 4 in 2 parts" in describe({**told, "parts": 2})[0]

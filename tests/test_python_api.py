@@ -252,7 +252,8 @@ def test_mistakes_raise_one_sentence_and_write_nothing(here, arguments, message)
 WRONG = [object(), 1.5, b"c.pth", [object()], {1: 2}, None, True, "no such thing", -1]
 
 
-FUNCTIONS = "load_backbone find_images init_memory fine_tune evaluate embed export clusters report".split()
+FUNCTIONS = ["load_backbone", "find_images", "init_memory", "fine_tune", "evaluate"]
+FUNCTIONS += ["embed", "export", "clusters", "report"]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

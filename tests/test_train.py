@@ -121,6 +121,7 @@ def test_memory_folder_gives_the_same_run_as_no_folder(tmp_path, checkpoint, ima
         ("neck.hidden=32", "neck.hidden=16"),
         ("data.size=40", "data.size=32, but this run has data.size=40"),
         ("data.crop_fraction=0.5", "data.crop_fraction=1.0"),
+        ("memory.start_layer=layer2", "memory.start_layer=last, but this run has memory.start_layer=layer2"),
         ("backbone.input=bgr", "backbone.input=None, but this run has backbone.input=bgr"),
         ("memory.clusters=3", "has 2 clusters, but 3 were requested"),
         ("memory.clusters=10000", "has 2 clusters, but 10,000 were requested"),
@@ -194,6 +195,7 @@ def test_memory_of_another_checkpoint_is_refused(tmp_path, checkpoint, images, m
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_resumed_run_equals_uninterrupted_run(tmp_path, checkpoint, images, optimizer):
     same = ("optim.schedule=step", "optim.final_epochs=0", f"optim.optimizer={optimizer}", "optim.lr=0.001")
+    same += ("memory.start_epochs=1.5", "optim.freeze=1") if optimizer == "adamw" else ()
     fine_tune(checkpoint, images, tmp_path / "whole", quick(*same))
     one = quick(*same, "optim.epochs=1")
     fine_tune(checkpoint, images, tmp_path / "parts", one)
@@ -247,10 +249,11 @@ FIELDS = {
     "augment.brightness": 0.9, "augment.contrast": 0.9,
     "augment.saturation": 0.0, "augment.hue": 0.5, "augment.gray": 1.0, "neck.hidden": 32, "neck.dim": 4,
     "neck.dropout": 0.5, "neck.bn_momentum": 0.9, "memory.clusters": 3, "memory.momentum": 0.9,
-    "memory.centroid_interval": 1, "memory.min_cluster": 5, "memory.variant": "official", "memory.reweight": False,
+    "memory.centroid_interval": 1, "memory.min_cluster": 5, "memory.start_layer": "layer2", "memory.start_epochs": 1.0,
+    "memory.variant": "official", "memory.reweight": False,
     "memory.dtype": "float16", "kmeans.iterations": 1, "optim.epochs": 3, "optim.batch_size": 6, "optim.lr": 0.01,
     "optim.schedule": "step", "optim.warmup_epochs": 1.0, "optim.momentum": 0.0, "optim.head_momentum": 0.0,
-    "method": "dc", "optim.optimizer": "adamw", "optim.head_lr": 10.0, "optim.weight_decay": 0.1,
+    "method": "dc", "optim.optimizer": "adamw", "optim.head_lr": 10.0, "optim.freeze": 2, "optim.weight_decay": 0.1,
     "optim.precision": "bfloat16",
 }  # fmt: skip
 # Speed and speech only: they must not change the backbone.
@@ -366,6 +369,30 @@ def test_the_last_epochs_are_a_sixth_or_as_many_as_leave_some_at_the_full_rate(t
     with pytest.raises(OdcftError, match=r"optim\.final_epochs=3 of 3 epochs leaves none at the full learning rate"):
         fine_tune(checkpoint, images, tmp_path / "none", quick(*step, "optim.final_epochs=3"))
     assert not (tmp_path / "none").exists()
+
+
+def test_images_keep_the_labels_of_a_layer_in_the_first_epochs_and_frozen_stages_their_weights(
+    tmp_path, checkpoint, images
+):
+    start = quick("memory.start_layer=layer2", "memory.start_epochs=1", "optim.freeze=2", "memory.min_cluster=1")
+    said, progress = [], Progress(quiet=True)
+    progress.say = said.append
+    fine_tune(checkpoint, images, tmp_path / "run", start, progress=progress)
+    note = "The first labels are clusters of layer2, and images keep them for 1 of 2 epochs."
+    assert any(note in line for line in said)
+    assert [line["change_ratio"] for line in lines(tmp_path / "run")[:3]] == [0, 0, 0]
+    before = {n.removeprefix("module."): t for n, t in torch.load(checkpoint)["state_dict"].items()}
+    after = backbone(tmp_path / "run")
+    same = {name for name, tensor in after.items() if name in before and torch.equal(tensor, before[name])}
+    assert {name for name in after if name.startswith(("conv1", "bn1", "layer1"))} <= same
+    assert not any(name.startswith("layer2") and name.endswith("conv1.weight") for name in same)
+    with pytest.raises(OdcftError, match=r"memory\.start_layer='layer2' is for --method odc, not dc"):
+        fine_tune(checkpoint, images, tmp_path / "dc", quick("memory.start_layer=layer2", "method=dc"))
+    with pytest.raises(OdcftError, match=r"memory\.start_epochs=2 is for ODC"):
+        fine_tune(checkpoint, images, tmp_path / "dc", quick("memory.start_epochs=2", "method=dc"))
+    with pytest.raises(OdcftError, match=r"optim\.freeze=5 leaves nothing of test_resnet to learn"):
+        fine_tune(checkpoint, images, tmp_path / "all", quick("optim.freeze=5"))
+    assert not (tmp_path / "dc").exists()
 
 
 def test_images_too_small_for_a_network_are_refused_with_a_size_that_works(tmp_path, images):

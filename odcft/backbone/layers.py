@@ -52,20 +52,25 @@ class LayerFeatures(nn.Module):
         return dict(zip(self.names, features_NF.split(self.widths, dim=1), strict=True))
 
     def _features(self, images: Tensor) -> Iterator[tuple[str, Tensor]]:
-        net = self.backbone.net
-        given = self.backbone.adapter(images)
-        if isinstance(net, NamedLayers):
-            yield from _of_named_layers(net, given)
-            return
-        names = [str(info["module"]) for info in getattr(net, "feature_info", None) or ()]
-        if not names or not hasattr(net, "forward_intermediates"):
-            yield LAST, net(given)
-            return
-        chosen = _spread(len(names))
-        final, maps = net.forward_intermediates(given, indices=chosen, output_fmt="NCHW")
-        for number, one in zip(chosen, maps, strict=True):
-            yield names[number], pool(one)
-        yield LAST, net.forward_head(final, pre_logits=True)
+        for name, one in outputs_of_layers(self.backbone, images):
+            yield name, one if name == LAST else pool(one)
+
+
+def outputs_of_layers(backbone: Backbone, images: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Name and feature maps (B, C, H, W) of each layer; at the end `last` and the features (B, F) of the backbone."""
+    net = backbone.net
+    given = backbone.adapter(images)
+    if isinstance(net, NamedLayers):
+        yield from _of_named_layers(net, given)
+        return
+    names = [str(info["module"]) for info in getattr(net, "feature_info", None) or ()]
+    if not names or not hasattr(net, "forward_intermediates"):
+        yield LAST, net(given)
+        return
+    chosen = _spread(len(names))
+    final, maps = net.forward_intermediates(given, indices=chosen, output_fmt="NCHW")
+    yield from ((names[number], one) for number, one in zip(chosen, maps, strict=True))
+    yield LAST, net.forward_head(final, pre_logits=True)
 
 
 def pool(maps: Tensor) -> Tensor:
@@ -83,8 +88,7 @@ def _of_named_layers(net: NamedLayers, given: Tensor) -> Iterator[tuple[str, Ten
         if isinstance(net.get_submodule(name), nn.ReLU) and output.ndim == 4:
             maps.append((name, output))
     for number in _spread(len(maps)):
-        name, one = maps[number]
-        yield name, pool(one)
+        yield maps[number]
     yield LAST, output.mean((2, 3)) if output.ndim == 4 else output
 
 

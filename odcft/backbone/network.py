@@ -27,6 +27,7 @@ class Backbone(nn.Module):
         size: side in pixels of the images it was made for.
         model_type: of the folder of Hugging Face's transformers that it came from, or "".
         checkpointing: whether only the activations between blocks are kept for the backward pass.
+        frozen: names of the parts of `net` that stay in evaluation mode (frozen_stages.py).
         fixed_size: whether it is built for that size; `resize` builds it for another, if timm can.
     """
 
@@ -37,6 +38,7 @@ class Backbone(nn.Module):
         self.net, self.arch, self.arch_args = net, arch, kwargs
         self.model_type = ""
         self.checkpointing = False
+        self.frozen: tuple[str, ...] = ()
         cfg: dict[str, Any] = getattr(net, "pretrained_cfg", {})
         if input is None:
             size = kwargs.get("img_size") or cfg["input_size"][-1] if cfg else 0
@@ -115,7 +117,7 @@ class Backbone(nn.Module):
                 return str(error)
             copy = Backbone.__new__(Backbone)
             nn.Module.__init__(copy)
-            copy.net, copy.adapter = net, self.adapter
+            copy.net, copy.adapter, copy.frozen = net, self.adapter, ()
         if not copy.accepts_size(size):
             return f"{self.arch} cannot process images of {size} pixels. It was made for {self.size}."
         return ""
@@ -124,6 +126,13 @@ class Backbone(nn.Module):
     def size_step(self) -> int:
         """Pixels between two sizes that suit it: a transformer's patch, times how much later stages shrink the map."""
         return size_step(self.net, self.size)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Switch to training mode, except for what is frozen, or to evaluation mode."""
+        super().train(mode)
+        for name in self.frozen:
+            self.net.get_submodule(name).eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), RGB in 0..1 (or of the bands it takes), to pooled features (B, F)."""

@@ -18,6 +18,7 @@ class Clusters:
     memory: Memory
     plan: Plan
     watch: SmallClusterWatch = field(default_factory=SmallClusterWatch)
+    start_steps: int = 0  # steps from the start in which the images keep their first labels
 
     @property
     def rules(self) -> Rules:

@@ -174,7 +174,9 @@ def last_of_each(row_B: Tensor) -> Tensor:
     return order_B.index_select(0, torch.searchsorted(sorted_B, row_B, right=True) - 1)
 
 
-def update_samples(memory: Memory, row_B: Tensor, features_BD: Tensor, momentum: float, rules: Rules) -> Tensor:
+def update_samples(
+    memory: Memory, row_B: Tensor, features_BD: Tensor, momentum: float, rules: Rules, *, keep_labels: bool = False
+) -> Tensor:
     """Blend a batch into the samples memory (eq. 2), and move each image to its nearest centroid (eq. 3).
 
     The sums and counts of the clusters are updated; the centroids stay as they are. If an image is in the batch twice,
@@ -186,6 +188,7 @@ def update_samples(memory: Memory, row_B: Tensor, features_BD: Tensor, momentum:
         features_BD: (B, D), output of the neck, not normalised.
         momentum: m of eq. 2, in (0, 1].
         rules: of the variant.
+        keep_labels: only blend; every image stays in its cluster.
 
     Returns:
         (B,) bool: which images changed their label.
@@ -196,9 +199,10 @@ def update_samples(memory: Memory, row_B: Tensor, features_BD: Tensor, momentum:
     if rules.renormalise:
         blend_BD = F.normalize(blend_BD, dim=1, eps=1e-10)
     new_BD = blend_BD.to(old_BD.dtype)  # rounded as stored, then compared and summed
-    new_label_B = nearest_centroid(new_BD.float(), memory.centroids_KD, memory.minus_half_squares_K, rules).to(
-        torch.int32
-    )
+    new_label_B = old_label_B
+    if not keep_labels:
+        centroids_KD, minus_half_squares_K = memory.centroids_KD, memory.minus_half_squares_K
+        new_label_B = nearest_centroid(new_BD.float(), centroids_KD, minus_half_squares_K, rules).to(torch.int32)
     moved_B = new_label_B != old_label_B
 
     last_B = last_of_each(row_B)

@@ -84,10 +84,13 @@ def update(clusters: Clusters, row_B: Tensor, features_BD: Tensor, step: int) ->
         The share of this rank's batch whose label changed (fig. 5), a tensor on the device.
     """
     settings, rules = clusters.plan.memory, clusters.rules
-    moved_B = memory.update_samples(clusters.memory, row_B, features_BD, settings.momentum, rules)
+    keep = step < clusters.start_steps
+    moved_B = memory.update_samples(clusters.memory, row_B, features_BD, settings.momentum, rules, keep_labels=keep)
     clusters.memory.sizes_K = dist.all_sum(clusters.memory.counts_K)
     if (step + 1) % settings.centroid_interval == 0:
         refresh_centroids(clusters)
+    if keep:
+        return moved_B.float().mean()
     if clusters.watch.repair_is_due(clusters.memory.sizes_K, settings.min_cluster, rules):
         generator = seeds.generator(clusters.plan.seed, "small clusters", step)
         handle_small_clusters(clusters.memory, settings.min_cluster, rules, generator)

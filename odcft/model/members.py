@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from odcft import seeds
+from odcft.backbone.frozen_stages import freeze_stages
 from odcft.backbone.network import Backbone
 from odcft.clustering.methods import METHODS
 from odcft.data.augmentation import augment_batch
@@ -99,6 +100,8 @@ def make_necks(backbones: list[Backbone], plan: Plan) -> tuple[list[nn.Module], 
 def make_members(backbones: list[Backbone], necks: list[nn.Module], dim: int, plan: Plan) -> Members:
     """Backbones and necks with new heads, as one network on the device."""
     models = []
+    for backbone in backbones:
+        freeze_stages(backbone, plan.optim.freeze)
     for member, (backbone, neck, weights) in enumerate(zip(backbones, necks, plan.codc.members, strict=True)):
         with seeds.seeded_init(plan.seed, "head", member):
             models.append(Model(backbone, neck, dim, plan.memory.clusters, weights))

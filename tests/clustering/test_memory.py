@@ -90,6 +90,15 @@ def test_sample_joins_its_nearest_centroid():
     assert mem.counts_K.tolist() == [1, 2]
 
 
+def test_kept_labels_stay_while_features_and_sums_follow():
+    mem = plane_memory([[1, 0], [1, 0], [0, 1]], [0, 0, 1], 2)
+    moved = update_samples(mem, torch.tensor([0]), torch.tensor([[0.0, 1.0]]), 0.75, PAPER, keep_labels=True)
+    assert moved.tolist() == [False]
+    assert mem.labels_S.tolist() == [0, 0, 1]
+    assert mem.features_SD[0].tolist() == [0.25, 0.75]
+    assert torch.equal(mem.sums_KD, fresh_sums(mem))
+
+
 def test_dot_product_prefers_the_long_centroid_where_distance_does_not():
     centroids = torch.tensor([[1.0, 0.0], [0.3, 0.3]])
     feature = torch.tensor([[0.4, 0.3]])

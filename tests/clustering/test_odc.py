@@ -37,6 +37,17 @@ def near(tensor, expected):
 # ---------------------------------------------------------------- before training
 
 
+def test_images_keep_their_first_labels_for_the_steps_it_says_and_small_clusters_wait():
+    labels = [0, 0, 0, 0, 0, 0, 1, 1]
+    state = start([*FEATURES[:4], *FEATURES[:2], *FEATURES[4:]], labels, min_cluster=2)
+    state.start_steps = 1
+    west = torch.tensor([[-1.0, 0.0]] * 2)
+    assert odc.update(state, torch.tensor([6, 7]), west, 0) == 0
+    assert state.memory.labels_S.tolist() == labels
+    odc.update(state, torch.tensor([6, 7]), west, 1)
+    assert state.memory.sizes_K.min() > 2
+
+
 def test_kmeans_sees_features_of_unit_length_however_short_they_were():
     features = torch.tensor([[3.0, 4.0], [-3e-6, 4e-6], [0.0, 0.0]])
     compact = odc.features_for_kmeans(features, plan())
