@@ -17,6 +17,7 @@ from torch import Tensor
 
 UNIT = 2.0**-32  # of the fixed-point sums: finer than float32 above 2**-8, with room for 2**31 features of unit length
 ROWS = 65536  # processed at a time
+MOVED = 4096  # images that change their labels at a time: their features in units should stay in the processor's cache
 SCORES = 3 << 17  # computed at a time on a CPU: 1.5 MB, which stay in its cache
 
 
@@ -225,9 +226,10 @@ def change_labels(memory: Memory, row_M: Tensor, label_M: Tensor) -> None:
         row_M: (M,) int64, each row at most once.
         label_M: (M,) integers.
     """
-    units_MD = to_units(memory.features_SD.index_select(0, row_M))
-    old_M = memory.labels_S.index_select(0, row_M)
-    ones_M = torch.ones_like(row_M)
-    memory.labels_S.index_copy_(0, row_M, label_M.to(torch.int32))
-    memory.sums_KD.index_add_(0, label_M, units_MD).index_add_(0, old_M, units_MD.neg_())
-    memory.counts_K.index_add_(0, old_M, -ones_M).index_add_(0, label_M, ones_M)
+    for row_B, label_B in zip(row_M.split(MOVED), label_M.split(MOVED), strict=True):
+        units_BD = to_units(memory.features_SD.index_select(0, row_B))
+        old_B = memory.labels_S.index_select(0, row_B)
+        ones_B = torch.ones_like(row_B)
+        memory.labels_S.index_copy_(0, row_B, label_B.to(torch.int32))
+        memory.sums_KD.index_add_(0, label_B, units_BD).index_add_(0, old_B, units_BD.neg_())
+        memory.counts_K.index_add_(0, old_B, -ones_B).index_add_(0, label_B, ones_B)
