@@ -89,10 +89,7 @@ def near_duplicates(
         _write_table(out, lists, found, [images.names[int(i)] for i in good])
         values["out"] = str(out)
     if sheets is not None:
-        if lists:
-            _draw(sheets, lists[:most], found, images, good, view)
-        elif sheets.is_dir():  # sheets of an earlier search would show groups that this one has not found
-            output_checks.clear_folder(sheets, SHEET_FILES)
+        _draw(sheets, lists[:most], found, images, good, view)
         values |= {"sheets": str(sheets), "drawn": min(most, len(lists))}
     return values
 
@@ -126,8 +123,11 @@ def _features(run: Path, images: Images, progress: Progress) -> tuple[Tensor, np
 def _draw(
     out: Path, lists: list[list[int]], found: search.Groups, images: Images, good: np.ndarray, view: View
 ) -> None:
-    """Write the sheets; those that odcft wrote there before are removed."""
-    output_checks.clear_folder(out, SHEET_FILES)
+    """Write the sheets, if there are groups; those that odcft wrote there before are removed."""
+    if out.is_dir() or lists:
+        output_checks.clear_folder(out, SHEET_FILES)
+    if not lists:
+        return
     with tables.writing(out), atomic_folder(out) as unfinished:
         drawn = search.draw_pages(lists, found.similarity_N, images, good, view)
         for page, sheet in enumerate(drawn, 1):

@@ -101,8 +101,8 @@ def report(
         seconds: that making thumbnails may take, about.
 
     Returns:
-        `out`, `bytes`, `images`, `clusters`, `pictures` (thumbnails in the page), `unreadable` (pictures that could not
-        be read), `neighbours` (images of the sample), `notes`.
+        `out`, `bytes`, `verdict` (None without `evaluation`), `images`, `clusters`, `pictures` (thumbnails in the
+        page), `unreadable` (pictures that could not be read), `neighbours` (images of the sample), `notes`.
 
     Raises:
         OdcftError: it is not a RUN, its files are damaged, or the page cannot be written.
@@ -141,7 +141,7 @@ def report(
                 seconds=seconds,
             )  # fmt: skip
         size = write_page(page, place)
-    return {"out": str(place), "bytes": size, **counts, "notes": page.notes}
+    return {"out": str(place), "bytes": size, "verdict": page.verdict or None, **counts, "notes": page.notes}
 
 
 def describe(values: Mapping[str, Any]) -> list[str]:
@@ -150,7 +150,9 @@ def describe(values: Mapping[str, Any]) -> list[str]:
     if values["clusters"]:
         lines[0] += f": {values['clusters']:,} clusters of {count_of(values['images'], 'image')}, "
         lines[0] += f"{count_of(values['pictures'], 'thumbnail')}, neighbours of {values['neighbours']:,}"
-    return [f"{lines[0]}.", *(f"Note        {note}" for note in values["notes"])]
+    lines[0] += "."
+    lines += [f"Verdict     {values['verdict']}"] if values["verdict"] else []
+    return [*lines, *(f"Note        {note}" for note in values["notes"])]
 
 
 def first_page(record: RunRecord) -> Page:

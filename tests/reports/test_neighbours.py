@@ -47,6 +47,28 @@ def test_without_the_checkpoint_there_is_no_before(trained, tmp_path):
     assert "There is nothing before it to compare with" in (run / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("timm:vit_giant_patch14_dinov2", "but the backbone is"),
+        ("timm:test_resnet.r160_in1k", "is not on this machine"),
+    ],
+)
+def test_a_name_in_run_json_is_neither_fetched_nor_built_at_any_size(trained, tmp_path, monkeypatch, name, says):
+    import json
+    import shutil
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **how: pytest.fail("it asked the network"))
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    about = json.loads((run / "run.json").read_text()) | {"checkpoint": name, "sha256": name, "checkpoint_path": name}
+    (run / "run.json").write_text(json.dumps(about))
+    found = before_and_after(run, find_images(str(trained / "images")), np.arange(16), Progress(quiet=True))
+    assert found.before is None
+    assert says in found.why_no_before
+
+
 def test_the_share_of_neighbours_that_stay():
     after, before = np.array([[1, 2], [0, 2], [0, 1]]), np.array([[2, 1], [0, 3], [3, 4]])
     assert Neighbours(np.arange(3), after, before).kept == pytest.approx((1 + 0.5 + 0) / 3)
