@@ -74,7 +74,7 @@ def dry_run(
         device, precision; steps_timed, images_per_second (of all processes); seconds (loading, features, kmeans,
         training, total); needs (bytes: host, workers and gpu of one process, shared of this machine, disk of all), free
         (bytes: host, gpu, shared, disk; None where unknown), problems (what does not fit and which setting changes
-        that), fits; better_recipe (a shipped one that suits such images or networks better, or None).
+        that), fits, better_recipe (a shipped one that suits this set better, or None).
 
     Raises:
         OdcftError: for anything the user can fix; so also if a step needs more memory than there is.
@@ -93,8 +93,7 @@ def dry_run(
             seconds = {"loading": time.monotonic() - began, "features": 0.0, "kmeans": 0.0}
         _refuse_step_too_large(start, free)
         state = new_state(make_members(start.backbones, start.necks, start.dim, start.plan), start.clusters, start.plan)
-        order = training_order(start)
-        crops = training_crops(start)
+        order, crops = training_order(start), training_crops(start)
         timed, step_seconds, workers = _time_steps(start, state, crops, progress)
     plan = start.plan
     seconds["training"] = order.steps * step_seconds
@@ -114,12 +113,11 @@ def dry_run(
         **{"device": dist.this_device().type, "precision": plan.optim.precision, "steps_timed": timed},
         "images_per_second": round(order.batch * dist.world_size() / step_seconds, 1),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        **{"needs": most, "free": free, "problems": too_much, "fits": not too_much},
-        "better_recipe": _better_recipe(start),
+        **{"needs": most, "free": free, "problems": too_much, "fits": not too_much, "better_recipe": _better(start)},
     }
 
 
-def _better_recipe(start: Start) -> str | None:
+def _better(start: Start) -> str | None:
     """The recipe that the notes of the run suggest instead of this one."""
     suggested = recipe_suggestions(start.backbones, len(start.images), start.plan)
     return suitable_recipe(start.backbones, len(start.images), start.plan.method) if suggested else None

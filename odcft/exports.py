@@ -158,7 +158,7 @@ def _write_onnx(backbone: Backbone, out: Path) -> None:
     """Write the network with its input adapter: RGB images (B, 3, size, size) in 0..1 to features (B, F), for any B."""
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401 - torch's exporter needs it, but its own error is less clear
+        import onnxscript  # torch's exporter needs it, but its own error is less clear
     except ImportError as error:
         raise OdcftError(f'--format onnx needs {error.name}: pip install "odcft[onnx]".') from None
     import logging
@@ -183,7 +183,9 @@ def _write_onnx(backbone: Backbone, out: Path) -> None:
             )
     except Exception as error:  # the exporter has its own exceptions for operators it does not support
         raise OdcftError(
-            f"{backbone.arch} cannot be written as ONNX ({type(error).__name__}). Use --format timm."
+            f"{backbone.arch} cannot be written as ONNX by torch {torch.__version__} and onnxscript "
+            f"{onnxscript.__version__} ({type(error).__name__}). Newer ones may do it: "
+            "pip install --upgrade torch torchvision onnxscript. Or use --format timm."
         ) from None
     assert program is not None
     program.model.metadata_props.update({"architecture": backbone.arch, "input": json.dumps(backbone.input.dump())})

@@ -18,7 +18,7 @@ if [ ! -e "$folder/ready" ]; then
     "$folder/bin/python" -m pip install --quiet --upgrade pip
     "$folder/bin/python" tools/requirements.py pyproject.toml --lowest "${extras[@]}" > "$folder/lowest.txt"
     "$folder/bin/python" -m pip install --quiet --requirement "$folder/lowest.txt" \
-        build hypothesis pytest pytest-xdist matplotlib PyYAML
+        build hypothesis pytest pytest-xdist matplotlib PyYAML "onnx-ir<0.2" "protobuf<6" # as old as onnxscript 0.5
     "$folder/bin/python" -m pip install --quiet --no-deps --no-build-isolation --editable .
     touch "$folder/ready"
 fi
