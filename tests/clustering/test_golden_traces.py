@@ -1,4 +1,4 @@
-"""The recorded traces replay without one wrong label, on one process and on two."""
+"""The recorded traces replay without one wrong label, on one process and on several."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", ["paper", "official"])
 def test_trace_replays(variant, ranks):
     trace = ROOT / "tests" / "data" / f"odc_memory_{variant}.npz"

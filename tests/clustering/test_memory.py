@@ -154,7 +154,9 @@ def test_last_of_each_row():
     assert memory.last_of_each(torch.tensor(rows)).tolist() == [last[row] for row in rows]
 
 
-def test_moved_rows_take_their_sums_and_counts_with_them():
+@pytest.mark.parametrize("at_a_time", [1, 4096])
+def test_moved_rows_take_their_sums_and_counts_with_them(monkeypatch, at_a_time):
+    monkeypatch.setattr(memory, "MOVED", at_a_time)
     mem = plane_memory([[2, 0], [0, 3], [3, 4], [1, 0]], [0, 0, 1, 1], 3)
     before, centroids = mem.features_SD.clone(), mem.centroids_KD.clone()
     memory.change_labels(mem, torch.tensor([2, 0]), torch.tensor([2, 1]))
