@@ -193,7 +193,7 @@ def test_a_voc_folder_from_the_command_line(voc, odcft_command):
     assert "then squashed into a square" in err
     code, _, err = odcft_command("evaluate", "scratch:test_resnet", voc, "--protocol", "linear")
     assert code == 2
-    assert "--protocol linear needs exactly one label per image, but 1 of 13 images have none or several" in err
+    assert "--protocol linear needs exactly one label per image, but 1 of 13 images has none or several" in err
     code, _, err = odcft_command("evaluate", "scratch:test_resnet", voc, "--crop", "middle")
     assert code == 2
     assert "--crop middle: choose centre or squash." in err
