@@ -678,9 +678,8 @@ def clusters(
 
     lines = describe(values)
     if not (folders or sheets):
-        lines.append(
-            f"Next:       {command('clusters', run, sheets='SHEETS/')}   # or --folders, --out, --near-duplicates"
-        )
+        others = "--folders, --out" + (", --near-duplicates" if (run / "run.json").exists() else "")
+        lines.append(f"Next:       {command('clusters', run, sheets='SHEETS/')}   # or {others}")
     _report(values, as_json, lines)
 
 

@@ -241,7 +241,7 @@ def load_starting_checkpoints(column: Column, progress: Any) -> list["Loaded"]:
     ckpts, reason = find_starting_checkpoints(run, len(column.parts))
     try:
         loaded = [
-            load_backbone(one, **load_options_of(run, member, len(ckpts)), member=member)
+            load_backbone(one, **load_options_of(run, member, len(ckpts)), member=member, fetch=False)
             for member, one in enumerate(ckpts)
         ]
     except OdcftError as error:
