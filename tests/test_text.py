@@ -145,7 +145,7 @@ def test_warnings_and_faults_of_libraries_are_shown_in_lines_of_their_own(odcft_
         "showwarning",
         lambda message, *place, **more: print(warnings.formatwarning(message, *place), file=sys.stderr),
     )
-    code, _, err = odcft_command("inspect", "c.pth")
+    code, _, err = odcft_command("inspect", "scratch:resnet18")
     assert code == (kind == "fault"), err
     assert r"\x1b[2J" in err
     assert "\x1b" not in err

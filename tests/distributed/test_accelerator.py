@@ -46,8 +46,8 @@ def test_what_is_not_there_is_refused_with_what_is(monkeypatch):
     assert module.kind() == "xpu"
 
 
-def test_the_command_line_refuses_it_too(odcft_command):
-    code, _, told = odcft_command("embed", "scratch:resnet18", "nowhere", "--out", "x.npz", "--accelerator", "cuda")
+def test_the_command_line_refuses_it_too(odcft_command, tmp_path):
+    code, _, told = odcft_command("embed", "scratch:resnet18", tmp_path, "--out", "x.npz", "--accelerator", "cuda")
     assert code == 2
     assert "--accelerator cuda: this machine has no such device" in told
 
