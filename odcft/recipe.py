@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import json
 import math
+import numbers
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -335,7 +336,7 @@ def set_lines(overrides: Mapping[str, Any] | Sequence[str] | None) -> list[str]:
     """
     if isinstance(overrides, Mapping):
         try:
-            return [f"{path}={json.dumps(value)}" for path, value in overrides.items()]
+            return [f"{path}={json.dumps(value, default=_plain)}" for path, value in overrides.items()]
         except (TypeError, ValueError) as error:
             raise OdcftError(f"set: {error}. Give numbers, text, lists and dicts.") from None
     if isinstance(overrides, str) or not all(isinstance(line, str) for line in overrides or ()):
@@ -343,6 +344,15 @@ def set_lines(overrides: Mapping[str, Any] | Sequence[str] | None) -> list[str]:
             f'set={short_repr(overrides)}: give {{"memory.momentum": 0.3}} or a list such as ["memory.momentum=0.3"].'
         )
     return list(overrides or ())
+
+
+def _plain(value: Any) -> int | float:
+    """A number of numpy's as Python's own, for JSON."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise TypeError(f"{short_repr(value)} is of type {type(value).__name__}")
 
 
 def _read_text(path: Path, recipes: Any) -> str:

@@ -1,8 +1,10 @@
+from pathlib import Path
+
 import pytest
 import yaml
 
 from odcft.errors import OdcftError
-from odcft.recipe import DEFAULT, Recipe, dump, load_recipe, make_recipe, shipped
+from odcft.recipe import DEFAULT, Recipe, dump, load_recipe, make_recipe, set_lines, shipped
 
 
 def test_default_is_the_papers_fine_tuning():
@@ -135,3 +137,13 @@ def test_fast_is_small_but_for_its_start_and_its_epochs():
     assert fast.memory == small.memory.model_copy(update={"start_layer": "layer2", "start_epochs": 5.0})
     assert fast.optim == small.optim.model_copy(update={"freeze": 2, "epochs": 10})
     assert fast.memory.start_epochs == fast.optim.epochs / 2
+
+
+def test_numbers_of_numpy_are_numbers():
+    import numpy as np
+
+    given = {"seed": np.int64(3), "optim.lr": np.float32(0.5), "memory.momentum": np.float64(0.25)}
+    recipe = load_recipe("small", set_lines(given))
+    assert (recipe.seed, recipe.optim.lr, recipe.memory.momentum) == (3, 0.5, 0.25)
+    with pytest.raises(OdcftError, match=r"Path.* Give numbers, text, lists and dicts"):
+        set_lines({"data.size": Path("32")})
