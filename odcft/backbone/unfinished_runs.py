@@ -42,7 +42,8 @@ def _how_far(folder: Path, about: dict[str, Any]) -> str:
     known = isinstance(epochs, int) and 0 < epochs < 10**7
     if not isinstance(done, int | float) or not 0 <= done < 1e7:
         done = 0
-    return f"{done:,.3g} of {count_of(epochs, 'epoch')} done" if known else f"{count_of(done, 'epoch')} done"
+    done = round(done) if round(done, 1) == round(done) else round(done, 1)
+    return f"{done:,} of {count_of(epochs, 'epoch')} done" if known else f"{count_of(done, 'epoch')} done"
 
 
 def _how_to_resume(folder: Path, about: dict[str, Any]) -> str:

@@ -32,6 +32,15 @@ def test_it_says_how_far_the_run_is_and_how_to_continue(run):
     assert words == ["odcft", "finetune", "scratch:test_resnet", data, "--out", str(run), "--resume"]
 
 
+@pytest.mark.parametrize(
+    ("done", "says"),
+    [(0.04, "0 of"), (0.456, "0.5 of"), (99.96, "100 of"), (1234.5, "1,234.5 of"), (12345, "12,345 of")],
+)
+def test_epochs_are_said_as_people_write_them(run, done, says):
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "epoch": done}) + "\n")
+    assert f"no backbone yet: {says} 3 epochs done." in refusal(run)
+
+
 def test_the_best_epoch_so_far_is_named(run):
     (run / "backbone_best").mkdir()
     (run / "backbone_best" / "config.json").write_text("{}")
