@@ -80,7 +80,12 @@ def _clusters(record: RunRecord) -> list[Finding]:
 
 
 def _labels(record: RunRecord) -> Finding:
-    ratios = [line["change_ratio"] for line in record.lines if "change_ratio" in line]
+    kept = record.recipe.memory.start_epochs if record.recipe else 0.0
+    lines = [line for line in record.lines if not kept or line.get("epoch", kept) > kept]
+    if record.lines and not lines:
+        text = f"Images keep their first labels for {kept:g} epochs (memory.start_epochs), and none has changed so far."
+        return Finding(True, "Labels", text)
+    ratios = [line["change_ratio"] for line in lines if "change_ratio" in line]
     if not ratios:
         return Finding(True, "Labels", "The log does not say how many labels change.")
     now, before, rising = ratios[-1], *_trend(ratios)

@@ -75,6 +75,16 @@ def test_labels_are_judged_by_where_they_are_and_where_they_go(ratios, finished,
     assert says in labels.text
 
 
+def test_labels_that_a_run_keeps_for_some_epochs_have_not_settled():
+    recipe = load_recipe("small", ["memory.clusters=10", "memory.start_epochs=2"])
+    lines = [line_of(step, change_ratio=0.0 if step < 20 else 0.4) for step in range(40)]  # ten steps an epoch
+    for count, says in ((20, "keep their first labels for 2 epochs"), (40, "40% of the labels change in a step: the")):
+        record = record_of(lines[:count], recipe=recipe)
+        (labels,) = (one for one in findings(record) if one.about == "Labels")
+        assert says in labels.text
+        assert "have settled" not in labels.text
+
+
 def test_a_best_epoch_long_ago_and_unreadable_images_are_told():
     lines = [line_of(step, change_ratio=0.02, knn=70.0 if step == 5 else 60.0) for step in range(40)]
     found = problems(lines, unreadable={"a.png": "cut"})
