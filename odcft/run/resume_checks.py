@@ -93,7 +93,10 @@ def resumed_recipe(
     """
     # Runs older than data.range used the full range of the image type; those older than data.decoder used Pillow.
     then_recipe = {**saved["recipe"], "data": {"range": "full", "decoder": "pil", **saved["recipe"]["data"]}}
-    then, given_then, now = flatten(then_recipe), flatten(about["asked"]), flatten(given.model_dump(mode="json"))
+    recipe = make_recipe(then_recipe)  # with the defaults of fields that the version of then did not have
+    then, given_then, now = (
+        flatten(one) for one in (recipe.model_dump(mode="json"), about["asked"], given.model_dump(mode="json"))
+    )
     prolonged = about.get("epochs")
     if not isinstance(prolonged, int) or not 1 <= prolonged <= MAX_EPOCHS:
         prolonged = then["optim.epochs"]
@@ -102,7 +105,7 @@ def resumed_recipe(
         recomputed.add("optim.final_epochs")
     chosen, kept = flatten(given.model_dump(mode="json", exclude_unset=True)), []
     for name, value in now.items():
-        if name.split(".")[0] in MAY_CHANGE or name in MAY_CHANGE or name not in then or name in recomputed:
+        if name.split(".")[0] in MAY_CHANGE or name in MAY_CHANGE or name in recomputed:
             continue
         if value not in ("auto", then[name], given_then.get(name), prolonged if name == "optim.epochs" else then[name]):
             if name not in chosen:
@@ -114,7 +117,6 @@ def resumed_recipe(
             )
     if kept:
         say(f"Note        {run} keeps what it was started with: {', '.join(kept)}.")
-    recipe = make_recipe(then_recipe)
     recipe.log, recipe.data.workers, recipe.data.max_broken = given.log, given.data.workers, given.data.max_broken
     recipe.data.cache = given.data.cache
     epochs = prolonged if epochs is None else epochs

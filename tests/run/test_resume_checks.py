@@ -44,6 +44,21 @@ def test_a_run_older_than_the_choice_of_decoder_keeps_pillow():
         resumed("data.decoder=turbo")
 
 
+def test_a_field_that_an_older_run_did_not_have_is_not_ignored():
+    from odcft.errors import OdcftError
+    from odcft.run.resume_checks import resumed_recipe
+
+    def resumed(*given):
+        asked = quick().model_dump(mode="json")
+        older = {**asked, "optim": {k: v for k, v in asked["optim"].items() if k != "freeze"}}
+        saved = {"recipe": older, "step": 1, "steps_per_epoch": 3}
+        return resumed_recipe(quick(*given), None, Path("run"), {"asked": older}, saved)
+
+    assert resumed().optim.freeze == resumed("optim.freeze=0").optim.freeze == 0
+    with pytest.raises(OdcftError, match=r"started with optim\.freeze=0, not 2"):
+        resumed("optim.freeze=2")
+
+
 def test_the_cache_of_decoded_images_may_change_and_older_runs_have_not_chosen():
     from odcft.run.resume_checks import resumed_recipe
 
