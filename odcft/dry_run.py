@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odcft.backbone.layers import LAST
 from odcft.clustering.kmeans import kmeans
 from odcft.clustering.methods import METHODS
 from odcft.data import shared_memory
@@ -137,7 +138,7 @@ def _start_like_a_run(
     necks, dim = make_necks(backbones, plan)
     seconds = {"loading": time.monotonic() - began}
     rows = len(ownership.my_images(len(images)))
-    _refuse_memory_too_large(rows, len(necks) * dim, free)
+    _refuse_memory_too_large(rows, len(necks) * dim, free, "a smaller neck.dim")
     features_MD, an_image = _time_features(
         feature_network(backbones, necks, plan), Crops(images, plan.view), plan, progress
     )
@@ -146,6 +147,8 @@ def _start_like_a_run(
         raise OdcftError(
             f"None of the images tried in {images.source} can be read: `odcft check-data` lists the reasons."
         )
+    if plan.memory.start_layer != LAST:
+        _refuse_memory_too_large(rows, features_MD.shape[1], free, "--set memory.start_layer=last")
     features_SD = _like(features_MD, rows)
     began = time.monotonic()
     with progress.waiting(f"K-Means     {plan.memory.clusters:,} clusters …"):
@@ -160,14 +163,14 @@ def _start_like_a_run(
     return Start(plan, planned.loaded, necks, dim, images, clusters, {}), seconds
 
 
-def _refuse_memory_too_large(rows: int, dim: int, free: dict[str, int | None]) -> None:
-    """Refuse a samples memory larger than what is free, before it is allocated."""
+def _refuse_memory_too_large(rows: int, dim: int, free: dict[str, int | None], instead: str) -> None:
+    """Refuse features larger than what is free, before they are allocated."""
     where = "host" if free["gpu"] is None else "gpu"
     needed, there = rows * dim * 4, free[where]
     if there is not None and needed > there:
         raise OdcftError(
             f"The features of {rows:,} images need {_gb(needed)} of memory on each process, and {_gb(there)} are free "
-            f"({where}). Use more devices (each keeps its share of them), or a smaller neck.dim."
+            f"({where}). Use more devices (each keeps its share of them), or {instead}."
         )
 
 
