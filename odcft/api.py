@@ -460,8 +460,6 @@ def embed(
     from odcft.embeddings import embed as run
     from odcft.progress import Progress
 
-    if ckpt is None or data is None:
-        raise OdcftError("embed takes a checkpoint and images: embed(ckpt, data).")
     with _ranks_joined(accelerator):
         return run(
             *(_text(ckpt), _text(data), _path(out)),

@@ -348,9 +348,8 @@ def _from_hub(name: str, scheme: str, arch: str, arch_args: dict[str, Any], fetc
     tag = arch if scheme == "timm" else f"{arch}.tv_in1k"
     with hub_download.offline_if_unreachable(fetch) as reachable:
         try:
-            if not fetch and not getattr(
-                timm.get_pretrained_cfg(tag), "hf_hub_id", None
-            ):  # timm would get them from another address
+            on_hub = getattr(timm.get_pretrained_cfg(tag), "hf_hub_id", None)
+            if not (fetch or on_hub):  # timm would get them from another address, even offline
                 raise OSError
             backbone.net = timm.create_model(tag, pretrained=True, num_classes=0, **arch_args)
         except RuntimeError as error:
