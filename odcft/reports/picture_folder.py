@@ -63,6 +63,8 @@ def pictures_of(page: Path) -> Iterator[None]:
         OdcftError: something else is in their place by now.
     """
     folder, new = picture_folder(page), _unfinished(page)
+    with suppress(OSError):
+        remove(new)  # left by a process that was killed
     try:
         yield
         if new.is_dir():

@@ -12,7 +12,7 @@ from written_runs import NASTY, line_of
 from odcft.errors import OdcftError
 from odcft.progress import Progress
 from odcft.reports import run_report
-from odcft.reports.picture_folder import picture_folder
+from odcft.reports.picture_folder import picture_folder, pictures_of
 from odcft.reports.run_record import read_run
 from odcft.reports.run_report import lead, report
 
@@ -276,3 +276,10 @@ def test_a_run_that_ends_replaces_the_report_from_before(make_run, tmp_path):
     assert not lacks_last_report(run)
     (run / "report.html").write_text("mine")
     assert not lacks_last_report(run)
+
+
+def test_pictures_that_a_killed_process_left_do_not_become_those_of_the_next_page(tmp_path):
+    (tmp_path / ".report_pictures.unfinished" / "00000").mkdir(parents=True)
+    with pictures_of(tmp_path / "report.html"):
+        pass
+    assert list(tmp_path.iterdir()) == []
