@@ -6,9 +6,11 @@ from typing import Any
 
 from odcft.errors import OdcftError
 from odcft.evaluation.results_table import METRICS
+from odcft.evaluation.starting_checkpoint import find_starting_checkpoints
 from odcft.evaluation.verdict import BETTER, WORSE, verdict, verdict_line
 from odcft.files import read_json
 from odcft.progress import Progress
+from odcft.run.folder import BACKBONES
 
 WITHOUT_LABELS = {
     "better": ("Better than the checkpoint it was started from, judged without labels.", "better"),
@@ -24,10 +26,16 @@ def evaluate_run(run: Path, labelled: str, reader: Any, progress: Progress) -> d
     """Do what `odcft evaluate RUN LABELLED` does, for `read_verdict`.
 
     Raises:
-        OdcftError: the images have no labels, or cannot be evaluated on.
+        OdcftError: the images have no labels, or cannot be evaluated on; or the starting checkpoint is gone.
     """
     from odcft.evaluation.any_protocol import evaluate_any
 
+    members = sum((run / name).is_dir() for name in BACKBONES)
+    if why := find_starting_checkpoints(str(run), members)[1]:  # found out before minutes of work
+        raise OdcftError(
+            f"--evaluation {labelled}: there is no verdict without the checkpoint that {run} started from ({why}). "
+            "Put it back, or drop --evaluation."
+        )
     try:
         return evaluate_any(str(run), labelled, None, PROTOCOLS, reader=reader, progress=progress)
     except OdcftError as error:

@@ -263,6 +263,14 @@ def test_labelled_images_give_the_verdict_that_evaluate_gives(make_run, tmp_path
     assert asked == [(str(run), "labelled/", ("svm", "knn"))]
     assert f"odcft report {run} --evaluation labelled/ --sample 0" in (run / "report.html").read_text()
     assert "kNN top-1 70.0 before, 75.0 after" in (run / "report.html").read_text()
+    about = json.loads((run / "run.json").read_text())
+    gone = {"checkpoint": "gone.pth", "checkpoint_path": "/gone.pth", "sha256": "0"}
+    (run / "run.json").write_text(json.dumps({**about, **gone}))
+    (run / "backbone").mkdir(exist_ok=True)
+    (run / "backbone" / "config.json").write_text("{}")
+    with pytest.raises(OdcftError, match=r"no verdict without the checkpoint that .* \(gone\.pth, which .*not found"):
+        report(run, evaluation="labelled/", **QUIET)
+    assert len(asked) == 1
 
 
 def test_a_run_that_ends_replaces_the_report_from_before(make_run, tmp_path):
