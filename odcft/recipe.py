@@ -352,7 +352,7 @@ def _plain(value: Any) -> int | float:
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value)
-    raise TypeError(f"{short_repr(value)} is of type {type(value).__name__}")
+    raise TypeError(f"{short_repr(value)} ({type(value).__name__}) is not JSON")
 
 
 def _read_text(path: Path, recipes: Any) -> str:
