@@ -33,7 +33,7 @@ ROWS = 8192  # of which sums are computed at a time
 SCORES = 1 << 21  # computed at a time: they should stay in the processor's cache
 GROUP = 32  # centroids: the search skips whole groups whose best score is too low
 FASTEST = 64  # centroids, those that moved farthest, that are compared with every row
-PIECE = 2048  # rows that a thread takes at a time, unless all their scores are computed
+PIECE = 2048  # rows that a thread takes at a time, unless all their scores are computed; an accelerator takes ROWS
 WORKERS = 8  # threads, at most: more would wait for one another in Python; where there are more cores, they share them
 
 
@@ -152,7 +152,8 @@ class _Nearest:
         self.centre_D = centroids_KD.mean(0)
         self.coarse_SD = torch.empty(S, features_SD.shape[1], dtype=self.dtype, device=device)
         self.square_S, self.length_S, self.rounding_S = torch.empty(3, S, device=device)
-        self.pieces = [slice(start, start + PIECE) for start in range(0, S, PIECE)]
+        self.piece = PIECE if device.type == "cpu" else ROWS
+        self.pieces = [slice(start, start + self.piece) for start in range(0, S, self.piece)]
         self._each(self._round_rows, self.pieces)
         # Margin for comparing bounds with distances, far larger than the rounding of float32 scores.
         self.margin = 1e-3 * float(self.square_S.mean().sqrt())  # NaN, but unused, if a rank has no rows
@@ -177,7 +178,7 @@ class _Nearest:
 
     def measure(self, row_M: Tensor) -> None:
         """Compute the exact distances of these rows, for which only upper bounds may be known."""
-        self._each(self._measure, row_M.split(PIECE))
+        self._each(self._measure, row_M.split(self.piece))
 
     def _measure(self, row_B: Tensor) -> None:
         self.distance_S[row_B] = self._distance(row_B, self._score(row_B, self.label_S[row_B]))
