@@ -87,7 +87,10 @@ def compare_run(run: Path, paths: Sequence[str], class_N: np.ndarray) -> dict[st
     from odcft.files import read_json
     from odcft.run.clusters_parquet import read_clusters
 
-    data = Path(str(read_json(run / "run.json").get("data", "")))
+    about = read_json(run / "run.json")
+    data, absolute = Path(str(about.get("data", ""))), about.get("data_path")
+    if isinstance(absolute, str) and os.path.exists(absolute):
+        data = Path(absolute)  # the other is relative to the folder that the run was started in
     root = os.path.abspath(data if data.is_dir() else data.parent)
     listed = read_clusters(run / "clusters.parquet")
     clusters = {os.path.normpath(os.path.join(root, path)): cluster for path, cluster in listed.items()}

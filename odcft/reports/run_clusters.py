@@ -234,6 +234,8 @@ def place_of_images(run: Path) -> str:
     places = [absolute] if isinstance(absolute, str) else []
     places += [data, *(os.path.join(folder, data) for folder in run.absolute().parents)]
     for place in places:
+        if os.path.exists(place) and os.path.samefile(place, run):
+            continue  # a RUN is often called what its images are
         if os.path.exists(place) or (glob.has_magic(place) and glob.glob(place)):
             return place
     raise OdcftError(f"{run} was run on {said}, which does not exist here. Pass where it is now: --data DATA.")

@@ -74,6 +74,11 @@ def test_the_clusters_of_a_run_are_compared_where_the_images_are_its_own(tmp_pat
     # A list file stands beside its images.
     (run / "run.json").write_text(json.dumps({"data": str(data / "list.csv")}))
     assert compare_run(run, paths, classes)["images"] == 8
+    # The command was started in another folder than now.
+    (run / "run.json").write_text(json.dumps({"data": "images", "data_path": str(data)}))
+    assert compare_run(run, paths, classes)["images"] == 8
+    (run / "run.json").write_text(json.dumps({"data": str(data), "data_path": "gone\0"}))
+    assert compare_run(run, paths, classes)["images"] == 8
     (run / "run.json").write_text(json.dumps({"data": 3}))
     with pytest.raises(OdcftError, match="was not trained on any"):
         compare_run(run, paths, classes)

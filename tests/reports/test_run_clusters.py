@@ -92,6 +92,17 @@ def test_moved_images_are_found_by_data(tmp_path, make_images):
         find_run_images(found, str(tmp_path / "moved" / "a"), None, QUIET)
 
 
+def test_a_run_named_like_its_images_is_not_taken_for_them(tmp_path, make_images, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_images(tmp_path / "flowers", 8)
+    run = finished_run(tmp_path / "runs" / "flowers", "flowers")
+    (tmp_path / "flowers").rename(tmp_path / "away")
+    found = read_run(run)
+    with pytest.raises(OdcftError, match="run on flowers, which does not exist here"):
+        find_run_images(found, None, None, QUIET)
+    assert find_run_images(found, "away", None, QUIET).gone == 0
+
+
 def test_a_relative_path_is_looked_up_beside_the_run_and_a_url_never(tmp_path, make_images, monkeypatch):
     make_images(tmp_path / "here" / "images", 8)
     monkeypatch.chdir(tmp_path / "here")
