@@ -138,7 +138,10 @@ def _foreign(folder: Path, ours: Layout, out: Path) -> Iterator[tuple[Path, str]
             yield path, ""
             continue
         inner = ours[pattern] if pattern else {}
-        kind = KINDS.get(stat.S_IFMT(path.lstat().st_mode), SPECIAL)
+        try:
+            kind = KINDS.get(stat.S_IFMT(path.lstat().st_mode), SPECIAL)
+        except FileNotFoundError:  # gone since it was listed, like the lock of a run that ends right now
+            continue
         if kind == "link" and pattern in MAY_BE_LINKS and not unfinished:
             if problem := _wrong_target(path, inner, out):
                 yield path, problem
