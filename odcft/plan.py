@@ -60,6 +60,7 @@ class DataPlan(DataRecipe):
 
 class MemoryPlan(MemoryRecipe):
     clusters: int
+    start_epochs: float
     dtype: Literal["float16", "float32"]
 
 
@@ -188,6 +189,8 @@ def _refuse_contradictions(plan: Plan) -> None:
 def _check_first_labels(plan: Plan, backbones: Sequence[Backbone]) -> list[str]:
     """Refuse `memory.start_layer` and `start_epochs` where they have no meaning; notes on them for the user."""
     layer, epochs = plan.memory.start_layer, plan.memory.start_epochs
+    if layer == "auto":  # decided when images have been looked at
+        return []
     if layer != LAST and plan.method != "odc":
         raise OdcftError(
             f"memory.start_layer={short_repr(layer)} is for --method odc, not {plan.method}. "
@@ -196,15 +199,19 @@ def _check_first_labels(plan: Plan, backbones: Sequence[Backbone]) -> list[str]:
     if epochs and plan.method == "dc":
         raise OdcftError(
             f"memory.start_epochs={epochs:g} is for ODC: labels of DC stay for dc.interval epochs. "
-            "Pass --set memory.start_epochs=0."
+            "Pass --set memory.start_epochs=auto."
         )
     if layer != LAST:
         refuse_unknown_layer(backbones[0], layer)
-    if layer == LAST and not epochs:
-        return []
+    return [] if layer == LAST and not epochs else [first_labels_note(plan)]
+
+
+def first_labels_note(plan: Plan, why: str = "") -> str:
+    """Tell the user which layer gives the first labels, and for how long images keep them."""
+    layer, epochs = plan.memory.start_layer, plan.memory.start_epochs
     how_long = f"for {epochs:g} of {plan.optim.epochs} epochs" if epochs < plan.optim.epochs else "to the end"
     kept = f", and images keep them {how_long}" if epochs else ""
-    return [f"The first labels are clusters of {'the last layer' if layer == LAST else layer}{kept}."]
+    return f"The first labels are clusters of {'the last layer' if layer == LAST else layer}{why}{kept}."
 
 
 def _notes_on_machine(recipe: Recipe) -> list[str]:
@@ -246,12 +253,17 @@ def fill_autos(
     """
     device = dist.this_device()
     gpu = device.type != "cpu"
+    another_layer = recipe.method == "odc" and recipe.memory.start_layer != LAST
     choices: dict[str, dict[str, Any]] = {
         "data": {
             **{"size": size, "range": intensity, "bands": bands, "workers": _workers(gpu), "mean": None, "std": None},
             "decoder": "turbo" if jpeg_crops.is_available() else "pil",
         },
-        "memory": {"clusters": clusters, "dtype": "float16" if gpu else "float32"},
+        "memory": {
+            **{"clusters": clusters, "dtype": "float16" if gpu else "float32"},
+            "start_layer": "auto" if recipe.method == "odc" else LAST,  # start_layer_choice.py decides
+            "start_epochs": recipe.optim.epochs / 2 if another_layer else 0.0,
+        },
         "codc": {"members": [MemberRecipe().model_dump() for _ in range(members)]},
         "kmeans": {"engine": "torch"},  # always installed, on any device, and divided among the ranks
         "optim": {
@@ -269,6 +281,14 @@ def fill_autos(
     if min_cluster is not None:
         fields["memory"]["min_cluster"] = min_cluster
     return Plan.model_validate(fields)
+
+
+def with_start_layer(plan: Plan, recipe: Recipe, layer: str) -> Plan:
+    """The plan with `memory.start_layer` decided, and with it `memory.start_epochs` if the recipe leaves it `auto`."""
+    chosen: dict[str, Any] = {"start_layer": layer}
+    if layer == LAST and recipe.memory.start_epochs == "auto":
+        chosen["start_epochs"] = 0.0
+    return plan.model_copy(update={"memory": plan.memory.model_copy(update=chosen)})
 
 
 def with_clusters_for(plan: Plan, recipe: Recipe, count: int) -> tuple[Plan, list[str]]:

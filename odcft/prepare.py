@@ -15,6 +15,7 @@ from odcft.backbone.layers import LAST
 from odcft.backbone.load import Loaded, load_backbone
 from odcft.backbone.network import Backbone
 from odcft.backbone.start_layer import LastAndLayer
+from odcft.clustering import odc
 from odcft.clustering.clusters import Clusters
 from odcft.clustering.kmeans import assign, kmeans
 from odcft.clustering.methods import METHODS
@@ -35,6 +36,7 @@ from odcft.run import memory_folder, output_checks, resume_checks, snapshot_file
 from odcft.run.folder import RUN_FILES, Run, read_quarantine, write_image_lists
 from odcft.run.run_json import note_epochs, write_run_json
 from odcft.seeds import seed
+from odcft.start_layer_choice import decide_start_layer
 from odcft.state import Snapshot, State, new_state, restore, versions
 from odcft.text import count_of, duration
 
@@ -115,7 +117,8 @@ def load_and_plan(
     for backbone in backbones:
         backbone.resize(plan.data.size)
     plan, measured = decide_normalisation(recipe, plan, loaded, images)
-    notes += [*measured, *(_note_on_gray_images(plan, images) if training else [])]
+    plan, layer = decide_start_layer(plan, recipe, backbones, images, progress)
+    notes += [*measured, *layer, *(_note_on_gray_images(plan, images) if training else [])]
     _describe(loaded, images, plan, notes, progress, training)
     dist.wait_for_all()
     return Planned(requested, plan, loaded, images, stored)
@@ -214,14 +217,14 @@ def _extract(
 def split_features(features_SX: Tensor, dim: int, plan: Plan) -> tuple[Tensor, Tensor]:
     """What `feature_network` gave, as the features (S, D) of the memory and those that K-Means clusters.
 
-    They are the same, unless a layer gives the first labels: its features are then reduced as DeepCluster's are.
+    They are the same, unless a layer gives the first labels.
     """
     method = METHODS[plan.method]
     if plan.memory.start_layer == LAST:
         features_SD = method.features_for_kmeans(features_SX, plan)
         return features_SD, features_SD
     features_SD = method.features_for_kmeans(features_SX[:, :dim].contiguous(), plan)
-    return features_SD, METHODS["dc"].features_for_kmeans(features_SX[:, dim:], plan)
+    return features_SD, odc.features_for_first_labels(features_SX[:, dim:])
 
 
 def _cluster(features_SX: Tensor, dim: int, count: int, plan: Plan, progress: Progress) -> Clusters:

@@ -161,9 +161,11 @@ class MemoryRecipe(_Group):
     min_cluster: int = Field(20, ge=-1)  # clusters with this many images or fewer are dispersed and refilled
     variant: Literal["paper", "official"] = "paper"  # where paper and official code differ (docs/variants.md)
     # the layer of the backbone whose features give the images their first labels (`odcft evaluate --layers all` lists
-    # them): of a pretext checkpoint an earlier one may be far better; last: the features that are clustered later, too
+    # them): of a pretext checkpoint an earlier one may be far better; last: the features that are clustered later, too;
+    # auto: the one in which most neighbours of an image stay when it is augmented
     start_layer: Annotated[str, Field(max_length=300)] = "last"
-    start_epochs: float = Field(0.0, ge=0)  # in which the images keep their first labels
+    # in which the images keep their first labels; auto: half of the epochs if another layer than the last gives them
+    start_epochs: Auto | Annotated[float, Field(ge=0)] = "auto"
     reweight: bool = True  # loss weights 1 / sqrt(N_c)
     dtype: Literal["auto", "float16", "float32"] = "auto"  # of the stored features; auto: float16 on a GPU
 

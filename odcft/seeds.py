@@ -18,6 +18,7 @@ STREAMS = {
     "neck": "member",
     "head": "member",
     "new head": "member, step",  # dc: the classifier, reinitialised after every clustering
+    "start layer": "draw",  # odc: 0: which images are looked at, and how they are augmented; 1, 2: crops of two views
     "kmeans": "epoch",  # which images become the first centroids
     "empty clusters": "epoch",  # dc: splitting clusters to fill them
     "small clusters": "step",  # odc: splitting clusters to refill them

@@ -24,7 +24,7 @@ FLOORS = [
     {"reports"},
     {"evaluation", "pretexts", "prepare"},
     {"run"},
-    {"state", "normalisation"},
+    {"state", "normalisation", "start_layer_choice"},
     {"model"},
     {"clustering"},
     {"plan"},

@@ -28,11 +28,20 @@ class LastAndLayer(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Run the images through the network once."""
-        found = dict(outputs_of_layers(self.backbone, images))
-        maps = found[self.layer].float()
-        side = max(1, min(math.isqrt(POOLED // maps.shape[1]), *maps.shape[2:]))
-        pooled_BL = F.adaptive_avg_pool2d(maps, side).flatten(1)
-        return found[LAST], F.normalize(pooled_BL, dim=1, eps=1e-10)
+        found = pooled_layers(self.backbone, images)
+        return found[LAST], F.normalize(found[self.layer], dim=1, eps=1e-10)
+
+
+def pooled_layers(backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
+    """Features (B, L) of every layer, pooled to at most POOLED numbers or one a channel, and of `last` as they are."""
+    return {
+        name: found if name == LAST else _pool(found.float()) for name, found in outputs_of_layers(backbone, images)
+    }
+
+
+def _pool(maps: Tensor) -> Tensor:
+    side = max(1, min(math.isqrt(POOLED // maps.shape[1]), *maps.shape[2:]))
+    return F.adaptive_avg_pool2d(maps, side).flatten(1)
 
 
 @torch.no_grad()

@@ -12,17 +12,34 @@ from torch import Tensor
 from odcft import seeds
 from odcft.clustering import loss_weights, memory
 from odcft.clustering.clusters import Clusters
+from odcft.clustering.pca_whitening import principal_components
 from odcft.clustering.small_clusters import handle_small_clusters
 from odcft.distributed import dist
 from odcft.plan import Plan
 from odcft.precision import exact_products
 
+START_COMPONENTS = 128  # of the features that give the first labels: 64 to 256 give equally good clusters
 HAS_NECK = True  # {fc-bn-relu-dropout-fc-relu} between backbone and head
 
 
 def features_for_kmeans(features_SD: Tensor, plan: Plan) -> Tensor:
     """Normalise the features (S, D) to unit length for K-Means; in place, as memory may not hold two copies."""
     return F.normalize(features_SD, dim=1, eps=1e-10, out=features_SD)
+
+
+def features_for_first_labels(layer_SL: Tensor) -> Tensor:
+    """Reduce the features of `memory.start_layer` by PCA and normalise them to unit length for K-Means.
+
+    They are not whitened: of a rotation checkpoint's `layer2`, clusters of whitened components tell less about what the
+    images show (docs/small_data.md).
+
+    Args:
+        layer_SL: (S, L) float, this rank's.
+
+    Returns:
+        (S, D) float32, D at most START_COMPONENTS.
+    """
+    return F.normalize(principal_components(layer_SL, START_COMPONENTS), dim=1, eps=1e-10)
 
 
 def start(features_SD: Tensor, labels_S: Tensor, plan: Plan) -> Clusters:

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from odcft.clustering.neighbour_agreement import neighbour_agreement
+
 EPSILON = 1e-7  # added to each share of the spectrum before its logarithm (RankMe and LiDAR)
 LIDAR_DELTA = 1e-4  # added to the variance within images (LiDAR; implementations have 1e-6 to 1e-4)
 NO_VARIANCE = 1e-3  # of the mean standard deviation of all features: below it, a feature counts as dead
-ROWS = 1024  # compared at a time
 NEIGHBOURS, CLUSTERS = 10, 20  # that `measure` compares
 
 
@@ -27,10 +28,10 @@ def measure(clean_NF: np.ndarray, views_NVF: np.ndarray) -> dict[str, float]:
         views_NVF: of at least two random views of each.
 
     Returns:
-        Each function of this module by its name. Neighbours are those of features minus their mean: what all images
+        Each measure by the name of its function. Neighbours are those of features minus their mean: what all images
         have in common would hide how they differ.
     """
-    centred_NVF = views_NVF - views_NVF.mean((0, 1), dtype=np.float64)
+    centred_NVF = torch.from_numpy(views_NVF - views_NVF.mean((0, 1), dtype=np.float64))
     return {
         "neighbour_agreement": neighbour_agreement(centred_NVF[:, 0], centred_NVF[:, 1], NEIGHBOURS),
         "cluster_stability": cluster_stability(clean_NF, CLUSTERS),
@@ -87,31 +88,6 @@ def spectrum_decay(features_NF: np.ndarray, first: int = 1, last: int | None = N
     if len(number_J) < 2:
         return float("nan")
     return float(-np.polyfit(np.log(number_J), np.log(value_J[first - 1 : last]), 1)[0])
-
-
-def neighbour_agreement(one_NF: np.ndarray, other_NF: np.ndarray, k: int = 10) -> float:
-    """The share of an image's k nearest neighbours (by cosine) in one view that are its nearest in the other view too.
-
-    Args:
-        one_NF, other_NF: features of two augmented views of the same images.
-        k: neighbours, at most N - 1.
-
-    Returns:
-        The mean over all images, 0..1. Random features would give k / (N - 1).
-    """
-    if len(one_NF) != len(other_NF) or not 0 < k < len(one_NF):
-        raise ValueError(f"k is {k} for {len(one_NF)} and {len(other_NF)} images")
-    views = [_unit_length(one_NF), _unit_length(other_NF)]
-    common = 0
-    for start in range(0, len(one_NF), ROWS):
-        row_B = torch.arange(start, min(start + ROWS, len(one_NF)))
-        near = []
-        for view_NF in views:
-            similarity_BN = view_NF[row_B] @ view_NF.T
-            similarity_BN[row_B - start, row_B] = -torch.inf
-            near.append(similarity_BN.topk(k, dim=1).indices)
-        common += int((near[0].unsqueeze(2) == near[1].unsqueeze(1)).sum())
-    return common / (k * len(one_NF))
 
 
 def cluster_stability(features_NF: np.ndarray, k: int, resamples: int = 5, share: float = 0.5, seed: int = 0) -> float:

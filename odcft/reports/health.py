@@ -80,7 +80,8 @@ def _clusters(record: RunRecord) -> list[Finding]:
 
 
 def _labels(record: RunRecord) -> Finding:
-    kept = record.recipe.memory.start_epochs if record.recipe else 0.0
+    given = record.recipe.memory.start_epochs if record.recipe else 0.0
+    kept = 0.0 if given == "auto" else given
     lines = [line for line in record.lines if not kept or line.get("epoch", kept) > kept]
     if record.lines and not lines:
         text = f"Images keep their first labels for {kept:g} epochs (memory.start_epochs), and none has changed so far."

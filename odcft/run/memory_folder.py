@@ -204,6 +204,8 @@ def recipe_for_memory(recipe: Recipe, stored: StoredMemory) -> Recipe:
         value = getattr(now, name)
         if value == "auto" or (name in stored.asked and value == stored.asked[name]):
             setattr(now, name, getattr(then, name))
+    if recipe.memory.start_layer == "auto":
+        recipe.memory.start_layer = stored.made_with.memory.start_layer
     return recipe
 
 

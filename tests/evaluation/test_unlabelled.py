@@ -10,7 +10,6 @@ from odcft.evaluation.unlabelled import (
     dead_share,
     effective_rank,
     lidar,
-    neighbour_agreement,
     spectrum_decay,
     spread,
 )
@@ -63,23 +62,6 @@ def test_the_decay_of_the_spectrum_is_the_exponent_it_was_made_with():
         assert spectrum_decay(features, 5, 15) == pytest.approx(exponent)
     assert math.isnan(spectrum_decay(np.outer(np.arange(5), [1.0, 2])))
     assert math.isnan(spectrum_decay(np.ones((5, 3))))
-
-
-def test_agreement_of_neighbours():
-    angle = np.deg2rad([0, 1, 3, 90, 91, 93])
-    one = np.stack([np.cos(angle), np.sin(angle)], 1)
-    assert neighbour_agreement(one, 5 * one, k=2) == 1
-    # The fourth to sixth change places with the first to third for half of all images: no neighbour is left.
-    assert neighbour_agreement(one, one[[0, 3, 1, 4, 2, 5]], k=1) == pytest.approx(
-        np.mean([{0: 1, 1: 0, 2: 1, 3: 4, 4: 3, 5: 4}[i] == {0: 2, 2: 0, 4: 2, 1: 3, 3: 1, 5: 3}[i] for i in range(6)])
-    )
-    draw = np.random.default_rng(0)
-    assert neighbour_agreement(draw.normal(size=(1500, 9)), draw.normal(size=(1500, 9)), k=10) == pytest.approx(
-        10 / 1499, abs=0.004
-    )
-    for bad in (0, 6):
-        with pytest.raises(ValueError, match="k is"):
-            neighbour_agreement(one, one, k=bad)
 
 
 def test_clusters_that_are_there_are_found_again_and_others_are_not():

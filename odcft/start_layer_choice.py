@@ -1,0 +1,95 @@
+"""The layer that gives the images their first labels, where the recipe leaves `memory.start_layer` to `auto`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from odcft import seeds
+from odcft.backbone.layers import LAST
+from odcft.backbone.network import Backbone
+from odcft.backbone.start_layer import pooled_layers
+from odcft.clustering.neighbour_agreement import neighbour_agreement
+from odcft.data.augmentation import augment_batch
+from odcft.data.batches import Crops, make_loader
+from odcft.data.feature_extraction import to_float
+from odcft.data.images import Images
+from odcft.distributed import dist
+from odcft.plan import Plan, first_labels_note, loader_workers, with_start_layer
+from odcft.precision import exact_products
+from odcft.progress import Progress
+from odcft.recipe import Recipe
+
+IMAGES = 1000  # looked at, at most
+FEWEST = 300  # with fewer, chance decides
+BETTER = 1.1  # by this factor another layer must be better than the last
+BATCH = 125  # augmented together
+
+
+def decide_start_layer(
+    plan: Plan, recipe: Recipe, backbones: Sequence[Backbone], images: Images, progress: Progress
+) -> tuple[Plan, list[str]]:
+    """Choose the layer in which most of an image's neighbours stay the same when the image is augmented.
+
+    Labels are not needed: over layers and networks, this share goes up and down with the accuracy of a labelled
+    evaluation (docs/small_data.md, docs/unlabelled.md). The last layer is left only for one that is a tenth better.
+
+    Args:
+        plan: whose `memory.start_layer` may be "auto".
+        recipe: as the user gave it.
+        backbones: on any device; one for each member.
+        images: all that were found; of more than IMAGES, so many are drawn.
+        progress: where to report.
+
+    Returns:
+        The plan with a layer, and notes for the user.
+    """
+    if plan.memory.start_layer != "auto":
+        return plan, []
+    if plan.method != "odc" or len(images) < FEWEST:
+        return with_start_layer(plan, recipe, LAST), []
+    kept = _kept_neighbours(backbones[0], images, plan, progress)
+    if not kept:  # nothing can be read, which is reported soon
+        return with_start_layer(plan, recipe, LAST), []
+    best = max(kept, key=lambda layer: kept[layer])
+    chosen = best if kept[best] > BETTER * kept[LAST] else LAST
+    number = torch.tensor(list(kept).index(chosen), device=dist.this_device())
+    dist.broadcast_(number)  # ranks may differ in the last digit
+    chosen = list(kept)[int(number)]
+    plan = with_start_layer(plan, recipe, chosen)
+    other = "" if chosen == LAST else f", {kept[LAST]:.1%} in the last layer"
+    why = f" ({kept[chosen]:.1%} of an image's neighbours there stay when it is augmented{other})"
+    return plan, [first_labels_note(plan, why)]
+
+
+@torch.no_grad()
+@exact_products()
+def _kept_neighbours(backbone: Backbone, images: Images, plan: Plan, progress: Progress) -> dict[str, float]:
+    """Of each layer, the share of neighbours that two random views of an image have in common; {} if none is read."""
+    device, training = dist.this_device(), backbone.training
+    backbone.to(device).eval()
+    draw = seeds.generator(plan.seed, "start layer", 0)
+    sample = torch.randperm(len(images), generator=draw)[:IMAGES].sort().values
+    with progress.phase("Choosing the layer of the first labels", 2 * len(sample)) as advance:
+        views = []
+        for view in range(2):
+            crops = Crops(images, plan.view, plan.augment, seed=seeds.seed(plan.seed, "start layer", 1 + view))
+            batches = [[(0, index) for index in part.tolist()] for part in sample.split(BATCH)]
+            found: dict[str, list[Tensor]] = {}
+            for batch in make_loader(crops, batches, loader_workers(device), device):
+                advance(len(batch.index_B) + len(batch.unreadable))
+                if len(batch.index_B):
+                    pixels = augment_batch(to_float(batch.pixels, device), plan.augment, draw)
+                    for name, features_BL in pooled_layers(backbone, pixels).items():
+                        found.setdefault(name, []).append(features_BL)
+            views.append({name: torch.cat(parts) for name, parts in found.items()})
+    backbone.train(training)
+    readable = min((len(features_NL) for view in views for features_NL in view.values()), default=0)
+    if readable < FEWEST:
+        return {}
+    return {name: _agreement(views[0][name], views[1][name]) for name in views[0]}
+
+
+def _agreement(one_NL: Tensor, other_NL: Tensor) -> float:
+    mean_L = (one_NL.mean(0) + other_NL.mean(0)) / 2
+    return neighbour_agreement(one_NL - mean_L, other_NL - mean_L)
