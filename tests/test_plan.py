@@ -95,6 +95,7 @@ def test_a_plan_has_nothing_left_to_decide_and_is_what_recipe_yaml_says(make_ima
 def test_what_the_recipe_says_is_not_decided_again(make_images, tmp_path):
     backbone, images = load_backbone("scratch:test_resnet").backbone, find_images(make_images(tmp_path))
     asked = ["data.size=64", "data.range=[0,9]", "data.workers=1", "memory.clusters=3", "memory.dtype=float16"]
+    asked += ["memory.start_epochs=0"]
     asked += [
         "data.decoder=pil",
         "kmeans.engine=faiss",

@@ -1,0 +1,91 @@
+"""The layer that gives the first labels is the one in which augmented images keep their neighbours."""
+
+import pytest
+import torch
+from PIL import Image
+
+from odcft import start_layer_choice
+from odcft.backbone.load import load_backbone
+from odcft.data.sources import find_images
+from odcft.files import read_json
+from odcft.first_memory import init_memory
+from odcft.plan import make_plan
+from odcft.progress import Progress
+from odcft.recipe import load_recipe
+from odcft.start_layer_choice import decide_start_layer
+from odcft.train import fine_tune
+
+AUTO = ["memory.start_layer=auto", "optim.batch_size=4", "optim.epochs=8", "data.size=32"]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Twenty images, each of one gray, and a file that is none."""
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        Image.new("RGB", (32, 32), (12 * i,) * 3).save(tmp_path / "images" / f"{i:02}.png")
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    return str(tmp_path / "images")
+
+
+def decide(monkeypatch, images, features, *overrides, fewest=20):
+    """The plan and notes where the layers give `features(pixels)`."""
+    monkeypatch.setattr(start_layer_choice, "FEWEST", fewest)
+    monkeypatch.setattr(start_layer_choice, "pooled_layers", lambda backbone, pixels: features(pixels))
+    backbone = load_backbone("scratch:test_resnet").backbone
+    recipe, found = load_recipe("small", [*AUTO, *overrides]), find_images(images)
+    plan, _ = make_plan(recipe, [backbone], found)
+    return decide_start_layer(plan, recipe, [backbone], found, Progress(quiet=True))
+
+
+def layers(last):
+    """`stem` is noise, `middle` the gray of an image, and `last` what is given."""
+    draw = torch.Generator().manual_seed(0)
+
+    def features(pixels):
+        gray_B1 = pixels.mean((1, 2, 3)).unsqueeze(1)
+        middle_B2 = torch.cat([torch.cos(3 * gray_B1), torch.sin(3 * gray_B1)], 1)
+        noise_B9 = torch.randn(len(pixels), 9, generator=draw)
+        return {"stem": noise_B9, "middle": middle_B2, "last": {"middle": middle_B2, "noise": noise_B9}[last]}
+
+    return features
+
+
+SMALL_CHANGES = ["augment.brightness=0", "augment.contrast=0", "augment.rotation=0"]
+
+
+def test_the_layer_is_chosen_in_which_most_neighbours_stay(monkeypatch, images):
+    plan, (note,) = decide(monkeypatch, images, layers("noise"), *SMALL_CHANGES)
+    assert (plan.memory.start_layer, plan.memory.start_epochs) == ("middle", 4)
+    assert "The first labels are clusters of middle (100.0% of an image's neighbours" in note
+    assert note.endswith("% in the last layer), and images keep them for 4 of 8 epochs.")
+
+
+def test_the_last_layer_stays_where_no_other_is_clearly_better(monkeypatch, images):
+    plan, (note,) = decide(monkeypatch, images, layers("middle"), *SMALL_CHANGES)
+    assert (plan.memory.start_layer, plan.memory.start_epochs) == ("last", 0)
+    assert "clusters of the last layer (100.0% of" in note
+    plan, _ = decide(monkeypatch, images, layers("middle"), *SMALL_CHANGES, "memory.start_epochs=3")
+    assert plan.memory.start_epochs == 3  # asked for
+
+
+@pytest.mark.parametrize("why", ["few", "dc", "unreadable"])
+def test_the_last_layer_stays_where_nothing_can_be_said(monkeypatch, images, tmp_path, why):
+    overrides, fewest = (["method=dc"], 20) if why == "dc" else ([], 20 + 2 * (why == "few"))
+    if why == "unreadable":
+        (tmp_path / "images" / "00.png").write_bytes(b"no image")
+    plan, notes = decide(monkeypatch, images, layers("noise"), *SMALL_CHANGES, *overrides, fewest=fewest)
+    assert (plan.memory.start_layer, plan.memory.start_epochs, notes) == ("last", 0, [])
+
+
+def test_what_was_chosen_travels_with_a_memory(monkeypatch, images, tmp_path):
+    monkeypatch.setattr(start_layer_choice, "FEWEST", 20)
+    agreement = iter([0.1, 0.2, 0.9, 0.3, 0.4, 0.1])  # of stem to `last`
+    monkeypatch.setattr(start_layer_choice, "neighbour_agreement", lambda one, other: next(agreement))
+    recipe = load_recipe("small", [*AUTO, "memory.min_cluster=1", "neck.dim=8", "neck.hidden=8"])
+    checkpoint = "scratch:test_resnet"
+    init_memory(checkpoint, images, tmp_path / "m", recipe)
+    assert read_json(tmp_path / "m" / "memory.json")["recipe"]["memory"]["start_layer"] == "layer2"
+    fine_tune(checkpoint, images, tmp_path / "run", recipe, memory=tmp_path / "m")
+    kept = load_recipe(tmp_path / "run" / "recipe.yaml").memory
+    assert (kept.start_layer, kept.start_epochs) == ("layer2", 4)
