@@ -1,12 +1,12 @@
 """How much better is a checkpoint after so many minutes on one core? Recipes compared at equal time, over seeds.
 
     python benchmarks/budget.py CKPT DATA --test DATA [--minutes 5,10,20] [--recipes small,dc_small] [--seeds 0,1,2]
-        [--set FIELD=VALUE]… [--core N] [--out DIR] [--json]
+        [--layers last|best] [--set FIELD=VALUE]… [--core N] [--out DIR] [--json]
 
 First every recipe is timed: `odcft finetune --dry-run` with one thread on one core, several times, of which the
 quickest counts. Start it while the machine is quiet. Minutes then become epochs, at least one, and the run trains for
 those: from here on, other work on the machine changes nothing. Every run is evaluated by SVM and kNN on --test, half of
-it held out, at the last and at the best layer (`odcft evaluate --layers`). A recipe may be a YAML file.
+it held out, at the last and at the best layer (`--layers last` is quicker). A recipe may be a YAML file.
 
 DIR keeps timings, runs (backbones without states) and results; a second call does what is missing. It prints a table:
 mean and, over several seeds, half the width of the 95 % interval (Student's t); table.json has all figures, gain.png
@@ -66,11 +66,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", default="0,1,2", help="default: 0,1,2")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--core", type=int, help="number of the core to run on")
+    parser.add_argument("--layers", choices=("last", "best"), default="best", help="last is quicker (default: best)")
     parser.add_argument("--timings", type=int, default=3, help="how often each recipe is timed (default: 3)")
     parser.add_argument("--out", type=Path, default=Path("budget"), help="folder for all output (default: budget)")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     args = parser.parse_args()
-    args.labelled, args.crop, args.layers = None, None, "best"  # what `fine_tuning.evaluated` looks at
+    args.labelled, args.crop = None, None  # what `fine_tuning.evaluated` looks at
     try:
         usable = all(float(minutes) > 0 for minutes in args.minutes.split(","))
     except ValueError:
@@ -81,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--timings {args.timings}: give at least 1")
     if args.core is not None and args.core not in os.sched_getaffinity(0):
         parser.error(f"--core {args.core}: this process may use {sorted(os.sched_getaffinity(0))}")
-    settings = {name: getattr(args, name) for name in ("ckpt", "data", "test", "overrides")}
+    settings = {name: getattr(args, name) for name in ("ckpt", "data", "test", "overrides", "layers")}
     if said := runs.refuse_other_settings(args.out / "settings.json", settings):
         parser.error(said)
     return args
@@ -150,13 +151,14 @@ def table(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def as_text(summed: dict[str, Any]) -> str:
     """The table as text."""
     original = summed["original"]
-    lines = [f"{'':<24}{'minutes':>8}{'epochs':>8}{'seeds':>7}" + "".join(f"{title:>20}" for title in SHOWN.values())]
-    lines.append(f"{'the checkpoint':<47}" + "".join(f"{original[figure]:>20.1f}" for figure in SHOWN))
+    shown = {figure: title for figure, title in SHOWN.items() if figure in original}
+    lines = [f"{'':<24}{'minutes':>8}{'epochs':>8}{'seeds':>7}" + "".join(f"{title:>20}" for title in shown.values())]
+    lines.append(f"{'the checkpoint':<47}" + "".join(f"{original[figure]:>20.1f}" for figure in shown))
     below = []
     for recipe, budgets in summed.items():
         for minutes, cell in budgets.items() if recipe != "original" else ():
             text = f"{recipe:<24}{minutes:>8}{cell['epochs']:>8}{cell['seeds']:>7}"
-            for figure in SHOWN:
+            for figure in shown:
                 interval = f" ±{cell[f'{figure}_interval']:.1f}" if f"{figure}_interval" in cell else ""
                 gain = cell[f"{figure}_gain"]
                 text += f"{f'{cell[figure]:.1f}{interval} ({gain:+.1f})':>20}"
@@ -170,11 +172,12 @@ def as_text(summed: dict[str, Any]) -> str:
 
 def draw(path: Path, summed: dict[str, Any]) -> None:
     """The gain of every recipe against the minutes."""
-    panels: dict[str, list[Curve]] = {title: [] for title in SHOWN.values()}
+    shown = {figure: title for figure, title in SHOWN.items() if figure in summed["original"]}
+    panels: dict[str, list[Curve]] = {title: [] for title in shown.values()}
     for recipe, budgets in summed.items():
         if recipe != "original":
             order = sorted(budgets, key=float)
-            for figure, title in SHOWN.items():
+            for figure, title in shown.items():
                 gains = [budgets[minutes][f"{figure}_gain"] for minutes in order]
                 panels[title].append(Curve([float(minutes) for minutes in order], gains, recipe, marker="o"))
     runs.draw(path, panels, x="minutes on one core", y="gain over the checkpoint")

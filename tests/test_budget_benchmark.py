@@ -1,6 +1,7 @@
 """The bench of equal minutes: minutes to epochs, and what the table says."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -38,6 +39,8 @@ def test_the_table_has_means_intervals_and_gains_and_names_what_ended_below_the_
     assert "svm_interval" not in summed["dc-small"]["5"]
     last = budget.as_text(summed).splitlines()[-1]
     assert last == "A run ended below the checkpoint: dc-small at 5 minutes (kNN)."
+    del results["original"]["svm_best"], results["original"]["knn_best"]  # --layers last
+    assert "best layer" not in budget.as_text(budget.table(results))
 
 
 def test_other_settings_and_impossible_minutes_are_refused(budget, tmp_path, monkeypatch, capsys):
@@ -51,5 +54,6 @@ def test_other_settings_and_impossible_minutes_are_refused(budget, tmp_path, mon
 
     assert "give minutes" in refused("--minutes", "5,x")
     assert "this process may use" in refused("--core", "9999")
-    (tmp_path / "settings.json").write_text('{"ckpt": "other.pth", "data": "images", "test": "t", "overrides": []}')
+    kept = {"ckpt": "other.pth", "data": "images", "test": "t", "overrides": [], "layers": "best"}
+    (tmp_path / "settings.json").write_text(json.dumps(kept))
     assert "different settings (ckpt)" in refused()
