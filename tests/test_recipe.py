@@ -130,13 +130,11 @@ def test_on_and_off_need_no_quotes(tmp_path, value):
             load_recipe("small", [f"optim.sync_bn={wrong}"])
 
 
-def test_fast_is_small_but_for_its_start_and_its_epochs():
+def test_fast_is_small_but_for_its_epochs_and_frozen_stages():
     small, fast = load_recipe("small"), load_recipe("fast")
-    for group in ("data", "augment", "neck", "kmeans"):
+    for group in ("data", "augment", "neck", "memory", "kmeans"):
         assert getattr(small, group) == getattr(fast, group)
-    assert fast.memory == small.memory.model_copy(update={"start_layer": "layer2", "start_epochs": 5.0})
-    assert fast.optim == small.optim.model_copy(update={"freeze": 2, "epochs": 10})
-    assert fast.memory.start_epochs == fast.optim.epochs / 2
+    assert fast.optim == small.optim.model_copy(update={"freeze": 3, "epochs": 12})
 
 
 def test_numbers_of_numpy_are_numbers():
