@@ -162,7 +162,7 @@ class MemoryRecipe(_Group):
     variant: Literal["paper", "official"] = "paper"  # where paper and official code differ (docs/variants.md)
     # the layer of the backbone whose features give the images their first labels (`odcft evaluate --layers all` lists
     # them): of a pretext checkpoint an earlier one may be far better; last: the features that are clustered later, too;
-    # auto: the one in which most neighbours of an image stay when it is augmented
+    # auto: the deepest in which nearly as many neighbours of an image as in any stay when it is augmented
     start_layer: Annotated[str, Field(max_length=300)] = "last"
     # in which the images keep their first labels; auto: half of the epochs if another layer than the last gives them
     start_epochs: Auto | Annotated[float, Field(ge=0)] = "auto"

@@ -22,17 +22,17 @@ from odcft.recipe import Recipe
 
 IMAGES = 1000  # looked at, at most
 FEWEST = 300  # with fewer, chance decides
-BETTER = 1.1  # by this factor another layer must be better than the last
+AS_GOOD = 0.9  # of the best layer's share: chance makes a difference of a few percent
 BATCH = 125  # augmented together
 
 
 def decide_start_layer(
     plan: Plan, recipe: Recipe, backbones: Sequence[Backbone], images: Images, progress: Progress
 ) -> tuple[Plan, list[str]]:
-    """Choose the layer in which most of an image's neighbours stay the same when the image is augmented.
+    """Choose the deepest layer in which nearly as many of an image's neighbours as in any stay when it is augmented.
 
     Labels are not needed: over layers and networks, this share goes up and down with the accuracy of a labelled
-    evaluation (docs/small_data.md, docs/unlabelled.md). The last layer is left only for one that is a tenth better.
+    evaluation (docs/small_data.md, docs/unlabelled.md).
 
     Args:
         plan: whose `memory.start_layer` may be "auto".
@@ -51,9 +51,8 @@ def decide_start_layer(
     kept = _kept_neighbours(backbones[0], images, plan, progress)
     if not kept:  # nothing can be read, which is reported soon
         return with_start_layer(plan, recipe, LAST), []
-    best = max(kept, key=lambda layer: kept[layer])
-    chosen = best if kept[best] > BETTER * kept[LAST] else LAST
-    number = torch.tensor(list(kept).index(chosen), device=dist.this_device())
+    as_good = [layer for layer in kept if kept[layer] >= AS_GOOD * max(kept.values())]
+    number = torch.tensor(list(kept).index(as_good[-1]), device=dist.this_device())
     dist.broadcast_(number)  # ranks may differ in the last digit
     chosen = list(kept)[int(number)]
     plan = with_start_layer(plan, recipe, chosen)
