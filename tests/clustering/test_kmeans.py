@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from odcft.clustering import kmeans as module
-from odcft.clustering.kmeans import _Nearest, assign, kmeans
-from odcft.distributed import ownership
+from odcft.clustering import nearest
+from odcft.clustering.kmeans import assign, kmeans
+from odcft.clustering.nearest import NearestByBounds, NearestByScores
+from odcft.distributed import accelerator, ownership
+from tests.step_counters import Counters
 
 CORNERS = torch.tensor([[0.0, 0], [10, 0], [0, 10], [10, 10]])
 
@@ -79,13 +82,27 @@ def lloyd(features, k, seed, iterations):
     return centroids.float()
 
 
-@pytest.mark.parametrize("coarse", [torch.float32, torch.bfloat16])
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch):
+    """The CPU is given what an accelerator does, with some rows at a time."""
+
+    def use(rows):
+        monkeypatch.setattr(
+            module, "NearestByBounds", lambda features, centroids, *_: NearestByScores(features, centroids, rows)
+        )
+
+    return use
+
+
+@pytest.mark.parametrize("coarse", [torch.float32, torch.bfloat16, "accelerator"])
 @pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
 @pytest.mark.parametrize("offset", [0.0, 5.0])
-def test_what_is_left_out_changes_nothing(coarse, spread, offset, monkeypatch):
+def test_what_is_left_out_changes_nothing(coarse, spread, offset, monkeypatch, as_on_an_accelerator):
     """Bounds, coarse scores and the few fastest centroids come to what comparing everything comes to."""
-    monkeypatch.setattr("odcft.clustering.kmeans._coarse_dtype", lambda device: coarse)
-    monkeypatch.setattr("odcft.clustering.kmeans.FASTEST", 8)
+    if coarse == "accelerator":
+        as_on_an_accelerator(300)
+    monkeypatch.setattr(nearest, "_coarse_dtype", lambda: coarse)
+    monkeypatch.setattr(nearest, "FIXED", 0)  # else no centroids are compared where there are only 70
     draw = torch.Generator().manual_seed(0)
     centres = torch.randn(70, 24, generator=draw)
     features = centres.repeat(40, 1) + spread * torch.randn(2800, 24, generator=draw) + offset
@@ -139,17 +156,20 @@ def test_clusters_that_cannot_be_filled_are_given_up_after_ten_more_iterations(m
 
 
 def test_iterations_end_where_nothing_moves_any_more(monkeypatch):
-    followed, follow = [], _Nearest.follow
-    monkeypatch.setattr(_Nearest, "follow", lambda *args: (followed.append(1), follow(*args)))
+    followed, follow = [], NearestByBounds.follow
+    monkeypatch.setattr(NearestByBounds, "follow", lambda *args: (followed.append(1), follow(*args))[1])
     kmeans(bunches(), 4, 0, 1000)
     assert len(followed) < 20
 
 
+@pytest.mark.parametrize("by_scores", [True, False])
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_come_to_the_centroids_of_one(on_threads, monkeypatch, ranks):
+def test_ranks_come_to_the_centroids_of_one(on_threads, monkeypatch, as_on_an_accelerator, ranks, by_scores):
     """On whole numbers many rows are equally far, and equally near; one rank may have no row at all."""
-    monkeypatch.setattr(module, "ROWS", 3)
-    for seed in range(40):
+    monkeypatch.setattr(nearest, "PIECE", 8)
+    if by_scores:
+        as_on_an_accelerator(5)
+    for seed in range(20):
         draw = torch.Generator().manual_seed(seed)
         features = torch.randint(-2, 3, (24, 2), generator=draw).float()
         if seed % 2:
@@ -176,20 +196,20 @@ def test_ranks_that_settle_earlier_go_on_with_the_others(on_threads):
 @pytest.mark.parametrize("threads", [1, 3, 16])
 def test_threads_come_to_the_centroids_of_one(monkeypatch, threads):
     """Each takes pieces of the rows, and within a piece no operation waits for other cores."""
-    monkeypatch.setattr(module, "PIECE", 64)
-    monkeypatch.setattr(module, "SCORES", 64 * 32)
-    features = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
-    alone = kmeans(features, 20, 0)
-    seen, search = set(), _Nearest._search_rows
+    monkeypatch.setattr(nearest, "PIECE", 64)
+    monkeypatch.setattr(nearest, "SCORES", 64 * 32)
+    features = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+    alone = kmeans(features, 20, 0, 8)
+    seen, search = set(), NearestByBounds._search_rows
     monkeypatch.setattr(
-        _Nearest,
+        NearestByBounds,
         "_search_rows",
         lambda self, row_B: (seen.add((threading.get_ident(), torch.get_num_threads())), search(self, row_B))[1],
     )
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert torch.equal(kmeans(features, 20, 0), alone)
+        assert torch.equal(kmeans(features, 20, 0, 8), alone)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -197,199 +217,23 @@ def test_threads_come_to_the_centroids_of_one(monkeypatch, threads):
     assert (threads > 1) == (threading.get_ident() not in {thread for thread, _ in seen})
 
 
-# ---------------------------------------------------------------- what bounds promise
+@pytest.mark.parametrize("rows", [10_000, 7])
+def test_on_an_accelerator_the_host_reads_two_numbers_an_iteration_for_any_number_of_pieces(as_on_an_accelerator, rows):
+    as_on_an_accelerator(rows)
+    features, reads = torch.randn(600, 8, generator=torch.Generator().manual_seed(0)), []
+    for iterations in (0, 1, 3):
+        with Counters().counting() as counters:
+            kmeans(features, 10, 0, iterations)
+        reads.append(counters.take()[2])
+    assert [count - reads[0] for count in reads] == [0, 2, 6]
 
 
-def distances(nearest, centroids):
-    return (nearest.features_SD.double().unsqueeze(1) - centroids.double()).norm(dim=2)
-
-
-def others(nearest, centroids):
-    return distances(nearest, centroids).scatter(1, nearest.label_S.unsqueeze(1), torch.inf).amin(1)
-
-
-def check(nearest, centroids):
-    """Labels are the nearest; the upper bound is one, and so is the lower, to well within the margin."""
-    rounding = 1e-5 + nearest.margin / 10
-    all_SK = distances(nearest, centroids)
-    own_S = all_SK.gather(1, nearest.label_S.unsqueeze(1))[:, 0]
-    assert (own_S <= all_SK.amin(1) + 1e-5).all()
-    assert (nearest.distance_S >= own_S - rounding).all()
-    assert (nearest.others_S <= others(nearest, centroids) + rounding).all()
-
-
-@pytest.fixture
-def exact(monkeypatch):
-    """Scores in float32, whatever the processor multiplies."""
-    monkeypatch.setattr(module, "_coarse_dtype", lambda device: torch.float32)
-
-
-@pytest.fixture
-def searched(monkeypatch, exact):
-    """How many rows were compared with all centroids, by call."""
-    rows, search = [], _Nearest._search
-    monkeypatch.setattr(_Nearest, "_search", lambda self, row_S: (rows.append(len(row_S)), search(self, row_S))[1])
-    return rows
-
-
-@pytest.mark.parametrize("coarse", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("k", [1, 2, 3, 12, 70])
-@pytest.mark.parametrize("fastest", [1, 2, 64])
-def test_bounds_hold_however_centroids_move(monkeypatch, coarse, k, fastest):
-    monkeypatch.setattr(module, "_coarse_dtype", lambda device: coarse)
-    monkeypatch.setattr(module, "FASTEST", fastest)
-    draw = torch.Generator().manual_seed(k)
-    centroids = torch.randn(k, 3, generator=draw)
-    nearest = _Nearest(torch.randn(150, 3, generator=draw), centroids)
-    check(nearest, centroids)
-    for step in range(12):
-        pace = torch.tensor([0.0, 0.01, 1.0])[torch.randint(3, (k, 1), generator=draw)] * (step != 5)
-        centroids = centroids + pace * torch.randn(k, 3, generator=draw)
-        nearest.follow(centroids)
-        check(nearest, centroids)
-
-
-@pytest.mark.parametrize("coarse", [torch.float32, torch.bfloat16])
-def test_rows_near_the_border_change_sides_with_it(monkeypatch, coarse):
-    """They lie closer to each other than the margin of the bounds, and the border passes them one by one."""
-    monkeypatch.setattr(module, "_coarse_dtype", lambda device: coarse)
-    features = torch.linspace(-1, 1, 4001).unsqueeze(1)
-    centroids = torch.tensor([[-0.5], [0.5]])
-    nearest = _Nearest(features, centroids)
-    for _ in range(40):
-        centroids = centroids + torch.tensor([[2e-4], [1e-4]])
-        nearest.follow(centroids)
-        far = features[:, 0] - centroids.mean()
-        clear = far.abs() > 1e-6
-        assert torch.equal(nearest.label_S[clear], (far > 0).long()[clear])
-
-
-def test_fresh_bounds_are_the_distances(exact):
-    draw = torch.Generator().manual_seed(0)
-    features, centroids = torch.randn(200, 4, generator=draw) / 10, torch.randn(40, 4, generator=draw) / 10
-    nearest = _Nearest(features, centroids)
-    own = distances(nearest, centroids).amin(1).float()
-    assert torch.allclose(nearest.distance_S, own, atol=1e-4)
-    assert torch.allclose(nearest.others_S, others(nearest, centroids).float(), atol=1e-3)
-    assert nearest.margin == pytest.approx(1e-3 * float((features**2).sum(1).mean() ** 0.5))
-    moved = centroids + torch.randn(40, 4, generator=draw) / 100
-    nearest._set_centroids(moved)
-    nearest.measure(torch.arange(0, 200, 3))
-    own = distances(nearest, moved).gather(1, nearest.label_S.unsqueeze(1))[:, 0].float()
-    assert torch.allclose(nearest.distance_S[::3], own[::3], atol=1e-4)
-
-
-def test_a_row_far_from_close_centroids_has_a_lower_bound_in_coarse_numbers_too(monkeypatch):
-    """Rounding moves the row, not the centroids: what it is moved by must not make it farther."""
-    monkeypatch.setattr(module, "_coarse_dtype", lambda device: torch.bfloat16)
-    centroids = torch.tensor([[-(2.0**-10), 0], [2.0**-10, 0]])
-    features = torch.tensor([[10 + 1 / 33, 0.0], [-7 - 1 / 33, 5 + 1 / 65], [3.01, -4.01]])
-    check(_Nearest(features, centroids), centroids)
-
-
-def test_rows_are_searched_again_only_where_bounds_meet(searched, monkeypatch):
-    features = bunches(100)
-    nearest = _Nearest(features, CORNERS)
-    nearest.follow(CORNERS)
-    nearest.follow(CORNERS + 0.1)
-    assert searched == [400, 0, 0]
-    for step in range(60):  # there and back again: bounds are worn out, and made exact without a search
-        nearest.follow(CORNERS + 0.3 * (step % 2))
-    check(nearest, CORNERS + 0.3)
-    assert sum(searched[1:]) < 1200  # of 24,000
-
-
-def test_centroids_that_move_much_are_compared_alone(searched, monkeypatch):
-    """Three of thirty rush about far away from all rows; the others stand still, and so do the rows' bounds."""
-    monkeypatch.setattr(module, "FASTEST", 3)
-    compared, compare = [], _Nearest._compare_with
-    monkeypatch.setattr(
-        _Nearest, "_compare_with", lambda self, some_K, rows: (compared.append(some_K), compare(self, some_K, rows))
-    )
-    centroids = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
-    centroids[:3] += 100
-    nearest = _Nearest(centroids[3:] + 0.05, centroids)
-    for _ in range(4):
-        centroids = centroids.clone()
-        centroids[:3] += 20
-        nearest.follow(centroids)
-        check(nearest, centroids)
-    assert [sorted(some_K.tolist()) for some_K in compared] == [[0, 1, 2]] * 4
-    assert searched == [27, 0, 0, 0, 0]
-
-
-def test_a_row_s_own_fast_centroid_is_none_of_the_others(searched):
-    """Of two, the faster is the row's own: its distance says nothing about the other one."""
-    centroids = torch.tensor([[0.0, 0], [100, 0]])
-    nearest = _Nearest(torch.tensor([[1.0, 0]]), centroids)
-    nearest.follow(centroids + torch.tensor([[0.0, 10], [0, 0]]))
-    assert nearest.others_S.tolist() == pytest.approx([99], abs=0.1)
-    assert searched == [1, 0]
-
-
-@pytest.mark.parametrize(("scores", "pieces"), [(1, [1] * 7), (64, [2, 2, 2, 1]), (1 << 21, [7])])
-def test_search_takes_so_many_rows_at_a_time_that_scores_stay_few(monkeypatch, scores, pieces):
-    monkeypatch.setattr(module, "SCORES", scores)
-    rows, distance = [], _Nearest._distance
-    monkeypatch.setattr(
-        _Nearest, "_distance", lambda self, row_B, score_B: (rows.append(len(row_B)), distance(self, row_B, score_B))[1]
-    )
-    _Nearest(torch.randn(7, 2), CORNERS)  # one group of 32 centroids
-    assert rows == pieces
-
-
-def test_candidates_are_those_within_twice_the_error_of_the_best(monkeypatch, exact):
-    """Either score may be wrong by the error: by 0.1 here, where scores are 0, -0.15, -0.19, -0.25 and less."""
-    centroids = torch.tensor([0.0, 0.15, 0.19, 0.25, 0.8]).mul(2).sqrt().unsqueeze(1)
-    nearest = _Nearest(torch.zeros(1, 1), centroids)
-    nearest.error_S[:] = 0.1
-    candidates, score = [], _Nearest._score
-    monkeypatch.setattr(
-        _Nearest,
-        "_score",
-        lambda self, row_B, k_B: (candidates.append(sorted(k_B.tolist())), score(self, row_B, k_B))[1],
-    )
-    nearest._search(torch.tensor([0]))
-    assert candidates == [[0, 1, 2]]
-
-
-def test_rounding_and_lengths_are_bounds_of_what_rounding_does(monkeypatch):
-    monkeypatch.setattr(module, "_coarse_dtype", lambda device: torch.bfloat16)
-    nearest = _Nearest(torch.zeros(1, 3), torch.zeros(2, 3))
-    rows = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
-    coarse, length, rounding = nearest._round(rows)
-    assert torch.allclose(rounding, (rows - coarse.float()).norm(dim=1))
-    assert rounding.max() < 0.02
-    true = torch.maximum(rows.norm(dim=1), coarse.float().norm(dim=1))
-    assert (length >= true - 1e-6).all()
-    assert (length <= true + 2 * rounding + 1e-6).all()
-
-
-def test_error_is_a_bound_of_coarse_scores_and_not_much_more(monkeypatch):
-    """Numbers of seven binary places are coarse already: what is wrong then is the last place of their product.
-
-    (1 + 5/128) (1 + 13/128) = 1 + 18/128 + 65/16384, which 8 digits round by nearly half of their last place.
-    """
-    monkeypatch.setattr(module, "_coarse_dtype", lambda device: torch.bfloat16)
-    row, centroid = 1 + 5 / 128, 1 + 13 / 128
-    nearest = _Nearest(torch.tensor([[row]]), torch.tensor([[centroid], [-centroid]]))
-    true, coarse = row * centroid, float(nearest.coarse_SD[0] @ nearest.coarse_CD[0])
-    assert 0.003 < abs(coarse - true) / true <= float(nearest.error_S) / true < 0.0045
-    draw = torch.Generator().manual_seed(0)
-    features, centroids = torch.randn(300, 16, generator=draw) + 1, torch.randn(40, 16, generator=draw)
-    for dtype in (torch.bfloat16, torch.float32):
-        monkeypatch.setattr(module, "_coarse_dtype", lambda device, dtype=dtype: dtype)
-        nearest = _Nearest(features, centroids)
-        true = (features.double() - nearest.centre_D) @ (centroids.double() - nearest.centre_D).T
-        coarse = (nearest.coarse_SD @ nearest.coarse_CD[:40].T).double()
-        assert ((coarse - true).abs() <= nearest.error_S.unsqueeze(1)).all()
-        assert nearest.error_S.max() < (0.03 if dtype == torch.bfloat16 else 1e-5) * nearest.length_S.max() * 6
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_scores_are_of_bfloat16_where_the_device_multiplies_it(monkeypatch, fast):
-    monkeypatch.setattr(module, "has_bfloat16", lambda device: fast)
-    assert module._coarse_dtype(torch.device("cpu")) == (torch.bfloat16 if fast else torch.float32)
+def test_an_accelerator_scores_as_many_rows_at_a_time_as_its_memory_allows(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    for free, rows in ((None, 8192), (1 << 30, 1521), (80 << 30, 65536), (0, 1)):
+        monkeypatch.setattr(accelerator, "free_memory", lambda free=free: free)
+        assert module._rows_at_a_time(cuda, 10_000, 256) == rows
+    assert module._rows_at_a_time(torch.device("cpu"), 10_000, 256) == 8192
 
 
 # ---------------------------------------------------------------- faiss

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from odcft.clustering import deepcluster, odc, small_clusters
 from odcft.clustering.clusters import Clusters
 from odcft.clustering.memory import VARIANTS, Memory
+from odcft.clustering.nearest import NearestByScores
 from odcft.data.augmentation import augment_batch, rotate_quarters
 from odcft.distributed.delayed_reader import DelayedReader
 from odcft.model.losses import losses
@@ -100,6 +101,15 @@ def test_head_loss_and_memory_stay_on_the_device_and_never_wait(fake_gpu):
         loss = F.cross_entropy(F.linear(features_BD, head), label_B, weight_K)
         odc.update(state, row_B, features_BD, 0)
     assert loss.device == CUDA
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_an_iteration_of_kmeans_stays_on_the_device_and_never_waits(fake_gpu, dtype):
+    with NoWaiting():
+        nearest = NearestByScores(torch.empty(200, 16, dtype=dtype, device=CUDA), torch.empty(20, 16, device=CUDA), 30)
+        changed = nearest.follow(torch.empty(20, 16, device=CUDA))
+    assert len(nearest.pieces) == 7
+    assert {nearest.label_S.device, nearest.sums.sums_KD.device, changed.device} == {CUDA}
 
 
 def test_augmentation_follows_the_images(monkeypatch):
