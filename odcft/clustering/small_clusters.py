@@ -16,7 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from odcft.clustering.memory import UNIT, Memory, Rules, change_labels, minus_half_squares, nearest_centroid, to_units
+from odcft.clustering.memory import (
+    UNIT,
+    Memory,
+    Rules,
+    change_labels,
+    coarse_copy,
+    nearest_centroid,
+    put_centroids,
+    to_units,
+)
 from odcft.distributed import dist, ownership
 from odcft.distributed.delayed_reader import DelayedReader
 
@@ -137,9 +146,11 @@ def _disperse(memory: Memory, small: list[int], normal_C: Tensor, rules: Rules) 
     row_M = rows_of_clusters(memory, small)
     centroids_CD = memory.centroids_KD.index_select(0, normal_C)
     minus_half_squares_C = memory.minus_half_squares_K.index_select(0, normal_C)
+    # For a few rows, making a coarse copy takes longer than it saves.
+    coarse = coarse_copy(centroids_CD, minus_half_squares_C, rules) if len(row_M) > ROWS else None
     for row_B in row_M.split(ROWS):
         features_BD = memory.features_SD.index_select(0, row_B).float()
-        nearest_B = nearest_centroid(features_BD, centroids_CD, minus_half_squares_C, rules)
+        nearest_B = nearest_centroid(features_BD, centroids_CD, minus_half_squares_C, rules, coarse)
         change_labels(memory, row_B, normal_C.index_select(0, nearest_B))
     memory.sizes_K = dist.all_sum(memory.counts_K)
 
@@ -173,7 +184,7 @@ def _refill(memory: Memory, empty: list[int], at_least: int, rules: Rules, gener
             decided = {0: (members, centroids, largest, waiting)} if dist.rank() == 0 else {}
             members, centroids, largest, waiting = dist.gather_dict(decided)[0]
         _set_members(memory, members, centroids)
-    memory.minus_half_squares_K = minus_half_squares(memory.centroids_KD)
+    put_centroids(memory, memory.centroids_KD)
     memory.sizes_K = dist.all_sum(memory.counts_K)
     return E - len(waiting)
 
