@@ -260,15 +260,19 @@ def _own_members(memory: Memory, clusters: list[int]) -> tuple[Tensor, dict[int,
 
 
 def _gather_members(memory: Memory, clusters: list[int]) -> tuple[Tensor, dict[int, _Members]]:
-    """The features (G, D) of some clusters' images from all ranks, as stored, and which is which; on the host."""
+    """Features (G, D) on the host, as stored, with those of some clusters from all ranks; and which is which."""
     row_M = rows_of_clusters(memory, clusters)
     label_and_image_M2 = torch.stack([memory.labels_S.index_select(0, row_M).long(), ownership.image_of(row_M)], 1)
     label_G, image_G = dist.gather_rows(label_and_image_M2).cpu().unbind(1)
-    features_GD = dist.gather_rows(memory.features_SD.index_select(0, row_M)).cpu()
+    if dist.world_size() == 1 and row_M.device.type == "cpu":  # nothing to gather
+        features_GD, row_G = memory.features_SD, row_M
+    else:
+        features_GD = dist.gather_rows(memory.features_SD.index_select(0, row_M)).cpu()
+        row_G = torch.arange(len(features_GD))
     order_G = torch.argsort(image_G)  # every rank goes through the images in the same order, whoever owns them
     order_G = order_G[torch.argsort(label_G[order_G], stable=True)]
     counts = torch.bincount(label_G, minlength=len(memory.counts_K))[sorted(clusters)].tolist()
-    parts = zip(sorted(clusters), order_G.split(counts), image_G[order_G].split(counts), strict=True)
+    parts = zip(sorted(clusters), row_G[order_G].split(counts), image_G[order_G].split(counts), strict=True)
     return features_GD, {label: _Members(row_M, image_M, label) for label, row_M, image_M in parts}
 
 
