@@ -6,7 +6,7 @@ Only these are compared in float32, so the labels are those that float32 gives, 
 Shapes: B features, K centroids, D embedding; P pieces of C centroids, in G groups of J; M near groups; Q candidates.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class CoarseCentroids:
     bias_PC: Tensor  # float32, added to their products; -inf for what fills the last piece
     longest: Tensor  # the greatest distance of a centroid from the centre
     rounding: Tensor  # the greatest distance of a centroid from what it was rounded to
+    kept_C: Tensor | None = None  # int64, the labels that features can get; None: all
 
 
 def coarse_is_faster(centroids_KD: Tensor) -> bool:
@@ -65,6 +66,13 @@ def coarse_centroids(centroids_KD: Tensor, minus_half_squares_K: Tensor | None) 
         rounding = torch.maximum(rounding, centred_CD.sub_(coarse_CD[some]).norm(dim=1).amax())
     coarse_PCD, bias_PC = coarse_CD.view(pieces, C, D), bias_C.view(pieces, C)
     return CoarseCentroids(centroids_KD, minus_half_squares_K, centre_D, coarse_PCD, bias_PC, longest, rounding)
+
+
+def keep_only(coarse: CoarseCentroids, kept_C: Tensor) -> CoarseCentroids:
+    """The same centroids, of which only some can be the nearest: kept_C, (C,) int64."""
+    bias_PC = torch.full_like(coarse.bias_PC, -torch.inf)
+    bias_PC.view(-1)[kept_C] = coarse.bias_PC.view(-1)[kept_C]
+    return replace(coarse, bias_PC=bias_PC, kept_C=kept_C)
 
 
 def nearest_by_coarse(features_BD: Tensor, coarse: CoarseCentroids) -> Tensor:

@@ -164,7 +164,7 @@ def nearest_centroid(
         centroids_KD: (K, D) float32.
         minus_half_squares_K: (K,) of these centroids.
         rules: "euclidean" takes the nearest centroid, "dot" the largest product.
-        coarse: `coarse_copy` of these centroids, if they stay for several calls.
+        coarse: `coarse_copy` of these centroids, if they stay for several calls; perhaps only some can be the nearest.
 
     Returns:
         (B,) int64.
@@ -174,8 +174,13 @@ def nearest_centroid(
         label_B = nearest_by_coarse(features_BD, coarse)
         b_M = (label_B == K).nonzero()[:, 0]
         if len(b_M):
-            rest_MD = features_BD.index_select(0, b_M)
-            label_B.index_copy_(0, b_M, nearest_centroid(rest_MD, centroids_KD, minus_half_squares_K, rules))
+            rest_MD, kept_C = features_BD.index_select(0, b_M), coarse.kept_C
+            if kept_C is None:
+                label_M = nearest_centroid(rest_MD, centroids_KD, minus_half_squares_K, rules)
+            else:
+                kept = centroids_KD.index_select(0, kept_C), minus_half_squares_K.index_select(0, kept_C)
+                label_M = kept_C.index_select(0, nearest_centroid(rest_MD, *kept, rules))
+            label_B.index_copy_(0, b_M, label_M)
         return label_B
     at_a_time = max(1, SCORES // max(1, B)) if features_BD.device.type == "cpu" else K
     if at_a_time >= K:

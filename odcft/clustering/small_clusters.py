@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from odcft.clustering.coarse_scores import keep_only
 from odcft.clustering.memory import (
     UNIT,
     Memory,
@@ -144,14 +145,17 @@ def rows_of_clusters(memory: Memory, clusters: list[int]) -> Tensor:
 def _disperse(memory: Memory, small: list[int], normal_C: Tensor, rules: Rules) -> None:
     """Move the images of all small clusters to the nearest normal ones. normal_C: (C,) int64, labels of these."""
     row_M = rows_of_clusters(memory, small)
-    centroids_CD = memory.centroids_KD.index_select(0, normal_C)
-    minus_half_squares_C = memory.minus_half_squares_K.index_select(0, normal_C)
-    # For a few rows, making a coarse copy takes longer than it saves.
-    coarse = coarse_copy(centroids_CD, minus_half_squares_C, rules) if len(row_M) > ROWS else None
+    centroids_CD, minus_half_squares_C = memory.centroids_KD, memory.minus_half_squares_K
+    memory.coarse = coarse = memory.coarse or coarse_copy(centroids_CD, minus_half_squares_C, rules)
+    if coarse is not None:  # the copy of all centroids is there: the small ones are left out
+        coarse = keep_only(coarse, normal_C)
+    else:
+        centroids_CD = centroids_CD.index_select(0, normal_C)
+        minus_half_squares_C = minus_half_squares_C.index_select(0, normal_C)
     for row_B in row_M.split(ROWS):
         features_BD = memory.features_SD.index_select(0, row_B).float()
         nearest_B = nearest_centroid(features_BD, centroids_CD, minus_half_squares_C, rules, coarse)
-        change_labels(memory, row_B, normal_C.index_select(0, nearest_B))
+        change_labels(memory, row_B, nearest_B if coarse is not None else normal_C.index_select(0, nearest_B))
     memory.sizes_K = dist.all_sum(memory.counts_K)
 
 

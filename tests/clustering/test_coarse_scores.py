@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from odcft.clustering import coarse_scores, memory, odc
-from odcft.clustering.coarse_scores import coarse_centroids, coarse_is_faster, nearest_by_coarse
+from odcft.clustering.coarse_scores import coarse_centroids, coarse_is_faster, keep_only, nearest_by_coarse
 from odcft.clustering.memory import VARIANTS, coarse_copy, minus_half_squares, nearest_centroid
 from odcft.plan import fill_autos
 from odcft.recipe import MemoryRecipe, Recipe
@@ -96,6 +96,19 @@ def test_features_that_no_score_can_tell_are_compared_with_all(rules):
     coarse = coarse_of(same, rules)
     assert (nearest_by_coarse(features, coarse) == 300).all()
     assert not nearest_centroid(features, same, minus_half_squares(same), rules, coarse)[10:].any()
+
+
+@RULES
+def test_only_some_centroids_can_be_the_nearest(rules):
+    draw = generator()
+    centroids, features = off_centre(300, 64, draw), off_centre(100, 64, draw)
+    features[::9], halves = torch.nan, minus_half_squares(centroids)
+    kept = torch.randperm(300, generator=draw)[:200].sort().values
+    coarse = keep_only(coarse_of(centroids, rules), kept)
+    assert (nearest_by_coarse(features, coarse)[::9] == 300).all()
+    expected = kept[nearest_centroid(features, centroids[kept], halves[kept], rules)]
+    assert torch.equal(nearest_centroid(features, centroids, halves, rules, coarse), expected)
+    assert not torch.equal(expected, nearest_centroid(features, centroids, halves, rules))
 
 
 def test_error_bound_holds_and_is_not_far_from_the_errors():
