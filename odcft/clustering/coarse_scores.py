@@ -28,8 +28,8 @@ class CoarseCentroids:
     centre_D: Tensor  # the mean of the centroids: rounding errors are smallest with the centroids around zero
     coarse_PCD: Tensor  # bfloat16, centroids minus the centre; the last piece is filled up
     bias_PC: Tensor  # float32, added to their products; -inf for what fills the last piece
-    longest: Tensor  # the greatest distance of a centroid from the centre
-    rounding: Tensor  # the greatest distance of a centroid from what it was rounded to
+    length_K: Tensor  # distances of the centroids from the centre; only of those that are kept, as the next
+    rounding_K: Tensor  # and from what they were rounded to
     kept_C: Tensor | None = None  # int64, the labels that features can get; None: all
 
 
@@ -54,7 +54,7 @@ def coarse_centroids(centroids_KD: Tensor, minus_half_squares_K: Tensor | None) 
     C = -(-K // (pieces * GROUPS)) * GROUPS
     coarse_CD = torch.zeros(pieces * C, D, dtype=torch.bfloat16)
     bias_C = torch.full((pieces * C,), -torch.inf)
-    longest, rounding = torch.zeros(2)
+    length_K, rounding_K = torch.empty(2, K)
     for first in range(0, K, C):
         some = slice(first, min(first + C, K))
         centred_CD = centroids_KD[some] - centre_D
@@ -62,17 +62,19 @@ def coarse_centroids(centroids_KD: Tensor, minus_half_squares_K: Tensor | None) 
         # With centre m, f.c is (f - m).(c - m) + m.(c - m), plus f.m, which is the same for all centroids.
         dot = minus_half_squares_K is None
         bias_C[some] = torch.mv(centred_CD, centre_D) if dot else centred_CD.square().sum(1).mul_(-0.5)
-        longest = torch.maximum(longest, centred_CD.norm(dim=1).amax())
-        rounding = torch.maximum(rounding, centred_CD.sub_(coarse_CD[some]).norm(dim=1).amax())
+        length_K[some] = centred_CD.norm(dim=1)
+        rounding_K[some] = centred_CD.sub_(coarse_CD[some]).norm(dim=1)
     coarse_PCD, bias_PC = coarse_CD.view(pieces, C, D), bias_C.view(pieces, C)
-    return CoarseCentroids(centroids_KD, minus_half_squares_K, centre_D, coarse_PCD, bias_PC, longest, rounding)
+    return CoarseCentroids(centroids_KD, minus_half_squares_K, centre_D, coarse_PCD, bias_PC, length_K, rounding_K)
 
 
 def keep_only(coarse: CoarseCentroids, kept_C: Tensor) -> CoarseCentroids:
     """The same centroids, of which only some can be the nearest: kept_C, (C,) int64."""
     bias_PC = torch.full_like(coarse.bias_PC, -torch.inf)
     bias_PC.view(-1)[kept_C] = coarse.bias_PC.view(-1)[kept_C]
-    return replace(coarse, bias_PC=bias_PC, kept_C=kept_C)
+    # A centroid of few images is long, and would make the bound wide.
+    length_C, rounding_C = coarse.length_K[kept_C], coarse.rounding_K[kept_C]
+    return replace(coarse, bias_PC=bias_PC, length_K=length_C, rounding_K=rounding_C, kept_C=kept_C)
 
 
 def nearest_by_coarse(features_BD: Tensor, coarse: CoarseCentroids) -> Tensor:
@@ -128,9 +130,10 @@ def error_of(centred_BD: Tensor, coarse_BD: Tensor, coarse: CoarseCentroids) -> 
     bfloat16, float32 = torch.finfo(torch.bfloat16), torch.finfo(torch.float32)
     rounding_B = (centred_BD - coarse_BD).norm(dim=1)
     length_B = centred_BD.norm(dim=1) + rounding_B
-    longest, off_centre = coarse.longest + coarse.rounding, coarse.centre_D.norm()
+    rounding, off_centre = coarse.rounding_K.amax(), coarse.centre_D.norm()
+    longest = coarse.length_K.amax() + rounding
     # Both factors were rounded, then their product.
-    error_B = rounding_B * longest + length_B * (coarse.rounding + bfloat16.eps / 2 * longest)
+    error_B = rounding_B * longest + length_B * (rounding + bfloat16.eps / 2 * longest)
     # All sums were rounded in float32: of a centred or the whole feature, with a centroid, or of its squares.
     terms = centred_BD.shape[1] + 8
     whole = longest + off_centre
