@@ -559,7 +559,8 @@ def bytes_of_step(plan: Plan, backbones: Sequence[Backbone], images: int, part: 
     weights = sum(p.numel() for backbone in backbones for p in backbone.parameters())
     K, D, ranks = plan.memory.clusters, plan.neck.dim * len(backbones), dist.world_size()
     copies = 2 + (2 if plan.optim.optimizer == "adamw" else 1) + (ranks > 1)  # weights, gradients, momentum, buckets
-    memory = images // ranks * D * (2 if plan.memory.dtype == "float16" else 4) + K * D * 12
+    # Features; sums, centroids, and the copy of these in bfloat16 that only a CPU makes.
+    memory = images // ranks * D * (2 if plan.memory.dtype == "float16" else 4) + K * D * 14
     seen = 1 + max(bool(one.rotation) + bool(one.mixup) for one in plan.codc.members)  # each image, with its copies
     pixels = 4 * plan.data.bands * plan.data.size**2 * plan.batch_of_rank * (2 + seen)
     kept = sum(bytes_per_image(backbone, plan.data.size, plan.autocast_dtype) for backbone in backbones)

@@ -53,8 +53,7 @@ def restore(clusters: Clusters, rows: dict[str, Tensor], same: dict[str, Tensor]
     centroids_KD = same["centroids"].to(old.device)
     new = memory.new_memory(features_SD, labels_S, len(centroids_KD), old.dtype, normalise=False)
     new.sizes_K = dist.all_sum(new.counts_K)
-    new.centroids_KD = centroids_KD
-    new.minus_half_squares_K = memory.minus_half_squares(centroids_KD)
+    memory.put_centroids(new, centroids_KD)
     clusters.memory = new
     if "small_pending" in same and clusters.watch.reader.delay(old.device):
         clusters.watch.reader.restore_pending(same["small_pending"])

@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from odcft.clustering.coarse_scores import CoarseCentroids, coarse_centroids, coarse_is_faster, nearest_by_coarse
+
 UNIT = 2.0**-32  # of the fixed-point sums: finer than float32 above 2**-8, with room for 2**31 features of unit length
 ROWS = 65536  # processed at a time
+MEANS = 1024  # computed at a time on a CPU, so that what is computed on the way stays in its cache
 MOVED = 4096  # images that change their labels at a time: their features in units should stay in the processor's cache
 SCORES = 3 << 17  # computed at a time on a CPU: 1.5 MB, which stay in its cache
 
@@ -69,6 +72,7 @@ class Memory:
     sizes_K: Tensor  # int64, images on all ranks: the sum of their counts
     centroids_KD: Tensor  # the same on every rank
     minus_half_squares_K: Tensor  # -|c|^2 / 2 of each centroid c, precomputed for eq. 3
+    coarse: CoarseCentroids | None = None  # made from the centroids when it is first needed, where it is of use
 
 
 def to_units(features: Tensor) -> Tensor:
@@ -115,10 +119,19 @@ def set_centroids(memory: Memory, sums_KD: Tensor) -> None:
         memory: changed in place; its `sizes_K` must count the images on all ranks.
         sums_KD: (K, D) int64, the sums over all ranks.
     """
-    sizes_K1 = memory.sizes_K.unsqueeze(1)
-    means_KD = sums_KD.float().mul_(UNIT).div_(sizes_K1.clamp(min=1))
-    memory.centroids_KD = torch.where(sizes_K1 > 0, means_KD, memory.centroids_KD)
-    memory.minus_half_squares_K = minus_half_squares(memory.centroids_KD)
+    sizes_K1, centroids_KD = memory.sizes_K.unsqueeze(1), torch.empty_like(memory.centroids_KD)
+    at_a_time = MEANS if centroids_KD.device.type == "cpu" else len(centroids_KD)
+    parts = (whole.split(at_a_time) for whole in (sums_KD, sizes_K1, memory.centroids_KD, centroids_KD))
+    for sums_CD, sizes_C1, old_CD, new_CD in zip(*parts, strict=True):
+        means_CD = sums_CD.float().mul_(UNIT).div_(sizes_C1.clamp(min=1))
+        torch.where(sizes_C1 > 0, means_CD, old_CD, out=new_CD)
+    put_centroids(memory, centroids_KD)
+
+
+def put_centroids(memory: Memory, centroids_KD: Tensor) -> None:
+    """Set the centroids, (K, D) float32; needed also after some of them were changed in place."""
+    memory.centroids_KD, memory.minus_half_squares_K = centroids_KD, minus_half_squares(centroids_KD)
+    memory.coarse = None
 
 
 def minus_half_squares(centroids_KD: Tensor) -> Tensor:
@@ -126,22 +139,49 @@ def minus_half_squares(centroids_KD: Tensor) -> Tensor:
     return centroids_KD.square().sum(1).mul_(-0.5)
 
 
-def nearest_centroid(features_BD: Tensor, centroids_KD: Tensor, minus_half_squares_K: Tensor, rules: Rules) -> Tensor:
+def coarse_copy(centroids_KD: Tensor, minus_half_squares_K: Tensor, rules: Rules) -> CoarseCentroids | None:
+    """What makes `nearest_centroid` faster as long as the centroids stay; None if nothing does. Arguments as there."""
+    if not coarse_is_faster(centroids_KD):
+        return None
+    return coarse_centroids(centroids_KD, None if rules.nearest == "dot" else minus_half_squares_K)
+
+
+def nearest_centroid(
+    features_BD: Tensor,
+    centroids_KD: Tensor,
+    minus_half_squares_K: Tensor,
+    rules: Rules,
+    coarse: CoarseCentroids | None = None,
+) -> Tensor:
     """The label of each feature (eq. 3); of equally near centroids, the first.
 
-    On a CPU the scores of some centroids at a time stay in cache, and only rows that found a better one look for its
-    index: `amax` is many times as fast as `argmax`.
+    With a coarse copy of the centroids, only the few that could be the nearest are compared. Otherwise, on a CPU, the
+    scores of some centroids at a time stay in cache, and only rows that found a better one look for its index: `amax`
+    is many times as fast as `argmax`.
 
     Args:
         features_BD: (B, D) float32.
         centroids_KD: (K, D) float32.
         minus_half_squares_K: (K,) of these centroids.
         rules: "euclidean" takes the nearest centroid, "dot" the largest product.
+        coarse: `coarse_copy` of these centroids, if they stay for several calls; perhaps only some can be the nearest.
 
     Returns:
         (B,) int64.
     """
     B, K = len(features_BD), len(centroids_KD)
+    if coarse is not None:
+        label_B = nearest_by_coarse(features_BD, coarse)
+        b_M = (label_B == K).nonzero()[:, 0]
+        if len(b_M):
+            rest_MD, kept_C = features_BD.index_select(0, b_M), coarse.kept_C
+            if kept_C is None:
+                label_M = nearest_centroid(rest_MD, centroids_KD, minus_half_squares_K, rules)
+            else:
+                kept = centroids_KD.index_select(0, kept_C), minus_half_squares_K.index_select(0, kept_C)
+                label_M = kept_C.index_select(0, nearest_centroid(rest_MD, *kept, rules))
+            label_B.index_copy_(0, b_M, label_M)
+        return label_B
     at_a_time = max(1, SCORES // max(1, B)) if features_BD.device.type == "cpu" else K
     if at_a_time >= K:
         return _scores(features_BD, centroids_KD, minus_half_squares_K, rules).argmax(1)
@@ -203,7 +243,9 @@ def update_samples(
     new_label_B = old_label_B
     if not keep_labels:
         centroids_KD, minus_half_squares_K = memory.centroids_KD, memory.minus_half_squares_K
-        new_label_B = nearest_centroid(new_BD.float(), centroids_KD, minus_half_squares_K, rules).to(torch.int32)
+        memory.coarse = memory.coarse or coarse_copy(centroids_KD, minus_half_squares_K, rules)
+        nearest_B = nearest_centroid(new_BD.float(), centroids_KD, minus_half_squares_K, rules, memory.coarse)
+        new_label_B = nearest_B.to(torch.int32)
     moved_B = new_label_B != old_label_B
 
     last_B = last_of_each(row_B)

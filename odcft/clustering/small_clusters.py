@@ -13,10 +13,19 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from odcft.clustering.memory import UNIT, Memory, Rules, change_labels, minus_half_squares, nearest_centroid, to_units
+from odcft.clustering.coarse_scores import keep_only
+from odcft.clustering.memory import (
+    UNIT,
+    Memory,
+    Rules,
+    change_labels,
+    coarse_copy,
+    nearest_centroid,
+    put_centroids,
+)
+from odcft.clustering.two_means import Halves, split_in_two
 from odcft.distributed import dist, ownership
 from odcft.distributed.delayed_reader import DelayedReader
 
@@ -43,6 +52,7 @@ def repair_is_due(sizes_K: Tensor, min_cluster: int, rules: Rules) -> Tensor:
 
 
 ROWS = 512  # processed at a time, like a batch
+SPLIT = 2048  # images of clusters that are split at once, at most, if there are several: they should stay in cache
 GATHERED = 1 << 28  # bytes of features that are gathered at a time: those of 262,144 images with 256 float32 values
 
 
@@ -135,12 +145,17 @@ def rows_of_clusters(memory: Memory, clusters: list[int]) -> Tensor:
 def _disperse(memory: Memory, small: list[int], normal_C: Tensor, rules: Rules) -> None:
     """Move the images of all small clusters to the nearest normal ones. normal_C: (C,) int64, labels of these."""
     row_M = rows_of_clusters(memory, small)
-    centroids_CD = memory.centroids_KD.index_select(0, normal_C)
-    minus_half_squares_C = memory.minus_half_squares_K.index_select(0, normal_C)
+    centroids_CD, minus_half_squares_C = memory.centroids_KD, memory.minus_half_squares_K
+    memory.coarse = coarse = memory.coarse or coarse_copy(centroids_CD, minus_half_squares_C, rules)
+    if coarse is not None:  # the copy of all centroids is there: the small ones are left out
+        coarse = keep_only(coarse, normal_C)
+    else:
+        centroids_CD = centroids_CD.index_select(0, normal_C)
+        minus_half_squares_C = minus_half_squares_C.index_select(0, normal_C)
     for row_B in row_M.split(ROWS):
         features_BD = memory.features_SD.index_select(0, row_B).float()
-        nearest_B = nearest_centroid(features_BD, centroids_CD, minus_half_squares_C, rules)
-        change_labels(memory, row_B, normal_C.index_select(0, nearest_B))
+        nearest_B = nearest_centroid(features_BD, centroids_CD, minus_half_squares_C, rules, coarse)
+        change_labels(memory, row_B, nearest_B if coarse is not None else normal_C.index_select(0, nearest_B))
     memory.sizes_K = dist.all_sum(memory.counts_K)
 
 
@@ -162,63 +177,110 @@ def _refill(memory: Memory, empty: list[int], at_least: int, rules: Rules, gener
     size_K, label_K = memory.sizes_K.cpu().sort(descending=True, stable=True)
     pairs = zip(size_K[:E].tolist(), label_K[:E].tolist(), strict=True)
     largest, waiting = [(-size, label) for size, label in pairs], empty[::-1]
+    draws = _draw(E, memory.features_SD.shape[1], rules, generator)
     while waiting and largest[0][0] < -1:
         labels, gathered = _next_to_split(memory, largest, len(waiting))
         features_GD, members = _gather_members(memory, labels) if gathered else _own_members(memory, labels)
-        split = partial(split_in_two, on_all_ranks=not gathered)
+        split = partial(_split, features_GD, members, at_least=at_least, on_all_ranks=not gathered)
         centroids: dict[int, Tensor] = {}
         if not gathered or dist.rank() == 0:
-            centroids = _split_largest(split, features_GD, members, largest, waiting, at_least, rules, generator)
+            centroids = _split_largest(split, members, largest, waiting, draws)
         if gathered:  # rank 0 decides: processors of different kinds may round differently
             decided = {0: (members, centroids, largest, waiting)} if dist.rank() == 0 else {}
             members, centroids, largest, waiting = dist.gather_dict(decided)[0]
         _set_members(memory, members, centroids)
-    memory.minus_half_squares_K = minus_half_squares(memory.centroids_KD)
+    put_centroids(memory, memory.centroids_KD)
     memory.sizes_K = dist.all_sum(memory.counts_K)
     return E - len(waiting)
 
 
+def _draw(splits: int, dim: int, rules: Rules, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """For each split a random direction (D,) to start from, and whether the halves change places."""
+    if not rules.random_half:  # official: random_state=0
+        return [(torch.randn(dim, generator=torch.Generator().manual_seed(0)), torch.tensor(False))] * splits
+    # "randomly choose one" (sec. 3.2)
+    draw = partial(torch.rand, (), generator=generator)
+    return [(torch.randn(dim, generator=generator), draw() < 0.5) for _ in range(splits)]
+
+
 def _split_largest(
-    split: Callable[..., tuple[Tensor, Tensor, list[int]]],
-    features_GD: Tensor,
+    split: Callable[[list[tuple[int, int]], list[Tensor]], list[Halves]],
     members: dict[int, _Members],
     largest: list[tuple[int, int]],
     waiting: list[int],
-    at_least: int,
-    rules: Rules,
-    generator: torch.Generator,
+    draws: list[tuple[Tensor, Tensor]],
 ) -> dict[int, Tensor]:
     """Fill empty clusters as long as the largest is one of those whose members are here.
 
+    Several splits are made at once, as if no half were larger than the cluster that comes next. If one is, those after
+    it are made again.
+
     Args:
-        split: as `split_in_two`.
-        features_GD: that the rows of the members are of.
+        split: `_split` of these members.
         members: of some clusters; changed to those of the halves.
         largest: minus its size and the label of each, a heap. The halves are pushed back: they may be the next largest.
         waiting: the empty clusters, the first one last; those that are filled are removed.
-        at_least: images that each half must have, if there are enough.
-        rules: of the variant.
-        generator: on the CPU, in the same state on every rank.
+        draws: for all splits, also those that were made before.
 
     Returns:
         The new centroid (D,) of every cluster that changed.
     """
     centroids: dict[int, Tensor] = {}
+    made: list[tuple[int, Halves]] = []  # the first one last
+    at_once = 1
     while waiting and largest[0][0] < -1 and largest[0][1] in members:
-        negative_size, source = largest[0]
-        label = waiting.pop()
-        min_half = min(at_least, -negative_size // 2)  # a small cluster is better than an empty one
-        draws = generator if rules.random_half else torch.Generator().manual_seed(0)  # official: random_state=0
-        row_M, image_M, old_label = members[source]
-        second_M, sums_2D, sizes_2 = split(features_GD.index_select(0, row_M).float(), image_M, min_half, draws)
-        if rules.random_half and torch.rand((), generator=generator) < 0.5:  # "randomly choose one" (sec. 3.2)
+        source, done = largest[0][1], len(draws) - len(waiting)
+        if not made or made[-1][0] != source:
+            at_once = min(max(1, at_once // 2) if made else 2 * at_once, len(waiting))
+            chosen = _next_in_order(heapq.nsmallest(at_once, largest), members)
+            halves = split(chosen, [direction_D for direction_D, _ in draws[done : done + len(chosen)]])
+            made = [(label, one) for (_, label), one in zip(chosen, halves, strict=True)][::-1]
+        _, (second_M, sums_2D, sizes_2) = made.pop()
+        if draws[done][1]:
             second_M, sums_2D, sizes_2 = ~second_M, sums_2D.flip(0), sizes_2[::-1]
+        label, (row_M, image_M, old_label) = waiting.pop(), members[source]
         for part, side_M, sum_D, size in zip((source, label), (~second_M, second_M), sums_2D, sizes_2, strict=True):
             members[part] = _Members(row_M[side_M], image_M[side_M], old_label)
             centroids[part] = sum_D.float() * UNIT / size
         heapq.heapreplace(largest, (-sizes_2[0], source))
         heapq.heappush(largest, (-sizes_2[1], label))
     return centroids
+
+
+def _next_in_order(largest: list[tuple[int, int]], members: dict[int, _Members]) -> list[tuple[int, int]]:
+    """The first of the largest clusters: as many as should be split at once, at least one.
+
+    Args:
+        largest: minus its size and the label of each, in order.
+        members: of some clusters, of which the first is one.
+    """
+    top, chosen = -largest[0][0], largest[:1]
+    for negative_size, label in largest[1:]:
+        # After a cluster of less than half the size, a half surely comes first.
+        if label not in members or -2 * negative_size < top or (len(chosen) + 1) * top > SPLIT:
+            break
+        chosen.append((negative_size, label))
+    return chosen
+
+
+def _split(
+    features_GD: Tensor,
+    members: dict[int, _Members],
+    chosen: list[tuple[int, int]],
+    directions: list[Tensor],
+    *,
+    at_least: int,
+    on_all_ranks: bool,
+) -> list[Halves]:
+    """Split clusters in two. chosen: minus its size and the label of each; directions: (D,) to start from, of each."""
+    parts = [members[label] for _, label in chosen]
+    return split_in_two(
+        [features_GD.index_select(0, part.row_M).float() for part in parts],
+        [part.image_M for part in parts],
+        [min(at_least, -size // 2) for size, _ in chosen],  # a small cluster is better than an empty one
+        torch.stack(directions),
+        on_all_ranks=on_all_ranks,
+    )
 
 
 def _next_to_split(memory: Memory, largest: list[tuple[int, int]], splits: int) -> tuple[list[int], bool]:
@@ -249,15 +311,19 @@ def _own_members(memory: Memory, clusters: list[int]) -> tuple[Tensor, dict[int,
 
 
 def _gather_members(memory: Memory, clusters: list[int]) -> tuple[Tensor, dict[int, _Members]]:
-    """The features (G, D) of some clusters' images from all ranks, as stored, and which is which; on the host."""
+    """Features (G, D) on the host, as stored, with those of some clusters from all ranks; and which is which."""
     row_M = rows_of_clusters(memory, clusters)
     label_and_image_M2 = torch.stack([memory.labels_S.index_select(0, row_M).long(), ownership.image_of(row_M)], 1)
     label_G, image_G = dist.gather_rows(label_and_image_M2).cpu().unbind(1)
-    features_GD = dist.gather_rows(memory.features_SD.index_select(0, row_M)).cpu()
+    if dist.world_size() == 1 and row_M.device.type == "cpu":  # nothing to gather
+        features_GD, row_G = memory.features_SD, row_M
+    else:
+        features_GD = dist.gather_rows(memory.features_SD.index_select(0, row_M)).cpu()
+        row_G = torch.arange(len(features_GD))
     order_G = torch.argsort(image_G)  # every rank goes through the images in the same order, whoever owns them
     order_G = order_G[torch.argsort(label_G[order_G], stable=True)]
     counts = torch.bincount(label_G, minlength=len(memory.counts_K))[sorted(clusters)].tolist()
-    parts = zip(sorted(clusters), order_G.split(counts), image_G[order_G].split(counts), strict=True)
+    parts = zip(sorted(clusters), row_G[order_G].split(counts), image_G[order_G].split(counts), strict=True)
     return features_GD, {label: _Members(row_M, image_M, label) for label, row_M, image_M in parts}
 
 
@@ -272,92 +338,3 @@ def _set_members(memory: Memory, members: dict[int, _Members], centroids: dict[i
     change_labels(memory, row_M.to(device), label_M.index_select(0, mine_M).to(device))
     changed_C = torch.tensor(list(centroids)).to(device)
     memory.centroids_KD.index_copy_(0, changed_C, torch.stack(list(centroids.values())).to(device))
-
-
-def split_in_two(
-    features_MD: Tensor,
-    image_M: Tensor,
-    at_least: int,
-    generator: torch.Generator,
-    *,
-    iterations: int = 20,
-    on_all_ranks: bool = False,
-) -> tuple[Tensor, Tensor, list[int]]:
-    """Split the images of one cluster by K-Means with K = 2.
-
-    The start is a cut perpendicular to the first principal component (two power iterations); then come Lloyd's
-    iterations.
-
-    Args:
-        features_MD: (M, D) float32, of the cluster's images; with `on_all_ranks`, M may be 0.
-        image_M: (M,) int64, their numbers: they decide between images with the same score.
-        at_least: images that each side must have; there must be twice as many. If K-Means leaves fewer on one side,
-            the cut is shifted until that side has as many.
-        generator: on the CPU, in the same state on every rank.
-        iterations: of Lloyd's algorithm, at most (20: official code).
-        on_all_ranks: each rank has some of the images, and they split them together.
-
-    Returns:
-        (M,) bool, True for the second side; (2, D) int64 sums of both sides; their two sizes. Of all ranks' images if
-        they split them together.
-    """
-    units_M1 = F.pad(to_units(features_MD), (0, 1), value=1)  # (M, D + 1): a sum of rows then ends with their number
-    total_1 = _sum_of_rows(units_M1, on_all_ranks)
-    size = int(total_1[-1])
-    score_M = _along_main_direction(features_MD - total_1[:-1].float() * (UNIT / size), generator, on_all_ranks)
-    second_M = score_M > 0
-    second_1 = _sum_of_rows(units_M1[second_M], on_all_ranks)
-    for _ in range(iterations):
-        second_size = int(second_1[-1])
-        if second_size in (0, size):
-            break
-        second_mean_D = second_1[:-1].float() * (UNIT / second_size)
-        first_mean_D = (total_1 - second_1)[:-1].float() * (UNIT / (size - second_size))
-        middle_D = (first_mean_D + second_mean_D) / 2
-        score_M = (features_MD - middle_D).mul_(second_mean_D - first_mean_D).sum(1)
-        before_M, second_M = second_M, score_M > 0
-        change_1 = _change_of_sum(units_M1, before_M, second_M, on_all_ranks)
-        second_1 += change_1
-        if not change_1.any():  # the same sums give the same cut
-            break
-
-    second_size = min(max(int(second_1[-1]), at_least), size - at_least)
-    if second_size != int(second_1[-1]):
-        before_M, second_M = second_M, _highest(score_M, image_M, second_size, on_all_ranks)
-        second_1 += _change_of_sum(units_M1, before_M, second_M, on_all_ranks)
-    return second_M, torch.stack([(total_1 - second_1)[:-1], second_1[:-1]]), [size - second_size, second_size]
-
-
-def _along_main_direction(centred_MD: Tensor, generator: torch.Generator, on_all_ranks: bool) -> Tensor:
-    """Project images onto their first principal component, after two power iterations: (M, D) to (M,)."""
-    # Summed row by row: the rounding of a matrix product would depend on how many rows there are.
-    direction_D = torch.randn(centred_MD.shape[1], generator=generator).to(centred_MD.device)
-    for _ in range(2):
-        along_M1 = (centred_MD * direction_D).sum(1, keepdim=True)
-        spread_D = _sum_of_rows(to_units(centred_MD * along_M1), on_all_ranks)
-        direction_D = F.normalize(spread_D.float(), dim=0)
-    return (centred_MD * direction_D).sum(1)
-
-
-def _sum_of_rows(units_MD: Tensor, on_all_ranks: bool) -> Tensor:
-    """Exact: in whole units."""
-    sum_D = units_MD.sum(0)
-    if on_all_ranks:
-        dist.all_sum_(sum_D)
-    return sum_D
-
-
-def _change_of_sum(units_MD: Tensor, before_M: Tensor, after_M: Tensor, on_all_ranks: bool) -> Tensor:
-    """By how much a sum of rows changes if it is taken over others: most stay, so this is faster than a new sum."""
-    row_C = (before_M != after_M).nonzero()[:, 0]
-    sign_C1 = after_M.index_select(0, row_C).long().mul_(2).sub_(1).unsqueeze(1)
-    return _sum_of_rows(units_MD.index_select(0, row_C).mul_(sign_C1), on_all_ranks)
-
-
-def _highest(score_M: Tensor, image_M: Tensor, count: int, on_all_ranks: bool) -> Tensor:
-    """(M,) bool: the images with the highest scores, so many; of equal scores, those with the highest numbers."""
-    # Every rank gets the scores and image numbers of all, not the features, and sorts them in the same way.
-    scores, images = (dist.gather_rows(score_M), dist.gather_rows(image_M)) if on_all_ranks else (score_M, image_M)
-    by_image = torch.argsort(images)
-    order = by_image[torch.argsort(scores[by_image], stable=True)]
-    return torch.isin(image_M, images[order[len(order) - count :]])

@@ -27,7 +27,7 @@ def start(features=FEATURES, labels=LABELS, **options):
 
 
 def same_memory(first, second):
-    return all(torch.equal(value, vars(second)[name]) for name, value in vars(first).items())
+    return all(torch.equal(value, vars(second)[name]) for name, value in vars(first).items() if name != "coarse")
 
 
 def near(tensor, expected):

@@ -1,15 +1,14 @@
 """Small clusters are emptied and refilled (paper, sec. 3.2)."""
 
-import random
 from collections import Counter
-from fractions import Fraction
 
 import pytest
 import torch
 
 from odcft.clustering import small_clusters
 from odcft.clustering.memory import UNIT, VARIANTS, new_memory, set_centroids
-from odcft.clustering.small_clusters import SmallClusterWatch, handle_small_clusters, rows_of_clusters, split_in_two
+from odcft.clustering.small_clusters import SmallClusterWatch, handle_small_clusters, rows_of_clusters
+from odcft.clustering.two_means import Halves, split_in_two
 from odcft.distributed import dist, ownership
 
 PAPER, OFFICIAL = VARIANTS["paper"], VARIANTS["official"]
@@ -96,21 +95,6 @@ def test_nothing_happens_where_the_largest_cannot_give_two_normal_halves():
     before = mem.labels_S.clone()
     assert handle_small_clusters(mem, 3, PAPER, generator()) == 0  # 6 < 2 x 4
     assert torch.equal(mem.labels_S, before)
-
-
-def test_split_finds_two_bunches():
-    draw = torch.Generator().manual_seed(3)
-    points = torch.cat([torch.randn(40, 16, generator=draw) + 2, torch.randn(25, 16, generator=draw) - 2])
-    second, sums, sizes = split_in_two(points, torch.arange(65), 1, draw)
-    assert sorted(sizes) == [25, 40]
-    assert len(set(second[:40].tolist())) == len(set(second[40:].tolist())) == 1
-    assert torch.allclose(sums[1].float() * UNIT, points[second].sum(0), atol=1e-5)
-
-
-def test_split_leaves_enough_on_both_sides():
-    points = torch.cat([torch.zeros(50, 2), torch.tensor([[9.0, 9.0]])])  # an outlier
-    _, _, sizes = split_in_two(points, torch.arange(51), 10, generator())
-    assert sorted(sizes) == [10, 41]
 
 
 def test_rows_of_several_clusters():
@@ -280,10 +264,11 @@ def test_half_may_be_a_single_image_in_the_code_and_is_never_small_in_the_paper(
 def test_either_half_is_as_often_the_new_one(monkeypatch):
     """Whatever the cut calls the second side: here it is always the 8 and the 9."""
 
-    def cut(features_MD, image_M, at_least, generator, on_all_ranks):
+    def cut(features, images, at_least, directions_CD, on_all_ranks):
+        (features_MD,) = features
         second_M = features_MD[:, 0] > 5
         sums_2D = torch.stack([features_MD[~second_M].sum(0), features_MD[second_M].sum(0)]).double() / UNIT
-        return second_M, sums_2D.long(), [int((~second_M).sum()), int(second_M.sum())]
+        return [Halves(second_M, sums_2D.long(), [int((~second_M).sum()), int(second_M.sum())])]
 
     monkeypatch.setattr(small_clusters, "split_in_two", cut)
     seen = Counter()
@@ -308,126 +293,38 @@ def test_the_code_draws_its_start_from_seed_0_whatever_the_run_s_generator():
     mem = make(points.tolist(), [0] * 32, 2, normalise=False)
     handle_small_clusters(mem, 1, OFFICIAL, drawn)
     assert torch.equal(drawn.get_state(), state)
-    assert torch.equal(mem.labels_S == 1, split_in_two(points, torch.arange(32), 1, generator(0))[0])
-    assert not torch.equal(mem.labels_S == 1, split_in_two(points, torch.arange(32), 1, generator(1))[0])
+    for seed in (0, 1):
+        (halves,) = split_in_two([points], [torch.arange(32)], [1], torch.randn(1, 2, generator=generator(seed)))
+        assert torch.equal(mem.labels_S == 1, halves.second_M) is (seed == 0)
 
 
-# ---------------------------------------------------------------- the cut
-
-
-def cut(numbers, at_least=1, seed=0, **kwargs):
-    """Which of these numbers are on the second side; image i is number i."""
-    features = torch.tensor(numbers, dtype=torch.float32).reshape(len(numbers), -1)
-    second, sums, sizes = split_in_two(features, torch.arange(len(numbers)), at_least, generator(seed), **kwargs)
-    assert sizes == [int((~second).sum()), int(second.sum())]
-    assert torch.allclose(sums[0] * UNIT, features[~second].sum(0), atol=1e-4)
-    assert torch.allclose(sums[1] * UNIT, features[second].sum(0), atol=1e-4)
-    return second.tolist()
-
-
-def two_means(numbers, direction, at_least, iterations):
-    """Two-means on a line by its definition, in fractions; None where rounding may decide.
-
-    It starts from the two sides of the mean; what lies on the border is of the first side; then, where a side has not
-    enough, the nearest of the other side join it, of equal ones the first in row (second side: the last).
-    """
-    border, exact = Fraction(sum(numbers), len(numbers)), True
-    second = [direction * (x - border) > 0 for x in numbers]
-    for _ in range(iterations):
-        if all(second) or not any(second):
-            break
-        means = []
-        for side in (False, True):
-            part = [x for x, s in zip(numbers, second, strict=True) if s == side]
-            means.append(Fraction(sum(part), len(part)))
-        border, direction = sum(means) / 2, means[1] - means[0]
-        if border in numbers and any(mean.denominator & (mean.denominator - 1) for mean in means):
-            exact = False
-        before, second = second, [direction * (x - border) > 0 for x in numbers]
-        if second == before:
-            break
-    wanted = sum(second)
-    if wanted < at_least:
-        wanted = at_least
-    elif len(numbers) - wanted < at_least:
-        wanted = len(numbers) - at_least
-    order = sorted(range(len(numbers)), key=lambda i: (direction * numbers[i], i))
-    if wanted != sum(second):
-        second = [i in order[len(order) - wanted :] for i in range(len(numbers))]
-    return second if exact else None
-
-
-@pytest.mark.parametrize("iterations", [0, 1, 2, 20])
-def test_cut_on_a_line_is_that_of_two_means(iterations):
-    """Border, ties, number of iterations and what is shifted, on 400 small sets of whole numbers."""
-    draw, directions = random.Random(0), Counter()
-    for trial in range(400):
-        if trial % 2:
-            numbers = [draw.choice([0, 1, 2, 3, 4, 8, 16, 31, 32, 64]) for _ in range(draw.randint(2, 14))]
-        else:
-            numbers = [round(draw.expovariate(0.01)) for _ in range(draw.randint(15, 40))]  # takes several iterations
-        at_least = draw.randint(1, max(1, len(numbers) // draw.choice([2, 5])))
-        expected = [two_means(numbers, direction, at_least, iterations) for direction in (-1, 1)]
-        if None not in expected and len(set(numbers)) > 1:
-            found = cut(numbers, at_least, trial, iterations=iterations)
-            assert found in expected, numbers
-            directions[expected.index(found)] += 1
-    assert min(directions.values()) > 100
-
-
-def test_hand_worked_cuts():
-    """-4 0 | 1 3 has the means -2 and 2 and the border 0: what lies on it stays on the first side."""
-    assert {tuple(cut([-4, 0, 1, 3], seed=seed)) for seed in range(9)} == {
-        (False, False, True, True),  # second side to the right
-        (True, False, False, False),  # to the left: {-4} and {0, 1, 3} have their border at -4/3
-    }
-    # 0 0 0 0 9 10: means 0 and 9.5, border 4.75; three on either side: the last in row of the equal ones joins
-    assert [i for i, s in enumerate(cut([0, 0, 0, 0, 9, 10], 3)) if s] in ([3, 4, 5], [1, 2, 3], [0, 1, 2])
-
-
-def reference_start(points, seed):
-    """The sides of the main direction: two power iterations from a random direction."""
-    centred = (points - points.mean(0)).double()
-    direction = torch.randn(points.shape[1], generator=generator(seed)).double()
-    for _ in range(2):
-        direction = centred.T @ (centred @ direction)
-        direction /= direction.norm()
-    return centred @ direction
-
-
+@pytest.mark.parametrize("rules", [PAPER, OFFICIAL], ids=["paper", "official"])
 @pytest.mark.parametrize("seed", range(3))
-def test_cut_starts_from_the_main_direction_after_two_power_iterations(seed):
-    points = torch.randn(600, 3, generator=generator(seed)) * torch.tensor([1.0, 1.2, 0.8]) + 3
-    score = reference_start(points, seed)
-    found = torch.tensor(cut(points.tolist(), seed=seed, iterations=0))
-    clear = score.abs() > 1e-4
-    assert clear.sum() > 590
-    assert torch.equal(found[clear], (score > 0)[clear])
+def test_splits_made_at_once_are_those_made_one_by_one(monkeypatch, rules, seed):
+    """Clusters of all sizes, with outliers: often a half is larger than the cluster that was expected next."""
+    whole, calls = small_clusters.split_in_two, {}
 
+    def refilled(at_most):
+        monkeypatch.setattr(small_clusters, "SPLIT", at_most)
+        draw, clusters = generator(seed), calls.setdefault(at_most, [])
 
-@pytest.mark.parametrize("at_least", [1, 140])
-@pytest.mark.parametrize("iterations", [1, 3, 20])
-def test_cut_in_space_is_that_of_two_means(iterations, at_least):
-    """Lloyd's iterations in float64 from the same start; then the cut is shifted along the line through both means."""
-    points = torch.cat([torch.randn(200, 3, generator=generator(1)), torch.randn(80, 3, generator=generator(2)) + 2])
-    far = points.double()
-    second = torch.tensor(cut(points.tolist(), iterations=0))
-    for _ in range(iterations):
-        first_mean, second_mean = far[~second].mean(0), far[second].mean(0)
-        score = (far - first_mean).norm(dim=1) ** 2 - (far - second_mean).norm(dim=1) ** 2
-        second = score > 0
-    if second.sum() < at_least:
-        second = score >= score.sort().values[-at_least]
-    elif (~second).sum() < at_least:
-        second = score > score.sort().values[at_least - 1]
-    assert cut(points.tolist(), at_least, iterations=iterations) == second.tolist()
+        def watched(features, *args, **kwargs):
+            clusters.append(len(features))
+            return whole(features, *args, **kwargs)
 
+        monkeypatch.setattr(small_clusters, "split_in_two", watched)
+        labels = (torch.rand(900, generator=draw) ** 2 * 30).long()
+        mem = new_memory(torch.randn(900, 6, generator=draw) ** 5, labels, 60, normalise=False)
+        set_centroids(mem, mem.sums_KD)
+        assert handle_small_clusters(mem, 5, rules, draw) >= 30
+        return mem
 
-def test_of_equal_images_the_last_are_on_the_second_side():
-    images = torch.randperm(3000, generator=generator())
-    second, _, sizes = split_in_two(torch.full((3000, 2), 0.3), images, 1400, generator())
-    assert sizes in ([1400, 1600], [1600, 1400])
-    assert images[second].min() == sizes[0]
+    one_by_one, at_once = refilled(0), refilled(2048)
+    assert torch.equal(one_by_one.labels_S, at_once.labels_S)
+    assert torch.equal(one_by_one.centroids_KD, at_once.centroids_KD)
+    assert max(calls[0]) == 1
+    assert max(calls[2048]) > 1
+    assert sum(calls[2048]) > len(calls[0]) > len(calls[2048])  # some were made again
 
 
 # ---------------------------------------------------------------- any number of ranks
@@ -466,18 +363,3 @@ def test_ranks_come_to_what_one_comes_to(on_threads, monkeypatch, ranks, case, r
         assert torch.equal(counts_K, sizes_K)
     for rank, part in enumerate(parts):
         assert torch.equal(part[4], alone[4][rank::ranks])
-
-
-def test_ranks_stop_cutting_together(on_threads):
-    """Rank 0's images settle at once, rank 1's do not: it is the last that decides for both."""
-    numbers = torch.tensor([0.0, 0, 1, 3, 0, 7, 0, 9, 100, 30, 100, 40, 100, 45, 100, 50]).unsqueeze(1)
-
-    def work():
-        mine = list(ownership.my_images(len(numbers)))
-        return split_in_two(numbers[mine], torch.tensor(mine), 1, generator(), on_all_ranks=True)
-
-    second, sums, sizes = work()
-    for rank, part in enumerate(on_threads(2, work)):
-        assert torch.equal(part[0], second[rank::2])
-        assert torch.equal(part[1], sums)
-        assert part[2] == sizes
