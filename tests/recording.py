@@ -41,8 +41,6 @@ SETTINGS = (
         "data.size=32",
         "optim.precision=float32",
         "optim.schedule=step",
-        "augment.crop_scale=[0.2,1.0]",
-        "memory.start_layer=last",
     ),
 )
 CODC = "codc.members=[{cluster: 1, rotation: 1}, {cluster: 1, mixup: 0.5}]"

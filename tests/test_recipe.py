@@ -130,11 +130,13 @@ def test_on_and_off_need_no_quotes(tmp_path, value):
             load_recipe("small", [f"optim.sync_bn={wrong}"])
 
 
-def test_fast_is_small_but_for_its_epochs_and_frozen_stages():
+def test_fast_is_small_but_for_its_start_and_its_epochs():
     small, fast = load_recipe("small"), load_recipe("fast")
-    for group in ("data", "augment", "neck", "memory", "kmeans"):
+    for group in ("data", "augment", "neck", "kmeans"):
         assert getattr(small, group) == getattr(fast, group)
-    assert fast.optim == small.optim.model_copy(update={"freeze": 3, "epochs": 12})
+    assert fast.memory == small.memory.model_copy(update={"start_layer": "auto"})
+    assert fast.optim == small.optim.model_copy(update={"freeze": 2, "epochs": 10})
+    assert fast.memory.start_epochs == "auto"
 
 
 def test_numbers_of_numpy_are_numbers():

@@ -361,10 +361,10 @@ def test_alexnet_from_scratch_is_the_papers_and_its_backbone_loads_as_the_run_sa
 def test_the_last_epochs_are_a_sixth_or_as_many_as_leave_some_at_the_full_rate(tmp_path, checkpoint, images):
     step = ("optim.schedule=step", "optim.epochs=3")
     fine_tune(checkpoint, images, tmp_path / "run", quick(*step, "optim.final_epochs=auto"))
-    rates = [0.06] * 8 + [0.006]  # 3 steps an epoch
+    rates = [0.03] * 8 + [0.003]  # 3 steps an epoch
     assert [line["lr"] for line in lines(tmp_path / "run")] == pytest.approx(rates)
     fine_tune(checkpoint, images, tmp_path / "run", quick(*step), resume=True, epochs=6)
-    rates += [0.006] * 9  # the rate has dropped, and does not rise again
+    rates += [0.003] * 9  # the rate has dropped, and does not rise again
     assert [line["lr"] for line in lines(tmp_path / "run")] == pytest.approx(rates)
     with pytest.raises(OdcftError, match=r"optim\.final_epochs=3 of 3 epochs leaves none at the full learning rate"):
         fine_tune(checkpoint, images, tmp_path / "none", quick(*step, "optim.final_epochs=3"))
