@@ -46,11 +46,11 @@ def decide_start_layer(
     """
     if plan.memory.start_layer != "auto":
         return plan, []
-    if plan.method != "odc" or len(images) < FEWEST:
-        return with_start_layer(plan, recipe, LAST), []
-    kept = _kept_neighbours(backbones[0], images, plan, progress)
-    if not kept:  # nothing can be read, which is reported soon
-        return with_start_layer(plan, recipe, LAST), []
+    kept = _kept_neighbours(backbones[0], images, plan, progress) if len(images) >= FEWEST else {}
+    if not kept:
+        why = f" (fewer than {FEWEST} images can be read: too few to compare layers)"
+        plan = with_start_layer(plan, recipe, LAST)
+        return plan, [first_labels_note(plan, why)]
     as_good = [layer for layer in kept if kept[layer] >= AS_GOOD * max(kept.values())]
     number = torch.tensor(list(kept).index(as_good[-1]), device=dist.this_device())
     dist.broadcast_(number)  # ranks may differ in the last digit
@@ -64,29 +64,38 @@ def decide_start_layer(
 @torch.no_grad()
 @exact_products()
 def _kept_neighbours(backbone: Backbone, images: Images, plan: Plan, progress: Progress) -> dict[str, float]:
-    """Of each layer, the share of neighbours that two random views of an image have in common; {} if none is read."""
+    """Of each layer, the share of neighbours that two random views of an image share; {} if too few are read."""
     device, training = dist.this_device(), backbone.training
     backbone.to(device).eval()
     draw = seeds.generator(plan.seed, "start layer", 0)
     sample = torch.randperm(len(images), generator=draw)[:IMAGES].sort().values
     with progress.phase("Choosing the layer of the first labels", 2 * len(sample)) as advance:
-        views = []
+        views: list[dict[str, Tensor]] = []
+        readable: list[list[int]] = []  # the images of each view
         for view in range(2):
             crops = Crops(images, plan.view, plan.augment, seed=seeds.seed(plan.seed, "start layer", 1 + view))
             batches = [[(0, index) for index in part.tolist()] for part in sample.split(BATCH)]
             found: dict[str, list[Tensor]] = {}
+            readable.append([])
             for batch in make_loader(crops, batches, loader_workers(device), device):
                 advance(len(batch.index_B) + len(batch.unreadable))
                 if len(batch.index_B):
+                    readable[-1] += batch.index_B.tolist()
                     pixels = augment_batch(to_float(batch.pixels, device), plan.augment, draw)
                     for name, features_BL in pooled_layers(backbone, pixels).items():
                         found.setdefault(name, []).append(features_BL)
             views.append({name: torch.cat(parts) for name, parts in found.items()})
     backbone.train(training)
-    readable = min((len(features_NL) for view in views for features_NL in view.values()), default=0)
-    if readable < FEWEST:
+    rows = [_rows_in_common(readable[0], readable[1]), _rows_in_common(readable[1], readable[0])]
+    if len(rows[0]) < FEWEST:
         return {}
-    return {name: _agreement(views[0][name], views[1][name]) for name in views[0]}
+    return {name: _agreement(views[0][name][rows[0]], views[1][name][rows[1]]) for name in views[0]}
+
+
+def _rows_in_common(readable: list[int], others: list[int]) -> list[int]:
+    """The rows of images that could be read for the other view too: a store may fail at one time only."""
+    also = set(others)
+    return [row for row, image in enumerate(readable) if image in also]
 
 
 def _agreement(one_NL: Tensor, other_NL: Tensor) -> float:

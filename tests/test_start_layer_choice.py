@@ -6,6 +6,7 @@ from PIL import Image
 
 from odcft import start_layer_choice
 from odcft.backbone.load import load_backbone
+from odcft.data.batches import Batch
 from odcft.data.sources import find_images
 from odcft.files import read_json
 from odcft.first_memory import init_memory
@@ -69,13 +70,35 @@ def test_of_layers_as_good_as_each_other_the_deepest_is_chosen(monkeypatch, imag
     assert plan.memory.start_epochs == 3  # asked for
 
 
-@pytest.mark.parametrize("why", ["few", "dc", "unreadable"])
-def test_the_last_layer_stays_where_nothing_can_be_said(monkeypatch, images, tmp_path, why):
-    overrides, fewest = (["method=dc"], 20) if why == "dc" else ([], 20 + 2 * (why == "few"))
+@pytest.mark.parametrize("why", ["few", "unreadable"])
+def test_the_last_layer_stays_where_images_are_too_few_and_a_note_says_so(monkeypatch, images, tmp_path, why):
     if why == "unreadable":
         (tmp_path / "images" / "00.png").write_bytes(b"no image")
-    plan, notes = decide(monkeypatch, images, layers("noise"), *SMALL_CHANGES, *overrides, fewest=fewest)
+    fewest = 22 if why == "few" else 20
+    plan, (note,) = decide(monkeypatch, images, layers("noise"), *SMALL_CHANGES, fewest=fewest)
+    assert (plan.memory.start_layer, plan.memory.start_epochs) == ("last", 0)
+    assert note.startswith(f"The first labels are clusters of the last layer (fewer than {fewest} images can be read")
+
+
+def test_other_methods_keep_the_last_layer(monkeypatch, images):
+    plan, notes = decide(monkeypatch, images, layers("noise"), "method=dc")
     assert (plan.memory.start_layer, plan.memory.start_epochs, notes) == ("last", 0, [])
+
+
+def test_an_image_that_can_be_read_for_one_view_only_is_left_out_of_both(monkeypatch, images):
+    """A store that fails at one time: image 3 of the first view, 7 of the second."""
+    found, lost = start_layer_choice.make_loader, iter([3, 7])
+
+    def loader(*arguments):
+        gone = next(lost)
+        for batch in found(*arguments):
+            keep_B = batch.index_B != gone
+            yield Batch(batch.pixels[keep_B], batch.index_B[keep_B], batch.unreadable)
+
+    monkeypatch.setattr(start_layer_choice, "make_loader", loader)
+    plan, (note,) = decide(monkeypatch, images, layers("noise"), *SMALL_CHANGES, fewest=18)
+    assert plan.memory.start_layer == "middle"
+    assert "(100.0% of an image's neighbours" in note
 
 
 def test_what_was_chosen_travels_with_a_memory(monkeypatch, images, tmp_path):
