@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odcft.backbone.layers import LAST
 from odcft.clustering.kmeans import kmeans
 from odcft.clustering.methods import METHODS
 from odcft.data import shared_memory
@@ -35,7 +34,7 @@ from odcft.model.backpropagation import backpropagate
 from odcft.model.members import make_members, make_necks, on_all_ranks
 from odcft.optim import lr_at, set_lr
 from odcft.plan import Plan, batch_in_parts, bytes_of_step, recipe_suggestions, suitable_recipe
-from odcft.prepare import Start, feature_network, load_and_plan, prepare_start, split_features
+from odcft.prepare import Start, extracts_layer, feature_network, load_and_plan, prepare_start, split_features
 from odcft.progress import Progress
 from odcft.recipe import Recipe
 from odcft.run.clusters_parquet import require_parquet
@@ -147,8 +146,10 @@ def _start_like_a_run(
         raise OdcftError(
             f"None of the images tried in {images.source} can be read: `odcft check-data` lists the reasons."
         )
-    if plan.memory.start_layer != LAST:
-        _refuse_memory_too_large(rows, features_MD.shape[1], free, "--set memory.start_layer=last")
+    if extracts_layer(plan):
+        _refuse_memory_too_large(
+            rows, features_MD.shape[1], free, "--set memory.start_layer=last --set memory.start_features=neck"
+        )
     features_SD = _like(features_MD, rows)
     began = time.monotonic()
     with progress.waiting(f"K-Means     {plan.memory.clusters:,} clusters …"):
@@ -255,7 +256,8 @@ def _take_step(start: Start, state: State, network: Any, batch: Batch, step: int
     state.optimizer.zero_grad()
     label_B, weight_K = method.targets(state.clusters, row_B)
     factor = state.loss_scale.factor
-    features_BD, _, _ = backpropagate(network, state.network, views, label_B, weight_K, factor)
+    to_find = method.entries_to_find(state.clusters, row_B, state.step)
+    features_BD, _, _ = backpropagate(network, state.network, views, label_B, weight_K, to_find, factor)
     if state.loss_scale.allows_step(state.network):
         state.optimizer.step()
     method.update(state.clusters, row_B, features_BD, step)

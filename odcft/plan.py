@@ -99,6 +99,11 @@ class Plan(Recipe):
         """Images per batch on each rank."""
         return max(1, self.optim.batch_size // dist.world_size())
 
+    @property
+    def starts_with_layer(self) -> bool:
+        """Whether the samples memory starts with the features of `memory.start_layer`."""
+        return self.method == "odc" and self.memory.start_features == "layer"
+
     def allow_rounding(self) -> None:
         """Let this process round float32 products to TF32 on a GPU, or not, as `optim.tf32` says."""
         allow_tf32(self.optim.tf32)
@@ -191,19 +196,22 @@ def _check_first_labels(plan: Plan, backbones: Sequence[Backbone]) -> list[str]:
     layer, epochs = plan.memory.start_layer, plan.memory.start_epochs
     if layer == "auto":  # decided when images have been looked at
         return []
-    if layer != LAST and plan.method != "odc":
+    if layer != LAST and plan.method == "codc":
         raise OdcftError(
-            f"memory.start_layer={short_repr(layer)} is for --method odc, not {plan.method}. "
-            "Pass --set memory.start_layer=last."
+            f"memory.start_layer={short_repr(layer)} is for --method odc or dc: the members of codc have layers of "
+            "their own. Pass --set memory.start_layer=last."
         )
-    if epochs and plan.method == "dc":
+    if plan.starts_with_layer and plan.neck.relu:
         raise OdcftError(
-            f"memory.start_epochs={epochs:g} is for ODC: labels of DC stay for dc.interval epochs. "
-            "Pass --set memory.start_epochs=auto."
+            "memory.start_features=layer: half of these features are negative, which the neck cannot reach with a ReLU "
+            "at its end. Pass --set neck.relu=false."
         )
     if layer != LAST:
         refuse_unknown_layer(backbones[0], layer)
-    return [] if layer == LAST and not epochs else [first_labels_note(plan)]
+    notes = [] if layer == LAST and not epochs else [first_labels_note(plan)]
+    if plan.method != "odc" and (plan.memory.start_features == "layer" or plan.memory.instance_share):
+        notes.append("memory.start_features and memory.instance_share are for --method odc, and not used here.")
+    return notes
 
 
 def first_labels_note(plan: Plan, why: str = "") -> str:
@@ -211,6 +219,8 @@ def first_labels_note(plan: Plan, why: str = "") -> str:
     layer, epochs = plan.memory.start_layer, plan.memory.start_epochs
     how_long = f"for {epochs:g} of {plan.optim.epochs} epochs" if epochs < plan.optim.epochs else "to the end"
     kept = f", and images keep them {how_long}" if epochs else ""
+    if epochs and plan.starts_with_layer:
+        kept = f", and {how_long} the network learns to find each image's features of that layer among its batch's"
     return f"The first labels are clusters of {'the last layer' if layer == LAST else layer}{why}{kept}."
 
 
@@ -253,7 +263,8 @@ def fill_autos(
     """
     device = dist.this_device()
     gpu = device.type != "cpu"
-    another_layer = recipe.method == "odc" and recipe.memory.start_layer != LAST
+    with_layer = recipe.method == "odc" and recipe.memory.start_features == "layer"
+    another_start = recipe.method != "codc" and (recipe.memory.start_layer != LAST or with_layer)
     choices: dict[str, dict[str, Any]] = {
         "data": {
             **{"size": size, "range": intensity, "bands": bands, "workers": _workers(gpu), "mean": None, "std": None},
@@ -261,8 +272,8 @@ def fill_autos(
         },
         "memory": {
             **{"clusters": clusters, "dtype": "float16" if gpu else "float32"},
-            "start_layer": "auto" if recipe.method == "odc" else LAST,  # start_layer_choice.py decides
-            "start_epochs": recipe.optim.epochs / 2 if another_layer else 0.0,
+            "start_layer": LAST if recipe.method == "codc" else "auto",  # start_layer_choice.py decides
+            "start_epochs": recipe.optim.epochs / 2 if another_start else 0.0,
         },
         "codc": {"members": [MemberRecipe().model_dump() for _ in range(members)]},
         "kmeans": {"engine": "torch"},  # always installed, on any device, and divided among the ranks
@@ -286,7 +297,7 @@ def fill_autos(
 def with_start_layer(plan: Plan, recipe: Recipe, layer: str) -> Plan:
     """The plan with `memory.start_layer` decided, and with it `memory.start_epochs` if the recipe leaves it `auto`."""
     chosen: dict[str, Any] = {"start_layer": layer}
-    if layer == LAST and recipe.memory.start_epochs == "auto":
+    if layer == LAST and not plan.starts_with_layer and recipe.memory.start_epochs == "auto":
         chosen["start_epochs"] = 0.0
     return plan.model_copy(update={"memory": plan.memory.model_copy(update=chosen)})
 

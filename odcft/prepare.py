@@ -174,12 +174,17 @@ def _say_notes(notes: list[str], progress: Progress) -> None:
         progress.say(f"Note        {note}")
 
 
+def extracts_layer(plan: Plan) -> bool:
+    """Whether the features of `memory.start_layer` are extracted besides those of the neck."""
+    return plan.memory.start_layer != LAST or plan.starts_with_layer
+
+
 def feature_network(backbones: list[Backbone], necks: list[nn.Module], plan: Plan) -> Callable[[Tensor], Tensor]:
     """A function from images (B, 3, H, W) to the joint features (B, D) that are clustered; on this rank's device.
 
-    With `memory.start_layer` those of that layer follow: (B, D + L).
+    If a layer gives the first labels or features, those of that layer follow: (B, D + L).
     """
-    if plan.memory.start_layer != LAST:
+    if extracts_layer(plan):
         (neck,), device = necks, dist.this_device()
         neck.to(device).eval()
         both = LastAndLayer(backbones[0], plan.memory.start_layer).to(device).eval()
@@ -217,14 +222,17 @@ def _extract(
 def split_features(features_SX: Tensor, dim: int, plan: Plan) -> tuple[Tensor, Tensor]:
     """What `feature_network` gave, as the features (S, D) of the memory and those that K-Means clusters.
 
-    They are the same, unless a layer gives the first labels.
+    They are the same, unless a layer gives the first labels only.
     """
     method = METHODS[plan.method]
-    if plan.memory.start_layer == LAST:
+    if plan.starts_with_layer:
+        layer_SD = odc.features_of_start_layer(features_SX[:, dim:], plan)
+        return layer_SD, layer_SD
+    if not extracts_layer(plan):
         features_SD = method.features_for_kmeans(features_SX, plan)
         return features_SD, features_SD
     features_SD = method.features_for_kmeans(features_SX[:, :dim].contiguous(), plan)
-    return features_SD, odc.features_for_first_labels(features_SX[:, dim:])
+    return features_SD, odc.features_of_start_layer(features_SX[:, dim:], plan)
 
 
 def _cluster(features_SX: Tensor, dim: int, count: int, plan: Plan, progress: Progress) -> Clusters:

@@ -146,8 +146,9 @@ class BackboneRecipe(_Group):
 class NeckRecipe(_Group):
     """{fc-bn-relu-dropout-fc-relu} (paper, sec. 3.2)."""
 
-    hidden: int = Field(512, ge=1, le=MAX_WIDTH)  # width of the layer between backbone and features
+    hidden: int = Field(512, ge=0, le=MAX_WIDTH)  # width of the layer between backbone and features; 0: only fc-relu
     dim: int = Field(256, ge=2, le=MAX_WIDTH)  # D, width of the features that are clustered
+    relu: bool = True  # the last; without it features may be negative
     dropout: float = Field(0.5, ge=0, lt=1)  # probability
     bn_momentum: float = Field(0.001, gt=0, le=1)  # of the running statistics (official code)
 
@@ -164,8 +165,16 @@ class MemoryRecipe(_Group):
     # them): of a pretext checkpoint an earlier one may be far better; last: the features that are clustered later, too;
     # auto: the deepest in which nearly as many neighbours of an image as in any stay when it is augmented
     start_layer: Annotated[str, Field(max_length=300)] = "last"
-    # in which the images keep their first labels; auto: half of the epochs if another layer than the last gives them
+    # what the samples memory starts with: the output of the neck, or (odc, neck.relu=false) the features of start_layer
+    # as neck.dim whitened components; then, for start_epochs, the memory stays as it is, and the network learns only to
+    # find each image's own entry among those of its batch
+    start_features: Literal["neck", "layer"] = "neck"
+    # in which the images keep their first labels; auto: half of the epochs if another layer than the last gives them or
+    # start_features is layer
     start_epochs: Auto | Annotated[float, Field(ge=0)] = "auto"
+    # share of the loss by which the network learns to find each image's own entry of the samples memory among those of
+    # its batch (only for odc); the rest is eq. 1
+    instance_share: float = Field(0.0, ge=0, lt=1)
     reweight: bool = True  # loss weights 1 / sqrt(N_c)
     dtype: Literal["auto", "float16", "float32"] = "auto"  # of the stored features; auto: float16 on a GPU
 
@@ -234,6 +243,9 @@ class OptimRecipe(_Group):
     # keep only the activations between the blocks of a network without batch norm (timm's gradient checkpointing), and
     # compute the others again: the same result with less memory, in about a third more time
     checkpointing: bool = False
+    # do not multiply the padding around maps of one pixel, into which small images shrink (ResNet-18: from 32 pixels or
+    # fewer): the same result but for rounding, and a ResNet-18 trains a third faster on a CPU
+    skip_padding: bool = False
     compile: bool = False  # the backbones with torch.compile
     # of autocast; auto: bfloat16 on a GPU that has it, float16 (with loss scaling) on a V100 or T4
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -178,8 +178,9 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
                 # 1. The forward pass gives features and predictions. 2. With the labels from the memory, eq. 1,
                 # re-weighted by cluster size (sec. 3.2), is back-propagated. (`optim.accumulate`: part by part.)
                 label_B, weight_K = method.targets(clusters, row_B)
+                to_find = method.entries_to_find(clusters, row_B, state.step)  # none in the paper
                 features_BD, loss, logged_loss = backpropagate(
-                    parallel_network, network, views, label_B, weight_K, state.loss_scale.factor
+                    parallel_network, network, views, label_B, weight_K, to_find, state.loss_scale.factor
                 )
                 if step_taken := guard.allows_step():  # a skipped step leaves network and memories as they were
                     state.optimizer.step()

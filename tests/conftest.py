@@ -146,7 +146,7 @@ def on_threads(monkeypatch):
             patched.setattr(dist, "all_sum_", all_sum_)
             patched.setattr(dist, "broadcast_", broadcast_)
             patched.setattr(dist, "gather_dict", gather_dict)
-            patched.setattr(dist, "gather_rows", lambda rows: torch.cat(exchange("rows", rows.clone())))
+            patched.setattr(dist, "gather_rows", lambda rows, as_many=False: torch.cat(exchange("rows", rows.clone())))
             patched.setattr(dist, "barrier", lambda: exchange("barrier", None))
             ranks = [pool.submit(one, rank) for rank in range(count)]
             errors = sorted(filter(None, (rank.exception() for rank in ranks)), key=_is_broken_barrier)

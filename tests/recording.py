@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from plain_odc import PLAIN_ODC
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 DATA = Path(__file__).parent / "data"
@@ -32,6 +33,7 @@ METHODS = ("odc", "dc", "codc")
 RANKS = (1, 2)
 # Ten steps an epoch; clusters become small and are refilled; dropout in the neck is 0.5.
 SETTINGS = (
+    *PLAIN_ODC,
     *("optim.epochs=3", "optim.batch_size=8", "optim.lr=0.05", "neck.hidden=24", "neck.dim=8", "neck.dropout=0.5"),
     *("memory.clusters=6", "memory.min_cluster=7", "memory.centroid_interval=4", "memory.momentum=0.5", "dc.pca=6"),
     *(

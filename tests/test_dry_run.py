@@ -67,7 +67,7 @@ def test_a_folder_that_the_run_would_refuse_is_refused(tmp_path, given):
 @pytest.mark.parametrize(
     ("short", "setting"),
     [
-        ("host", "--set optim.batch_size=2 --set optim.lr=0.015"),
+        ("host", "--set optim.batch_size=2 --set optim.lr=0.05"),
         ("gpu", "--set optim.accumulate=2 (the same batch in 2 parts), or --set optim.batch_size=2"),
         ("shared", "--set data.workers=1"),
         ("disk", "choose another --out"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from PIL import Image
+from plain_odc import PLAIN_ODC
 
 from odcft import start_layer_choice
 from odcft.backbone.load import load_backbone
@@ -16,7 +17,7 @@ from odcft.recipe import load_recipe
 from odcft.start_layer_choice import decide_start_layer
 from odcft.train import fine_tune
 
-AUTO = ["memory.start_layer=auto", "optim.batch_size=4", "optim.epochs=8", "data.size=32"]
+AUTO = [*PLAIN_ODC, "memory.start_layer=auto", "optim.batch_size=4", "optim.epochs=8", "data.size=32"]
 
 
 @pytest.fixture
@@ -66,6 +67,9 @@ def test_of_layers_as_good_as_each_other_the_deepest_is_chosen(monkeypatch, imag
     plan, (note,) = decide(monkeypatch, images, layers("middle"), *SMALL_CHANGES)
     assert (plan.memory.start_layer, plan.memory.start_epochs) == ("last", 0)
     assert "clusters of the last layer (100.0% of" in note
+    found = ["memory.start_features=layer", "neck.relu=false"]
+    plan, _ = decide(monkeypatch, images, layers("middle"), *SMALL_CHANGES, *found)
+    assert (plan.memory.start_layer, plan.memory.start_epochs) == ("last", 4)
     plan, _ = decide(monkeypatch, images, layers("middle"), *SMALL_CHANGES, "memory.start_epochs=3")
     assert plan.memory.start_epochs == 3  # asked for
 
@@ -80,8 +84,10 @@ def test_the_last_layer_stays_where_images_are_too_few_and_a_note_says_so(monkey
     assert note.startswith(f"The first labels are clusters of the last layer (fewer than {fewest} images can be read")
 
 
-def test_other_methods_keep_the_last_layer(monkeypatch, images):
-    plan, notes = decide(monkeypatch, images, layers("noise"), "method=dc")
+def test_dc_may_start_with_another_layer_and_codc_keeps_the_last(monkeypatch, images):
+    plan, _ = decide(monkeypatch, images, layers("noise"), *SMALL_CHANGES, "method=dc")
+    assert (plan.memory.start_layer, plan.memory.start_epochs) == ("middle", 4)
+    plan, notes = decide(monkeypatch, images, layers("noise"), "method=codc")
     assert (plan.memory.start_layer, plan.memory.start_epochs, notes) == ("last", 0, [])
 
 

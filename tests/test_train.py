@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from plain_odc import PLAIN_ODC
 from safetensors.torch import load_file, save_file
 
 from odcft.backbone.load import load_backbone
@@ -19,7 +20,7 @@ from odcft.run import snapshot_files
 from odcft.run.non_finite import all_finite
 from odcft.train import fine_tune
 
-QUICK = ["optim.batch_size=4", "log.interval=1", "neck.hidden=16", "neck.dim=8", "log.tensorboard=false"]
+QUICK = [*PLAIN_ODC, "optim.batch_size=4", "log.interval=1", "neck.hidden=16", "neck.dim=8", "log.tensorboard=false"]
 
 
 @pytest.fixture
@@ -248,8 +249,10 @@ FIELDS = {
     "augment.vertical_flip": 1.0, "augment.quarter_turns": True, "augment.flip": 1.0, "augment.rotation": 45.0,
     "augment.brightness": 0.9, "augment.contrast": 0.9,
     "augment.saturation": 0.0, "augment.hue": 0.5, "augment.gray": 1.0, "neck.hidden": 32, "neck.dim": 4,
+    "neck.relu": False,
     "neck.dropout": 0.5, "neck.bn_momentum": 0.9, "memory.clusters": 3, "memory.momentum": 0.9,
     "memory.centroid_interval": 1, "memory.min_cluster": 5, "memory.start_layer": "layer2", "memory.start_epochs": 1.0,
+    "memory.instance_share": 0.5,
     "memory.variant": "official", "memory.reweight": False,
     "memory.dtype": "float16", "kmeans.iterations": 1, "optim.epochs": 3, "optim.batch_size": 6, "optim.lr": 0.01,
     "optim.schedule": "step", "optim.warmup_epochs": 1.0, "optim.momentum": 0.0, "optim.head_momentum": 0.0,
@@ -263,6 +266,8 @@ SPEECH = {
     "data.workers",
     "data.decoder",  # the images of this test are PNG; of JPEGs: tests/data_tests/test_jpeg_crops.py
     "optim.checkpointing",  # of networks without batch norm: tests/backbone/test_network.py
+    "memory.start_features",  # needs neck.relu=false: a test of its own below
+    "optim.skip_padding",  # of smaller images, by rounding: tests/backbone/test_one_pixel_maps.py
     "optim.compile",  # tests/model/test_members.py
     "optim.accumulate",  # needs networks with batch norm, or more images: tests/model/test_backpropagation.py
     "optim.sync_bn",  # of several GPUs: tests/distributed/test_fake_gpu.py
@@ -386,13 +391,44 @@ def test_images_keep_the_labels_of_a_layer_in_the_first_epochs_and_frozen_stages
     same = {name for name, tensor in after.items() if name in before and torch.equal(tensor, before[name])}
     assert {name for name in after if name.startswith(("conv1", "bn1", "layer1"))} <= same
     assert not any(name.startswith("layer2") and name.endswith("conv1.weight") for name in same)
-    with pytest.raises(OdcftError, match=r"memory\.start_layer='layer2' is for --method odc, not dc"):
-        fine_tune(checkpoint, images, tmp_path / "dc", quick("memory.start_layer=layer2", "method=dc"))
-    with pytest.raises(OdcftError, match=r"memory\.start_epochs=2 is for ODC"):
-        fine_tune(checkpoint, images, tmp_path / "dc", quick("memory.start_epochs=2", "method=dc"))
     with pytest.raises(OdcftError, match=r"optim\.freeze=5 leaves nothing of test_resnet to learn"):
         fine_tune(checkpoint, images, tmp_path / "all", quick("optim.freeze=5"))
-    assert not (tmp_path / "dc").exists()
+    assert not (tmp_path / "all").exists()
+
+
+def test_the_memory_starts_with_features_of_a_layer_which_the_network_learns_first(tmp_path, checkpoint, images):
+    layer = ["memory.start_layer=layer2", "memory.start_features=layer", "neck.relu=false", "memory.min_cluster=1"]
+    start = quick(*layer, "optim.epochs=4", "log.snapshot_share=1")
+    said, progress = [], Progress(quiet=True)
+    progress.say = said.append
+    init_memory(checkpoint, images, tmp_path / "m", start)
+    fine_tune(checkpoint, images, tmp_path / "run", start, memory=tmp_path / "m", progress=progress)
+    note = "clusters of layer2, and for 2 of 4 epochs the network learns to find each image's features of that layer"
+    assert any(note in line for line in said)
+    assert [line["change_ratio"] for line in lines(tmp_path / "run")[:6]] == [0] * 6
+    fine_tune(checkpoint, images, tmp_path / "same", start)  # the memory is made the same way inside a run
+    assert all(torch.equal(t, backbone(tmp_path / "same")[n]) for n, t in backbone(tmp_path / "run").items())
+    with pytest.raises(OdcftError, match=r"was made with memory\.start_features=layer, but this run has .*=neck"):
+        fine_tune(
+            checkpoint, images, tmp_path / "no", quick(*layer, "memory.start_features=neck"), memory=tmp_path / "m"
+        )
+    with pytest.raises(OdcftError, match=r"cannot reach with a ReLU at its end\. Pass --set neck\.relu=false"):
+        fine_tune(checkpoint, images, tmp_path / "no", quick("memory.start_features=layer"))
+    assert not (tmp_path / "no").exists()
+
+
+def test_dc_may_start_with_labels_of_a_layer_too_and_codc_may_not(tmp_path, checkpoint, images):
+    layer = ["memory.start_layer=layer2", "optim.epochs=4"]
+    fine_tune(checkpoint, images, tmp_path / "dc", quick(*layer, "method=dc"))
+    assert [line["epoch"] for line in lines(tmp_path / "dc") if "nmi_previous" in line] == [3, 4]  # else 2, 3, 4
+    said, progress = [], Progress(quiet=True)
+    progress.say = said.append
+    only_odc = ["memory.start_features=layer", "memory.instance_share=0.5"]
+    fine_tune(checkpoint, images, tmp_path / "same", quick(*layer, "method=dc", *only_odc), progress=progress)
+    assert any("memory.instance_share are for --method odc, and not used here" in line for line in said)
+    assert all(torch.equal(t, backbone(tmp_path / "same")[n]) for n, t in backbone(tmp_path / "dc").items())
+    with pytest.raises(OdcftError, match=r"memory\.start_layer='layer2' is for --method odc or dc"):
+        fine_tune([checkpoint] * 2, images, tmp_path / "codc", quick(*layer, "method=codc"))
 
 
 def test_images_too_small_for_a_network_are_refused_with_a_size_that_works(tmp_path, images):

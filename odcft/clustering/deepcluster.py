@@ -57,7 +57,7 @@ def start(features_SD: Tensor, labels_S: Tensor, plan: Plan, epoch: int = 0) -> 
 
 
 def begin_epoch(clusters: Clusters, epoch: int, embed: Callable[[], Tensor]) -> bool:
-    """Cluster again, every `dc.interval` epochs; not in epoch 0, as `start` has just done it.
+    """Cluster again, every `dc.interval` epochs; not in epoch 0, as `start` has just done it, nor in the start epochs.
 
     Args:
         clusters: changed in place.
@@ -68,7 +68,7 @@ def begin_epoch(clusters: Clusters, epoch: int, embed: Callable[[], Tensor]) -> 
         Whether the labels are new, so that the classifier must be reinitialised.
     """
     plan = clusters.plan
-    if epoch == 0 or epoch % plan.dc.interval:
+    if epoch == 0 or epoch < plan.memory.start_epochs or epoch % plan.dc.interval:
         return False
     features_SD = features_for_kmeans(embed(), plan)
     seed = seeds.seed(plan.seed, "kmeans", epoch)
@@ -117,6 +117,11 @@ def targets(clusters: Clusters, row_B: Tensor) -> tuple[Tensor, Tensor]:
     weight_K = loss_weights.loss_weights(clusters.memory.sizes_K, VARIANTS["paper"])
     label_B = clusters.memory.labels_S.index_select(0, row_B).long()
     return label_B, weight_K if clusters.plan.dc.balance == "reweighting" else torch.ones_like(weight_K)
+
+
+def entries_to_find(clusters: Clusters, row_B: Tensor, step: int) -> None:
+    """None: the network learns from labels alone."""
+    return None
 
 
 def update(clusters: Clusters, row_B: Tensor, features_BD: Tensor, step: int) -> Tensor:

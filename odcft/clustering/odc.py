@@ -4,6 +4,7 @@ Shapes as in memory.py: N images, S of them on this rank, B batch, K clusters, D
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +13,21 @@ from torch import Tensor
 from odcft import seeds
 from odcft.clustering import loss_weights, memory
 from odcft.clustering.clusters import Clusters
-from odcft.clustering.pca_whitening import principal_components
+from odcft.clustering.pca_whitening import whiten
 from odcft.clustering.small_clusters import handle_small_clusters
 from odcft.distributed import dist
 from odcft.plan import Plan
 from odcft.precision import exact_products
 
-START_COMPONENTS = 128  # of the features that give the first labels: 64 to 256 give equally good clusters
+START_COMPONENTS = 128  # of the features that only give the first labels: 64 to 256 give equally good clusters
 HAS_NECK = True  # {fc-bn-relu-dropout-fc-relu} between backbone and head
+
+
+class EntriesToFind(NamedTuple):
+    """What the samples memory holds of the images of a batch, for the instance loss."""
+
+    entry_BD: Tensor  # float32
+    share: float  # of the loss, more than 0
 
 
 def features_for_kmeans(features_SD: Tensor, plan: Plan) -> Tensor:
@@ -27,19 +35,25 @@ def features_for_kmeans(features_SD: Tensor, plan: Plan) -> Tensor:
     return F.normalize(features_SD, dim=1, eps=1e-10, out=features_SD)
 
 
-def features_for_first_labels(layer_SL: Tensor) -> Tensor:
-    """Reduce the features of `memory.start_layer` by PCA and normalise them to unit length for K-Means.
+def features_of_start_layer(layer_SL: Tensor, plan: Plan) -> Tensor:
+    """Reduce the features of `memory.start_layer` by PCA, whiten them and normalise them to unit length for K-Means.
 
-    They are not whitened: of a rotation checkpoint's `layer2`, clusters of whitened components tell less about what the
-    images show (docs/small_data.md).
+    Clusters of components that are not whitened tell more about what the images show, and yet teach the network less
+    (docs/small_data.md).
 
     Args:
         layer_SL: (S, L) float, this rank's.
+        plan: of the run.
 
     Returns:
-        (S, D) float32, D at most START_COMPONENTS.
+        (S, D) float32. For a memory that starts with them, D is that of the neck, and the last are zero if the layer
+        has fewer; else D is at most START_COMPONENTS.
     """
-    return F.normalize(principal_components(layer_SL, START_COMPONENTS), dim=1, eps=1e-10)
+    if not plan.starts_with_layer:
+        return F.normalize(whiten(layer_SL, START_COMPONENTS), dim=1, eps=1e-10)
+    D = plan.neck.dim
+    whitened_SD = whiten(layer_SL, D)
+    return F.normalize(F.pad(whitened_SD, (0, D - whitened_SD.shape[1])), dim=1, eps=1e-10)
 
 
 def start(features_SD: Tensor, labels_S: Tensor, plan: Plan) -> Clusters:
@@ -85,6 +99,25 @@ def targets(clusters: Clusters, row_B: Tensor) -> tuple[Tensor, Tensor]:
     return label_B, weight_K if clusters.plan.memory.reweight else torch.ones_like(weight_K)
 
 
+def entries_to_find(clusters: Clusters, row_B: Tensor, step: int) -> EntriesToFind | None:
+    """Step 2 with an instance loss: read the entries of the batch that the network learns to find.
+
+    Args:
+        clusters: only read.
+        row_B: (B,) int64, rows of this rank.
+        step: counted from 0.
+
+    Returns:
+        The entries, and their share of the loss: all of it while the memory keeps the features of a layer. None if the
+        network learns from labels alone, as in the paper.
+    """
+    starting = step < clusters.start_steps and clusters.plan.starts_with_layer
+    share = 1.0 if starting else clusters.plan.memory.instance_share
+    if not share or clusters.plan.method != "odc":
+        return None
+    return EntriesToFind(clusters.memory.features_SD.index_select(0, row_B).float(), share)
+
+
 @exact_products()
 def update(clusters: Clusters, row_B: Tensor, features_BD: Tensor, step: int) -> Tensor:
     """Steps 3 and 4 of an iteration: update the samples memory, then the centroids memory, then handle small clusters.
@@ -102,6 +135,8 @@ def update(clusters: Clusters, row_B: Tensor, features_BD: Tensor, step: int) ->
     """
     settings, rules = clusters.plan.memory, clusters.rules
     keep = step < clusters.start_steps
+    if keep and clusters.plan.starts_with_layer:
+        return torch.zeros((), device=row_B.device)  # the memory stays as it is
     moved_B = memory.update_samples(clusters.memory, row_B, features_BD, settings.momentum, rules, keep_labels=keep)
     clusters.memory.sizes_K = dist.all_sum(clusters.memory.counts_K)
     if (step + 1) % settings.centroid_interval == 0:

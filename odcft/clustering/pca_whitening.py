@@ -1,4 +1,4 @@
-"""PCA, with or without whitening, of features that K-Means clusters."""
+"""PCA and whitening of the features that DeepCluster clusters."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,11 @@ from odcft.precision import exact_products
 ROWS = 16384  # processed at a time
 
 
+@exact_products()
 def whiten(features_SF: Tensor, components: int) -> Tensor:
-    """Project the features onto the principal components over all ranks, and scale each to variance 1 (DeepCluster).
+    """Project the features onto the principal components over all ranks, and scale each to variance 1.
+
+    Sums are taken in pieces and in float64; besides the result, nothing as large as the features is allocated.
 
     Args:
         features_SF: (S, F) float, of this rank.
@@ -19,20 +22,6 @@ def whiten(features_SF: Tensor, components: int) -> Tensor:
     Returns:
         (S, D) float32.
     """
-    return _project(features_SF, components, scaled=True)
-
-
-def principal_components(features_SF: Tensor, components: int) -> Tensor:
-    """Project the features onto the principal components over all ranks, and leave each its variance.
-
-    Args and result are those of `whiten`.
-    """
-    return _project(features_SF, components, scaled=False)
-
-
-@exact_products()
-def _project(features_SF: Tensor, components: int, scaled: bool) -> Tensor:
-    """Sums are taken in pieces and in float64; besides the result, nothing as large as the features is allocated."""
     S, width = features_SF.shape
     device = features_SF.device
     sums_F1 = torch.zeros(width + 1, dtype=torch.float64, device=device)
@@ -50,7 +39,7 @@ def _project(features_SF: Tensor, components: int, scaled: bool) -> Tensor:
     variance_F, direction_FF = torch.linalg.eigh(covariance_FF / count)  # smallest first
     D = max(1, min(components, width, count - 1))
     # Dividing by a variance of almost zero would only amplify rounding errors: such directions stay close to zero.
-    scale_D = variance_F[-D:].clamp(min=1e-6 * float(variance_F[-1]) + 1e-12).rsqrt() if scaled else 1.0
+    scale_D = variance_F[-D:].clamp(min=1e-6 * float(variance_F[-1]) + 1e-12).rsqrt()
     projection_FD = (direction_FF[:, -D:] * scale_D).float()
     dist.broadcast_(projection_FD)  # the sign of an eigenvector depends on the library
     return torch.cat([(piece_SF.float() - mean_F) @ projection_FD for piece_SF in features_SF.split(ROWS)])

@@ -151,21 +151,24 @@ def broadcast_(*tensors: Tensor) -> None:
             torch.distributed.broadcast(tensor, src=0)
 
 
-def gather_rows(rows: Tensor) -> Tensor:
+def gather_rows(rows: Tensor, *, as_many: bool = False) -> Tensor:
     """The rows of all ranks, ordered by rank; their numbers may differ.
 
     Args:
         rows: (S, ...), of this rank.
+        as_many: every rank has S rows, so no host needs to wait for their numbers.
 
     Returns:
         (sum of S, ...), the same on every rank.
     """
     if world_size() == 1:
         return rows
-    counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
-    counts[rank()] = len(rows)
-    all_sum_(counts)
-    sizes = counts.tolist()
+    sizes = [len(rows)] * world_size()
+    if not as_many:
+        counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+        counts[rank()] = len(rows)
+        all_sum_(counts)
+        sizes = counts.tolist()
     padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]

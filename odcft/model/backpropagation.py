@@ -6,13 +6,21 @@ Shapes: B batch, K clusters, D embedding.
 import torch
 from torch import Tensor, nn
 
+from odcft.clustering.odc import EntriesToFind
 from odcft.distributed import dist
+from odcft.model.losses import instance_loss
 from odcft.model.members import Members, joint_features
 from odcft.model.views import Views
 
 
 def backpropagate(
-    parallel_network: nn.Module, network: Members, views: Views, label_B: Tensor, weight_K: Tensor, factor: float = 1.0
+    parallel_network: nn.Module,
+    network: Members,
+    views: Views,
+    label_B: Tensor,
+    weight_K: Tensor,
+    to_find: EntriesToFind | None = None,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a batch through the network, and add the gradients of its loss to those of the parameters.
 
@@ -26,6 +34,8 @@ def backpropagate(
         views: of the batch; at least 2 images for each part.
         label_B: (B,) labels from the memory.
         weight_K: (K,) loss weights of the clusters.
+        to_find: adds the instance loss with the share it says, and of every rank as many images. With a share of 1, the
+            head still learns the labels, but backbone and neck do not learn from it.
         factor: multiplies the gradients (float16: precision.LossScale).
 
     Returns:
@@ -33,12 +43,19 @@ def backpropagate(
     """
     plan, parts = network.plan, views.parts(network.plan.optim.accumulate)
     whole_B = label_B if len(parts) > 1 else None
+    entry_XD = None if to_find is None else dist.gather_rows(to_find.entry_BD, as_many=True)
+    head_apart = to_find is not None and to_find.share == 1
+    own_B = torch.arange(len(label_B), device=label_B.device) + dist.rank() * len(label_B)
     done = []
-    for part, part_label_B in zip(parts, label_B.tensor_split(len(parts)), strict=True):
+    pieces = zip(parts, label_B.tensor_split(len(parts)), own_B.tensor_split(len(parts)), strict=True)
+    for part, part_label_B, part_own_B in pieces:
         with dist.exchanging_gradients(parallel_network, part is parts[-1]):
             with plan.autocast(label_B.device):
-                outputs = parallel_network(part.images, part.rotated, part.mixed)
+                outputs = parallel_network(part.images, part.rotated, part.mixed, head_apart)
             loss, logged_loss = network.losses(outputs, part, part_label_B, weight_K, whole_B)
+            if to_find is not None and entry_XD is not None:
+                instances = instance_loss(outputs[0].features_BD, entry_XD, part_own_B) * (len(part_own_B) / len(own_B))
+                loss = to_find.share * instances + (1 if head_apart else 1 - to_find.share) * loss
             (loss * factor if factor != 1 else loss).backward()
         features_BD = joint_features([output.features_BD.detach().float() for output in outputs])
         done.append((features_BD, loss.detach(), logged_loss))

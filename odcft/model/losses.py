@@ -12,6 +12,8 @@ from odcft.model.views import Views
 from odcft.plan import CODCPlan
 from odcft.recipe import MemberRecipe
 
+TEMPERATURE = 0.1  # of `instance_loss`
+
 
 def losses(
     outputs: list[Output],
@@ -46,6 +48,21 @@ def losses(
     if len(terms) == 1:
         return terms[0], cluster_losses[0]
     return torch.stack(terms).sum(), torch.stack(cluster_losses).mean()
+
+
+def instance_loss(features_BD: Tensor, entry_XD: Tensor, own_B: Tensor) -> Tensor:
+    """How badly each image's features find its own entry of the samples memory among those of all images of the batch.
+
+    The cross-entropy of the cosines divided by a temperature (instance discrimination with a memory bank, Wu et al.,
+    CVPR 2018; InfoNCE, van den Oord et al., 2018).
+
+    Args:
+        features_BD: of this pass.
+        entry_XD: what the memory holds of the images of the batch, on all ranks.
+        own_B: (B,) int64, which of them is the image's own.
+    """
+    cosine_BX = F.normalize(features_BD.float(), dim=1, eps=1e-10) @ F.normalize(entry_XD, dim=1, eps=1e-10).T
+    return F.cross_entropy(cosine_BX / TEMPERATURE, own_B)
 
 
 def _cross_entropy(logits_BK: Tensor, label_B: Tensor, weight_K: Tensor, whole_B: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from odcft import seeds
 from odcft.backbone.frozen_stages import freeze_stages
 from odcft.backbone.network import Backbone
+from odcft.backbone.one_pixel_maps import skip_padding
 from odcft.clustering.methods import METHODS
 from odcft.data.augmentation import augment_batch
 from odcft.data.batches import Batch
@@ -72,9 +73,11 @@ class Members(nn.Module):
             images = images.contiguous(memory_format=torch.channels_last)
         return with_copies(images, plan.codc, seeds.generator(plan.seed, "copies", *stream))
 
-    def forward(self, images: Tensor, rotated: Tensor | None = None, mixed: Tensor | None = None) -> list[Output]:
+    def forward(
+        self, images: Tensor, rotated: Tensor | None = None, mixed: Tensor | None = None, head_apart: bool = False
+    ) -> list[Output]:
         """The output of each member."""
-        return [member(images, rotated, mixed) for member in self.members]
+        return [member(images, rotated, mixed, head_apart) for member in self.members]
 
     def losses(
         self, outputs: list[Output], views: Views, label_B: Tensor, weight_K: Tensor, whole_B: Tensor | None = None
@@ -102,6 +105,8 @@ def make_members(backbones: list[Backbone], necks: list[nn.Module], dim: int, pl
     models = []
     for backbone in backbones:
         freeze_stages(backbone, plan.optim.freeze)
+        if plan.optim.skip_padding:
+            skip_padding(backbone)
     for member, (backbone, neck, weights) in enumerate(zip(backbones, necks, plan.codc.members, strict=True)):
         with seeds.seeded_init(plan.seed, "head", member):
             models.append(Model(backbone, neck, dim, plan.memory.clusters, weights))

@@ -17,16 +17,18 @@ def make_neck(width: int, recipe: NeckRecipe) -> nn.Sequential:
     """{fc-bn-relu-dropout-fc-relu} (paper, sec. 3.2): backbone features (B, F) to (B, D).
 
     Layer sizes, the BN without affine parameters and the Kaiming initialisation are those of the official code; the
-    paper gives only D = 256.
+    paper gives only D = 256. With `neck.hidden` 0 it is {fc-relu}.
     """
-    neck = nn.Sequential(
-        nn.Linear(width, recipe.hidden),
-        nn.BatchNorm1d(recipe.hidden, momentum=recipe.bn_momentum, affine=False),
-        nn.ReLU(),
-        nn.Dropout(recipe.dropout),
-        nn.Linear(recipe.hidden, recipe.dim),
-        nn.ReLU(),
-    )
+    layers: list[nn.Module] = []
+    if recipe.hidden:
+        layers = [
+            nn.Linear(width, recipe.hidden),
+            nn.BatchNorm1d(recipe.hidden, momentum=recipe.bn_momentum, affine=False),
+            nn.ReLU(),
+            nn.Dropout(recipe.dropout),
+        ]
+    layers.append(nn.Linear(recipe.hidden or width, recipe.dim))
+    neck = nn.Sequential(*layers, *([nn.ReLU()] if recipe.relu else []))
     for layer in neck:
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_normal_(layer.weight)
@@ -92,18 +94,21 @@ class Model(nn.Module):
         """The parameters of backbone and neck."""
         return [*self.backbone.parameters(), *self.neck.parameters()]
 
-    def forward(self, images: Tensor, rotated: Tensor | None = None, mixed: Tensor | None = None) -> Output:
+    def forward(
+        self, images: Tensor, rotated: Tensor | None = None, mixed: Tensor | None = None, head_apart: bool = False
+    ) -> Output:
         """Run images, RGB in 0..1, and copies of them through the network in one pass.
 
         Args:
             images: (B, 3, H, W).
             rotated: as many; ignored without a rotation head.
             mixed: as many; ignored by a member without mixup.
+            head_apart: the head learns the labels, but backbone and neck do not learn from the head.
         """
         rotated, mixed = rotated if self.turn_head else None, mixed if self.uses_mixup else None
         if rotated is None and mixed is None:
             features_BD = self.neck(self.backbone(images))
-            return Output(features_BD, self.head(features_BD))
+            return Output(features_BD, self.head(features_BD.detach() if head_apart else features_BD))
         B = len(images)
         all_XF = self.backbone(torch.cat([part for part in (images, mixed, rotated) if part is not None]))
         rotation_logits_B4 = self.turn_head(all_XF[-B:]) if self.turn_head else None

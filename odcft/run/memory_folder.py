@@ -28,8 +28,8 @@ from odcft.run.run_json import made_by, made_from
 # Recipe fields that the features in a memory depend on, besides checkpoint and images: `dc.pca` for dc, `neck` for odc.
 FEATURE_FIELDS = (
     *("method", "data.size", "data.crop_fraction", "data.range", "data.bands", "data.mean", "data.std"),
-    *("backbone.input", "backbone.arch_args", "backbone.part", "neck.hidden", "neck.dim", "dc.pca"),
-    "memory.start_layer",
+    *("backbone.input", "backbone.arch_args", "backbone.part", "neck.hidden", "neck.dim", "neck.relu", "dc.pca"),
+    *("memory.start_layer", "memory.start_features"),
 )
 
 

@@ -48,6 +48,42 @@ def test_images_keep_their_first_labels_for_the_steps_it_says_and_small_clusters
     assert state.memory.sizes_K.min() > 2
 
 
+def test_a_memory_that_starts_with_features_of_a_layer_stays_until_the_network_has_learned_them():
+    state = start(min_cluster=2, start_features="layer")
+    state.start_steps = 1
+    kept, row_B = [tensor.clone() for tensor in (state.memory.features_SD, state.memory.sums_KD)], torch.tensor([4, 0])
+    entry_BD, share = odc.entries_to_find(state, row_B, 0)
+    assert near(entry_BD, [[0.0, 1.0], [1.0, 0.0]])
+    assert share == 1
+    assert odc.update(state, row_B, torch.tensor([[-1.0, 0.0]] * 2), 0) == 0
+    assert torch.equal(state.memory.features_SD, kept[0])
+    assert torch.equal(state.memory.sums_KD, kept[1])
+    assert odc.entries_to_find(state, row_B, 1) is None
+    odc.update(state, row_B, torch.tensor([[-1.0, 0.0]] * 2), 1)
+    assert not torch.equal(state.memory.features_SD, kept[0])
+    labels_only = start()
+    labels_only.start_steps = 1
+    assert odc.entries_to_find(labels_only, row_B, 0) is None
+    both = start(instance_share=0.25)
+    assert odc.entries_to_find(both, row_B, 0).share == 0.25
+
+
+def test_features_of_a_layer_are_whitened_and_get_the_length_of_the_neck():
+    torch.manual_seed(0)
+    layer_SL = torch.randn(500, 6) * torch.tensor([9.0, 4, 2, 1, 0.5, 0.1]) + 3
+    labels_only = odc.features_of_start_layer(layer_SL, plan())
+    assert labels_only.shape == (500, 6)
+    found = plan(start_features="layer")
+    found.neck.dim = 8
+    features_SD = odc.features_of_start_layer(layer_SL, found)
+    assert features_SD.shape == (500, 8)
+    assert torch.equal(features_SD[:, 6:], torch.zeros(500, 2))
+    assert near(features_SD.norm(dim=1), [1.0] * 500)
+    assert torch.allclose(features_SD[:, :6].var(0), torch.tensor(1 / 6), atol=0.02)  # whitened
+    found.neck.dim = 2
+    assert odc.features_of_start_layer(layer_SL, found).shape == (500, 2)
+
+
 def test_kmeans_sees_features_of_unit_length_however_short_they_were():
     features = torch.tensor([[3.0, 4.0], [-3e-6, 4e-6], [0.0, 0.0]])
     compact = odc.features_for_kmeans(features, plan())

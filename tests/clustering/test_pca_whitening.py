@@ -27,9 +27,6 @@ def test_whitening_takes_the_main_directions_and_any_number_of_rows_at_a_time(mo
             white = pca_whitening.whiten(rows, components)
             assert white.shape == (4, components)
             assert torch.allclose(white.abs(), expected[:, -components:].abs(), atol=1e-5)
-            kept = pca_whitening.principal_components(rows, components)
-            variances = torch.stack([across, 5 * along], 1)[:, -components:]
-            assert torch.allclose(kept.abs(), variances.abs(), atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])

@@ -15,7 +15,7 @@ from odcft.clustering.memory import VARIANTS, Memory
 from odcft.clustering.nearest import NearestByScores
 from odcft.data.augmentation import augment_batch, rotate_quarters
 from odcft.distributed.delayed_reader import DelayedReader
-from odcft.model.losses import losses
+from odcft.model.losses import instance_loss, losses
 from odcft.model.members import joint_features
 from odcft.model.neck_and_head import Output
 from odcft.model.views import Views
@@ -99,8 +99,11 @@ def test_head_loss_and_memory_stay_on_the_device_and_never_wait(fake_gpu):
         features_BD = images.flatten(1).narrow(1, 0, 16).relu()
         label_B, weight_K = odc.targets(state, row_B)
         loss = F.cross_entropy(F.linear(features_BD, head), label_B, weight_K)
+        state.plan.memory.instance_share = 0.5
+        entry_BD, _ = odc.entries_to_find(state, row_B, 0)
+        instances = instance_loss(features_BD, entry_BD, torch.arange(8, device=CUDA))
         odc.update(state, row_B, features_BD, 0)
-    assert loss.device == CUDA
+    assert loss.device == instances.device == CUDA
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from plain_odc import PLAIN_ODC
 from torch import nn
 
 from odcft import train
@@ -29,7 +30,7 @@ def doubles(monkeypatch):
 
 def members(parts, kinds, *, norm):
     plan = fill_autos(
-        load_recipe("small", [f"optim.accumulate={parts}", f"codc.members={kinds}", "neck.dropout=0", "data.size=32"]),
+        load_recipe("small", [*PLAIN_ODC, f"optim.accumulate={parts}", f"codc.members={kinds}", "data.size=32"]),
         clusters=K,
     )
     torch.manual_seed(0)
@@ -87,6 +88,34 @@ def test_gradients_are_multiplied_by_the_factor_and_the_loss_is_not(doubles):
     scaled, (_, same_loss, _) = gradients(network, *batch(network.plan), factor=1024.0)
     assert all(torch.allclose(1024 * one, other, rtol=1e-9) for one, other in zip(plain, scaled, strict=True))
     assert torch.equal(loss, same_loss)
+
+
+@pytest.mark.parametrize("share", [1, 0.25])
+def test_images_find_their_entries_and_the_head_may_learn_apart(doubles, share):
+    whole, parted = (members(parts, PLAIN, norm=False) for parts in (1, 5))
+    views, label_B, weight_K = batch(whole.plan)
+    entry_BD = torch.randn(B, whole.plan.neck.dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    to_find = odc.EntriesToFind(entry_BD, share)
+    expected, (features_BD, loss, logged) = gradients(whole, views, label_B, weight_K, to_find)
+    found, (_, loss_of_parts, _) = gradients(parted, views, label_B, weight_K, to_find)
+    assert all(torch.allclose(one, other, rtol=1e-9, atol=1e-12) for one, other in zip(expected, found, strict=True))
+    (model,) = whole
+    cosine_BB = nn.functional.normalize(features_BD) @ nn.functional.normalize(entry_BD).T
+    finding = -(cosine_BB / 0.1).log_softmax(1).diagonal().mean()
+    assert torch.allclose(loss, share * finding + (logged if share == 1 else (1 - share) * logged), rtol=1e-9)
+    assert torch.allclose(loss_of_parts, loss, rtol=1e-9)
+
+    def alone(of_instances, head_sees):
+        whole.zero_grad()
+        features_BD = model(views.images).features_BD
+        cosine_BB = nn.functional.normalize(features_BD) @ nn.functional.normalize(entry_BD).T
+        of_labels = nn.functional.cross_entropy(model.head(head_sees(features_BD)), label_B, weight_K)
+        instances = -(cosine_BB / 0.1).log_softmax(1).diagonal().mean()
+        (of_instances * instances + (1 if of_instances == 1 else 1 - of_instances) * of_labels).backward()
+        return [parameter.grad for parameter in whole.parameters()]
+
+    alone = alone(share, torch.detach if share == 1 else lambda features_BD: features_BD)
+    assert all(torch.allclose(one, other, rtol=1e-8, atol=1e-12) for one, other in zip(expected, alone, strict=True))
 
 
 def test_ranks_exchange_gradients_with_the_last_part_only(monkeypatch):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_odc import PLAIN_ODC
 from safetensors.torch import load_file
 
 from odcft.backbone.load import load_backbone
@@ -20,7 +21,7 @@ from odcft.plan import CODCPlan, fill_autos
 from odcft.recipe import MemberRecipe, load_recipe
 from odcft.train import fine_tune
 
-QUICK = ["optim.batch_size=4", "log.interval=1", "log.tensorboard=false", "neck.hidden=16", "neck.dim=8"]
+QUICK = [*PLAIN_ODC, "optim.batch_size=4", "log.interval=1", "log.tensorboard=false", "neck.hidden=16", "neck.dim=8"]
 ALL_KINDS = "codc.members=[{cluster: 1}, {cluster: 1, rotation: 0.5}, {cluster: 0, mixup: 1}]"
 
 

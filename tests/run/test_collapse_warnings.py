@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from plain_odc import PLAIN_ODC
 from stopped_runs import quick
 
 from odcft.run.collapse_warnings import summary, warnings
@@ -51,7 +52,15 @@ def test_a_classifier_that_is_reinitialised_stays_at_chance_for_another_reason()
 
 def test_a_collapsing_run_is_warned_about_and_a_healthy_one_is_not(go, tmp_path, make_images):
     images = make_images(tmp_path / "kinds", 48)
-    base = ("memory.clusters=6", "optim.batch_size=8", "optim.schedule=step", "optim.final_epochs=0", "neck.dropout=0")
+    base = (
+        *PLAIN_ODC,
+        "neck.hidden=16",
+        "memory.clusters=6",
+        "optim.batch_size=8",
+        "optim.schedule=step",
+        "optim.final_epochs=0",
+        "neck.dropout=0",
+    )
     go(quick(*base, "optim.epochs=4", "memory.min_cluster=-1", "optim.lr=5"), data=images)
     said = "".join(go.said)
     assert "the clusters are as uneven as if there were only" in said

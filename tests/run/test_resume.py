@@ -166,7 +166,7 @@ def stopped_run(stopped_once, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ("optim.lr=0.5", "optim.lr=0.03, not 0.5"),
+        ("optim.lr=0.5", "optim.lr=0.1, not 0.5"),
         ("memory.clusters=3", "memory.clusters=2, not 3"),
         ("neck.dropout=0", "neck.dropout=0.5, not 0.0"),
         ("seed=7", "seed=0, not 7"),
@@ -180,10 +180,10 @@ def test_another_recipe_is_refused(stopped_run, go, changed, message):
 
 def test_edited_recipe_in_the_run_is_noticed(stopped_run, inputs, odcft_command):
     path = stopped_run / "recipe.yaml"
-    path.write_text(path.read_text().replace("lr: 0.03", "lr: 0.04"))
+    path.write_text(path.read_text().replace("lr: 0.1", "lr: 0.2"))
     code, _, err = odcft_command("finetune", inputs / "c.pth", inputs / "images", "--out", stopped_run, "--resume")
     assert code == 2
-    assert "optim.lr=0.03, not 0.04" in err
+    assert "optim.lr=0.1, not 0.2" in err
 
 
 def test_epochs_and_workers_and_log_interval_may_change(stopped_run, go):

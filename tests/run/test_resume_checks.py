@@ -49,12 +49,12 @@ def test_a_field_that_an_older_run_did_not_have_is_not_ignored():
     from odcft.run.resume_checks import resumed_recipe
 
     def resumed(*given):
-        asked = quick().model_dump(mode="json")
+        asked = quick("optim.freeze=0").model_dump(mode="json")
         older = {**asked, "optim": {k: v for k, v in asked["optim"].items() if k != "freeze"}}
         saved = {"recipe": older, "step": 1, "steps_per_epoch": 3}
-        return resumed_recipe(quick(*given), None, Path("run"), {"asked": older}, saved)
+        return resumed_recipe(quick("optim.freeze=0", *given), None, Path("run"), {"asked": older}, saved)
 
-    assert resumed().optim.freeze == resumed("optim.freeze=0").optim.freeze == 0
+    assert resumed().optim.freeze == 0
     with pytest.raises(OdcftError, match=r"started with optim\.freeze=0, not 2"):
         resumed("optim.freeze=2")
 
@@ -77,13 +77,13 @@ def test_a_recipe_given_again_need_not_repeat_what_was_given_with_it():
     from odcft.recipe import load_recipe
     from odcft.run.resume_checks import resumed_recipe
 
-    asked = load_recipe("small", ["seed=3", "neck.hidden=16"]).model_dump(mode="json")
+    asked = load_recipe("small", ["seed=3", "neck.dim=16"]).model_dump(mode="json")
     saved, notes = {"recipe": asked, "step": 1, "steps_per_epoch": 3}, []
     asked_now = load_recipe("small")
     saved["recipe"]["optim"]["final_epochs"] = 2  # as resolved
     recipe = resumed_recipe(asked_now, None, Path("run"), {"asked": asked}, saved, notes.append)
-    assert (recipe.seed, recipe.neck.hidden) == (3, 16)
-    assert notes == ["Note        run keeps what it was started with: seed=3, neck.hidden=16."]
-    for given in ("seed=0", "neck.hidden=512"):  # the defaults, but asked for
+    assert (recipe.seed, recipe.neck.dim) == (3, 16)
+    assert notes == ["Note        run keeps what it was started with: seed=3, neck.dim=16."]
+    for given in ("seed=0", "neck.dim=256"):  # the defaults, but asked for
         with pytest.raises(OdcftError, match=f"not {given.partition('=')[2]}"):
             resumed_recipe(load_recipe("small", [given]), None, Path("run"), {"asked": asked}, saved)

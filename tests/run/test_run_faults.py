@@ -62,7 +62,7 @@ def broken_image(monkeypatch, steps):
 
 def test_non_finite_step_ends_the_run_and_is_named(go, tmp_path, monkeypatch):
     broken_image(monkeypatch, {4})
-    with pytest.raises(OdcftError, match=r"not finite at step 4 \(learning rate 0.0075\).*skip_non_finite"):
+    with pytest.raises(OdcftError, match=r"not finite at step 4 \(learning rate 0.025\).*skip_non_finite"):
         go()
     state = snapshot_files.load(snapshot_files.newest(tmp_path / "run", print))
     assert state.about["step"] <= 4
@@ -112,7 +112,7 @@ def test_memory_that_runs_out_names_the_parts_and_the_batch_to_try(go, monkeypat
 
     monkeypatch.setattr(members, "augment_batch", full)
     with pytest.raises(
-        OdcftError, match=r"with --set optim.accumulate=2 .* or --set optim.batch_size=2 --set optim.lr=0.015"
+        OdcftError, match=r"with --set optim.accumulate=2 .* or --set optim.batch_size=2 --set optim.lr=0.05"
     ):
         go()
 

@@ -143,7 +143,7 @@ def test_mlflow_keeps_files_beside_the_run_and_finds_a_resumed_run_again(tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
     found = first.client.get_run(first.id)
     assert found.info.status == "FINISHED"
-    assert found.data.params["optim.lr"] == "0.03"
+    assert found.data.params["optim.lr"] == "0.1"
     assert [(one.step, one.value) for one in first.client.get_metric_history(first.id, "loss")] == [(7, 1.5), (9, 1.5)]
     assert found.data.metrics["cluster_sizes_50_percent"] == 3.5
     assert list((tmp_path / "runs" / "mlruns").rglob("clusters*.png"))
