@@ -192,36 +192,38 @@ def _refuse_contradictions(plan: Plan) -> None:
 
 
 def _check_first_labels(plan: Plan, backbones: Sequence[Backbone]) -> list[str]:
-    """Refuse `memory.start_layer` and `start_epochs` where they have no meaning; notes on them for the user."""
+    """Refuse fields on the start of the memory where they have no meaning; notes on them for the user."""
     layer, epochs = plan.memory.start_layer, plan.memory.start_epochs
-    if layer == "auto":  # decided when images have been looked at
-        return []
-    if layer != LAST and plan.method == "codc":
-        raise OdcftError(
-            f"memory.start_layer={short_repr(layer)} is for --method odc or dc: the members of codc have layers of "
-            "their own. Pass --set memory.start_layer=last."
-        )
+    notes = []
     if plan.starts_with_layer and plan.neck.relu:
         raise OdcftError(
             "memory.start_features=layer: half of these features are negative, which the neck cannot reach with a ReLU "
             "at its end. Pass --set neck.relu=false."
         )
-    if layer != LAST:
-        refuse_unknown_layer(backbones[0], layer)
-    notes = [] if layer == LAST and not epochs else [first_labels_note(plan)]
     if plan.method != "odc" and (plan.memory.start_features == "layer" or plan.memory.instance_share):
         notes.append("memory.start_features and memory.instance_share are for --method odc, and not used here.")
-    return notes
+    if layer == "auto":  # decided when images have been looked at
+        return notes
+    if layer != LAST and plan.method == "codc":
+        raise OdcftError(
+            f"memory.start_layer={short_repr(layer)} is for --method odc or dc: the members of codc have layers of "
+            "their own. Pass --set memory.start_layer=last."
+        )
+    if layer != LAST:
+        refuse_unknown_layer(backbones[0], layer)
+    return notes if layer == LAST and not epochs and not plan.starts_with_layer else [first_labels_note(plan), *notes]
 
 
 def first_labels_note(plan: Plan, why: str = "") -> str:
-    """Tell the user which layer gives the first labels, and for how long images keep them."""
+    """Tell the user which layer gives the first labels or features, and for how long they stay."""
     layer, epochs = plan.memory.start_layer, plan.memory.start_epochs
+    name = "the last layer" if layer == LAST else layer
     how_long = f"for {epochs:g} of {plan.optim.epochs} epochs" if epochs < plan.optim.epochs else "to the end"
+    if plan.starts_with_layer:
+        learned = f", which the network first learns to find, image by image, {how_long}" if epochs else ""
+        return f"The memory starts with features of {name}{why}{learned}."
     kept = f", and images keep them {how_long}" if epochs else ""
-    if epochs and plan.starts_with_layer:
-        kept = f", and {how_long} the network learns to find each image's features of that layer among its batch's"
-    return f"The first labels are clusters of {'the last layer' if layer == LAST else layer}{why}{kept}."
+    return f"The first labels are clusters of {name}{why}{kept}."
 
 
 def _notes_on_machine(recipe: Recipe) -> list[str]:

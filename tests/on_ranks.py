@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from plain_odc import PLAIN_ODC
 from safetensors.torch import load_file, save_file
 from step_counters import Counters
 
@@ -141,7 +142,7 @@ def goes_on():
 def counts():
     """What each step of a run counts: a line (refilled, collectives, bytes, reads) for each, by method."""
     folder, counters, refilled, lines = Path(sys.argv[3]).parent, Counters(), [], []
-    quick = ["optim.batch_size=8", "optim.epochs=2", "neck.hidden=24", "neck.dim=8", "data.size=32"]
+    quick = [*PLAIN_ODC, "optim.batch_size=8", "optim.epochs=2", "neck.hidden=24", "neck.dim=8", "data.size=32"]
     quick += ["memory.clusters=6", "memory.min_cluster=4", "memory.centroid_interval=4", "dc.pca=6"]
     quick += [
         "log.interval=1000",
@@ -166,13 +167,16 @@ def counts():
 
     odc.handle_small_clusters, small_clusters_module._split_largest = handle_and_note, split_on_the_host
     train.set_lr = begin_step
-    for method in ("odc", "dc", "codc"):
+    for name in ("odc", "dc", "codc", "instances"):
         lines.clear()
+        method = "odc" if name == "instances" else name
         ckpts = [str(folder / "c.pth")] * (2 if method == "codc" else 1)
-        recipe = load_recipe("small", [*quick, f"method={method}"])
+        recipe = load_recipe(
+            "small", [*quick, f"method={method}", f"memory.instance_share={(name == 'instances') / 2}"]
+        )
         with counters.counting():
-            fine_tune(ckpts, str(folder / "images"), folder / f"{method}-{dist.world_size()}", recipe)
-        result[method] = torch.tensor(lines)
+            fine_tune(ckpts, str(folder / "images"), folder / f"{name}-{dist.world_size()}", recipe)
+        result[name] = torch.tensor(lines)
     return result
 
 

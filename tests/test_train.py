@@ -403,7 +403,7 @@ def test_the_memory_starts_with_features_of_a_layer_which_the_network_learns_fir
     progress.say = said.append
     init_memory(checkpoint, images, tmp_path / "m", start)
     fine_tune(checkpoint, images, tmp_path / "run", start, memory=tmp_path / "m", progress=progress)
-    note = "clusters of layer2, and for 2 of 4 epochs the network learns to find each image's features of that layer"
+    note = "starts with features of layer2, which the network first learns to find, image by image, for 2 of 4 epochs."
     assert any(note in line for line in said)
     assert [line["change_ratio"] for line in lines(tmp_path / "run")[:6]] == [0] * 6
     fine_tune(checkpoint, images, tmp_path / "same", start)  # the memory is made the same way inside a run
@@ -413,7 +413,7 @@ def test_the_memory_starts_with_features_of_a_layer_which_the_network_learns_fir
             checkpoint, images, tmp_path / "no", quick(*layer, "memory.start_features=neck"), memory=tmp_path / "m"
         )
     with pytest.raises(OdcftError, match=r"cannot reach with a ReLU at its end\. Pass --set neck\.relu=false"):
-        fine_tune(checkpoint, images, tmp_path / "no", quick("memory.start_features=layer"))
+        fine_tune(checkpoint, images, tmp_path / "no", quick("memory.start_layer=auto", "memory.start_features=layer"))
     assert not (tmp_path / "no").exists()
 
 

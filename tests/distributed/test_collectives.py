@@ -41,13 +41,14 @@ def test_steps_of_a_run_exchange_and_read_the_same_few_things(tmp_path, make_che
     make_checkpoint(tmp_path / "c.pth")
     make_images(tmp_path / "images", 64)
     found = counted(ranks, "counts", tmp_path)
-    assert set(found) == {"odc", "dc", "codc"}
+    assert set(found) == {"odc", "dc", "codc", "instances"}
     for method, lines in found.items():
         within = [line for step, line in enumerate(lines) if step % 8]  # an epoch begins with saving, or with K-Means
         ordinary = [line[1:] for line in within if not line[0]]
         refilling = [line[1:] for line in within if line[0]]
         # Buffers; two buckets of gradients; the flags of the ranks. ODC: counts, and sums every fourth step.
-        least = 0 if ranks == 1 else 4 if method == "dc" else 5
+        # Instances: what the memory holds of the whole batch.
+        least = 0 if ranks == 1 else {"dc": 4, "instances": 6}.get(method, 5)
         assert {line[0] for line in ordinary} <= {least, least + (ranks > 1) * (method != "dc")}
         assert len({line[1] for line in ordinary}) <= 2
         # The flags, whether a cluster is small, and three of the host's own: which images come next, in which order
