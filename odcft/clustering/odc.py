@@ -20,6 +20,7 @@ from odcft.plan import Plan
 from odcft.precision import exact_products
 
 START_COMPONENTS = 128  # of the features that only give the first labels: 64 to 256 give equally good clusters
+IMAGES_A_COMPONENT = 8  # at least, of the components of a layer
 HAS_NECK = True  # {fc-bn-relu-dropout-fc-relu} between backbone and head
 
 
@@ -46,13 +47,16 @@ def features_of_start_layer(layer_SL: Tensor, plan: Plan) -> Tensor:
         plan: of the run.
 
     Returns:
-        (S, D) float32. For a memory that starts with them, D is that of the neck, and the last are zero if the layer
-        has fewer; else D is at most START_COMPONENTS.
+        (S, D) float32, with at most one component for IMAGES_A_COMPONENT images. For a memory that starts with them, D
+        is that of the neck, and the last are zero if there are fewer; else D is at most START_COMPONENTS.
     """
+    images = int(dist.all_sum(torch.tensor(len(layer_SL), device=layer_SL.device)))
+    # With nearly as many whitened components as images, all images would be equally far from each other.
+    most = max(2, images // IMAGES_A_COMPONENT)
     if not plan.starts_with_layer:
-        return F.normalize(whiten(layer_SL, START_COMPONENTS), dim=1, eps=1e-10)
+        return F.normalize(whiten(layer_SL, min(START_COMPONENTS, most)), dim=1, eps=1e-10)
     D = plan.neck.dim
-    whitened_SD = whiten(layer_SL, D)
+    whitened_SD = whiten(layer_SL, min(D, most))
     return F.normalize(F.pad(whitened_SD, (0, D - whitened_SD.shape[1])), dim=1, eps=1e-10)
 
 

@@ -80,6 +80,9 @@ def test_features_of_a_layer_are_whitened_and_get_the_length_of_the_neck():
     assert torch.equal(features_SD[:, 6:], torch.zeros(500, 2))
     assert near(features_SD.norm(dim=1), [1.0] * 500)
     assert torch.allclose(features_SD[:, :6].var(0), torch.tensor(1 / 6), atol=0.02)  # whitened
+    few_SD = odc.features_of_start_layer(layer_SL[:24], found)
+    assert few_SD.shape == (24, 8)
+    assert torch.equal(few_SD[:, 3:], torch.zeros(24, 5))  # 8 images a component
     found.neck.dim = 2
     assert odc.features_of_start_layer(layer_SL, found).shape == (500, 2)
 
