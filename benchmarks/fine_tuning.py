@@ -114,7 +114,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out {args.out} is not a folder")
     if "dc" in args.methods.split(",") and not args.dc_recipe:
-        if args.recipe != "small":
+        if args.recipe not in ("small", "odc_small"):
             parser.error(f"which recipe should DC use to compare with {args.recipe}? Give --dc-recipe NAME")
         args.dc_recipe = "dc_small"
     for together in args.codc:

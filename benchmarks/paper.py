@@ -121,11 +121,15 @@ SCALES = {
     "tiny": Scale(
         networks={"resnet": "scratch:resnet18", "alexnet": "scratch:alexnet"},
         recipes={
-            "resnet": {"odc": ("small", "data.size=32"), "dc": ("dc_small", "data.size=32", _SOBEL)},
-            "alexnet": {"odc": ("small", "data.size=64"), "dc": ("dc_small", "data.size=64", _SOBEL)},
+            "resnet": {"odc": ("odc_small", "data.size=32"), "dc": ("dc_small", "data.size=32", _SOBEL)},
+            "alexnet": {"odc": ("odc_small", "data.size=64"), "dc": ("dc_small", "data.size=64", _SOBEL)},
         },
-        fine_tuning=("small", "dc_small"),
-        both=("optim.batch_size=64", "optim.epochs=3", "log.interval=1", "log.tensorboard=false"),
+        fine_tuning=("odc_small", "dc_small"),
+        both=(
+            *("optim.batch_size=64", "optim.epochs=3", "log.interval=1", "log.tensorboard=false"),
+            # the paper's DC, of which dc_small is more
+            *("memory.start_layer=last", "optim.freeze=0", "optim.skip_padding=false"),
+        ),
         images=400,
         classes=5,
         per_class=20,

@@ -1,4 +1,4 @@
-"""PCA and whitening of the features that DeepCluster clusters."""
+"""PCA and whitening of features before K-Means: DeepCluster's, and those of a start layer."""
 
 import torch
 from torch import Tensor
