@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch
-from plain_odc import PLAIN_ODC
 from safetensors.torch import load_file, save_file
 from step_counters import Counters
 
@@ -142,7 +141,7 @@ def goes_on():
 def counts():
     """What each step of a run counts: a line (refilled, collectives, bytes, reads) for each, by method."""
     folder, counters, refilled, lines = Path(sys.argv[3]).parent, Counters(), [], []
-    quick = [*PLAIN_ODC, "optim.batch_size=8", "optim.epochs=2", "neck.hidden=24", "neck.dim=8", "data.size=32"]
+    quick = ["optim.batch_size=8", "optim.epochs=2", "neck.hidden=24", "neck.dim=8", "data.size=32"]
     quick += ["memory.clusters=6", "memory.min_cluster=4", "memory.centroid_interval=4", "dc.pca=6"]
     quick += [
         "log.interval=1000",
@@ -172,7 +171,7 @@ def counts():
         method = "odc" if name == "instances" else name
         ckpts = [str(folder / "c.pth")] * (2 if method == "codc" else 1)
         recipe = load_recipe(
-            "small", [*quick, f"method={method}", f"memory.instance_share={(name == 'instances') / 2}"]
+            "odc_small", [*quick, f"method={method}", f"memory.instance_share={(name == 'instances') / 2}"]
         )
         with counters.counting():
             fine_tune(ckpts, str(folder / "images"), folder / f"{name}-{dist.world_size()}", recipe)

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from plain_odc import PLAIN_ODC
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 DATA = Path(__file__).parent / "data"
@@ -33,7 +32,6 @@ METHODS = ("odc", "dc", "codc")
 RANKS = (1, 2)
 # Ten steps an epoch; clusters become small and are refilled; dropout in the neck is 0.5.
 SETTINGS = (
-    *PLAIN_ODC,
     *("optim.epochs=3", "optim.batch_size=8", "optim.lr=0.05", "neck.hidden=24", "neck.dim=8", "neck.dropout=0.5"),
     *("memory.clusters=6", "memory.min_cluster=7", "memory.centroid_interval=4", "memory.momentum=0.5", "dc.pca=6"),
     *(
@@ -103,7 +101,7 @@ def train(method: str, folder: Path, out: Path) -> None:
         )
     )
     several = method == "codc"
-    recipe = load_recipe("small", [*SETTINGS, f"method={method}", *([CODC] if several else [])])
+    recipe = load_recipe("odc_small", [*SETTINGS, f"method={method}", *([CODC] if several else [])])
     ckpts = [str(folder / name) for name in ("one.pth", "other.pth")[: 2 if several else 1]]
     run = folder / f"{method}-{dist.world_size()}"
     fine_tune(ckpts, str(folder / "images"), run, recipe)

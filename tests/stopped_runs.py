@@ -39,8 +39,8 @@ def write_inputs(folder, images):
         Image.fromarray(draw.integers(0, 255, (32, 32, 3)).astype(np.uint8)).save(folder / "images" / f"{i:02d}.png")
 
 
-def quick(*overrides):
-    return load_recipe("small", [*QUICK, *overrides])
+def quick(*overrides, recipe="small"):
+    return load_recipe(recipe, [*QUICK, *overrides])
 
 
 def forget():

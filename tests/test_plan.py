@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from plain_odc import PLAIN_ODC
 
 from odcft import plan as plan_module
 from odcft.backbone.activation_memory import bytes_per_image
@@ -105,7 +104,7 @@ def test_what_the_recipe_says_is_not_decided_again(make_images, tmp_path):
         "optim.precision=bfloat16",
         "optim.batch_size=4",
     ]
-    recipe = load_recipe("small", [*PLAIN_ODC, *asked, "memory.min_cluster=2"])
+    recipe = load_recipe("odc_small", [*asked, "memory.min_cluster=2"])
     plan, notes = make_plan(recipe, [backbone], images)
     then, now = flatten(recipe.model_dump()), flatten(plan.model_dump())
     assert {name for name in now if now[name] != then[name]} == {"codc.members", "data.bands"}

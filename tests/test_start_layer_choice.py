@@ -3,7 +3,6 @@
 import pytest
 import torch
 from PIL import Image
-from plain_odc import PLAIN_ODC
 
 from odcft import start_layer_choice
 from odcft.backbone.load import load_backbone
@@ -17,7 +16,7 @@ from odcft.recipe import load_recipe
 from odcft.start_layer_choice import decide_start_layer
 from odcft.train import fine_tune
 
-AUTO = [*PLAIN_ODC, "memory.start_layer=auto", "optim.batch_size=4", "optim.epochs=8", "data.size=32"]
+AUTO = ["memory.start_layer=auto", "optim.batch_size=4", "optim.epochs=8", "data.size=32"]
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def decide(monkeypatch, images, features, *overrides, fewest=20):
     monkeypatch.setattr(start_layer_choice, "FEWEST", fewest)
     monkeypatch.setattr(start_layer_choice, "pooled_layers", lambda backbone, pixels: features(pixels))
     backbone = load_backbone("scratch:test_resnet").backbone
-    recipe, found = load_recipe("small", [*AUTO, *overrides]), find_images(images)
+    recipe, found = load_recipe("odc_small", [*AUTO, *overrides]), find_images(images)
     plan, _ = make_plan(recipe, [backbone], found)
     return decide_start_layer(plan, recipe, [backbone], found, Progress(quiet=True))
 
@@ -111,7 +110,7 @@ def test_what_was_chosen_travels_with_a_memory(monkeypatch, images, tmp_path):
     monkeypatch.setattr(start_layer_choice, "FEWEST", 20)
     agreement = iter([0.1, 0.9, 0.85, 0.8, 0.4, 0.1])  # of stem to `last`
     monkeypatch.setattr(start_layer_choice, "neighbour_agreement", lambda one, other: next(agreement))
-    recipe = load_recipe("small", [*AUTO, "memory.min_cluster=1", "neck.dim=8", "neck.hidden=8"])
+    recipe = load_recipe("odc_small", [*AUTO, "memory.min_cluster=1", "neck.dim=8", "neck.hidden=8"])
     checkpoint = "scratch:test_resnet"
     init_memory(checkpoint, images, tmp_path / "m", recipe)
     assert read_json(tmp_path / "m" / "memory.json")["recipe"]["memory"]["start_layer"] == "layer2"

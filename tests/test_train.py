@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from plain_odc import PLAIN_ODC
 from safetensors.torch import load_file, save_file
 
 from odcft.backbone.load import load_backbone
@@ -20,7 +19,7 @@ from odcft.run import snapshot_files
 from odcft.run.non_finite import all_finite
 from odcft.train import fine_tune
 
-QUICK = [*PLAIN_ODC, "optim.batch_size=4", "log.interval=1", "neck.hidden=16", "neck.dim=8", "log.tensorboard=false"]
+QUICK = ["optim.batch_size=4", "log.interval=1", "neck.hidden=16", "neck.dim=8", "log.tensorboard=false"]
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def images(tmp_path, make_images):
 
 
 def quick(*overrides):
-    return load_recipe("small", [*QUICK, "optim.epochs=2", *overrides])
+    return load_recipe("odc_small", [*QUICK, "optim.epochs=2", *overrides])
 
 
 def backbone(run):
@@ -325,7 +324,7 @@ def final_state(tmp_path_factory):
             "memory.min_cluster=1",
             "optim.epochs=2",
         ]
-        recipe = load_recipe("small", [*QUICK, "optim.batch_size=8", *base, *overrides])
+        recipe = load_recipe("odc_small", [*QUICK, "optim.batch_size=8", *base, *overrides])
         fine_tune(str(folder / "c.pth"), str(folder / "images"), folder / str(hash(overrides)), recipe)
         newest = sorted((folder / str(hash(overrides)) / "checkpoints").iterdir())[-1]
         state = snapshot_files.load(newest)

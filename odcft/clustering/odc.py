@@ -53,11 +53,10 @@ def features_of_start_layer(layer_SL: Tensor, plan: Plan) -> Tensor:
     images = int(dist.all_sum(torch.tensor(len(layer_SL), device=layer_SL.device)))
     # With nearly as many whitened components as images, all images would be equally far from each other.
     most = max(2, images // IMAGES_A_COMPONENT)
-    if not plan.starts_with_layer:
-        return F.normalize(whiten(layer_SL, min(START_COMPONENTS, most)), dim=1, eps=1e-10)
-    D = plan.neck.dim
-    whitened_SD = whiten(layer_SL, min(D, most))
-    return F.normalize(F.pad(whitened_SD, (0, D - whitened_SD.shape[1])), dim=1, eps=1e-10)
+    features_SD = whiten(layer_SL, min(plan.neck.dim if plan.starts_with_layer else START_COMPONENTS, most))
+    if plan.starts_with_layer:
+        features_SD = F.pad(features_SD, (0, plan.neck.dim - features_SD.shape[1]))
+    return F.normalize(features_SD, dim=1, eps=1e-10)
 
 
 def start(features_SD: Tensor, labels_S: Tensor, plan: Plan) -> Clusters:

@@ -44,7 +44,8 @@ def backpropagate(
     plan, parts = network.plan, views.parts(network.plan.optim.accumulate)
     whole_B = label_B if len(parts) > 1 else None
     entry_XD = None if to_find is None else dist.gather_rows(to_find.entry_BD, as_many=True)
-    head_apart = to_find is not None and to_find.share == 1
+    share = 0.0 if to_find is None else to_find.share
+    head_apart = share == 1
     own_B = torch.arange(len(label_B), device=label_B.device) + dist.rank() * len(label_B)
     done = []
     pieces = zip(parts, label_B.tensor_split(len(parts)), own_B.tensor_split(len(parts)), strict=True)
@@ -53,9 +54,9 @@ def backpropagate(
             with plan.autocast(label_B.device):
                 outputs = parallel_network(part.images, part.rotated, part.mixed, head_apart)
             loss, logged_loss = network.losses(outputs, part, part_label_B, weight_K, whole_B)
-            if to_find is not None and entry_XD is not None:
+            if entry_XD is not None:
                 instances = instance_loss(outputs[0].features_BD, entry_XD, part_own_B) * (len(part_own_B) / len(own_B))
-                loss = to_find.share * instances + (1 if head_apart else 1 - to_find.share) * loss
+                loss = share * instances + (1 if head_apart else 1 - share) * loss
             (loss * factor if factor != 1 else loss).backward()
         features_BD = joint_features([output.features_BD.detach().float() for output in outputs])
         done.append((features_BD, loss.detach(), logged_loss))

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from plain_odc import PLAIN_ODC
 from torch import nn
 
 from odcft import train
@@ -30,7 +29,7 @@ def doubles(monkeypatch):
 
 def members(parts, kinds, *, norm):
     plan = fill_autos(
-        load_recipe("small", [*PLAIN_ODC, f"optim.accumulate={parts}", f"codc.members={kinds}", "data.size=32"]),
+        load_recipe("odc_small", [f"optim.accumulate={parts}", f"codc.members={kinds}", "data.size=32"]),
         clusters=K,
     )
     torch.manual_seed(0)

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_odc import PLAIN_ODC
 from safetensors.torch import load_file
 
 from odcft.backbone.load import load_backbone
@@ -21,7 +20,7 @@ from odcft.plan import CODCPlan, fill_autos
 from odcft.recipe import MemberRecipe, load_recipe
 from odcft.train import fine_tune
 
-QUICK = [*PLAIN_ODC, "optim.batch_size=4", "log.interval=1", "log.tensorboard=false", "neck.hidden=16", "neck.dim=8"]
+QUICK = ["optim.batch_size=4", "log.interval=1", "log.tensorboard=false", "neck.hidden=16", "neck.dim=8"]
 ALL_KINDS = "codc.members=[{cluster: 1}, {cluster: 1, rotation: 0.5}, {cluster: 0, mixup: 1}]"
 
 
@@ -37,7 +36,7 @@ def images(tmp_path, make_images):
 
 
 def quick(*overrides):
-    return load_recipe("small", ["method=codc", *QUICK, "optim.epochs=2", *overrides])
+    return load_recipe("odc_small", ["method=codc", *QUICK, "optim.epochs=2", *overrides])
 
 
 def state(run):
@@ -63,7 +62,7 @@ def test_batch_norm_of_backbones_is_synchronised_on_gpus_that_of_necks_never(mon
 
     monkeypatch.setattr(dist, "world_size", lambda: 2)
     monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", wrap)
-    plan = fill_autos(load_recipe("small", [f"optim.sync_bn={sync_bn}", *QUICK]), members=2)
+    plan = fill_autos(load_recipe("odc_small", [f"optim.sync_bn={sync_bn}", *QUICK]), members=2)
     backbones = [load_backbone("scratch:test_resnet").backbone for _ in range(2)]
     necks, dim = make_necks(backbones, plan)
     network = make_members(backbones, necks, dim, plan)

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from plain_odc import PLAIN_ODC
 from stopped_runs import quick
 
 from odcft.run.collapse_warnings import summary, warnings
@@ -52,21 +51,13 @@ def test_a_classifier_that_is_reinitialised_stays_at_chance_for_another_reason()
 
 def test_a_collapsing_run_is_warned_about_and_a_healthy_one_is_not(go, tmp_path, make_images):
     images = make_images(tmp_path / "kinds", 48)
-    base = (
-        *PLAIN_ODC,
-        "neck.hidden=16",
-        "memory.clusters=6",
-        "optim.batch_size=8",
-        "optim.schedule=step",
-        "optim.final_epochs=0",
-        "neck.dropout=0",
-    )
-    go(quick(*base, "optim.epochs=4", "memory.min_cluster=-1", "optim.lr=5"), data=images)
+    base = ("memory.clusters=6", "optim.batch_size=8", "optim.schedule=step", "optim.final_epochs=0", "neck.dropout=0")
+    go(quick(*base, "optim.epochs=4", "memory.min_cluster=-1", "optim.lr=5", recipe="odc_small"), data=images)
     said = "".join(go.said)
     assert "the clusters are as uneven as if there were only" in said
     assert "the loss is" in said
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert "uneven" in last["warnings"]
     go.said.clear()
-    go(quick(*base, "memory.min_cluster=2", "optim.lr=0.05"), data=images, run=tmp_path / "healthy")
+    go(quick(*base, "memory.min_cluster=2", "optim.lr=0.05", recipe="odc_small"), data=images, run=tmp_path / "healthy")
     assert not [line for line in go.said if "Warning" in line]
