@@ -118,6 +118,8 @@ def load_and_plan(
         backbone.resize(plan.data.size)
     plan, measured = decide_normalisation(recipe, plan, loaded, images)
     plan, layer = decide_start_layer(plan, recipe, backbones, images, progress)
+    if training and plan.optim.freeze and any(one.family == "scratch" for one in loaded):
+        notes.append("The frozen stages have random weights, and will keep them. Pass --set optim.freeze=0.")
     notes += [*measured, *layer, *(_note_on_gray_images(plan, images) if training else [])]
     _describe(loaded, images, plan, notes, progress, training)
     dist.wait_for_all()

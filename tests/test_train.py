@@ -390,6 +390,8 @@ def test_images_keep_the_labels_of_a_layer_in_the_first_epochs_and_frozen_stages
     same = {name for name, tensor in after.items() if name in before and torch.equal(tensor, before[name])}
     assert {name for name in after if name.startswith(("conv1", "bn1", "layer1"))} <= same
     assert not any(name.startswith("layer2") and name.endswith("conv1.weight") for name in same)
+    fine_tune("scratch:test_resnet", images, tmp_path / "random", quick("optim.freeze=2"), progress=progress)
+    assert "stages have random weights, and will keep them. Pass --set optim.freeze=0." in "".join(said)
     with pytest.raises(OdcftError, match=r"optim\.freeze=5 leaves nothing of test_resnet to learn"):
         fine_tune(checkpoint, images, tmp_path / "all", quick("optim.freeze=5"))
     assert not (tmp_path / "all").exists()
