@@ -12,7 +12,7 @@ from odcft.data.custom_reader import make_reader
 from odcft.data.sources import find_images
 from odcft.data.view import describe_view
 from odcft.distributed import dist
-from odcft.errors import OdcftError
+from odcft.errors import OdcftError, refuse_not_finite
 from odcft.evaluation.embedding_files import write_embedding, written_by_embed
 from odcft.evaluation.features import features_of
 from odcft.evaluation.starting_checkpoint import view_of_run
@@ -99,7 +99,7 @@ def embed(
         first = "{} ({})".format(*next(iter(bad.items())))
         raise OdcftError(f"None of the {len(images):,} images in {data} can be read; the first is {first}.")
     features_NF = found.layers[LAST][good]
-    _refuse_non_finite(features_NF, ckpt)
+    refuse_not_finite(len(features_NF) - int(np.isfinite(features_NF).all(1).sum()), len(features_NF), ckpt)
     labels = images.class_labels()
     names, labels_kept = [images.names[i] for i in good], [labels[i] for i in good] if any(labels) else None
     if out is not None:
@@ -125,14 +125,6 @@ def _embedding(
         "paths": names,
         "labels": labels,
     }
-
-
-def _refuse_non_finite(features_NF: np.ndarray, ckpt: str) -> None:
-    if bad := len(features_NF) - int(np.isfinite(features_NF).all(1).sum()):
-        raise OdcftError(
-            f"{ckpt} gives features that are NaN or infinite for {bad:,} of {len(features_NF):,} images: its weights "
-            "are damaged. Use another checkpoint."
-        )
 
 
 def _refuse(out: Path, overwrite: bool) -> None:

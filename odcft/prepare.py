@@ -25,7 +25,7 @@ from odcft.data.images import Images
 from odcft.data.pixel_statistics import all_gray
 from odcft.data.sources import find_images
 from odcft.distributed import dist, ownership
-from odcft.errors import OdcftError
+from odcft.errors import OdcftError, refuse_not_finite
 from odcft.model.members import joint_features, make_members, make_necks
 from odcft.normalisation import decide_normalisation
 from odcft.optim import lr_at
@@ -82,6 +82,8 @@ def prepare_start(
         clusters = _from_memory(stored, plan, loaded[0], necks[0], dim)
         return Start(plan, loaded, necks, dim, images, clusters, stored.unreadable)
     features_SD, unreadable = _extract(backbones, necks, images, plan, progress)
+    bad = dist.all_sum((~features_SD.isfinite().all(1)).sum())
+    refuse_not_finite(int(bad), len(images) - len(unreadable), ", ".join(run.ckpts))
     if unreadable:
         images = images.without(set(unreadable))
         plan, notes = with_clusters_for(plan, planned.requested, len(images))

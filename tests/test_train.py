@@ -219,6 +219,17 @@ def test_non_finite_loss_stops_with_the_step_and_keeps_the_last_good_state(tmp_p
     assert all_finite([*newest.same.values(), *newest.rows.values()])
 
 
+@pytest.mark.parametrize("method", ["odc", "dc"])
+def test_a_checkpoint_whose_features_overflow_is_refused_before_clustering(tmp_path, images, make_checkpoint, method):
+    checkpoint = make_checkpoint(tmp_path / "huge.pth", wrap=None)
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save({name: tensor * 1e30 if tensor.dim() > 1 else tensor for name, tensor in state.items()}, checkpoint)
+    recipe = quick(f"method={method}")
+    with pytest.raises(OdcftError, match=r"huge\.pth gives features that are NaN or infinite for 12 of 12 images"):
+        fine_tune(str(checkpoint), str(images), tmp_path / "run", recipe, progress=Progress())
+    assert not (tmp_path / "run").exists()
+
+
 def test_unreadable_image_is_named_and_skipped(tmp_path, checkpoint, images):
     (tmp_path / "images" / "a" / "broken.png").write_bytes(b"no image")
     summary = fine_tune(checkpoint, images, tmp_path / "run", quick())

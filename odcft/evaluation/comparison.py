@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from odcft.distributed import dist
-from odcft.errors import OdcftError
+from odcft.errors import OdcftError, refuse_not_finite
 from odcft.evaluation.confidence_intervals import changes_with_intervals
 from odcft.evaluation.layer_choice import check_layers, evaluate_layers
 from odcft.evaluation.per_class import add_per_class
@@ -299,11 +299,7 @@ def _split(rows: np.ndarray, labels: "LabelledImages", source: str) -> Split:
     """The features of all images, divided into training and test images."""
     train, test = labels.train_rows, labels.test_rows
     used = np.concatenate([train, test])
-    if bad := len(used) - int(np.isfinite(rows[used]).all(1).sum()):
-        raise OdcftError(
-            f"{source} gives features that are NaN or infinite for {bad:,} of {len(used):,} images: its weights are "
-            "damaged. Use another checkpoint, for example an earlier state."
-        )
+    refuse_not_finite(len(used) - int(np.isfinite(rows[used]).all(1).sum()), len(used), source)
     left_out = {
         c: f"{size} image{'s' if size > 1 else ''}, too few to hold out half" for c, size in labels.too_small.items()
     }

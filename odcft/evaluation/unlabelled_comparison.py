@@ -11,7 +11,7 @@ import numpy as np
 from odcft.backbone.layers import LAST
 from odcft.data.images import Images
 from odcft.distributed import dist
-from odcft.errors import OdcftError
+from odcft.errors import OdcftError, refuse_not_finite
 from odcft.evaluation.comparison import Column, load_column, load_starting_checkpoints
 from odcft.evaluation.features import features_of
 from odcft.evaluation.random_views import random_views
@@ -79,7 +79,8 @@ def evaluate_unlabelled(
     good = _readable(images, unreadable, data, progress)
     measured = []
     for column, (clean_NF, views_NVF) in zip(columns, features, strict=True):
-        _refuse_not_finite(column.source, clean_NF[good], views_NVF[good])
+        finite_N = np.isfinite(clean_NF[good]).all(1) & np.isfinite(views_NVF[good]).all((1, 2))
+        refuse_not_finite(len(good) - int(finite_N.sum()), len(good), column.source)
         with progress.waiting(f"Measuring   {column.source}"):
             measured.append(measure(clean_NF[good], views_NVF[good]))
     counts = {"images": len(good), "found": len(found), "unreadable": len(unreadable)}
@@ -170,13 +171,4 @@ def _refuse_too_few(count: int, data: str) -> None:
         raise OdcftError(
             f"--protocol unlabelled needs at least {LEAST} images that can be read, but {data} has {count:,}. "
             "Give more."
-        )
-
-
-def _refuse_not_finite(source: str, *arrays: np.ndarray) -> None:
-    bad = ~np.all([np.isfinite(rows).all(tuple(range(1, rows.ndim))) for rows in arrays], 0)
-    if bad.any():
-        raise OdcftError(
-            f"{source} gives features that are NaN or infinite for {bad.sum():,} of {len(bad):,} images: its "
-            "weights are damaged. Use another checkpoint, for example an earlier state."
         )
