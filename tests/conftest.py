@@ -129,6 +129,11 @@ def on_threads(monkeypatch):
             for tensor in tensors:
                 tensor.copy_(exchange("broadcast", tensor.clone())[0])
 
+        def gather_filled(rows, most, fill=0.0):
+            filled = rows.new_full((most, *rows.shape[1:]), fill)
+            filled[: len(rows)] = rows
+            return torch.cat(exchange("filled", filled))
+
         def gather_dict(mine):
             return {key: value for part in exchange("dict", dict(mine)) for key, value in part.items()}
 
@@ -146,7 +151,8 @@ def on_threads(monkeypatch):
             patched.setattr(dist, "all_sum_", all_sum_)
             patched.setattr(dist, "broadcast_", broadcast_)
             patched.setattr(dist, "gather_dict", gather_dict)
-            patched.setattr(dist, "gather_rows", lambda rows, as_many=False: torch.cat(exchange("rows", rows.clone())))
+            patched.setattr(dist, "gather_rows", lambda rows: torch.cat(exchange("rows", rows.clone())))
+            patched.setattr(dist, "gather_filled", gather_filled)
             patched.setattr(dist, "barrier", lambda: exchange("barrier", None))
             ranks = [pool.submit(one, rank) for rank in range(count)]
             errors = sorted(filter(None, (rank.exception() for rank in ranks)), key=_is_broken_barrier)

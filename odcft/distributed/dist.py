@@ -151,29 +151,43 @@ def broadcast_(*tensors: Tensor) -> None:
             torch.distributed.broadcast(tensor, src=0)
 
 
-def gather_rows(rows: Tensor, *, as_many: bool = False) -> Tensor:
-    """The rows of all ranks, ordered by rank; their numbers may differ.
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all ranks, ordered by rank; their numbers may differ, and the host waits for them.
 
     Args:
         rows: (S, ...), of this rank.
-        as_many: every rank has S rows, so no host needs to wait for their numbers.
 
     Returns:
         (sum of S, ...), the same on every rank.
     """
     if world_size() == 1:
         return rows
-    sizes = [len(rows)] * world_size()
-    if not as_many:
-        counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
-        counts[rank()] = len(rows)
-        all_sum_(counts)
-        sizes = counts.tolist()
-    padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in sizes]
-    torch.distributed.all_gather(parts, padded)
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+    counts[rank()] = len(rows)
+    all_sum_(counts)
+    sizes = counts.tolist()
+    parts = gather_filled(rows, max(sizes)).split(max(sizes))
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def gather_filled(rows: Tensor, most: int, fill: float = 0.0) -> Tensor:
+    """The rows of all ranks, ordered by rank, each rank's filled up to as many, so that no host waits for numbers.
+
+    Args:
+        rows: (S, ...), of this rank.
+        most: S of no rank is larger.
+        fill: what the rows that are added hold.
+
+    Returns:
+        (ranks * most, ...), the same on every rank; of a single process the rows as they are.
+    """
+    if world_size() == 1:
+        return rows
+    filled = rows.new_full((most, *rows.shape[1:]), fill)
+    filled[: len(rows)] = rows
+    parts = [torch.empty_like(filled) for _ in range(world_size())]
+    torch.distributed.all_gather(parts, filled)
+    return torch.cat(parts)
 
 
 def gather_dict(mine: dict) -> dict:

@@ -34,7 +34,7 @@ def backpropagate(
         views: of the batch; at least 2 images for each part.
         label_B: (B,) labels from the memory.
         weight_K: (K,) loss weights of the clusters.
-        to_find: adds the instance loss with the share it says, and of every rank as many images. With a share of 1, the
+        to_find: adds the instance loss with the share it says, with the entries of all ranks. With a share of 1, the
             head still learns the labels, but backbone and neck do not learn from it.
         factor: multiplies the gradients (float16: precision.LossScale).
 
@@ -43,10 +43,12 @@ def backpropagate(
     """
     plan, parts = network.plan, views.parts(network.plan.optim.accumulate)
     whole_B = label_B if len(parts) > 1 else None
-    entry_XD = None if to_find is None else dist.gather_rows(to_find.entry_BD, as_many=True)
+    # A rank has fewer images if some cannot be read.
+    most = plan.batch_of_rank
+    entry_XD = None if to_find is None else dist.gather_filled(to_find.entry_BD, most, fill=torch.nan)
     share = 0.0 if to_find is None else to_find.share
     head_apart = share == 1
-    own_B = torch.arange(len(label_B), device=label_B.device) + dist.rank() * len(label_B)
+    own_B = torch.arange(len(label_B), device=label_B.device) + dist.rank() * most
     done = []
     pieces = zip(parts, label_B.tensor_split(len(parts)), own_B.tensor_split(len(parts)), strict=True)
     for part, part_label_B, part_own_B in pieces:

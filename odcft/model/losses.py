@@ -58,11 +58,13 @@ def instance_loss(features_BD: Tensor, entry_XD: Tensor, own_B: Tensor) -> Tenso
 
     Args:
         features_BD: of this pass.
-        entry_XD: what the memory holds of the images of the batch, on all ranks.
+        entry_XD: what the memory holds of the images of the batch, on all ranks; NaN in rows that are no entry.
         own_B: (B,) int64, which of them is the image's own.
     """
-    cosine_BX = F.normalize(features_BD.float(), dim=1, eps=1e-10) @ F.normalize(entry_XD, dim=1, eps=1e-10).T
-    return F.cross_entropy(cosine_BX / TEMPERATURE, own_B)
+    none_X = entry_XD[:, 0].isnan()
+    entry_XD = F.normalize(entry_XD.masked_fill(none_X.unsqueeze(1), 0), dim=1, eps=1e-10)
+    cosine_BX = F.normalize(features_BD.float(), dim=1, eps=1e-10) @ entry_XD.T
+    return F.cross_entropy((cosine_BX / TEMPERATURE).masked_fill(none_X, -torch.inf), own_B)
 
 
 def _cross_entropy(logits_BK: Tensor, label_B: Tensor, weight_K: Tensor, whole_B: Tensor | None) -> Tensor:

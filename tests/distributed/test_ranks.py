@@ -88,6 +88,27 @@ def test_unreadable_image_on_one_of_two_ranks(tmp_path, inputs):
 
 
 @pytest.mark.slow
+def test_an_image_that_breaks_later_leaves_one_rank_a_smaller_batch(tmp_path, inputs):
+    """The ranks exchange the entries of their batches for the instance loss of `small`."""
+    (tmp_path / "once.py").write_text(
+        "import io, os\nimport numpy as np\nfrom PIL import Image\nreads = []\n"
+        "def read(data):\n"
+        "    reads.append(data)\n"
+        "    if os.environ['RANK'] == '0' and data == reads[0] and reads.count(data) > 6:\n"
+        "        raise OSError('gone')\n"
+        "    return np.asarray(Image.open(io.BytesIO(data)))\n"
+    )
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from odcft.cli import main; main()"
+    quick = ["--recipe", "small", "--epochs", 8, "--set", "optim.batch_size=8", "--set", "data.max_broken=1", "--json"]
+    told = odcft(
+        *("finetune", *inputs, "--out", tmp_path / "run", "--reader", "once:read", *quick, "--devices", 2),
+        launcher=("-c", script),
+    )
+    summary = json.loads(told.stdout)
+    assert (summary["images"], summary["unreadable"], summary["broken"], summary["steps"]) == (13, 0, 1, 8)
+
+
+@pytest.mark.slow
 def test_a_broken_image_leaves_for_good_at_init_memory_on_two_ranks(tmp_path, inputs):
     """It is read once, and `finetune --memory` takes over which it was and why."""
     (tmp_path / "images" / "a" / "001x.png").write_bytes(b"x")

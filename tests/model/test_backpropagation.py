@@ -117,6 +117,28 @@ def test_images_find_their_entries_and_the_head_may_learn_apart(doubles, share):
     assert all(torch.allclose(one, other, rtol=1e-8, atol=1e-12) for one, other in zip(expected, alone, strict=True))
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_image_finds_its_entry_among_those_of_all_ranks_of_which_one_has_fewer_images(doubles, on_threads, parts):
+    """An unreadable image is missing in the batch of its rank."""
+    whole, *of_ranks = (members(count, PLAIN, norm=False) for count in (1, parts, parts))
+    views, label_B, weight_K = batch(whole.plan)
+    entry_BD = torch.randn(B, whole.plan.neck.dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    _, (features_BD, _, _) = gradients(whole, views, label_B, weight_K)
+    cosine_BB = nn.functional.normalize(features_BD) @ nn.functional.normalize(entry_BD).T
+    finding_B = -(cosine_BB / 0.1).log_softmax(1).diagonal()
+
+    def work():
+        mine = slice(0, 7) if module.dist.rank() == 0 else slice(7, B)
+        network, to_find = of_ranks[module.dist.rank()], odc.EntriesToFind(entry_BD[mine], 0.5)
+        my_views = views._replace(images=views.images[mine])
+        found, (_, loss, logged) = gradients(network, my_views, label_B[mine], weight_K, to_find)
+        assert torch.allclose(loss, (finding_B[mine].mean() + logged) / 2, rtol=1e-9)
+        return found
+
+    for found in on_threads(2, work):
+        assert all(gradient.isfinite().all() for gradient in found)
+
+
 def test_ranks_exchange_gradients_with_the_last_part_only(monkeypatch):
     now = []
     whole = module.dist.exchanging_gradients
