@@ -20,6 +20,7 @@ from odcft.backbone.load import Loaded
 from odcft.backbone.network import Backbone
 from odcft.backbone.start_layer import refuse_unknown_layer
 from odcft.data import jpeg_crops, shared_memory
+from odcft.data.batches import steps_per_epoch
 from odcft.data.images import Images
 from odcft.data.intensity_range import choose_range, median_shorter_side
 from odcft.data.view import View
@@ -45,6 +46,8 @@ MAX_AUTO_CLUSTERS = 10_000  # the most that `auto` chooses (paper, sec. 3.4)
 MIN_CLUSTER = 20  # the paper's threshold for small clusters (sec. 3.4)
 FEW_IMAGES = 20  # per cluster: with fewer, DC's classifier has little to learn from
 USABLE, MARGIN = 0.9, 1.25  # of a device's free memory; how much more than what it keeps a pass needs meanwhile
+LEAST_EPOCHS, MOST_EPOCHS = 10, 300  # that `auto` chooses: labels need some to evolve; more were not tried
+RECIPES_OF_FEW_IMAGES = {"odc": "small", "dc": "dc_small", "codc": "odc_small"}  # by method
 FEW_STEPS, LARGE_BATCH = 200, 256  # fewer steps an epoch with such a batch: the recipe is meant for more images
 
 
@@ -73,6 +76,7 @@ class KMeansPlan(KMeansRecipe):
 
 
 class OptimPlan(OptimRecipe):
+    epochs: int
     final_epochs: float
     accumulate: int
     precision: Literal["float32", "bfloat16", "float16"]
@@ -98,11 +102,6 @@ class Plan(Recipe):
     def batch_of_rank(self) -> int:
         """Images per batch on each rank."""
         return max(1, self.optim.batch_size // dist.world_size())
-
-    @property
-    def starts_with_layer(self) -> bool:
-        """Whether the samples memory starts with the features of `memory.start_layer`."""
-        return self.method == "odc" and self.memory.start_features == "layer"
 
     def allow_rounding(self) -> None:
         """Let this process round float32 products to TF32 on a GPU, or not, as `optim.tf32` says."""
@@ -167,7 +166,8 @@ def make_plan(
                 "and its position embedding is resampled."
             )
     notes += _notes_on_machine(recipe)
-    plan = fill_autos(recipe, clusters, size, intensity, len(backbones), min_cluster, bands=bands)
+    epochs = automatic_epochs(recipe.optim, len(images))
+    plan = fill_autos(recipe, clusters, size, intensity, len(backbones), min_cluster, bands=bands, epochs=epochs)
     if bands != 3 and any((plan.augment.saturation, plan.augment.hue, plan.augment.gray)):
         notes.append(f"Images of {bands} bands have no colours: augment.saturation, hue and gray are not applied.")
     _refuse_contradictions(plan)
@@ -201,7 +201,10 @@ def _check_first_labels(plan: Plan, backbones: Sequence[Backbone]) -> list[str]:
             "at its end. Pass --set neck.relu=false."
         )
     if plan.method != "odc" and (plan.memory.start_features == "layer" or plan.memory.instance_share):
-        notes.append("memory.start_features and memory.instance_share are for --method odc, and not used here.")
+        notes.append(
+            "memory.start_features and memory.instance_share are for --method odc, and not used here: --recipe "
+            f"{RECIPES_OF_FEW_IMAGES[plan.method]} is made for --method {plan.method}."
+        )
     if layer == "auto":  # decided when images have been looked at
         return notes
     if layer != LAST and plan.method == "codc":
@@ -218,12 +221,12 @@ def first_labels_note(plan: Plan, why: str = "") -> str:
     """Tell the user which layer gives the first labels or features, and for how long they stay."""
     layer, epochs = plan.memory.start_layer, plan.memory.start_epochs
     name = "the last layer" if layer == LAST else layer
-    how_long = f"for {epochs:g} of {plan.optim.epochs} epochs" if epochs < plan.optim.epochs else "to the end"
+    how_long = f"For {epochs:g} of {plan.optim.epochs} epochs" if epochs < plan.optim.epochs else "To the end"
     if plan.starts_with_layer:
-        learned = f", which the network first learns to find, image by image, {how_long}" if epochs else ""
-        return f"The memory starts with features of {name}{why}{learned}."
-    kept = f", and images keep them {how_long}" if epochs else ""
-    return f"The first labels are clusters of {name}{why}{kept}."
+        learned = f" {how_long} the network learns to find each image's own among them." if epochs else ""
+        return f"The memory starts with features of {name}{why}.{learned}"
+    kept = f" {how_long} images keep them." if epochs else ""
+    return f"The first labels are clusters of {name}{why}.{kept}"
 
 
 def _notes_on_machine(recipe: Recipe) -> list[str]:
@@ -251,6 +254,7 @@ def fill_autos(
     min_cluster: int | None = None,
     *,
     bands: int = 3,
+    epochs: int = 120,
 ) -> Plan:
     """The plan of a recipe: fill in these values wherever it says `auto`, and what suits this machine for the rest.
 
@@ -262,11 +266,12 @@ def fill_autos(
         members: how many networks; each gets the plain loss if the recipe does not list them.
         min_cluster: overrides the recipe's.
         bands: of the images.
+        epochs: of training.
     """
+    epochs = epochs if recipe.optim.epochs == "auto" else recipe.optim.epochs
     device = dist.this_device()
     gpu = device.type != "cpu"
-    with_layer = recipe.method == "odc" and recipe.memory.start_features == "layer"
-    another_start = recipe.method != "codc" and (recipe.memory.start_layer != LAST or with_layer)
+    another_start = recipe.method != "codc" and (recipe.memory.start_layer != LAST or recipe.starts_with_layer)
     choices: dict[str, dict[str, Any]] = {
         "data": {
             **{"size": size, "range": intensity, "bands": bands, "workers": _workers(gpu), "mean": None, "std": None},
@@ -275,12 +280,12 @@ def fill_autos(
         "memory": {
             **{"clusters": clusters, "dtype": "float16" if gpu else "float32"},
             "start_layer": LAST if recipe.method == "codc" else "auto",  # start_layer_choice.py decides
-            "start_epochs": recipe.optim.epochs / 2 if another_start else 0.0,
+            "start_epochs": epochs / 2 if another_start else 0.0,
         },
         "codc": {"members": [MemberRecipe().model_dump() for _ in range(members)]},
         "kmeans": {"engine": "torch"},  # always installed, on any device, and divided among the ranks
         "optim": {
-            "final_epochs": recipe.optim.epochs / 6,
+            **{"epochs": epochs, "final_epochs": epochs / 6},
             "accumulate": 1,  # make_plan may decide otherwise
             "precision": automatic_precision(device),
             "sync_bn": "on" if gpu else "off",
@@ -294,6 +299,12 @@ def fill_autos(
     if min_cluster is not None:
         fields["memory"]["min_cluster"] = min_cluster
     return Plan.model_validate(fields)
+
+
+def automatic_epochs(recipe: OptimRecipe, count: int) -> int:
+    """As many epochs as make `auto_steps` steps: fewer images are seen more often (docs/small_data.md)."""
+    epochs = round(recipe.auto_steps / steps_per_epoch(count, recipe.batch_size))
+    return min(max(epochs, LEAST_EPOCHS), MOST_EPOCHS)
 
 
 def with_start_layer(plan: Plan, recipe: Recipe, layer: str) -> Plan:
@@ -628,7 +639,7 @@ def suitable_recipe(backbones: Sequence[Backbone], count: int, method: str = "od
     if any(backbone.is_transformer for backbone in backbones):
         return "odc_vit"
     few = count < FEW_STEPS * load_recipe().optim.batch_size
-    return ("dc_small" if method == "dc" else "small") if few else None
+    return RECIPES_OF_FEW_IMAGES[method] if few else None
 
 
 def recipe_suggestions(backbones: Sequence[Backbone], count: int, recipe: Recipe) -> list[str]:
@@ -644,7 +655,7 @@ def recipe_suggestions(backbones: Sequence[Backbone], count: int, recipe: Recipe
     if steps < FEW_STEPS and recipe.optim.batch_size >= LARGE_BATCH and not transformers:
         notes.append(
             f"{count:,} images make {count_of(max(1, steps), 'step')} an epoch with batches of "
-            f"{recipe.optim.batch_size}: --recipe {'dc_small' if recipe.method == 'dc' else 'small'} is made for "
-            "thousands of images."
+            f"{recipe.optim.batch_size}: --recipe {RECIPES_OF_FEW_IMAGES[recipe.method]} is made for thousands of "
+            "images."
         )
     return notes

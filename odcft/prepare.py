@@ -303,6 +303,7 @@ def resumed_run(run: Run, recipe: Recipe, epochs: int | None, progress: Progress
     resume_checks.refuse_malformed_state(run.out, snapshot.about)
     about = resume_checks.read_run_json(run.out)
     recipe = resume_checks.resumed_recipe(recipe, epochs, run.out, about, snapshot.about, progress.say)
+    assert recipe.optim.epochs != "auto", "the recipe is resolved by now"
     if dist.rank() == 0 and recipe.optim.epochs != snapshot.about["recipe"]["optim"]["epochs"]:
         note_epochs(run.out, recipe.optim.epochs)  # so that a later --resume need not repeat --epochs
     resume_checks.refuse_other_checkpoint(run.ckpts, run.out, about)

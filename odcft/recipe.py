@@ -173,8 +173,8 @@ class MemoryRecipe(_Group):
     # start_features is layer
     start_epochs: Auto | Annotated[float, Field(ge=0)] = "auto"
     # share of the loss by which the network learns to find each image's own entry of the samples memory among those of
-    # its batch (only for odc); the rest is eq. 1
-    instance_share: float = Field(0.0, ge=0, lt=1)
+    # its batch (only for odc); the rest is eq. 1. With 1, the network learns nothing from the clusters
+    instance_share: float = Field(0.0, ge=0, le=1)
     reweight: bool = True  # loss weights 1 / sqrt(N_c)
     dtype: Literal["auto", "float16", "float32"] = "auto"  # of the stored features; auto: float16 on a GPU
 
@@ -221,7 +221,9 @@ class OptimRecipe(_Group):
     """The optimizer and its schedule. The recipes say which of the values are the paper's."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    epochs: int = Field(120, ge=1, le=MAX_EPOCHS)  # passes over the images
+    # passes over the images; auto: as many as make `auto_steps` steps, from 10 to 300
+    epochs: Auto | Annotated[int, Field(ge=1, le=MAX_EPOCHS)] = 120
+    auto_steps: int = Field(4400, ge=1, le=MAX_EPOCHS)  # what epochs=auto aims at; not used otherwise
     batch_size: int = Field(512, ge=2)  # over all ranks
     lr: float = Field(0.06, gt=0)  # for this batch size
     schedule: Literal["cosine", "step"] = "cosine"
@@ -288,6 +290,11 @@ class Recipe(_Group):
     kmeans: KMeansRecipe = Field(default_factory=KMeansRecipe)
     optim: OptimRecipe = Field(default_factory=OptimRecipe)
     log: LogRecipe = Field(default_factory=LogRecipe)
+
+    @property
+    def starts_with_layer(self) -> bool:
+        """Whether the samples memory starts with the features of `memory.start_layer`."""
+        return self.method == "odc" and self.memory.start_features == "layer"
 
 
 DEFAULT = "odc_r50_finetune"

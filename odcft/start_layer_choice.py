@@ -57,7 +57,7 @@ def decide_start_layer(
     chosen = list(kept)[int(number)]
     plan = with_start_layer(plan, recipe, chosen)
     other = "" if chosen == LAST else f", {kept[LAST]:.1%} in the last layer"
-    why = f" ({kept[chosen]:.1%} of an image's neighbours there stay when it is augmented{other})"
+    why = f": {kept[chosen]:.1%} of an image's neighbours stay there when it is augmented{other}"
     return plan, [first_labels_note(plan, why)]
 
 
@@ -69,7 +69,7 @@ def _kept_neighbours(backbone: Backbone, images: Images, plan: Plan, progress: P
     backbone.to(device).eval()
     draw = seeds.generator(plan.seed, "start layer", 0)
     sample = torch.randperm(len(images), generator=draw)[:IMAGES].sort().values
-    with progress.phase("Choosing the layer of the first labels", 2 * len(sample)) as advance:
+    with progress.phase("Choosing the layer to start with", 2 * len(sample), "views") as advance:
         views: list[dict[str, Tensor]] = []
         readable: list[list[int]] = []  # the images of each view
         for view in range(2):

@@ -86,10 +86,39 @@ def test_a_plan_has_nothing_left_to_decide_and_is_what_recipe_yaml_says(make_ima
     backbone, images = load_backbone("scratch:test_resnet").backbone, find_images(make_images(tmp_path))
     recipe = load_recipe("odc_r50_finetune", ["data.size=auto", "optim.batch_size=4"])
     plan, _ = make_plan(recipe, [backbone], images)
-    assert "auto" not in dump(plan)
+    assert "auto" not in flatten(yaml.safe_load(dump(plan))).values()
     assert Recipe.model_validate(yaml.safe_load(dump(plan))).model_dump() == plan.model_dump()
     assert (plan.data.size, plan.memory.clusters, plan.optim.final_epochs) == (32, 2, 20)
     assert recipe.data.size == "auto"  # the given recipe is not changed
+
+
+@pytest.mark.parametrize(
+    ("recipe", "count", "epochs"),
+    [
+        ("small", 20_000, 28),
+        ("small", 5_000, 113),
+        ("small", 1_000, 300),  # the most
+        ("small", 1_000_000, 10),  # the least
+        ("small", 7, 300),
+        ("fast", 20_000, 10),
+        ("fast", 5_000, 41),
+        ("fast", 1_000, 229),
+    ],
+)
+def test_fewer_images_are_seen_more_often(recipe, count, epochs):
+    assert plan_module.automatic_epochs(load_recipe(recipe).optim, count) == epochs
+
+
+def test_epochs_are_decided_with_what_depends_on_them_unless_the_recipe_says_how_many(make_images, tmp_path):
+    backbone, images = load_backbone("scratch:test_resnet").backbone, find_images(make_images(tmp_path, 40))
+    automatic = ["optim.epochs=auto", "optim.auto_steps=120", "optim.batch_size=8", "memory.start_layer=layer2"]
+    for given, epochs in ([], 24), (["optim.epochs=12"], 12):
+        plan, _ = make_plan(load_recipe("odc_small", [*automatic, *given]), [backbone], images)
+        assert (plan.optim.epochs, plan.memory.start_epochs, plan.optim.final_epochs) == (
+            epochs,
+            epochs / 2,
+            epochs / 6,
+        )
 
 
 def test_what_the_recipe_says_is_not_decided_again(make_images, tmp_path):

@@ -130,8 +130,8 @@ def test_on_and_off_need_no_quotes(tmp_path, value):
             load_recipe("small", [f"optim.sync_bn={wrong}"])
 
 
-def test_fast_is_small_in_fewer_epochs():
-    assert load_recipe("fast") == load_recipe("small", ["optim.epochs=10"])
+def test_fast_is_small_in_fewer_steps():
+    assert load_recipe("fast") == load_recipe("small", ["optim.auto_steps=1600"])
 
 
 def test_numbers_of_numpy_are_numbers():

@@ -58,14 +58,14 @@ SMALL_CHANGES = ["augment.brightness=0", "augment.contrast=0", "augment.rotation
 def test_the_layer_is_chosen_in_which_most_neighbours_stay(monkeypatch, images):
     plan, (note,) = decide(monkeypatch, images, layers("noise"), *SMALL_CHANGES)
     assert (plan.memory.start_layer, plan.memory.start_epochs) == ("middle", 4)
-    assert "The first labels are clusters of middle (100.0% of an image's neighbours" in note
-    assert note.endswith("% in the last layer), and images keep them for 4 of 8 epochs.")
+    assert "The first labels are clusters of middle: 100.0% of an image's neighbours" in note
+    assert note.endswith("% in the last layer. For 4 of 8 epochs images keep them.")
 
 
 def test_of_layers_as_good_as_each_other_the_deepest_is_chosen(monkeypatch, images):
     plan, (note,) = decide(monkeypatch, images, layers("middle"), *SMALL_CHANGES)
     assert (plan.memory.start_layer, plan.memory.start_epochs) == ("last", 0)
-    assert "clusters of the last layer (100.0% of" in note
+    assert "clusters of the last layer: 100.0% of" in note
     found = ["memory.start_features=layer", "neck.relu=false"]
     plan, _ = decide(monkeypatch, images, layers("middle"), *SMALL_CHANGES, *found)
     assert (plan.memory.start_layer, plan.memory.start_epochs) == ("last", 4)
@@ -103,7 +103,7 @@ def test_an_image_that_can_be_read_for_one_view_only_is_left_out_of_both(monkeyp
     monkeypatch.setattr(start_layer_choice, "make_loader", loader)
     plan, (note,) = decide(monkeypatch, images, layers("noise"), *SMALL_CHANGES, fewest=18)
     assert plan.memory.start_layer == "middle"
-    assert "(100.0% of an image's neighbours" in note
+    assert ": 100.0% of an image's neighbours" in note
 
 
 def test_what_was_chosen_travels_with_a_memory(monkeypatch, images, tmp_path):

@@ -56,7 +56,7 @@ def test_a_run_leaves_what_the_interface_says(tmp_path, checkpoint, images):
         "tensorboard",
     }
     assert load_recipe(run / "recipe.yaml").memory.clusters == summary["clusters"] == 2
-    assert "auto" not in (run / "recipe.yaml").read_text()
+    assert ": auto" not in (run / "recipe.yaml").read_text()
     written = lines(run)
     assert [line["step"] for line in written] == list(range(6))
     assert set(written[-1]) - {"warnings"} == {
@@ -272,6 +272,7 @@ FIELDS = {
 # Speed and speech only: they must not change the backbone.
 SPEECH = {
     "backbone.arch_args",  # of a network that is built by name: tests/backbone/test_checkpoint_metadata.py
+    "optim.auto_steps",  # of epochs=auto: tests/test_plan.py
     "backbone.part",  # of a file with several backbones: tests/backbone/test_backbone_parts.py
     "data.workers",
     "data.decoder",  # the images of this test are PNG; of JPEGs: tests/data_tests/test_jpeg_crops.py
@@ -393,7 +394,7 @@ def test_images_keep_the_labels_of_a_layer_in_the_first_epochs_and_frozen_stages
     said, progress = [], Progress(quiet=True)
     progress.say = said.append
     fine_tune(checkpoint, images, tmp_path / "run", start, progress=progress)
-    note = "The first labels are clusters of layer2, and images keep them for 1 of 2 epochs."
+    note = "The first labels are clusters of layer2. For 1 of 2 epochs images keep them."
     assert any(note in line for line in said)
     assert [line["change_ratio"] for line in lines(tmp_path / "run")[:3]] == [0, 0, 0]
     before = {n.removeprefix("module."): t for n, t in torch.load(checkpoint)["state_dict"].items()}
@@ -415,7 +416,7 @@ def test_the_memory_starts_with_features_of_a_layer_which_the_network_learns_fir
     progress.say = said.append
     init_memory(checkpoint, images, tmp_path / "m", start)
     fine_tune(checkpoint, images, tmp_path / "run", start, memory=tmp_path / "m", progress=progress)
-    note = "starts with features of layer2, which the network first learns to find, image by image, for 2 of 4 epochs."
+    note = "starts with features of layer2. For 2 of 4 epochs the network learns to find each image's own among them."
     assert any(note in line for line in said)
     assert [line["change_ratio"] for line in lines(tmp_path / "run")[:6]] == [0] * 6
     fine_tune(checkpoint, images, tmp_path / "same", start)  # the memory is made the same way inside a run

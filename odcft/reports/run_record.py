@@ -87,7 +87,8 @@ class RunRecord:
     @property
     def planned_epochs(self) -> int | None:
         """How many epochs the recipe plans; None if it cannot be read."""
-        return self.recipe.optim.epochs if self.recipe else None
+        epochs = self.recipe.optim.epochs if self.recipe else None
+        return None if epochs == "auto" else epochs
 
     @property
     def epochs_done(self) -> float:

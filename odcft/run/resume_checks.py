@@ -52,7 +52,7 @@ def refuse_malformed_state(run: Path, saved: dict[str, Any]) -> None:
     if not odd:
         groups = {name: saved["recipe"].get(name) for name in ("data", "optim", "memory")}
         odd = next((f"recipe.{name}" for name, group in groups.items() if not isinstance(group, dict)), "")
-    if not odd and not {"epochs", "final_epochs"} <= set(saved["recipe"]["optim"]):
+    if not odd and "auto" in (saved["recipe"]["optim"].get(name, "auto") for name in ("epochs", "final_epochs")):
         odd = "recipe.optim"
     if odd:
         raise OdcftError(
@@ -94,9 +94,8 @@ def resumed_recipe(
     # Runs older than data.range used the full range of the image type; those older than data.decoder used Pillow.
     then_recipe = {**saved["recipe"], "data": {"range": "full", "decoder": "pil", **saved["recipe"]["data"]}}
     recipe = make_recipe(then_recipe)  # with the defaults of fields that the version of then did not have
-    then, given_then, now = (
-        flatten(one) for one in (recipe.model_dump(mode="json"), about["asked"], given.model_dump(mode="json"))
-    )
+    dumped = recipe.model_dump(mode="json"), about["asked"], given.model_dump(mode="json")
+    then, given_then, now = map(flatten, dumped)
     prolonged = about.get("epochs")
     if not isinstance(prolonged, int) or not 1 <= prolonged <= MAX_EPOCHS:
         prolonged = then["optim.epochs"]
@@ -111,7 +110,8 @@ def resumed_recipe(
             if name not in chosen:
                 kept.append(f"{name}={short_repr(then[name], quotes=False)}")
                 continue
-            how = "Pass --epochs to change it" if name == "optim.epochs" else "Resume without this change"
+            again = f"Pass --epochs {then[name]} to keep it, or more to train longer"
+            how = again if name == "optim.epochs" else "Resume without this change"
             raise OdcftError(
                 f"{run} was started with {name}={then[name]}, not {value}. {how}, or choose another --out."
             )
@@ -145,7 +145,8 @@ def _prolong(recipe: Recipe, epochs: int, done: float, automatic: bool, run: Pat
         raise OdcftError(
             f"{run} has already done {done:.1f} epochs, more than --epochs {epochs}. Drop it, or choose more."
         )
-    assert recipe.optim.final_epochs != "auto", "the recipe is resolved by now"
+    assert recipe.optim.epochs != "auto", "the recipe is resolved by now"
+    assert recipe.optim.final_epochs != "auto", "as are these"
     dropped = recipe.optim.epochs - recipe.optim.final_epochs
     recipe.optim.epochs = epochs
     if recipe.optim.schedule == "step" and done > dropped:  # the rate has dropped; do not raise it again

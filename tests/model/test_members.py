@@ -89,7 +89,7 @@ def test_three_kinds_of_members_train_together_and_each_is_exported(tmp_path, ch
     tensors = state(tmp_path / "run")
     assert tensors["method.centroids"].shape == (2, 24)  # three of 8 numbers, side by side
     assert any("turn_head" in name for name in tensors)
-    assert "auto" not in (tmp_path / "run" / "recipe.yaml").read_text()
+    assert ": auto" not in (tmp_path / "run" / "recipe.yaml").read_text()
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert losses[0] == pytest.approx(math.log(2), abs=0.1)  # that of the clustering alone: chance, at the start
 
