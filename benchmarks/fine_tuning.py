@@ -235,6 +235,8 @@ def fine_tuned(
     run = args.out / name
     kept = all(Path(path, "config.json").exists() for path in backbones_of(run, len(ckpts)))
     recipe = args.dc_recipe if method == "dc" else args.recipe
+    if method == "codc" and recipe in ("small", "fast"):  # whose start and instance loss are for a single network
+        recipe = "odc_small"
     options = ["--recipe", recipe, "--method", method, "--seed", seed, "--devices", args.devices]
     options += ["--epochs", args.epochs] if args.epochs else []
     options += [part for override in args.overrides for part in ("--set", override)]

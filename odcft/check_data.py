@@ -112,8 +112,8 @@ def _verdict(recipe: Recipe, found: Survey, count: int) -> tuple[int | None, str
     how = "by --clusters auto" if recipe.memory.clusters == "auto" else "as the recipe says"
     if count < FEW_IMAGES:
         return clusters, (
-            f"Few for ODC: K = {clusters:,} {how}. It learns from thousands; with {count:,}, `odcft evaluate` "
-            "must show whether it helped."
+            f"Few for ODC: K = {clusters:,} {how}. It learns from thousands; with {count:,}, check with "
+            "`odcft evaluate` whether it helped."
         )
     return clusters, " ".join([f"Enough for ODC: K = {clusters:,} {how}.", *notes])
 

@@ -164,7 +164,7 @@ def describe(values: dict[str, Any]) -> list[str]:
     if "sheets" in values:
         rest = len(per_cluster) - values["drawn"]
         more = f", the largest; --most {len(per_cluster)} draws the other {rest:,}, too" if rest > 0 else ""
-        lines.append(f"Wrote       {values['sheets']}: {count_of(values['drawn'], 'sheet')}, one a cluster{more}")
+        lines.append(f"Wrote       {values['sheets']}: {count_of(values['drawn'], 'sheet')}, one per cluster{more}")
         lines.append(
             f"            {values['label_first']}: {count_of(values['listed'], 'image')} to label first, the nearest "
             "of each cluster, largest clusters first"

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odcft.clustering import deepcluster
 from odcft.clustering.kmeans import kmeans
 from odcft.clustering.methods import METHODS
 from odcft.data import shared_memory
@@ -98,7 +99,7 @@ def dry_run(
     plan = start.plan
     seconds["training"] = order.steps * step_seconds
     if plan.method == "dc":  # clusters again at the start of later epochs
-        again = (plan.optim.epochs - 1) // plan.dc.interval
+        again = sum(deepcluster.clusters_again(plan, epoch) for epoch in range(plan.optim.epochs))
         seconds["training"] += again * (seconds["features"] + seconds["kmeans"])
     seconds["total"] = sum(seconds.values())
     needs = dist.gather_dict({dist.rank(): _needs(start, state, workers, crops.cache)})
@@ -256,7 +257,7 @@ def _take_step(start: Start, state: State, network: Any, batch: Batch, step: int
     state.optimizer.zero_grad()
     label_B, weight_K = method.targets(state.clusters, row_B)
     factor = state.loss_scale.factor
-    to_find = method.entries_to_find(state.clusters, row_B, state.step)
+    to_find = method.entries_to_find(state.clusters, row_B, step)
     features_BD, _, _ = backpropagate(network, state.network, views, label_B, weight_K, to_find, factor)
     if state.loss_scale.allows_step(state.network):
         state.optimizer.step()

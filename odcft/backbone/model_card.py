@@ -108,6 +108,7 @@ def before_and_after(about: dict[str, Any]) -> str:
             ("change_ratio", "the share of labels that change in a step"),
         )
         if all(isinstance(line.get(key), int | float) and abs(line[key]) < 1e30 for line in (first, last))
+        if first[key] > 0  # no label changes while images keep their first (memory.start_epochs)
     ]
     text = ""
     if isinstance(last.get("knn"), int | float) and abs(last["knn"]) < 1e30:

@@ -16,7 +16,8 @@ class OnePixelConv2d(nn.Conv2d):
         (height, width), (rows, columns) = maps.shape[2:], self.kernel_size
         top, left = (int(pad) for pad in self.padding)
         room = (height + 2 * top - rows, width + 2 * left - columns)  # for the filters to move
-        if not all(0 <= pixels < stride for pixels, stride in zip(room, self.stride, strict=True)):
+        one_pixel = all(0 <= pixels < stride for pixels, stride in zip(room, self.stride, strict=True))
+        if not one_pixel or top >= rows or left >= columns:  # such a filter would meet only padding
             return super().forward(maps)
         bottom, right = min(rows, top + height), min(columns, left + width)  # this part of the filters meets the map
         met = self.weight[:, :, top:bottom, left:right]

@@ -56,6 +56,11 @@ def start(features_SD: Tensor, labels_S: Tensor, plan: Plan, epoch: int = 0) -> 
     return clusters
 
 
+def clusters_again(plan: Plan, epoch: int) -> bool:
+    """Whether `begin_epoch` clusters again in this epoch, counted from 0."""
+    return epoch > 0 and epoch >= plan.memory.start_epochs and epoch % plan.dc.interval == 0
+
+
 def begin_epoch(clusters: Clusters, epoch: int, embed: Callable[[], Tensor]) -> bool:
     """Cluster again, every `dc.interval` epochs; not in epoch 0, as `start` has just done it, nor in the start epochs.
 
@@ -68,7 +73,7 @@ def begin_epoch(clusters: Clusters, epoch: int, embed: Callable[[], Tensor]) -> 
         Whether the labels are new, so that the classifier must be reinitialised.
     """
     plan = clusters.plan
-    if epoch == 0 or epoch < plan.memory.start_epochs or epoch % plan.dc.interval:
+    if not clusters_again(plan, epoch):
         return False
     features_SD = features_for_kmeans(embed(), plan)
     seed = seeds.seed(plan.seed, "kmeans", epoch)

@@ -81,8 +81,10 @@ class Survey:
         self.statistics.merge(other.statistics)
 
     def copies(self) -> list[list[int]]:
-        """Groups of images with the same content: indices, ascending, in the order of their first."""
+        """Groups of readable images with the same content: indices, ascending, in the order of their first."""
         hashes, hashed = np.array(self.hashes, np.uint64), np.array(self.hashed, np.int64)
+        readable = ~np.isin(hashed, list(self.broken))
+        hashes, hashed = hashes[readable], hashed[readable]
         order = np.lexsort((hashed, hashes))
         borders = np.flatnonzero(np.diff(hashes[order])) + 1
         groups = [group.tolist() for group in np.split(hashed[order], borders) if len(group) > 1]

@@ -192,6 +192,8 @@ def _refuse_settings_of_finetune(recipe: Recipe) -> None:
         )
     if recipe.optim.compile:
         raise OdcftError("optim.compile is for finetune. Drop it to train a pretext task.")
+    if recipe.optim.skip_padding:
+        raise OdcftError("optim.skip_padding is for finetune. Drop it to train a pretext task.")
     if recipe.optim.freeze:
         raise OdcftError("optim.freeze is for finetune: a pretext task starts from random weights. Drop it.")
 

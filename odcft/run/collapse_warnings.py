@@ -58,12 +58,14 @@ def warnings(lines: list[dict[str, Any]], K: int, method: str = "odc") -> dict[s
     return found
 
 
-def summary(figures: dict[str, Any], method: str) -> str:
+def summary(figures: dict[str, Any], method: str, kept_labels: bool = False) -> str:
     """Sum up a line of metrics.jsonl as text; for dc without label changes, which only happen between epochs."""
     moving = "" if method == "dc" else f"labels moving {figures['change_ratio']:.0%} · "
     early = "too early to tell" if figures["centroid_spread"] < SPREAD else "healthy"
     condition = "not learning yet" if figures["loss_over_ln_k"] >= CHANCE else early
     kept = f"NMI with the epoch before {figures['nmi_previous']:.2f} · " if "nmi_previous" in figures else ""
+    if kept_labels:  # memory.start_epochs
+        moving, kept = "first labels kept · ", ""
     kept += f"kNN {figures['knn']:.1f} · " if "knn" in figures else ""
     return (
         f"loss {figures['loss']:.2f} ({figures['loss_over_ln_k']:.2f} of ln K) · {moving}{kept}"

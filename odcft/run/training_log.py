@@ -96,7 +96,8 @@ class TrainingLog:
         self.metrics.write(last, figures)
         if epoch_ends and self.metrics.trackers:
             self._show_clusters(last)
-        return f"epoch {math.ceil(figures['epoch'])}/{plan.optim.epochs} · {summary(figures, plan.method)}"
+        kept = state.step <= state.clusters.start_steps
+        return f"epoch {math.ceil(figures['epoch'])}/{plan.optim.epochs} · {summary(figures, plan.method, kept)}"
 
     def _show_clusters(self, step: int) -> None:
         """Give the trackers the sizes of the clusters, and a contact sheet if one is due; at the end of an epoch."""
