@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from odcft.backbone.frozen_stages import stages_by_depth
 from odcft.backbone.layers import LAST
 from odcft.backbone.load import Loaded, load_backbone
 from odcft.backbone.network import Backbone
@@ -39,6 +40,8 @@ from odcft.seeds import seed
 from odcft.start_layer_choice import decide_start_layer
 from odcft.state import Snapshot, State, new_state, restore, versions
 from odcft.text import count_of, duration
+
+SAME = 1e-4  # of the largest number: features that differ by less are of the same image, but for rounding
 
 
 @dataclass
@@ -82,8 +85,7 @@ def prepare_start(
         clusters = _from_memory(stored, plan, loaded[0], necks[0], dim)
         return Start(plan, loaded, necks, dim, images, clusters, stored.unreadable)
     features_SD, unreadable = _extract(backbones, necks, images, plan, progress)
-    bad = dist.all_sum((~features_SD.isfinite().all(1)).sum())
-    refuse_not_finite(int(bad), len(images) - len(unreadable), ", ".join(run.ckpts))
+    _refuse_useless(features_SD, len(images) - len(unreadable), run)
     if unreadable:
         images = images.without(set(unreadable))
         plan, notes = with_clusters_for(plan, planned.requested, len(images))
@@ -120,7 +122,8 @@ def load_and_plan(
         backbone.resize(plan.data.size)
     plan, measured = decide_normalisation(recipe, plan, loaded, images)
     plan, layer = decide_start_layer(plan, recipe, backbones, images, progress)
-    if training and plan.optim.freeze and any(one.family == "scratch" for one in loaded):
+    frozen = training and plan.optim.freeze
+    if frozen and any(one.family == "scratch" and stages_by_depth(one.backbone.net) for one in loaded):
         notes.append("The frozen stages have random weights, and will keep them. Pass --set optim.freeze=0.")
     notes += [*measured, *layer, *(_note_on_gray_images(plan, images) if training else [])]
     _describe(loaded, images, plan, notes, progress, training)
@@ -221,6 +224,23 @@ def _extract(
         some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
         progress.say(f"            {len(names):,} unreadable and skipped: {some} (all in quarantine.csv)")
     return features_SD, unreadable
+
+
+def _refuse_useless(features_SX: Tensor, count: int, run: Run) -> None:
+    """Refuse features that cannot be clustered: not finite, or the same for all `count` images."""
+    if not len(features_SX):  # a rank whose images are all unreadable
+        features_SX = features_SX.new_zeros(1, features_SX.shape[1])
+    ends_2X = torch.stack([features_SX.amin(0), features_SX.amax(0)])
+    bad_S = torch.zeros(1) if ends_2X.isfinite().all() else ~features_SX.isfinite().all(1)
+    refuse_not_finite(int(dist.all_sum(bad_S.sum().to(ends_2X))), count, ", ".join(run.ckpts))
+    first_X = features_SX[0].clone()
+    dist.broadcast_(first_X)
+    differ = ((ends_2X - first_X).abs() > SAME * first_X.abs().amax()).any()
+    if not dist.all_sum(differ.long()):
+        raise OdcftError(
+            f"All {count:,} images have the same features, so there is nothing to cluster: either they show the same "
+            f"(`odcft check-data {run.data}` finds copies), or the checkpoint gives the same for every image."
+        )
 
 
 def split_features(features_SX: Tensor, dim: int, plan: Plan) -> tuple[Tensor, Tensor]:

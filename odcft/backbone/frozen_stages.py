@@ -42,12 +42,12 @@ def check_freezing(backbone: Backbone, count: int) -> list[str]:
     if not count:
         return []
     stages = stages_by_depth(backbone.net)
+    if not stages:
+        return [f"optim.freeze={count} freezes nothing: the stages of {backbone.arch} are unknown."]
     if count >= len(stages):
-        most = (
-            f"it has {len(stages)} stages, so {len(stages) - 1} is the maximum" if stages else "its stages are unknown"
-        )
         raise OdcftError(
-            f"optim.freeze={count} leaves nothing of {backbone.arch} to learn: {most}. Pass --set optim.freeze=0."
+            f"optim.freeze={count} leaves nothing of {backbone.arch} to learn: it has {len(stages)} stages, so "
+            f"{len(stages) - 1} is the maximum. Pass --set optim.freeze=0."
         )
     parts = _outermost(backbone.net, {name for stage in stages[:count] for name in stage})
     return [f"Frozen (optim.freeze={count} of the {len(stages)} stages of {backbone.arch}): {', '.join(parts)}."]
