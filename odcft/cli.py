@@ -3,6 +3,7 @@
 Everything slow to import is imported inside the commands, so that --help answers at once.
 """
 
+import json
 import os
 import shlex
 import sys
@@ -472,7 +473,9 @@ def export(
             lines.append(
                 "Note        transformers does not know which values are black and white: give it images of 8 bits."
             )
-    elif format != "onnx":
+    elif format == "onnx":
+        lines.append(f"  import onnxruntime; net = onnxruntime.InferenceSession({json.dumps(str(out))})")
+    else:
         lines.append(f"  {loading_code(backbone, str(out), folder=format == 'timm')}")
     if seen.color != "rgb" and format not in ("onnx", "transformers"):
         lines.append(

@@ -258,10 +258,10 @@ def _take_step(start: Start, state: State, network: Any, batch: Batch, step: int
     label_B, weight_K = method.targets(state.clusters, row_B)
     factor = state.loss_scale.factor
     to_find = method.entries_to_find(state.clusters, row_B, step)
-    features_BD, _, _ = backpropagate(network, state.network, views, label_B, weight_K, to_find, factor)
+    passed = backpropagate(network, state.network, views, label_B, weight_K, to_find, factor)
     if state.loss_scale.allows_step(state.network):
         state.optimizer.step()
-    method.update(state.clusters, row_B, features_BD, step)
+    method.update(state.clusters, row_B, passed.features_BD, step)
 
 
 class _Clock:

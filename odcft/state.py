@@ -24,13 +24,16 @@ class Window:
     def __init__(self, device: torch.device) -> None:
         self.loss = torch.zeros((), device=device)
         self.change = torch.zeros((), device=device)
+        self.instance_loss: Tensor | None = None  # the paper has none
         self.steps = self.images = 0
         self.waited = 0.0
         self.opened = time.perf_counter()
 
-    def add(self, loss: Tensor, change_ratio: Tensor, images: int) -> None:
-        """Add the figures of a step: two scalar tensors on the device, and the number of images on all ranks."""
+    def add(self, loss: Tensor, change_ratio: Tensor, images: int, instance_loss: Tensor | None = None) -> None:
+        """Add the figures of a step: scalar tensors on the device, and the number of images on all ranks."""
         self.loss += loss
+        if instance_loss is not None:
+            self.instance_loss = instance_loss + (0 if self.instance_loss is None else self.instance_loss)
         self.change += change_ratio
         self.steps += 1
         self.images += images
@@ -38,23 +41,25 @@ class Window:
     def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a snapshot keeps: this rank's own tensors, and what goes into JSON."""
         counts = {"steps": self.steps, "images": self.images, "waited": self.waited}
-        return {"loss": self.loss, "change": self.change}, {
-            **counts,
-            "seconds": time.perf_counter() - self.opened,
-        }
+        own = {"loss": self.loss, "change": self.change}
+        own |= {} if self.instance_loss is None else {"instance_loss": self.instance_loss}
+        return own, {**counts, "seconds": time.perf_counter() - self.opened}
 
     def restore(self, own: dict[str, Tensor], counts: dict[str, Any]) -> None:
         """Put back what was `stored`."""
         self.loss.copy_(own["loss"])
         self.change.copy_(own["change"])
+        if "instance_loss" in own:
+            self.instance_loss = torch.zeros_like(self.loss).copy_(own["instance_loss"])
         self.steps, self.images, self.waited = counts["steps"], counts["images"], counts["waited"]
         self.opened = time.perf_counter() - counts["seconds"]
 
     def close(self, K: int) -> dict[str, float]:
         """Return means over the steps and all ranks, and start a new window."""
-        sums = torch.stack([self.loss, self.change]) / self.steps
+        more = [] if self.instance_loss is None else [self.instance_loss]
+        sums = torch.stack([self.loss, self.change, *more]) / self.steps
         dist.all_sum_(sums)
-        loss, change = (sums / dist.world_size()).tolist()
+        loss, change, *instance_loss = (sums / dist.world_size()).tolist()
         seconds = time.perf_counter() - self.opened
         figures = {
             "loss": loss,
@@ -62,6 +67,7 @@ class Window:
             "change_ratio": change,
             "images_per_second": self.images / seconds,
             "data_wait": self.waited / seconds,
+            **({"instance_loss": instance_loss[0]} if instance_loss else {}),
         }
         self.__init__(self.loss.device)  # type: ignore[misc]
         return figures

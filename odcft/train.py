@@ -179,7 +179,7 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
                 # re-weighted by cluster size (sec. 3.2), is back-propagated. (`optim.accumulate`: part by part.)
                 label_B, weight_K = method.targets(clusters, row_B)
                 to_find = method.entries_to_find(clusters, row_B, state.step)  # none in the paper
-                features_BD, loss, logged_loss = backpropagate(
+                features_BD, loss, logged_loss, instance_loss = backpropagate(
                     parallel_network, network, views, label_B, weight_K, to_find, state.loss_scale.factor
                 )
                 if step_taken := guard.allows_step():  # a skipped step leaves network and memories as they were
@@ -187,7 +187,7 @@ def train(start: Start, state: State, run: Run, progress: Progress, evaluation: 
                     # 3. The samples memory, with the features of this very pass (eq. 2, 3). 4. Every k-th step the
                     # centroids memory; then small clusters (sec. 3.2).
                     change_ratio = method.update(clusters, row_B, features_BD, state.step)
-                    log.add(logged_loss, change_ratio, batch)
+                    log.add(logged_loss, change_ratio, batch, instance_loss)
                 state.step += 1
                 agreed = ranks.after_step(guard.judged(loss, step_taken), saver.due())
                 if agreed.broken:

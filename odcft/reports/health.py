@@ -30,7 +30,8 @@ def findings(record: RunRecord) -> list[Finding]:
     lines, clusters = record.full_lines(), record.cluster_count()
     if not lines or clusters is None:
         return [Finding(True, "Too early", "The run has not logged a line yet; there is nothing to judge.")]
-    problems = warnings(lines, clusters, record.method)
+    apart = record.recipe is not None and record.recipe.starts_with_layer
+    problems = warnings(lines, clusters, record.method, _start_epochs(record) if apart else 0.0)
     found = [Finding(False, _TITLES[name], _sentence(text)) for name, text in problems.items()]
     found += _past_problems(record, problems)
     found += [_loss(record), *_clusters(record)] if not problems else []
@@ -79,9 +80,14 @@ def _clusters(record: RunRecord) -> list[Finding]:
     return [Finding(True, "Clusters", text)]
 
 
-def _labels(record: RunRecord) -> Finding:
+def _start_epochs(record: RunRecord) -> float:
+    """In how many epochs the images keep their first labels; 0 if that is not known."""
     given = record.recipe.memory.start_epochs if record.recipe else 0.0
-    kept = 0.0 if given == "auto" else given
+    return 0.0 if given == "auto" else given
+
+
+def _labels(record: RunRecord) -> Finding:
+    kept = _start_epochs(record)
     lines = [line for line in record.lines if not kept or line.get("epoch", kept) > kept]
     if record.lines and not lines:
         text = f"Images keep their first labels for {kept:g} epochs (memory.start_epochs), and none has changed so far."

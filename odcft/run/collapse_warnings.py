@@ -15,13 +15,14 @@ SPREAD = 0.02  # between centroids; their cosines are then about 0.98
 SETTLED = 50  # steps (five centroid updates): at first the centroids of a new neck are nearly one point
 
 
-def warnings(lines: list[dict[str, Any]], K: int, method: str = "odc") -> dict[str, str]:
+def warnings(lines: list[dict[str, Any]], K: int, method: str = "odc", head_apart_until: float = 0.0) -> dict[str, str]:
     """What is wrong with a run according to its figures, and what helps.
 
     Args:
         lines: of metrics.jsonl, the newest last.
         K: number of clusters.
         method: DeepCluster ("dc") stays at chance for other reasons than ODC.
+        head_apart_until: epochs in which the network does not learn from the head, whose loss then says nothing of it.
 
     Returns:
         Keyword of each problem to a sentence or two that explain it; empty for a healthy run.
@@ -29,12 +30,14 @@ def warnings(lines: list[dict[str, Any]], K: int, method: str = "odc") -> dict[s
     now, found = lines[-1], {}
     recent = [line for line in lines if line["epoch"] > now["epoch"] - CHANCE_EPOCHS]
     gentler = "a milder augmentation or a lower learning rate (docs/small_data.md)"
-    if now["loss_over_ln_k"] > DIVERGED:
+    if now["epoch"] <= head_apart_until:
+        pass
+    elif now["loss_over_ln_k"] > DIVERGED:
         found["diverging"] = (
             f"the loss is {now['loss_over_ln_k']:.1f} ln K, worse than guessing: the learning rate is too high. "
             "Try --set optim.lr at a third of its value, or --set optim.warmup_epochs=1."
         )
-    elif now["epoch"] >= CHANCE_EPOCHS and all(line["loss_over_ln_k"] >= CHANCE for line in recent):
+    elif now["epoch"] >= head_apart_until + CHANCE_EPOCHS and all(line["loss_over_ln_k"] >= CHANCE for line in recent):
         why = f"the labels carry no signal. Try {gentler}."
         if method == "dc":
             why = (
@@ -58,17 +61,25 @@ def warnings(lines: list[dict[str, Any]], K: int, method: str = "odc") -> dict[s
     return found
 
 
-def summary(figures: dict[str, Any], method: str, kept_labels: bool = False) -> str:
-    """Sum up a line of metrics.jsonl as text; for dc without label changes, which only happen between epochs."""
+def summary(figures: dict[str, Any], method: str, *, kept_labels: bool = False, head_apart: bool = False) -> str:
+    """Sum up a line of metrics.jsonl as text.
+
+    Args:
+        figures: of the line.
+        method: for dc without label changes, which only happen between epochs.
+        kept_labels: whether the images keep their first labels.
+        head_apart: whether the network does not learn from the head.
+    """
     moving = "" if method == "dc" else f"labels moving {figures['change_ratio']:.0%} · "
     early = "too early to tell" if figures["centroid_spread"] < SPREAD else "healthy"
-    condition = "not learning yet" if figures["loss_over_ln_k"] >= CHANCE else early
+    condition = "not learning yet" if figures["loss_over_ln_k"] >= CHANCE and not head_apart else early
     kept = f"NMI with the epoch before {figures['nmi_previous']:.2f} · " if "nmi_previous" in figures else ""
+    instances = f"instance loss {figures['instance_loss']:.2f} · " if "instance_loss" in figures else ""
     if kept_labels:  # memory.start_epochs
         moving, kept = "first labels kept · ", ""
     kept += f"kNN {figures['knn']:.1f} · " if "knn" in figures else ""
     return (
-        f"loss {figures['loss']:.2f} ({figures['loss_over_ln_k']:.2f} of ln K) · {moving}{kept}"
+        f"loss {figures['loss']:.2f} ({figures['loss_over_ln_k']:.2f} of ln K) · {instances}{moving}{kept}"
         f"clusters {figures['smallest']} … {figures['largest']} · data wait {figures['data_wait']:.0%} · "
         + (", ".join(figures.get("warnings", [])) or condition)
     )

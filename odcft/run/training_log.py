@@ -61,9 +61,10 @@ class TrainingLog:
             self.state.window.waited += time.perf_counter() - began
             yield batch
 
-    def add(self, loss: Tensor, change_ratio: Tensor, batch: Batch) -> None:
-        """Add a step: its loss and the share of labels that changed (scalars on the device), and its batch."""
-        self.state.window.add(loss.detach(), change_ratio, len(batch.index_B) * dist.world_size())
+    def add(self, loss: Tensor, change_ratio: Tensor, batch: Batch, instance_loss: Tensor | None = None) -> None:
+        """Add a step: its loss, the share of labels that changed (scalars on the device), and its batch."""
+        images = len(batch.index_B) * dist.world_size()
+        self.state.window.add(loss.detach(), change_ratio, images, instance_loss)
 
     def line(self) -> str:
         """After a step: write a line to metrics.jsonl if one is due, and return it as text for the terminal; else "".
@@ -97,7 +98,8 @@ class TrainingLog:
         if epoch_ends and self.metrics.trackers:
             self._show_clusters(last)
         kept = state.step <= state.clusters.start_steps
-        return f"epoch {math.ceil(figures['epoch'])}/{plan.optim.epochs} · {summary(figures, plan.method, kept)}"
+        said = summary(figures, plan.method, kept_labels=kept, head_apart=kept and plan.starts_with_layer)
+        return f"epoch {math.ceil(figures['epoch'])}/{plan.optim.epochs} · {said}"
 
     def _show_clusters(self, step: int) -> None:
         """Give the trackers the sizes of the clusters, and a contact sheet if one is due; at the end of an epoch."""
@@ -115,7 +117,8 @@ class TrainingLog:
     def _warn(self, step: int, figures: dict[str, Any]) -> None:
         """Warn of whatever looks wrong, once as long as it lasts, and note it in the line."""
         lines = [*self.metrics.lines(), {"step": step, **figures}]
-        problems = warnings(lines, self.plan.memory.clusters, self.plan.method)
+        apart = self.plan.memory.start_epochs if self.plan.starts_with_layer else 0.0
+        problems = warnings(lines, self.plan.memory.clusters, self.plan.method, apart)
         for problem, explanation in problems.items():
             if problem not in self.metrics.last().get("warnings", []):
                 self.say(f"Warning     Step {step}: {explanation}")

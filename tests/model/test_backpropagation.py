@@ -60,8 +60,8 @@ def gradients(network, *args, **options):
 def test_without_batch_norm_the_gradients_are_those_of_the_whole_batch(doubles, kinds):
     whole, parted = (members(parts, kinds, norm=False) for parts in (1, 5))  # 5: parts of 3 and 2 images
     views, label_B, weight_K = batch(whole.plan)
-    expected, (features, *losses) = gradients(whole, views, label_B, weight_K)
-    found, (features_of_parts, *losses_of_parts) = gradients(parted, views, label_B, weight_K)
+    expected, (features, *losses, _) = gradients(whole, views, label_B, weight_K)
+    found, (features_of_parts, *losses_of_parts, _) = gradients(parted, views, label_B, weight_K)
     assert all(torch.allclose(one, other, rtol=1e-9, atol=1e-12) for one, other in zip(expected, found, strict=True))
     assert torch.allclose(features, features_of_parts, rtol=1e-9)
     assert all(torch.allclose(one, other, rtol=1e-9) for one, other in zip(losses, losses_of_parts, strict=True))
@@ -83,8 +83,8 @@ def test_with_batch_norm_they_are_the_mean_over_as_many_ranks(doubles):
 
 def test_gradients_are_multiplied_by_the_factor_and_the_loss_is_not(doubles):
     network = members(3, PLAIN, norm=False)
-    plain, (_, loss, _) = gradients(network, *batch(network.plan))
-    scaled, (_, same_loss, _) = gradients(network, *batch(network.plan), factor=1024.0)
+    plain, (_, loss, *_) = gradients(network, *batch(network.plan))
+    scaled, (_, same_loss, *_) = gradients(network, *batch(network.plan), factor=1024.0)
     assert all(torch.allclose(1024 * one, other, rtol=1e-9) for one, other in zip(plain, scaled, strict=True))
     assert torch.equal(loss, same_loss)
 
@@ -95,14 +95,16 @@ def test_images_find_their_entries_and_the_head_may_learn_apart(doubles, share):
     views, label_B, weight_K = batch(whole.plan)
     entry_BD = torch.randn(B, whole.plan.neck.dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     to_find = odc.EntriesToFind(entry_BD, share)
-    expected, (features_BD, loss, logged) = gradients(whole, views, label_B, weight_K, to_find)
-    found, (_, loss_of_parts, _) = gradients(parted, views, label_B, weight_K, to_find)
+    expected, (features_BD, loss, logged, instances) = gradients(whole, views, label_B, weight_K, to_find)
+    found, (_, loss_of_parts, _, instances_of_parts) = gradients(parted, views, label_B, weight_K, to_find)
     assert all(torch.allclose(one, other, rtol=1e-9, atol=1e-12) for one, other in zip(expected, found, strict=True))
     (model,) = whole
     cosine_BB = nn.functional.normalize(features_BD) @ nn.functional.normalize(entry_BD).T
     finding = -(cosine_BB / 0.1).log_softmax(1).diagonal().mean()
     assert torch.allclose(loss, share * finding + (logged if share == 1 else (1 - share) * logged), rtol=1e-9)
     assert torch.allclose(loss_of_parts, loss, rtol=1e-9)
+    assert torch.allclose(instances, finding, rtol=1e-9)
+    assert torch.allclose(instances_of_parts, finding, rtol=1e-9)
 
     def alone(of_instances, head_sees):
         whole.zero_grad()
@@ -123,7 +125,7 @@ def test_an_image_finds_its_entry_among_those_of_all_ranks_of_which_one_has_fewe
     whole, *of_ranks = (members(count, PLAIN, norm=False) for count in (1, parts, parts))
     views, label_B, weight_K = batch(whole.plan)
     entry_BD = torch.randn(B, whole.plan.neck.dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    _, (features_BD, _, _) = gradients(whole, views, label_B, weight_K)
+    _, (features_BD, *_) = gradients(whole, views, label_B, weight_K)
     cosine_BB = nn.functional.normalize(features_BD) @ nn.functional.normalize(entry_BD).T
     finding_B = -(cosine_BB / 0.1).log_softmax(1).diagonal()
 
@@ -131,7 +133,7 @@ def test_an_image_finds_its_entry_among_those_of_all_ranks_of_which_one_has_fewe
         mine = slice(0, 7) if module.dist.rank() == 0 else slice(7, B)
         network, to_find = of_ranks[module.dist.rank()], odc.EntriesToFind(entry_BD[mine], 0.5)
         my_views = views._replace(images=views.images[mine])
-        found, (_, loss, logged) = gradients(network, my_views, label_B[mine], weight_K, to_find)
+        found, (_, loss, logged, _) = gradients(network, my_views, label_B[mine], weight_K, to_find)
         assert torch.allclose(loss, (finding_B[mine].mean() + logged) / 2, rtol=1e-9)
         return found
 

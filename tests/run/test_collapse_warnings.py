@@ -44,6 +44,23 @@ def test_a_loss_at_chance_is_no_problem_at_first_nor_once_it_has_fallen():
     assert not warnings(history, K=156)
 
 
+def test_the_loss_of_a_head_from_which_the_network_does_not_learn_is_no_problem():
+    """At the start of `small`, the network learns by the instance loss alone."""
+    for loss in (1.0, 4.0):
+        assert not warnings(lines(loss_over_ln_k=loss), K=156, head_apart_until=4.5)
+    assert not warnings(lines(loss_over_ln_k=1.0), K=156, head_apart_until=2.0)  # not for three epochs yet
+    assert list(warnings(lines(loss_over_ln_k=1.0), K=156, head_apart_until=1.5)) == ["chance"]
+    assert list(warnings(lines(loss_over_ln_k=2.0), K=156, head_apart_until=4.0)) == ["diverging"]
+    counts = {"loss": 5.5, "change_ratio": 0.0, "smallest": 3, "largest": 4, "data_wait": 0.0, "nmi_previous": 1.0}
+    (line,) = lines(1, **{**counts, "loss_over_ln_k": 1.1, "instance_loss": 2.5})
+    said = summary(line, "odc", kept_labels=True, head_apart=True)
+    assert said == (
+        "loss 5.50 (1.10 of ln K) · instance loss 2.50 · first labels kept · clusters 3 … 4 · data wait 0% · healthy"
+    )
+    assert "labels moving 0% · NMI with the epoch before 1.00" in summary(line, "odc")
+    assert summary(line, "odc").endswith("not learning yet")
+
+
 def test_a_classifier_that_is_reinitialised_stays_at_chance_for_another_reason():
     assert "labels carry no signal" in warnings(lines(loss_over_ln_k=1.0), K=156)["chance"]
     assert "is re-initialised" in warnings(lines(loss_over_ln_k=1.0), K=156, method="dc")["chance"]
