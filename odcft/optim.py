@@ -58,7 +58,7 @@ def lr_at(step: int, steps_per_epoch: int, recipe: OptimRecipe) -> float:
     if epoch < recipe.warmup_epochs:
         return recipe.lr * (step + 1) / (recipe.warmup_epochs * steps_per_epoch)
     if recipe.schedule == "step":
-        assert recipe.final_epochs != "auto", "as are these"
+        assert recipe.final_epochs != "auto", "the recipe is resolved by now"
         return recipe.lr * (recipe.final_factor if epoch >= recipe.epochs - recipe.final_epochs else 1.0)
     done = (epoch - recipe.warmup_epochs) / (recipe.epochs - recipe.warmup_epochs)
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * done))

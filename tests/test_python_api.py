@@ -1,6 +1,7 @@
 """The Python functions: light to import, typed, with the words, defaults and results of the commands."""
 
 import inspect
+import itertools
 import os
 import pkgutil
 import signal
@@ -177,7 +178,7 @@ def test_a_recipe_object_is_as_good_as_a_name_and_stays_as_it_is(here):
 
 
 def test_ctrl_c_raises_stopped_and_resume_goes_on_to_the_same_bits(here):
-    reads = []
+    reads = itertools.count(1)  # several threads read: each gets a number of its own
 
     def read(data):  # 12 images for the features, then those of the first steps
         import io
@@ -185,8 +186,7 @@ def test_ctrl_c_raises_stopped_and_resume_goes_on_to_the_same_bits(here):
         import numpy as np
         from PIL import Image
 
-        reads.append(1)
-        if len(reads) == 18:
+        if next(reads) == 18:
             signal.raise_signal(signal.SIGINT)
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 

@@ -61,7 +61,7 @@ def instance_loss(features_BD: Tensor, entry_XD: Tensor, own_B: Tensor) -> Tenso
         entry_XD: what the memory holds of the images of the batch, on all ranks; NaN in rows that are no entry.
         own_B: (B,) int64, which of them is the image's own.
     """
-    none_X = entry_XD[:, 0].isnan()
+    none_X = entry_XD.select(1, 0).isnan()
     entry_XD = F.normalize(entry_XD.masked_fill(none_X.unsqueeze(1), 0), dim=1, eps=1e-10)
     cosine_BX = F.normalize(features_BD.float(), dim=1, eps=1e-10) @ entry_XD.T
     return F.cross_entropy((cosine_BX / TEMPERATURE).masked_fill(none_X, -torch.inf), own_B)

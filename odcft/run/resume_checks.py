@@ -146,7 +146,7 @@ def _prolong(recipe: Recipe, epochs: int, done: float, automatic: bool, run: Pat
             f"{run} has already done {done:.1f} epochs, more than --epochs {epochs}. Drop it, or choose more."
         )
     assert recipe.optim.epochs != "auto", "the recipe is resolved by now"
-    assert recipe.optim.final_epochs != "auto", "as are these"
+    assert recipe.optim.final_epochs != "auto", "the recipe is resolved by now"
     dropped = recipe.optim.epochs - recipe.optim.final_epochs
     recipe.optim.epochs = epochs
     if recipe.optim.schedule == "step" and done > dropped:  # the rate has dropped; do not raise it again
