@@ -41,8 +41,6 @@ from odcft.start_layer_choice import decide_start_layer
 from odcft.state import Snapshot, State, new_state, restore, versions
 from odcft.text import count_of, duration
 
-SAME = 1e-4  # of the largest number: features that differ by less are of the same image, but for rounding
-
 
 @dataclass
 class Start:
@@ -85,7 +83,7 @@ def prepare_start(
         clusters = _from_memory(stored, plan, loaded[0], necks[0], dim)
         return Start(plan, loaded, necks, dim, images, clusters, stored.unreadable)
     features_SD, unreadable = _extract(backbones, necks, images, plan, progress)
-    _refuse_useless(features_SD, len(images) - len(unreadable), run)
+    _refuse_not_finite(features_SD, len(images) - len(unreadable), run)
     if unreadable:
         images = images.without(set(unreadable))
         plan, notes = with_clusters_for(plan, planned.requested, len(images))
@@ -226,21 +224,13 @@ def _extract(
     return features_SD, unreadable
 
 
-def _refuse_useless(features_SX: Tensor, count: int, run: Run) -> None:
-    """Refuse features that cannot be clustered: not finite, or the same for all `count` images."""
-    if not len(features_SX):  # a rank whose images are all unreadable
-        features_SX = features_SX.new_zeros(1, features_SX.shape[1])
-    ends_2X = torch.stack([features_SX.amin(0), features_SX.amax(0)])
-    bad_S = torch.zeros(1) if ends_2X.isfinite().all() else ~features_SX.isfinite().all(1)
-    refuse_not_finite(int(dist.all_sum(bad_S.sum().to(ends_2X))), count, ", ".join(run.ckpts))
-    first_X = features_SX[0].clone()
-    dist.broadcast_(first_X)
-    differ = ((ends_2X - first_X).abs() > SAME * first_X.abs().amax()).any()
-    if not dist.all_sum(differ.long()):
-        raise OdcftError(
-            f"All {count:,} images have the same features, so there is nothing to cluster: either they show the same "
-            f"(`odcft check-data {run.data}` finds copies), or the checkpoint gives the same for every image."
-        )
+def _refuse_not_finite(features_SX: Tensor, count: int, run: Run) -> None:
+    """Refuse features, of `count` images on all ranks, that cannot be clustered because some are not finite."""
+    # Most often all are, which takes no copy to see.
+    bad_S = features_SX.new_zeros(1)
+    if len(features_SX) and not torch.stack(features_SX.aminmax(dim=0)).isfinite().all():
+        bad_S = ~features_SX.isfinite().all(1)
+    refuse_not_finite(int(dist.all_sum(bad_S.sum().to(features_SX.dtype))), count, ", ".join(run.ckpts))
 
 
 def split_features(features_SX: Tensor, dim: int, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ def images(tmp_path):
     pixels[:16] = (51, 102, 0)
     pixels[16:] = (153, 102, 255)
     for i in range(12):
-        Image.fromarray(pixels[:: 1 if i % 2 else -1]).save(tmp_path / "images" / f"{i}.png")
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
     return str(tmp_path / "images")
 
 

@@ -230,14 +230,6 @@ def test_a_checkpoint_whose_features_overflow_is_refused_before_clustering(tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_copies_of_one_image_are_refused_before_clustering(tmp_path, checkpoint, images):
-    one, *others = sorted((tmp_path / "images").rglob("*.png"))
-    for other in others:
-        shutil.copyfile(one, other)
-    with pytest.raises(OdcftError, match="All 12 images have the same features, so there is nothing to cluster"):
-        fine_tune(checkpoint, images, tmp_path / "run", quick(), progress=Progress())
-
-
 def test_unreadable_image_is_named_and_skipped(tmp_path, checkpoint, images):
     (tmp_path / "images" / "a" / "broken.png").write_bytes(b"no image")
     summary = fine_tune(checkpoint, images, tmp_path / "run", quick())
