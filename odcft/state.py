@@ -24,7 +24,7 @@ class Window:
     def __init__(self, device: torch.device) -> None:
         self.loss = torch.zeros((), device=device)
         self.change = torch.zeros((), device=device)
-        self.instance_loss: Tensor | None = None  # the paper has none
+        self.instance_loss: Tensor | None = None  # its sum, and the number of steps that had one; the paper has none
         self.steps = self.images = 0
         self.waited = 0.0
         self.opened = time.perf_counter()
@@ -33,7 +33,8 @@ class Window:
         """Add the figures of a step: scalar tensors on the device, and the number of images on all ranks."""
         self.loss += loss
         if instance_loss is not None:
-            self.instance_loss = instance_loss + (0 if self.instance_loss is None else self.instance_loss)
+            now_2 = torch.stack([instance_loss, torch.ones_like(instance_loss)])
+            self.instance_loss = now_2 if self.instance_loss is None else self.instance_loss + now_2
         self.change += change_ratio
         self.steps += 1
         self.images += images
@@ -50,16 +51,16 @@ class Window:
         self.loss.copy_(own["loss"])
         self.change.copy_(own["change"])
         if "instance_loss" in own:
-            self.instance_loss = torch.zeros_like(self.loss).copy_(own["instance_loss"])
+            self.instance_loss = self.loss.new_zeros(2).copy_(own["instance_loss"])
         self.steps, self.images, self.waited = counts["steps"], counts["images"], counts["waited"]
         self.opened = time.perf_counter() - counts["seconds"]
 
     def close(self, K: int) -> dict[str, float]:
         """Return means over the steps and all ranks, and start a new window."""
-        more = [] if self.instance_loss is None else [self.instance_loss]
-        sums = torch.stack([self.loss, self.change, *more]) / self.steps
-        dist.all_sum_(sums)
-        loss, change, *instance_loss = (sums / dist.world_size()).tolist()
+        more = [] if self.instance_loss is None else [self.instance_loss[0] / self.instance_loss[1]]
+        means = torch.stack([self.loss / self.steps, self.change / self.steps, *more])
+        dist.all_sum_(means)
+        loss, change, *instance_loss = (means / dist.world_size()).tolist()
         seconds = time.perf_counter() - self.opened
         figures = {
             "loss": loss,

@@ -30,6 +30,12 @@ def images(tmp_path, make_images):
     return folder
 
 
+def test_files_that_cannot_be_read_are_no_copies_of_each_other(images):
+    for name in ("one.png", "two.png"):
+        (images / name).write_bytes(b"")
+    assert check_data(str(images))["copies"] == [["a/000.png", "x.png", "y.png"]]
+
+
 def test_what_is_found(images):
     before = tree(images)
     found = check_data(str(images))

@@ -353,6 +353,8 @@ def test_the_card_of_a_run_says_before_and_after_and_links_its_report():
     assert "[report.html](../report.html)" in text
     assert "\nimport timm\nnet = timm.create_model(" in text
     assert "## Licence" in text
+    kept = {"loss_over_ln_k": 0.9, "change_ratio": 0.0}  # at first, images keep their labels (memory.start_epochs)
+    assert "labels" not in make_card(backbone, {**about, "first_figures": kept}).split("## How the training ended")[0]
     alone = make_card(backbone, {"checkpoint": "c.pth"})
     assert "Before and after" not in alone
     assert "report.html" not in alone

@@ -66,6 +66,8 @@ def test_a_recipe_that_fits_better_is_suggested():
     (note,) = recipe_suggestions([convolutions], 300, load_recipe("dc_r50_finetune"))
     assert "300 images make 1 step an epoch" in note
     assert "--recipe dc_small" in note
+    (note,) = recipe_suggestions([convolutions], 300, load_recipe("codc_r50"))
+    assert "--recipe odc_small is made for" in note
     assert not recipe_suggestions([convolutions], 1_281_167, load_recipe())
     assert not recipe_suggestions([convolutions], 2_000, load_recipe("small"))
 

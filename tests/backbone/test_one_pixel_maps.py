@@ -62,6 +62,15 @@ def test_a_filter_keeps_what_meets_the_map(length, kernel, stride, pad, met, pro
     assert products == [(4, 5 * met * met)]
 
 
+def test_a_filter_that_meets_only_padding_stays_as_it_is(products):
+    conv = nn.Conv2d(5, 4, 1, stride=5, padding=2)
+    maps = torch.rand(2, 5, 1, 1)
+    expected = conv(maps)
+    skip_padding(conv)
+    assert torch.equal(conv(maps), expected)
+    assert not products
+
+
 def test_larger_maps_and_other_convolutions_stay_as_they_are(products):
     network = nn.Sequential(
         *(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.Conv2d(4, 4, 3, padding="same")),

@@ -27,6 +27,15 @@ def bunches(noise=0.0):
     return centres + noise * torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize(
+    ("interval", "start", "epochs"), [(1, 0, [1, 2, 3, 4, 5]), (2, 0, [2, 4]), (1, 2.5, [3, 4, 5])]
+)
+def test_it_clusters_again_every_few_epochs_after_those_of_the_first_labels(interval, start, epochs):
+    settings = plan(2, interval=interval)
+    settings.memory.start_epochs = start
+    assert [epoch for epoch in range(6) if deepcluster.clusters_again(settings, epoch)] == epochs
+
+
 # ---------------------------------------------------------------- what K-Means sees
 
 

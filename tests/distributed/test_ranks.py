@@ -89,7 +89,10 @@ def test_unreadable_image_on_one_of_two_ranks(tmp_path, inputs):
 
 @pytest.mark.slow
 def test_an_image_that_breaks_later_leaves_one_rank_a_smaller_batch(tmp_path, inputs):
-    """The ranks exchange the entries of their batches for the instance loss of `small`."""
+    """The ranks exchange the entries of their batches for the instance loss of `small`.
+
+    The first image is read up to six times before training; later it is gone, for one of the two.
+    """
     (tmp_path / "once.py").write_text(
         "import io, os\nimport numpy as np\nfrom PIL import Image\nreads = []\n"
         "def read(data):\n"

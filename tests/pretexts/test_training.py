@@ -77,6 +77,7 @@ def test_the_command(odcft_command, tmp_path, make_images):
         ("other size", "was trained at 32 pixels, not at 64"),
         ("only broken images", "can be read"),
         ("folder that cannot be", "cannot be written"),
+        ("setting of finetune", "optim.skip_padding is for finetune"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(odcft_command, tmp_path, make_images, case, message):
@@ -106,6 +107,8 @@ def test_mistakes_are_reported_in_one_line(odcft_command, tmp_path, make_images,
         assert odcft_command("pretext", "rotation", images, "--arch", arch, "--epochs", 1, "--out", out)[0] == 0
         task, extra = "jigsaw" if case == "other task" else task, ["--resume"]
         extra += ["--set", "data.size=64"] if case == "other size" else []
+    elif case == "setting of finetune":
+        extra = ["--set", "optim.skip_padding=true"]
     elif case == "one image":
         images = make_images(tmp_path / "one", 1)
     elif case in ("no feature maps", "no patches"):
