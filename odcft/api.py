@@ -6,15 +6,15 @@ they share the work.
 """
 
 import multiprocessing
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, cast
 
-from odcft.argument_types import checked
+from odcft.argument_types import StrPath, checked, in_range, path_of, text_of, texts_of
 from odcft.errors import OdcftError
+from odcft.recipe_choice import DEFAULT_RECIPE, Settings, choose_recipe, parse_arch_args
 
 if TYPE_CHECKING:
     from odcft.backbone.load import Loaded
@@ -23,11 +23,8 @@ if TYPE_CHECKING:
     from odcft.embeddings import Embedding
     from odcft.recipe import Recipe
 
-StrPath: TypeAlias = str | os.PathLike[str]
 Reader: TypeAlias = str | Callable[[Any], Any]
-Settings: TypeAlias = Mapping[str, Any] | Sequence[str]
 
-DEFAULT_RECIPE, DC_RECIPE = "odc_r50_finetune", "dc_r50_finetune"
 _training = threading.Lock()  # torch's random numbers, which training seeds in every step, belong to the whole process
 
 
@@ -75,55 +72,6 @@ class FineTuned(TypedDict):
     metrics: list[dict[str, Any]]
 
 
-def choose_recipe(
-    recipe: "StrPath | Recipe | None" = None,
-    *,
-    method: str | None = None,
-    resume_from: StrPath | None = None,
-    preset: str | None = None,
-    set: Settings | None = None,
-    clusters: int | str | None = None,
-    seed: int | None = None,
-    input: str | None = None,
-    part: str | Sequence[str | None] | None = None,
-    allow_partial: bool = False,
-    arch_args: str | Mapping[str, Any] | None = None,
-) -> "Recipe":
-    """The recipe of a run, with the options that override its fields. The command line uses it, too.
-
-    Args:
-        recipe: a name, a YAML file, or a Recipe; by default that of the RUN to resume, or the one for the method.
-        resume_from: a RUN that may exist already.
-        method, preset, set, clusters, seed, input, part, allow_partial, arch_args: as for `fine_tune`.
-
-    Raises:
-        OdcftError: as `load_recipe`.
-    """
-    from odcft.recipe import Recipe, load_recipe, set_lines
-
-    lines = set_lines(set) + ([f"method={method}"] if method else [])
-    if recipe is None:
-        recipe = DC_RECIPE if {"method=dc", 'method="dc"'} & {*lines} else DEFAULT_RECIPE
-        own = Path(resume_from) / "recipe.yaml" if resume_from is not None else None
-        if own is not None and own.is_file() and not own.is_symlink():
-            recipe = own
-    lines += [f"memory.clusters={clusters}"] if clusters is not None else []
-    given: dict[str, Any] = {"seed": seed, "backbone.input": input, "backbone.part": part}
-    given |= {"backbone.allow_partial": allow_partial or None}
-    given |= {"backbone.arch_args": None if arch_args is None else parse_arch_args(arch_args)}
-    lines += set_lines({name: value for name, value in given.items() if value is not None})
-    return load_recipe(recipe if isinstance(recipe, Recipe) else _text(recipe), lines, preset=preset)
-
-
-def parse_arch_args(arch_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Arguments to build a network with, from "name=value,…" or a mapping; none from None or ""."""
-    from odcft.backbone.checkpoint_metadata import parse_arguments
-
-    if not arch_args:
-        return {}
-    return parse_arguments(arch_args) if isinstance(arch_args, str) else dict(arch_args)
-
-
 @checked
 def load_backbone(
     ckpt: StrPath,
@@ -157,7 +105,7 @@ def load_backbone(
     from odcft.backbone.load import load_backbone as load
 
     arguments = parse_arch_args(arch_args)
-    return load(_text(ckpt), arch, input, allow_partial, seed, arch_args=arguments, part=part)
+    return load(text_of(ckpt), arch, input, allow_partial, seed, arch_args=arguments, part=part)
 
 
 @checked
@@ -180,7 +128,7 @@ def find_images(data: StrPath, *, reader: Reader | None = None, progress: bool =
     from odcft.data.sources import find_images as find
     from odcft.progress import Progress
 
-    return find(_text(data), Progress(quiet=not progress), make_reader(reader))
+    return find(text_of(data), Progress(quiet=not progress), make_reader(reader))
 
 
 @checked
@@ -238,7 +186,7 @@ def init_memory(
     )
     with _ranks_joined(accelerator), _training_alone():
         made = run(
-            *(_text(ckpt), _text(data), Path(_text(out)), resolved),
+            *(text_of(ckpt), text_of(data), Path(text_of(out)), resolved),
             arch=arch,
             reader=reader,
             overwrite=overwrite,
@@ -328,18 +276,18 @@ def fine_tune(
             raise OdcftError(f"{name}={count!r}: give a whole number from 1 to {MAX_EPOCHS:,}.")
     with _ranks_joined(accelerator), _training_alone(to_continue="Continue with resume=True."):
         made = run(
-            *(_texts(ckpt), _text(data), Path(_text(out)), resolved),
+            *(texts_of(ckpt), text_of(data), Path(text_of(out)), resolved),
             arch=arch,
             reader=reader,
-            memory=_path(memory),
+            memory=path_of(memory),
             resume=resume,
             overwrite=overwrite,
             progress=Progress(quiet=not progress),
             epochs=epochs,
-            eval_data=_text(eval),
+            eval_data=text_of(eval),
             eval_every=eval_every,
         )
-    metrics = read_lines(Path(_text(out)) / "metrics.jsonl")
+    metrics = read_lines(Path(text_of(out)) / "metrics.jsonl")
     return cast(FineTuned, {"backbones": [made["backbone"]], **made, "metrics": metrics})
 
 
@@ -398,11 +346,11 @@ def evaluate(
     load |= {"arch_args": arch_args, "size": size, "crop": crop}
     protocols = check_protocols(protocol if isinstance(protocol, str) else ",".join(protocol))
     shown = Progress(quiet=not progress)
-    with_labels(protocols, features=features is not None, test=_text(test), layers=layers)
+    with_labels(protocols, features=features is not None, test=text_of(test), layers=layers)
     if features is not None:
         if ckpt is not None or data is not None:
             raise OdcftError("features takes the place of ckpt and data. Drop one or the other.")
-        results = evaluate_file(Path(_text(features)), protocols, shown, test=_path(test), per_class=per_class)
+        results = evaluate_file(Path(text_of(features)), protocols, shown, test=path_of(test), per_class=per_class)
         return cast(dict[str, Any], json_values(results))
     if ckpt is None or data is None:
         raise OdcftError("evaluate takes a checkpoint and labelled images, evaluate(ckpt, data), or features=FILE.")
@@ -411,7 +359,7 @@ def evaluate(
     options = {**load, "arch_args": parse_arch_args(arch_args), "reader": reader}
     with _ranks_joined(accelerator):
         results = evaluate_any(
-            *(_texts(ckpt), _text(data), _text(test), protocols),
+            *(texts_of(ckpt), text_of(data), text_of(test), protocols),
             layers=layers,
             per_class=per_class,
             progress=shown,
@@ -462,7 +410,7 @@ def embed(
 
     with _ranks_joined(accelerator):
         return run(
-            *(_text(ckpt), _text(data), _path(out)),
+            *(text_of(ckpt), text_of(data), path_of(out)),
             size=size,
             arch=arch,
             arch_args=parse_arch_args(arch_args),
@@ -508,7 +456,9 @@ def export(
     from odcft.exports import export as run
 
     arguments = parse_arch_args(arch_args)
-    return run(_text(source), Path(_text(out)), format, arch, overwrite, input, allow_partial, size, arguments, part)
+    return run(
+        text_of(source), Path(text_of(out)), format, arch, overwrite, input, allow_partial, size, arguments, part
+    )
 
 
 @contextmanager
@@ -560,34 +510,6 @@ def _ranks_joined(kind: str) -> Iterator[None]:
             dist.leave()
 
 
-def _text(path: Any) -> Any:
-    """A path as text; None stays None.
-
-    Raises:
-        OdcftError: it is something else.
-    """
-    if path is None:
-        return None
-    if not isinstance(path, str | os.PathLike) or not isinstance(text := os.fspath(path), str):
-        raise OdcftError(f"{type(path).__name__} given where a path or a name belongs. Give a str or a Path.")
-    return text
-
-
-def _path(path: Any) -> Path | None:
-    return None if path is None else Path(_text(path))
-
-
-def _texts(paths: Any) -> Any:
-    """One path as text, or the paths of a list or tuple as a list of texts.
-
-    Raises:
-        OdcftError: there is none.
-    """
-    if paths is None or (isinstance(paths, list | tuple) and not paths):
-        raise OdcftError(f"ckpt={paths!r}: give a checkpoint, or a list of them.")
-    return [_text(path) for path in paths] if isinstance(paths, list | tuple) else _text(paths)
-
-
 @checked
 def clusters(
     run: StrPath,
@@ -628,9 +550,9 @@ def clusters(
     """
     from odcft.progress import Progress
 
-    most = _in_range("most", most, 1, 1 << 20)
-    threshold = _in_range("threshold", threshold, 0.5, 1)
-    given: dict[str, Any] = {"out": _path(out), "sheets": _path(sheets), "data": _text(data)}
+    most = in_range("most", most, 1, 1 << 20)
+    threshold = in_range("threshold", threshold, 0.5, 1)
+    given: dict[str, Any] = {"out": path_of(out), "sheets": path_of(sheets), "data": text_of(data)}
     given |= {"reader": reader, "overwrite": overwrite, "progress": Progress(quiet=not progress)}
     given |= {} if most is None else {"most": most}
     if near_duplicates:
@@ -639,12 +561,12 @@ def clusters(
         if folders is not None:
             raise OdcftError("--folders is for clusters; with --near-duplicates use --sheets or --out.")
         given |= {} if threshold is None else {"threshold": threshold}
-        return find(Path(_text(run)), **given)
+        return find(Path(text_of(run)), **given)
     from odcft.cluster_listing import clusters as list_clusters
 
     if threshold is not None:
         raise OdcftError("--threshold belongs to --near-duplicates. Add that, or drop it.")
-    return list_clusters(Path(_text(run)), folders=_path(folders), links=links, **given)
+    return list_clusters(Path(text_of(run)), folders=path_of(folders), links=links, **given)
 
 
 @checked
@@ -688,9 +610,9 @@ def report(
     """
     from odcft.progress import Progress
 
-    shared: dict[str, Any] = {"data": _text(data), "reader": reader, "overwrite": overwrite}
-    shared |= {"megabytes": _in_range("megabytes", megabytes, 1, 1000), "progress": Progress(quiet=not progress)}
-    sample = _in_range("sample", sample, 0, 50_000)
+    shared: dict[str, Any] = {"data": text_of(data), "reader": reader, "overwrite": overwrite}
+    shared |= {"megabytes": in_range("megabytes", megabytes, 1, 1000), "progress": Progress(quiet=not progress)}
+    sample = in_range("sample", sample, 0, 50_000)
     if other is not None:
         from odcft.reports.two_runs import compare_runs
 
@@ -698,21 +620,10 @@ def report(
             raise OdcftError("A comparison of two runs belongs to neither: pass --out FILE.html.")
         if labels is not None or evaluation is not None or all_pictures:
             raise OdcftError("--labels, --evaluation and --all-pictures are for the report of one run. Drop them.")
-        return compare_runs(Path(_text(run)), Path(_text(other)), Path(_text(out)), **shared)
+        return compare_runs(Path(text_of(run)), Path(text_of(other)), Path(text_of(out)), **shared)
     from odcft.reports.run_report import report as write
 
     if evaluation is not None and not isinstance(evaluation, Mapping):
-        evaluation = _text(evaluation)
-    own: dict[str, Any] = {"labels": _text(labels), "evaluation": evaluation, "sample": sample}
-    return write(Path(_text(run)), out=_path(out), all_pictures=all_pictures, **own, **shared)
-
-
-def _in_range(name: str, value: Any, least: float, most: float) -> Any:
-    """A number of a range; None stays None.
-
-    Raises:
-        OdcftError: it is outside of it.
-    """
-    if value is not None and not least <= value <= most:
-        raise OdcftError(f"{name}={value}: give a number from {least:,} to {most:,}.")
-    return value
+        evaluation = text_of(evaluation)
+    own: dict[str, Any] = {"labels": text_of(labels), "evaluation": evaluation, "sample": sample}
+    return write(Path(text_of(run)), out=path_of(out), all_pictures=all_pictures, **own, **shared)

@@ -1,4 +1,4 @@
-"""Arguments of Python functions are checked against their annotations, so that a wrong one is refused in a sentence."""
+"""Arguments of Python functions are checked, against their annotations and by value, and refused in a sentence."""
 
 import collections.abc
 import functools
@@ -7,11 +7,13 @@ import numbers
 import os
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from odcft.errors import OdcftError
 from odcft.text import short_repr
 
+StrPath: TypeAlias = str | os.PathLike[str]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _NAMES = {str: "a str", int: "an int", float: "a number", bool: "True or False", type(None): "None"}
 _ALSO = {int: numbers.Integral, float: numbers.Real}  # numpy's too
@@ -84,3 +86,43 @@ def _expected(hint: Any) -> Iterator[str]:
 def _or(words: Iterator[str]) -> str:
     *most, last = dict.fromkeys(words)
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def text_of(path: Any) -> Any:
+    """A path as text; None stays None.
+
+    Raises:
+        OdcftError: it is something else.
+    """
+    if path is None:
+        return None
+    if not isinstance(path, str | os.PathLike) or not isinstance(text := os.fspath(path), str):
+        raise OdcftError(f"{type(path).__name__} given where a path or a name belongs. Give a str or a Path.")
+    return text
+
+
+def path_of(path: Any) -> Path | None:
+    """A path as a Path; None stays None."""
+    return None if path is None else Path(text_of(path))
+
+
+def texts_of(paths: Any) -> Any:
+    """One path as text, or the paths of a list or tuple as a list of texts.
+
+    Raises:
+        OdcftError: there is none.
+    """
+    if paths is None or (isinstance(paths, list | tuple) and not paths):
+        raise OdcftError(f"ckpt={paths!r}: give a checkpoint, or a list of them.")
+    return [text_of(path) for path in paths] if isinstance(paths, list | tuple) else text_of(paths)
+
+
+def in_range(name: str, value: Any, least: float, most: float) -> Any:
+    """A number of a range; None stays None.
+
+    Raises:
+        OdcftError: it is outside of it.
+    """
+    if value is not None and not least <= value <= most:
+        raise OdcftError(f"{name}={value}: give a number from {least:,} to {most:,}.")
+    return value

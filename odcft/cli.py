@@ -17,7 +17,6 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from odcft import __version__, completion
-from odcft.api import DC_RECIPE, DEFAULT_RECIPE, choose_recipe, parse_arch_args
 from odcft.cli_options import (
     MAX_IMAGE_SIZE,
     Accelerator,
@@ -43,6 +42,7 @@ from odcft.cli_options import (
 from odcft.data.missing_paths import refuse_missing
 from odcft.distributed import stop_signals
 from odcft.errors import OdcftError
+from odcft.recipe_choice import DC_RECIPE, DEFAULT_RECIPE, choose_recipe, parse_arch_args
 from odcft.text import printable
 
 app = typer.Typer(

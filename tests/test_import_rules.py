@@ -24,7 +24,7 @@ FLOORS = [
     {"reports"},
     {"evaluation", "pretexts", "prepare"},
     {"run"},
-    {"state", "normalisation", "start_layer_choice"},
+    {"state", "normalisation", "start_layer_choice", "recipe_choice"},
     {"model"},
     {"clustering"},
     {"plan"},
