@@ -36,6 +36,7 @@ from odcft.model.members import make_members, make_necks, on_all_ranks
 from odcft.optim import lr_at, set_lr
 from odcft.plan import Plan, batch_in_parts, bytes_of_step, recipe_suggestions, suitable_recipe
 from odcft.prepare import Start, extracts_layer, feature_network, load_and_plan, prepare_start, split_features
+from odcft.precision import has_bfloat16
 from odcft.progress import Progress
 from odcft.recipe import Recipe
 from odcft.run.clusters_parquet import require_parquet
@@ -75,7 +76,8 @@ def dry_run(
         device, precision; steps_timed, images_per_second (of all processes); seconds (loading, features, kmeans,
         training, total); needs (bytes: host, workers and gpu of one process, shared of this machine, disk of all), free
         (bytes: host, gpu, shared, disk; None where unknown), problems (what does not fit and which setting changes
-        that), fits, better_recipe (a shipped one that suits this set better, or None).
+        that), fits, better_recipe (a shipped one that suits this set better, or None), faster_precision ("bfloat16" if
+        that is safe and faster on this processor but not used, or None).
 
     Raises:
         OdcftError: for anything the user can fix; so also if a step needs more memory than there is.
@@ -115,6 +117,7 @@ def dry_run(
         "images_per_second": round(order.batch * dist.world_size() / step_seconds, 1),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         **{"needs": most, "free": free, "problems": too_much, "fits": not too_much, "better_recipe": _better(start)},
+        "faster_precision": _faster_precision(plan),
     }
 
 
@@ -122,6 +125,17 @@ def _better(start: Start) -> str | None:
     """The recipe that the notes of the run suggest instead of this one."""
     suggested = recipe_suggestions(start.backbones, len(start.images), start.plan)
     return suitable_recipe(start.backbones, len(start.images), start.plan.method) if suggested else None
+
+
+def _faster_precision(plan: Plan) -> str | None:
+    """A precision that trains faster on this processor, if the plan does not use it.
+
+    Only where padding is skipped: on some processors torch's gradients in bfloat16 are wrong for weights that meet
+    nothing else.
+    """
+    device = dist.this_device()
+    slower = device.type == "cpu" and plan.optim.precision == "float32" and plan.optim.skip_padding
+    return "bfloat16" if slower and has_bfloat16(device) else None
 
 
 # ---------------------------------------------------------------- time
@@ -405,6 +419,11 @@ def describe(result: dict[str, Any]) -> list[str]:
         f"Takes       about {duration(seconds['total'])}: {shares} "
         f"({count_of(result['steps_timed'], 'step')} timed, {result['images_per_second']:,.0f} img/s)"
     )
+    if result["faster_precision"]:
+        lines.append(
+            f"Faster      --set optim.precision={result['faster_precision']}: this processor multiplies it faster than "
+            f"{result['precision']}; a ResNet-18 at 32 pixels trained 1.3 times as fast."
+        )
     lines += [f"Too much    {problem}" for problem in result["problems"]]
     return [*lines, "Nothing was written."]
 

@@ -84,6 +84,21 @@ def test_what_does_not_fit_comes_with_the_setting_that_helps(short, setting):
     assert module.problems(needs, dict.fromkeys(free), plan) == []
 
 
+@pytest.mark.parametrize(
+    ("has_it", "settings", "named"),
+    [
+        (True, [], "bfloat16"),
+        (True, ["optim.precision=bfloat16"], None),
+        (True, ["optim.skip_padding=false"], None),
+        (False, [], None),
+    ],
+)
+def test_bfloat16_is_named_where_it_is_safe_and_faster(monkeypatch, has_it, settings, named):
+    monkeypatch.setattr(module, "has_bfloat16", lambda device: has_it)
+    plan = fill_autos(load_recipe("small", [*QUICK, *settings]))
+    assert module._faster_precision(plan) == named
+
+
 def test_the_command(odcft_command, tmp_path, given, monkeypatch):
     options = [*given, "--out", tmp_path / "run", "--recipe", "small", *(f"--set={s}" for s in QUICK)]
     code, out, told = odcft_command("finetune", *options, "--dry-run", "--json")

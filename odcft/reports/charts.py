@@ -61,6 +61,7 @@ class Curve:
         scale: "linear" or "log".
         percent: whether the values are shares, shown in per cent.
         reference: a value to draw a dashed line at, and what it is.
+        at_rest: the value while images keep their first labels (memory.start_epochs); not drawn at the start.
     """
 
     keys: tuple[str, ...]
@@ -70,6 +71,7 @@ class Curve:
     scale: str = "linear"
     percent: bool = False
     reference: tuple[float, str] | None = None
+    at_rest: float | None = None
 
 
 CURVES = {
@@ -86,12 +88,14 @@ CURVES = {
         "The share of the images of a batch that move to another cluster (fig. 5 of the paper).",
         "{:.1%}".format,
         percent=True,
+        at_rest=0.0,
     ),
     "nmi": Curve(
         ("nmi_previous",),
         "NMI with the epoch before",
         "1 means that the clusters are the same as an epoch earlier.",
         "{:.2f}".format,
+        at_rest=1.0,
     ),
     "knn": Curve(
         ("knn",), "Nearest-neighbour accuracy", "On the labelled images of --eval, in per cent.", "{:.1f}".format
@@ -135,8 +139,9 @@ def _draw_curve(name: str, curve: Curve, runs: Mapping[str, Lines]) -> Chart | N
     for run, lines in runs.items():
         for key in curve.keys:
             points = [(line["epoch"], line[key]) for line in lines if key in line and "epoch" in line]
+            moving = [index for index, (_, value) in enumerate(points) if value != curve.at_rest]
             if points:
-                series.append((run, key, _thinned(np.array(points, np.float64))))
+                series.append((run, key, _thinned(np.array(points[moving[0] if moving else 0 :], np.float64))))
     if not series:
         return None
 

@@ -41,6 +41,18 @@ def test_odd_figures_are_drawn():
     assert charts.draw_curves({"a": [{"step": 1, "epoch": 1.0, "knn": 50.0}]})[0].name == "knn"
 
 
+def test_first_labels_that_are_kept_are_not_drawn_as_if_they_had_settled():
+    lines = [
+        {"epoch": e, "change_ratio": c, "nmi_previous": n}
+        for e, c, n in ((1, 0, 1), (2, 0, 1), (3, 0.4, 0.5), (4, 0, 1))
+    ]
+    drawn = {chart.name: chart.words for chart in charts.draw_curves({"a": lines})}
+    assert drawn["changes"].endswith("From 40.0% to 0.0%.")
+    assert drawn["nmi"].endswith("From 0.50 to 1.00.")
+    (still,) = [c for c in charts.draw_curves({"a": lines[:2]}) if c.name == "changes"]
+    assert still.words.endswith("0.0% at both ends.")
+
+
 def test_long_logs_are_thinned():
     lines = [line_of(step, epochs=0.001) for step in range(20_000)]
     assert len(charts.draw_curves({"a": lines})[0].svg) < 100_000
