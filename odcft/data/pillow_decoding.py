@@ -52,6 +52,8 @@ def open_image(data: bytes) -> Iterator[Any]:
             if not is_tiff(data):
                 raise OdcftError("not an image of a format that odcft reads") from None
             image = None
+        except Image.DecompressionBombError:  # Pillow looks at the size first, and names only the product
+            raise OdcftError(f"more than twice Pillow's {Image.MAX_IMAGE_PIXELS:,} pixels; cut it into tiles") from None
         if image is None:
             yield None
             return
