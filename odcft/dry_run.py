@@ -35,8 +35,8 @@ from odcft.model.backpropagation import backpropagate
 from odcft.model.members import make_members, make_necks, on_all_ranks
 from odcft.optim import lr_at, set_lr
 from odcft.plan import Plan, batch_in_parts, bytes_of_step, recipe_suggestions, suitable_recipe
-from odcft.prepare import Start, extracts_layer, feature_network, load_and_plan, prepare_start, split_features
 from odcft.precision import has_bfloat16
+from odcft.prepare import Start, extracts_layer, feature_network, load_and_plan, prepare_start, split_features
 from odcft.progress import Progress
 from odcft.recipe import Recipe
 from odcft.run.clusters_parquet import require_parquet
@@ -99,10 +99,7 @@ def dry_run(
         order, crops = training_order(start), training_crops(start)
         timed, step_seconds, workers = _time_steps(start, state, crops, progress)
     plan = start.plan
-    seconds["training"] = order.steps * step_seconds
-    if plan.method == "dc":  # clusters again at the start of later epochs
-        again = sum(deepcluster.clusters_again(plan, epoch) for epoch in range(plan.optim.epochs))
-        seconds["training"] += again * (seconds["features"] + seconds["kmeans"])
+    seconds["training"] = order.steps * step_seconds + _clusterings(plan) * (seconds["features"] + seconds["kmeans"])
     seconds["total"] = sum(seconds.values())
     needs = dist.gather_dict({dist.rank(): _needs(start, state, workers, crops.cache)})
     most = {name: max(one[name] for one in needs.values()) for name in needs[0]}
@@ -119,6 +116,11 @@ def dry_run(
         **{"needs": most, "free": free, "problems": too_much, "fits": not too_much, "better_recipe": _better(start)},
         "faster_precision": _faster_precision(plan),
     }
+
+
+def _clusterings(plan: Plan) -> int:
+    """How often features are clustered again during training: by DC, at the start of later epochs."""
+    return sum(plan.method == "dc" and deepcluster.clusters_again(plan, epoch) for epoch in range(plan.optim.epochs))
 
 
 def _better(start: Start) -> str | None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from odcft import files, seeds
-from odcft.backbone.checkpoint_files import load_torch
+from odcft.backbone.checkpoint_containers import load_torch
 from odcft.backbone.checkpoint_metadata import check_arguments
 from odcft.backbone.load import Loaded, refuse_unknown_arch, set_mean_and_std
 from odcft.backbone.network import Backbone

@@ -88,7 +88,7 @@ def written_by_odcft(path: Path) -> bool:
         with path.open("rb") as file:
             start = file.read(10)
         if start.startswith(b"PK"):
-            from odcft.backbone.checkpoint_files import load_torch
+            from odcft.backbone.checkpoint_containers import load_torch
 
             tree = load_torch(path)
             return {"task", "arch", "epoch", "optimizer"} <= set(tree) or "odcft" in getattr(tree, "_metadata", {})

@@ -22,9 +22,10 @@ import numpy as np
 import pytest
 import torch
 
-from odcft.backbone.checkpoint_files import MAX_NAME_LENGTH, MAX_NAME_LEVELS, MAX_TENSORS, MAX_ZIP_MEMBERS
+from odcft.backbone.checkpoint_containers import MAX_ZIP_MEMBERS
 from odcft.backbone.load import load_backbone
 from odcft.backbone.safe_unpickle import TooMuchWork, refuse_excessive_work
+from odcft.backbone.state_dicts import MAX_NAME_LENGTH, MAX_NAME_LEVELS, MAX_TENSORS
 from odcft.errors import OdcftError
 from odcft.recipe import load_recipe
 
@@ -190,7 +191,7 @@ def write_zip_bomb(path, how):
 def test_a_zip_bomb_that_only_pytorch_would_unpack_is_refused_unread(how, tmp_path, monkeypatch):
     write_zip_bomb(tmp_path / "bomb.pth", how)
     monkeypatch.setattr(
-        "odcft.backbone.checkpoint_files.refuse_excessive_work", lambda program: pytest.fail("it was inflated")
+        "odcft.backbone.checkpoint_containers.refuse_excessive_work", lambda program: pytest.fail("it was inflated")
     )
     with pytest.raises(OdcftError, match="not a checkpoint that PyTorch"):
         load_backbone(tmp_path / "bomb.pth")
