@@ -16,17 +16,13 @@ import torch
 
 from odcft.backbone.checkpoint_metadata import Metadata, from_exported_fields
 from odcft.backbone.numpy_archives import is_npz, load_npz
-from odcft.backbone.safe_unpickle import (
+from odcft.backbone.pickle_work import (
     MAX_INSTRUCTIONS,
-    DangerousGlobal,
     TooMuchWork,
-    load_pickle,
-    load_tar,
-    numpy_globals,
     refuse_excessive_work,
     refuse_excessive_work_in_file,
-    stand_in,
 )
+from odcft.backbone.safe_unpickle import DangerousGlobal, load_pickle, load_tar, numpy_globals, stand_in
 from odcft.backbone.torchscript_archives import is_torchscript, load_torchscript
 from odcft.errors import OdcftError
 from odcft.text import short_repr

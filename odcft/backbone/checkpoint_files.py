@@ -20,7 +20,8 @@ from odcft.backbone.checkpoint_metadata import (
 )
 from odcft.backbone.open_clip_folder import from_open_clip_config
 from odcft.backbone.original_layouts import layout_of, told_arguments
-from odcft.backbone.safe_unpickle import DangerousGlobal, TooMuchWork
+from odcft.backbone.pickle_work import TooMuchWork
+from odcft.backbone.safe_unpickle import DangerousGlobal
 from odcft.backbone.state_dicts import MAX_TENSORS, FoundDict, arch_hints, find_dicts, outer_keys, usable_tensors
 from odcft.backbone.tensor_renames import merge_split_tensors
 from odcft.backbone.transformers_folder import find_twin

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odcft.backbone.safe_unpickle import StandIn, TooMuchWork
+from odcft.backbone.pickle_work import TooMuchWork
+from odcft.backbone.safe_unpickle import StandIn
 from odcft.errors import OdcftError
 from odcft.text import short_repr
 

@@ -24,7 +24,7 @@ import torch
 
 from odcft.backbone.checkpoint_containers import MAX_ZIP_MEMBERS
 from odcft.backbone.load import load_backbone
-from odcft.backbone.safe_unpickle import TooMuchWork, refuse_excessive_work
+from odcft.backbone.pickle_work import TooMuchWork, refuse_excessive_work
 from odcft.backbone.state_dicts import MAX_NAME_LENGTH, MAX_NAME_LEVELS, MAX_TENSORS
 from odcft.errors import OdcftError
 from odcft.recipe import load_recipe
@@ -303,7 +303,7 @@ def test_a_small_file_that_asks_for_endless_work_gets_one_sentence(name, contain
     ids=["memo", "instructions"],
 )
 def test_a_pickle_that_asks_for_too_much_memory_or_time_is_refused(program, monkeypatch):
-    monkeypatch.setattr("odcft.backbone.safe_unpickle.MAX_INSTRUCTIONS", 1000)
+    monkeypatch.setattr("odcft.backbone.pickle_work.MAX_INSTRUCTIONS", 1000)
     with pytest.raises(TooMuchWork):
         refuse_excessive_work(BytesIO(b"\x80\x02" + program))
 
