@@ -139,11 +139,12 @@ def inspect(
         ckpt, arch, input, allow_partial, arch_args=parse_arch_args(arch_args), finite=False, part=part
     )
     values, drawing = describe(loaded)
-    recipe = "odc_vit" if loaded.backbone.is_transformer else "small"
+    recipe = "small_vit" if loaded.backbone.is_transformer else "small"
     given = {"arch": arch, "arch_args": arch_args, "input": input, "allow_partial": allow_partial, "recipe": recipe}
     given |= {"part": part}
     line = f"Fine-tune it:   {command('finetune', ckpt, 'IMAGES/', out='RUN', **given)}"
-    line += "   # more than 100,000 images: without --recipe" if recipe == "small" else ""
+    many = "without --recipe" if recipe == "small" else "--recipe odc_vit"
+    line += f"   # more than 100,000 images: {many}"
     if loaded.not_finite:
         line = (
             "It cannot be fine-tuned, because weights that are not finite give no features. Use an earlier checkpoint."

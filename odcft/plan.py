@@ -636,26 +636,33 @@ def cores_of_rank() -> int:
 
 def suitable_recipe(backbones: Sequence[Backbone], count: int, method: str = "odc") -> str | None:
     """The shipped recipe that fits these networks and this many images; None for the method's default."""
-    if any(backbone.is_transformer for backbone in backbones):
-        return "odc_vit"
     few = count < FEW_STEPS * load_recipe().optim.batch_size
-    return RECIPES_OF_FEW_IMAGES[method] if few else None
+    made_for_them = _recipe_of_few_images(backbones, method) if few else None
+    return made_for_them or ("odc_vit" if _transformers(backbones) else None)
+
+
+def _recipe_of_few_images(backbones: Sequence[Backbone], method: str) -> str | None:
+    if _transformers(backbones):
+        return "small_vit" if method == "odc" else None
+    return RECIPES_OF_FEW_IMAGES[method]
+
+
+def _transformers(backbones: Sequence[Backbone]) -> list[str]:
+    return [backbone.arch for backbone in backbones if backbone.is_transformer]
 
 
 def recipe_suggestions(backbones: Sequence[Backbone], count: int, recipe: Recipe) -> list[str]:
-    """Notes for the user if another shipped recipe fits these networks, or so few images, better."""
-    notes = []
-    transformers = [backbone.arch for backbone in backbones if backbone.is_transformer]
+    """A note for the user if another shipped recipe fits these networks, or so few images, better."""
+    transformers = _transformers(backbones)
     if transformers and recipe.optim.optimizer == "sgd":
-        notes.append(
+        return [
             f"{transformers[0]} is a transformer, and this recipe trains with SGD, which suits convolutional networks: "
-            "--recipe odc_vit is made for transformers."
-        )
-    steps = count // recipe.optim.batch_size
-    if steps < FEW_STEPS and recipe.optim.batch_size >= LARGE_BATCH and not transformers:
-        notes.append(
+            f"--recipe {suitable_recipe(backbones, count, recipe.method)} is made for transformers."
+        ]
+    steps, better = count // recipe.optim.batch_size, _recipe_of_few_images(backbones, recipe.method)
+    if steps < FEW_STEPS and recipe.optim.batch_size >= LARGE_BATCH and better:
+        return [
             f"{count:,} images make {count_of(max(1, steps), 'step')} an epoch with batches of "
-            f"{recipe.optim.batch_size}: --recipe {RECIPES_OF_FEW_IMAGES[recipe.method]} is made for thousands of "
-            "images."
-        )
-    return notes
+            f"{recipe.optim.batch_size}: --recipe {better} is made for thousands of images."
+        ]
+    return []

@@ -62,7 +62,7 @@ def test_the_script_for_bash_completes_behind_an_equals_sign(tmp_path):
     [
         ("--set memory.variant = o", ["official"]),
         ("--set seed = 1 --set memory.variant =", ["paper", "official"]),
-        ("--recipe = sm", ["small"]),
+        ("--recipe = sm", ["small", "small_vit"]),
         ("--set memory.variant=o", ["memory.variant=official"]),  # COMP_WORDBREAKS without "="
         ("--set = memory.va", ["memory.variant=paper", "memory.variant=official"]),
     ],

@@ -59,8 +59,14 @@ def test_a_recipe_that_fits_better_is_suggested():
     transformer, convolutions = (load_backbone(f"scratch:{name}").backbone for name in ("test_vit", "test_resnet"))
     (note,) = recipe_suggestions([transformer], 20_000, load_recipe("small"))
     assert "test_vit is a transformer" in note
-    assert "--recipe odc_vit" in note
-    assert not recipe_suggestions([transformer], 20_000, load_recipe("odc_vit"))
+    assert "--recipe small_vit is made for transformers" in note
+    assert not recipe_suggestions([transformer], 20_000, load_recipe("small_vit"))
+    (note,) = recipe_suggestions([transformer], 1_281_167, load_recipe())
+    assert "--recipe odc_vit is made for transformers" in note
+    assert not recipe_suggestions([transformer], 1_281_167, load_recipe("odc_vit"))
+    (note,) = recipe_suggestions([transformer], 20_000, load_recipe("odc_vit"))
+    assert "39 steps an epoch with batches of 512: --recipe small_vit is made for thousands of images" in note
+    assert not recipe_suggestions([transformer], 20_000, load_recipe("odc_vit", ["method=dc"]))  # none is made for it
     (note,) = recipe_suggestions([convolutions], 20_000, load_recipe())
     assert "20,000 images make 39 steps an epoch with batches of 512: --recipe small" in note
     (note,) = recipe_suggestions([convolutions], 300, load_recipe("dc_r50_finetune"))

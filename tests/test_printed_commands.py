@@ -73,8 +73,9 @@ def test_of_a_transformer(here, odcft_command):
     code, _, err = odcft_command("inspect", here / "vit.pth", "--arch", "test_vit", "--input", "bgr")
     assert code == 0
     printed = err.strip().splitlines()[-1]
-    assert shlex.split(printed.split(":", 1)[1])[4:] == [
-        *("--out", "RUN", "--arch", "test_vit", "--input", "bgr", "--recipe", "odc_vit"),
+    assert printed.endswith("# more than 100,000 images: --recipe odc_vit")
+    assert shlex.split(printed.split(":", 1)[1], comments=True)[4:] == [
+        *("--out", "RUN", "--arch", "test_vit", "--input", "bgr", "--recipe", "small_vit"),
     ]
 
 

@@ -22,7 +22,7 @@ def test_shipped_recipes_load_and_say_what_they_are(name):
 
 def test_the_promised_recipes_are_shipped():
     promised = {"odc_r50_finetune", "odc_r50_scratch", "odc_alexnet", "dc_r50_finetune", "codc_r50", "odc_vit", "small"}
-    promised |= {"fast", "odc_small", "dc_small", "dc_r50_scratch"}
+    promised |= {"fast", "odc_small", "dc_small", "dc_r50_scratch", "small_vit"}
     assert promised <= set(shipped())
     methods = {name: load_recipe(name).method for name in promised}
     assert methods.pop("dc_r50_finetune") == "dc"
