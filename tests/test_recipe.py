@@ -52,6 +52,13 @@ def test_dc_small_is_small_but_for_what_is_dcs_own():
     assert [getattr(small.optim, f) for f in same] == [getattr(dc.optim, f) for f in same]
 
 
+def test_small_vit_is_small_but_for_its_optimizer():
+    small, vit = load_recipe("small"), load_recipe("small_vit")
+    for group in ("data", "augment", "neck", "memory", "kmeans"):
+        assert getattr(small, group) == getattr(vit, group)
+    assert (vit.optim.optimizer, vit.optim.freeze, vit.optim.auto_steps) == ("adamw", 0, small.optim.auto_steps)
+
+
 def test_yaml_and_object_say_the_same():
     recipe = load_recipe("small")
     assert make_recipe(yaml.safe_load(dump(recipe))) == recipe

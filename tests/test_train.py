@@ -430,6 +430,16 @@ def test_the_memory_starts_with_features_of_a_layer_which_the_network_learns_fir
     assert not (tmp_path / "no").exists()
 
 
+def test_a_transformer_learns_the_features_of_one_of_its_blocks_first(tmp_path, images):
+    settings = ["optim.batch_size=4", "optim.epochs=2", "memory.start_layer=blocks.2", "log.tensorboard=false"]
+    said, progress = [], Progress(quiet=True)
+    progress.say = said.append
+    recipe = load_recipe("small_vit", settings)
+    fine_tune("scratch:test_vit", images, tmp_path / "run", recipe, progress=progress)
+    assert any("The memory starts with features of blocks.2." in line for line in said)
+    assert all(line["instance_loss"] > 0 for line in lines(tmp_path / "run"))
+
+
 def test_dc_may_start_with_labels_of_a_layer_too_and_codc_may_not(tmp_path, checkpoint, images):
     layer = ["memory.start_layer=layer2", "optim.epochs=4"]
     fine_tune(checkpoint, images, tmp_path / "dc", quick(*layer, "method=dc"))
