@@ -275,8 +275,10 @@ def _check_torch() -> Iterator[Check]:
     from odcft.precision import has_bfloat16
 
     device = dist.this_device()
-    found = "yes, used by optim.precision=auto" if device.type == "cuda" else "yes (--set optim.precision=bfloat16)"
-    yield Check("bfloat16", "ok", found if has_bfloat16(device) else f"no: this {device.type} trains in float32")
+    used = "used by optim.precision=auto" if device.type == "cuda" else "finetune --dry-run says where it is faster"
+    yield Check(
+        "bfloat16", "ok", f"yes, {used}" if has_bfloat16(device) else f"no: this {device.type} trains in float32"
+    )
 
 
 def _check_torchvision(libraries: dict[str, dict[str, Any]]) -> Iterator[Check]:

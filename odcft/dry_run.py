@@ -12,14 +12,16 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from odcft.backbone.network import Backbone
+from odcft.backbone.one_pixel_maps import OnePixelConv2d
 from odcft.clustering import deepcluster
 from odcft.clustering.kmeans import kmeans
 from odcft.clustering.methods import METHODS
@@ -34,7 +36,7 @@ from odcft.errors import OdcftError
 from odcft.model.backpropagation import backpropagate
 from odcft.model.members import make_members, make_necks, on_all_ranks
 from odcft.optim import lr_at, set_lr
-from odcft.plan import Plan, batch_in_parts, bytes_of_step, recipe_suggestions, suitable_recipe
+from odcft.plan import Plan, batch_in_parts, bytes_of_step, suggest_recipe
 from odcft.precision import has_bfloat16
 from odcft.prepare import Start, extracts_layer, feature_network, load_and_plan, prepare_start, split_features
 from odcft.progress import Progress
@@ -76,8 +78,8 @@ def dry_run(
         device, precision; steps_timed, images_per_second (of all processes); seconds (loading, features, kmeans,
         training, total); needs (bytes: host, workers and gpu of one process, shared of this machine, disk of all), free
         (bytes: host, gpu, shared, disk; None where unknown), problems (what does not fit and which setting changes
-        that), fits, better_recipe (a shipped one that suits this set better, or None), faster_precision ("bfloat16" if
-        that is safe and faster on this processor but not used, or None).
+        that), fits, better_recipe (a shipped one that suits this set better, or None), faster_precision ("bfloat16"
+        where that should be faster on this processor, is safe, and was left to odcft; or None).
 
     Raises:
         OdcftError: for anything the user can fix; so also if a step needs more memory than there is.
@@ -114,7 +116,7 @@ def dry_run(
         "images_per_second": round(order.batch * dist.world_size() / step_seconds, 1),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         **{"needs": most, "free": free, "problems": too_much, "fits": not too_much, "better_recipe": _better(start)},
-        "faster_precision": _faster_precision(plan),
+        "faster_precision": _faster_precision(recipe, start.backbones),
     }
 
 
@@ -125,19 +127,22 @@ def _clusterings(plan: Plan) -> int:
 
 def _better(start: Start) -> str | None:
     """The recipe that the notes of the run suggest instead of this one."""
-    suggested = recipe_suggestions(start.backbones, len(start.images), start.plan)
-    return suitable_recipe(start.backbones, len(start.images), start.plan.method) if suggested else None
+    suggestion = suggest_recipe(start.backbones, len(start.images), start.plan)
+    return suggestion.recipe if suggestion else None
 
 
-def _faster_precision(plan: Plan) -> str | None:
-    """A precision that trains faster on this processor, if the plan does not use it.
+def _faster_precision(recipe: Recipe, backbones: Sequence[Backbone]) -> str | None:
+    """A precision that trains these networks faster on this processor, if the recipe leaves the choice to odcft.
 
-    Only where padding is skipped: on some processors torch's gradients in bfloat16 are wrong for weights that meet
-    nothing else.
+    Grouped convolutions are slower in it. And on some processors torch's gradients in bfloat16 are wrong for weights
+    that meet only padding: so there must be none, or it must be skipped.
     """
     device = dist.this_device()
-    slower = device.type == "cpu" and plan.optim.precision == "float32" and plan.optim.skip_padding
-    return "bfloat16" if slower and has_bfloat16(device) else None
+    if device.type != "cpu" or recipe.optim.precision != "auto" or not has_bfloat16(device):
+        return None
+    convolutions = [m for backbone in backbones for m in backbone.net.modules() if isinstance(m, nn.Conv2d)]
+    safe = all(isinstance(one, OnePixelConv2d) or one.padding == (0, 0) for one in convolutions)
+    return "bfloat16" if safe and all(one.groups == 1 for one in convolutions) else None
 
 
 # ---------------------------------------------------------------- time
@@ -424,7 +429,7 @@ def describe(result: dict[str, Any]) -> list[str]:
     if result["faster_precision"]:
         lines.append(
             f"Faster      --set optim.precision={result['faster_precision']}: this processor multiplies it faster than "
-            f"{result['precision']}; a ResNet-18 at 32 pixels trained 1.3 times as fast."
+            f"{result['precision']}; a ResNet-18 on 32 pixels trained 1.3 times as fast."
         )
     lines += [f"Too much    {problem}" for problem in result["problems"]]
     return [*lines, "Nothing was written."]

@@ -30,7 +30,7 @@ from odcft.errors import OdcftError, refuse_not_finite
 from odcft.model.members import joint_features, make_members, make_necks
 from odcft.normalisation import decide_normalisation
 from odcft.optim import lr_at
-from odcft.plan import Plan, batch_in_parts, decide_members, make_plan, recipe_suggestions, with_clusters_for
+from odcft.plan import Plan, batch_in_parts, decide_members, make_plan, suggest_recipe, with_clusters_for
 from odcft.progress import Progress
 from odcft.recipe import MemberRecipe, Recipe, load_options, make_recipe
 from odcft.run import memory_folder, output_checks, resume_checks, snapshot_files
@@ -170,8 +170,8 @@ def _describe(
     parts += [f"{plan.data.size} px", f"{ranks} process{'es' if ranks > 1 else ''}", optim.precision]
     progress.say(f"Plan        {' · '.join(parts)}")
     _say_notes(notes, progress)
-    if training:
-        _say_notes(recipe_suggestions([one.backbone for one in loaded], len(images), plan), progress)
+    if training and (suggestion := suggest_recipe([one.backbone for one in loaded], len(images), plan)):
+        _say_notes([suggestion.note], progress)
 
 
 def _say_notes(notes: list[str], progress: Progress) -> None:

@@ -8,9 +8,11 @@ import pytest
 from folders import tree
 
 from odcft import dry_run as module
+from odcft.backbone.load import load_backbone
 from odcft.dry_run import describe, dry_run
 from odcft.errors import OdcftError
 from odcft.first_memory import init_memory
+from odcft.model.members import make_members, make_necks
 from odcft.plan import fill_autos
 from odcft.recipe import load_recipe
 from odcft.train import fine_tune
@@ -85,18 +87,21 @@ def test_what_does_not_fit_comes_with_the_setting_that_helps(short, setting):
 
 
 @pytest.mark.parametrize(
-    ("has_it", "settings", "named"),
+    ("arch", "has_it", "settings", "named"),
     [
-        (True, [], "bfloat16"),
-        (True, ["optim.precision=bfloat16"], None),
-        (True, ["optim.skip_padding=false"], None),
-        (False, [], None),
+        ("test_resnet", True, [], "bfloat16"),
+        ("test_vit", True, [], "bfloat16"),
+        ("test_efficientnet", True, [], None),  # grouped convolutions are slower in it
+        ("test_resnet", True, ["optim.precision=float32"], None),  # the user's choice
+        ("test_resnet", True, ["optim.skip_padding=false"], None),
+        ("test_resnet", False, [], None),
     ],
 )
-def test_bfloat16_is_named_where_it_is_safe_and_faster(monkeypatch, has_it, settings, named):
+def test_bfloat16_is_named_where_it_is_safe_and_faster(monkeypatch, arch, has_it, settings, named):
     monkeypatch.setattr(module, "has_bfloat16", lambda device: has_it)
-    plan = fill_autos(load_recipe("small", [*QUICK, *settings]))
-    assert module._faster_precision(plan) == named
+    recipe, backbone = load_recipe("small", [*QUICK, *settings]), load_backbone(f"scratch:{arch}").backbone
+    make_members([backbone], *make_necks([backbone], fill_autos(recipe)), fill_autos(recipe))
+    assert module._faster_precision(recipe, [backbone]) == named
 
 
 def test_the_command(odcft_command, tmp_path, given, monkeypatch):

@@ -40,7 +40,11 @@ ZIP64_LOCATOR = b"PK\x06\x07"
 
 
 def detect_container(path: Path, start: bytes) -> str:
-    """Which of `Contents.container` a file is, by its first bytes."""
+    """What kind of file it is, by its first bytes: torch, torch tar, torchscript, pickle, safetensors or npz.
+
+    Raises:
+        OdcftError: it is a zip archive that is damaged, or grows when it is opened.
+    """
     if len(start) > 9 and int.from_bytes(start[:8], "little") < 1 << 32 and start[8:9] == b"{":
         return "safetensors"
     if start.startswith(ZIP_MAGIC):

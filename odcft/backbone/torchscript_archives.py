@@ -12,13 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odcft.backbone.safe_unpickle import (
-    STORAGE_DTYPES,
-    DangerousGlobal,
-    StandIn,
-    TooMuchWork,
-    load_with_storages,
-)
+from odcft.backbone.pickle_work import TooMuchWork
+from odcft.backbone.safe_unpickle import STORAGE_DTYPES, DangerousGlobal, StandIn, load_with_storages
 from odcft.errors import OdcftError
 
 _TUPLE_OF_ONE = b"\x85"  # the instruction TUPLE1

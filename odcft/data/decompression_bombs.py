@@ -20,7 +20,7 @@ def refuse_large(width: int, height: int, bands: int = 1, bytes_per_value: int =
     """
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
-        raise OdcftError(f"{width:,} x {height:,} pixels are more than Pillow's {limit:,}; cut it into tiles")
+        raise OdcftError(f"{width:,} x {height:,} pixels are more than Pillow's {limit:,}")
     if (size := width * height * bands * bytes_per_value) > MAX_BYTES:
         raise OdcftError(
             f"{width:,} x {height:,} pixels of {bands:,} band{'s' if bands > 1 else ''} would take {size:,} bytes, "

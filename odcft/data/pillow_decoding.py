@@ -53,7 +53,7 @@ def open_image(data: bytes) -> Iterator[Any]:
                 raise OdcftError("not an image of a format that odcft reads") from None
             image = None
         except Image.DecompressionBombError:  # Pillow looks at the size first, and names only the product
-            raise OdcftError(f"more than twice Pillow's {Image.MAX_IMAGE_PIXELS:,} pixels; cut it into tiles") from None
+            raise OdcftError(f"more than twice Pillow's {Image.MAX_IMAGE_PIXELS:,} pixels") from None
         if image is None:
             yield None
             return

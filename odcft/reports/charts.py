@@ -5,6 +5,7 @@ Shapes: K clusters, D embedding.
 
 import io
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,8 @@ CURVES = {
     "changes": Curve(
         ("change_ratio",),
         "Labels that change in a step",
-        "The share of the images of a batch that move to another cluster (fig. 5 of the paper).",
+        "The share of a batch's images that move to another cluster (fig. 5 of the paper), from when first labels may "
+        "change.",
         "{:.1%}".format,
         percent=True,
         at_rest=0.0,
@@ -139,9 +141,8 @@ def _draw_curve(name: str, curve: Curve, runs: Mapping[str, Lines]) -> Chart | N
     for run, lines in runs.items():
         for key in curve.keys:
             points = [(line["epoch"], line[key]) for line in lines if key in line and "epoch" in line]
-            moving = [index for index, (_, value) in enumerate(points) if value != curve.at_rest]
             if points:
-                series.append((run, key, _thinned(np.array(points[moving[0] if moving else 0 :], np.float64))))
+                series.append((run, key, _thinned(np.array(points[_at_rest(points, curve) :], np.float64))))
     if not series:
         return None
 
@@ -167,6 +168,13 @@ def _draw_curve(name: str, curve: Curve, runs: Mapping[str, Lines]) -> Chart | N
             axes.legend(fontsize=8)
 
     return Chart(name, curve.title, f"{curve.help} {_in_words(curve, series, len(runs) > 1)}.", as_svg(name, draw))
+
+
+def _at_rest(points: Sequence[tuple[float, float]], curve: Curve) -> int:
+    """How many points at the start are at the value of labels that are kept; 0 if all are."""
+    rest = curve.at_rest
+    moving = (index for index, (_, value) in enumerate(points) if rest is None or not math.isclose(value, rest))
+    return next(moving, 0)
 
 
 def _log_scale(axes: Any) -> None:
