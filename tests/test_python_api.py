@@ -190,10 +190,15 @@ def test_ctrl_c_raises_stopped_and_resume_goes_on_to_the_same_bits(here):
             signal.raise_signal(signal.SIGINT)
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
+    arguments = {
+        **QUICK,
+        "epochs": 8,
+        "reader": read,
+    }  # so that the signal comes long before the end
     with pytest.raises(odcft.Stopped, match="resume=True"):
-        odcft.fine_tune(here / "c.pth", here / "images", here / "run", reader=read, **QUICK)
-    odcft.fine_tune(here / "c.pth", here / "images", here / "run", reader=read, resume=True, **QUICK)
-    odcft.fine_tune(here / "c.pth", here / "images", here / "whole", reader=read, **QUICK)
+        odcft.fine_tune(here / "c.pth", here / "images", here / "run", **arguments)
+    odcft.fine_tune(here / "c.pth", here / "images", here / "run", resume=True, **arguments)
+    odcft.fine_tune(here / "c.pth", here / "images", here / "whole", **arguments)
     assert bits(here / "run") == bits(here / "whole")
 
 
