@@ -275,7 +275,7 @@ def _check_torch() -> Iterator[Check]:
     from odcft.precision import has_bfloat16
 
     device = dist.this_device()
-    used = "used by optim.precision=auto" if device.type == "cuda" else "finetune --dry-run says where it is faster"
+    used = "used by optim.precision=auto" if device.type == "cuda" else "finetune --dry-run says where it may be faster"
     yield Check(
         "bfloat16", "ok", f"yes, {used}" if has_bfloat16(device) else f"no: this {device.type} trains in float32"
     )
