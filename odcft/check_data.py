@@ -10,9 +10,10 @@ from odcft.data.sources import find_images
 from odcft.data.survey import Survey, survey
 from odcft.data.view import View
 from odcft.errors import OdcftError
-from odcft.plan import cores_of_rank, decide_clusters, suitable_recipe
+from odcft.plan import cores_of_rank, decide_clusters
 from odcft.progress import Progress
 from odcft.recipe import DEFAULT, Recipe, load_recipe
+from odcft.suitable_recipe import suitable_recipe
 from odcft.text import count_of
 
 FEW_IMAGES = 1_000  # with fewer, K is below 8 and there is little to learn

@@ -43,7 +43,7 @@ from odcft.data.missing_paths import refuse_missing
 from odcft.distributed import stop_signals
 from odcft.errors import OdcftError
 from odcft.recipe_choice import DC_RECIPE, DEFAULT_RECIPE, choose_recipe, parse_arch_args
-from odcft.text import printable
+from odcft.text import command, printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -417,23 +417,6 @@ def _resume_command(argv: list[str]) -> str:
     """The command that continues where this one was stopped."""
     words = shlex.join(["odcft", *(a for a in argv[1:] if a not in ("--overwrite", "--resume")), "--resume"])
     return f"the same torchrun …, now with --resume ({words})" if "TORCHELASTIC_RUN_ID" in os.environ else words
-
-
-def command(verb: str, *words: object, **options: Any) -> str:
-    """An odcft command that can be pasted into a shell, whatever characters its paths contain.
-
-    Args:
-        verb: the subcommand.
-        words: its arguments.
-        options: by name; None, False and empty lists are left out, True gives a flag, a list repeats the option.
-    """
-    parts = ["odcft", verb, *map(str, words)]
-    for name, value in options.items():
-        flag = f"--{name.replace('_', '-')}"
-        for one in value if isinstance(value, list | tuple) else [value]:
-            if one is not None and one is not False:
-                parts += [flag] if one is True else [flag, str(one)]
-    return shlex.join(parts)
 
 
 @app.command()

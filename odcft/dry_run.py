@@ -36,7 +36,7 @@ from odcft.errors import OdcftError
 from odcft.model.backpropagation import backpropagate
 from odcft.model.members import make_members, make_necks, on_all_ranks
 from odcft.optim import lr_at, set_lr
-from odcft.plan import Plan, batch_in_parts, bytes_of_step, suggest_recipe
+from odcft.plan import Plan, batch_in_parts, bytes_of_step
 from odcft.precision import has_bfloat16
 from odcft.prepare import Start, extracts_layer, feature_network, load_and_plan, prepare_start, split_features
 from odcft.progress import Progress
@@ -46,7 +46,8 @@ from odcft.run.failure_messages import explain_failures, more_parts, smaller_bat
 from odcft.run.folder import Run
 from odcft.seeds import seed
 from odcft.state import State, new_state, stored
-from odcft.text import count_of, duration
+from odcft.suitable_recipe import suggest_recipe
+from odcft.text import command, count_of, duration
 from odcft.train import check_output, training_crops, training_order
 
 SECONDS = 10.0  # spent on timing features, and again on timing steps, unless a single one takes longer
@@ -166,7 +167,7 @@ def _start_like_a_run(
     seconds["features"] = an_image * rows
     if not len(features_MD):
         raise OdcftError(
-            f"None of the images tried in {images.source} can be read: `odcft check-data` lists the reasons."
+            f"None of the images tried can be read: `{command('check-data', images.source)}` lists the reasons."
         )
     if extracts_layer(plan):
         _refuse_memory_too_large(
@@ -256,7 +257,7 @@ def _time_steps(start: Start, state: State, crops: Crops, progress: Progress) ->
         for step, batch in enumerate(itertools.islice(all_batches(), most)):
             if len(batch.index_B) < 2 * start.plan.optim.accumulate:
                 raise OdcftError(
-                    f"Hardly any image of a batch can be read: `odcft check-data {start.images.source}` says why."
+                    f"Hardly any image of a batch can be read: `{command('check-data', start.images.source)}` says why."
                 )
             _take_step(start, state, network, batch, step, order.steps_per_epoch)
             advance(1)

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
@@ -37,8 +37,8 @@ from odcft.recipe import (
     MemoryRecipe,
     OptimRecipe,
     Recipe,
-    load_recipe,
 )
+from odcft.suitable_recipe import recipe_of_few_images
 from odcft.text import count_of, short_repr
 
 IMAGES_PER_CLUSTER = 128  # what `auto` aims at
@@ -47,9 +47,6 @@ MIN_CLUSTER = 20  # the paper's threshold for small clusters (sec. 3.4)
 FEW_IMAGES = 20  # per cluster: with fewer, DC's classifier has little to learn from
 USABLE, MARGIN = 0.9, 1.25  # of a device's free memory; how much more than what it keeps a pass needs meanwhile
 LEAST_EPOCHS, MOST_EPOCHS = 10, 300  # that `auto` chooses: labels need some to evolve; more were not tried
-RECIPES_OF_FEW_IMAGES = {"odc": "small", "dc": "dc_small", "codc": "odc_small"}  # by method
-ADAMW = "--set optim.optimizer=adamw --set optim.lr=3e-4 --set optim.weight_decay=0.05"  # as in small_vit
-FEW_STEPS, LARGE_BATCH = 200, 256  # fewer steps an epoch with such a batch: the recipe is meant for more images
 
 
 class DataPlan(DataRecipe):
@@ -202,7 +199,7 @@ def _check_first_labels(plan: Plan, backbones: Sequence[Backbone]) -> list[str]:
             "at its end. Pass --set neck.relu=false."
         )
     if plan.method != "odc" and (plan.memory.start_features == "layer" or plan.memory.instance_share):
-        better = _recipe_of_few_images(backbones, plan.method)
+        better = recipe_of_few_images(backbones, plan.method)
         notes.append(
             "memory.start_features and memory.instance_share are for --method odc, and not used here"
             + (f": --recipe {better} is made for --method {plan.method}." if better else ".")
@@ -631,50 +628,3 @@ def cores_of_rank() -> int:
     """This rank's share of the cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores // dist.local_world_size()
-
-
-# ---------------------------------------------------------------- which recipe fits
-
-
-def suitable_recipe(backbones: Sequence[Backbone], count: int) -> str | None:
-    """The shipped recipe of ODC that fits these networks and this many images; None for the default."""
-    if count < FEW_STEPS * load_recipe().optim.batch_size:
-        return _recipe_of_few_images(backbones, "odc")
-    return "odc_vit" if _transformers(backbones) else None
-
-
-def _recipe_of_few_images(backbones: Sequence[Backbone], method: str) -> str | None:
-    if _transformers(backbones):
-        return "small_vit" if method == "odc" else None
-    return RECIPES_OF_FEW_IMAGES[method]
-
-
-def _transformers(backbones: Sequence[Backbone]) -> list[str]:
-    return [backbone.arch for backbone in backbones if backbone.is_transformer]
-
-
-class Suggestion(NamedTuple):
-    """A note for the user, and the shipped recipe it names; None if it names settings instead."""
-
-    note: str
-    recipe: str | None
-
-
-def suggest_recipe(backbones: Sequence[Backbone], count: int, recipe: Recipe) -> Suggestion | None:
-    """What would fit these networks, or so few images, better than this recipe; None if nothing shipped does."""
-    if (transformers := _transformers(backbones)) and recipe.optim.optimizer == "sgd":
-        better = suitable_recipe(backbones, count) if recipe.method == "odc" else None
-        instead = f"--recipe {better} is made for transformers." if better else f"pass {ADAMW}."
-        return Suggestion(
-            f"{transformers[0]} is a transformer, and this recipe trains with SGD, which suits convolutional networks: "
-            f"{instead}",
-            better,
-        )
-    steps, better = count // recipe.optim.batch_size, _recipe_of_few_images(backbones, recipe.method)
-    if steps < FEW_STEPS and recipe.optim.batch_size >= LARGE_BATCH and better:
-        return Suggestion(
-            f"{count:,} images make {count_of(max(1, steps), 'step')} an epoch with batches of "
-            f"{recipe.optim.batch_size}: --recipe {better} is made for thousands of images.",
-            better,
-        )
-    return None

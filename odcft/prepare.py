@@ -30,7 +30,7 @@ from odcft.errors import OdcftError, refuse_not_finite
 from odcft.model.members import joint_features, make_members, make_necks
 from odcft.normalisation import decide_normalisation
 from odcft.optim import lr_at
-from odcft.plan import Plan, batch_in_parts, decide_members, make_plan, suggest_recipe, with_clusters_for
+from odcft.plan import Plan, batch_in_parts, decide_members, make_plan, with_clusters_for
 from odcft.progress import Progress
 from odcft.recipe import MemberRecipe, Recipe, load_options, make_recipe
 from odcft.run import memory_folder, output_checks, resume_checks, snapshot_files
@@ -39,7 +39,8 @@ from odcft.run.run_json import note_epochs, write_run_json
 from odcft.seeds import seed
 from odcft.start_layer_choice import decide_start_layer
 from odcft.state import Snapshot, State, new_state, restore, versions
-from odcft.text import count_of, duration
+from odcft.suitable_recipe import suggest_recipe
+from odcft.text import command, count_of, duration
 
 
 @dataclass
@@ -88,7 +89,7 @@ def prepare_start(
         images = images.without(set(unreadable))
         plan, notes = with_clusters_for(plan, planned.requested, len(images))
         _say_notes(notes, progress)
-    clusters = _cluster(features_SD, dim, len(images), plan, progress)
+    clusters = _cluster(features_SD, dim, images, plan, progress)
     return Start(plan, loaded, necks, dim, images, clusters, dict(unreadable.values()))
 
 
@@ -249,20 +250,33 @@ def split_features(features_SX: Tensor, dim: int, plan: Plan) -> tuple[Tensor, T
     return features_SD, odc.features_of_start_layer(features_SX[:, dim:], plan)
 
 
-def _cluster(features_SX: Tensor, dim: int, count: int, plan: Plan, progress: Progress) -> Clusters:
+def _cluster(features_SX: Tensor, dim: int, images: Images, plan: Plan, progress: Progress) -> Clusters:
     """Both memories, from one K-Means over the features of all ranks."""
     began, method, K = time.monotonic(), METHODS[plan.method], plan.memory.clusters
-    with progress.waiting(f"K-Means     {K:,} clusters of {count:,} images …"):
+    with progress.waiting(f"K-Means     {K:,} clusters of {len(images):,} images …"):
         features_SD, clustered_SP = split_features(features_SX, dim, plan)
         centroids_KP = kmeans(clustered_SP, K, seed(plan.seed, "kmeans", 0), plan.kmeans.iterations, plan.kmeans.engine)
         labels_S = assign(clustered_SP, centroids_KP)[0]
+    filled = int((dist.all_sum(torch.bincount(labels_S, minlength=K)) > 0).sum())
     clusters: Clusters = method.start(features_SD, labels_S, plan)
     sizes_K = clusters.memory.sizes_K
     progress.say(
         f"K-Means     {K:,} clusters · {plan.kmeans.iterations} iterations · "
         f"sizes {int(sizes_K.min()):,} … {int(sizes_K.max()):,} · {duration(time.monotonic() - began)}"
     )
+    if filled < K:  # K-Means leaves a cluster empty only if there are no more rows that differ
+        _say_notes([_few_different(filled, K, images)], progress)
     return clusters
+
+
+def _few_different(different: int, K: int, images: Images) -> str:
+    """What to tell the user when images have fewer different features than there are clusters."""
+    found = "all have the same features" if different == 1 else f"have only {different:,} different features"
+    listed = command("check-data", images.source, duplicates=True)
+    return (
+        f"The {len(images):,} images {found}, too few for {K:,} clusters. Either most images are copies of others "
+        f"(`{listed}` lists them), or the checkpoint does not tell them apart."
+    )
 
 
 def _from_memory(stored: memory_folder.StoredMemory, plan: Plan, loaded: Loaded, neck: nn.Module, dim: int) -> Clusters:

@@ -1,4 +1,4 @@
-"""Text for people: untrusted names made safe for a terminal or for Markdown, counts and durations.
+"""Text for people: untrusted names made safe for a terminal or for Markdown, commands to paste, counts and durations.
 
 Names of files, or text from them, could forge lines on a terminal. Nothing is dropped: characters that cannot be shown
 as they are become Python escapes.
@@ -6,9 +6,11 @@ as they are become Python escapes.
 
 import re
 import reprlib
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from typing import Any
 
 # Control characters (C0, DEL, C1), line separators, bidirectional and zero-width characters, surrogates.
 _HIDDEN = re.compile(
@@ -102,3 +104,20 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def command(verb: str, *words: object, **options: Any) -> str:
+    """An odcft command that can be pasted into a shell, whatever characters its paths contain.
+
+    Args:
+        verb: the subcommand.
+        words: its arguments.
+        options: by name; None, False and empty lists are left out, True gives a flag, a list repeats the option.
+    """
+    parts = ["odcft", verb, *map(str, words)]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if one is not None and one is not False:
+                parts += [flag] if one is True else [flag, str(one)]
+    return shlex.join(parts)

@@ -62,7 +62,7 @@ def test_a_folder_that_the_run_would_refuse_is_refused(tmp_path, given):
         dry_run(*given, tmp_path / "run", load_recipe("small", QUICK), overwrite=True)
     for path in (tmp_path / "images").rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(OdcftError, match=r"None of the images tried in .*images can be read"):
+    with pytest.raises(OdcftError, match=r"None of the images tried can be read"):
         dry_run(*given, tmp_path / "new", load_recipe("small", QUICK))
 
 
@@ -120,6 +120,14 @@ def test_the_command(odcft_command, tmp_path, given, monkeypatch):
     assert "Too much    disk: " in told
     assert "Start it" not in told
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_a_dry_run_offers_bfloat16_to_try_where_it_may_be_faster(tmp_path, given, monkeypatch, has_it):
+    monkeypatch.setattr(module, "has_bfloat16", lambda device: has_it)
+    values = dry_run(*given, tmp_path / "run", load_recipe("small", QUICK))
+    offers = [line for line in module.describe(values) if "--set optim.precision=bfloat16" in line]
+    assert len(offers) == (1 if has_it else 0)
 
 
 def test_for_few_images_the_default_recipe_is_not_the_first_to_try(odcft_command, tmp_path, given):

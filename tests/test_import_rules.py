@@ -28,6 +28,7 @@ FLOORS = [
     {"model"},
     {"clustering"},
     {"plan"},
+    {"suitable_recipe"},
     {"backbone"},
     {"data"},
     {"progress", "optim"},

@@ -11,7 +11,7 @@ from odcft.backbone.activation_memory import bytes_per_image
 from odcft.backbone.load import load_backbone
 from odcft.data.sources import find_images
 from odcft.errors import OdcftError
-from odcft.plan import automatic_size, decide_clusters, fill_autos, make_plan, suggest_recipe, with_clusters_for
+from odcft.plan import automatic_size, decide_clusters, fill_autos, make_plan, with_clusters_for
 from odcft.recipe import Recipe, dump, flatten, load_recipe, shipped
 
 
@@ -53,45 +53,6 @@ def test_tiny_sets_lower_the_threshold():
     clusters, min_cluster, notes = decide_clusters(load_recipe("small"), 12)
     assert (clusters, min_cluster) == (2, 2)
     assert notes == ["12 images cannot make two clusters of more than 20: memory.min_cluster lowered to 2."]
-
-
-@pytest.mark.parametrize(
-    ("arch", "count", "recipe", "better", "words"),
-    [
-        (
-            "test_resnet",
-            20_000,
-            "odc_r50_finetune",
-            "small",
-            "20,000 images make 39 steps an epoch with batches of 512",
-        ),
-        ("test_resnet", 300, "dc_r50_finetune", "dc_small", "300 images make 1 step an epoch"),
-        ("test_resnet", 300, "codc_r50", "odc_small", "--recipe odc_small is made for thousands of images"),
-        ("test_vit", 20_000, "small", "small_vit", "--recipe small_vit is made for transformers"),
-        ("test_vit", 20_000, "odc_vit", "small_vit", "--recipe small_vit is made for thousands of images"),
-        ("test_vit", 1_281_167, "odc_r50_finetune", "odc_vit", "--recipe odc_vit is made for transformers"),
-        ("test_vit", 20_000, "dc_small", None, "suits convolutional networks: pass --set optim.optimizer=adamw"),
-    ],
-)
-def test_what_fits_better_is_suggested(arch, count, recipe, better, words):
-    backbones = [load_backbone(f"scratch:{arch}").backbone]
-    suggestion = suggest_recipe(backbones, count, load_recipe(recipe))
-    assert suggestion.recipe == better
-    assert words in suggestion.note
-    if better:  # which is then the end of it
-        assert suggest_recipe(backbones, count, load_recipe(better, [f"method={load_recipe(recipe).method}"])) is None
-
-
-@pytest.mark.parametrize(
-    ("arch", "count", "recipe"),
-    [
-        ("test_resnet", 1_281_167, "odc_r50_finetune"),
-        ("test_resnet", 2_000, "small"),
-        ("test_vit", 1_281_167, "odc_vit"),
-    ],
-)
-def test_nothing_is_suggested_where_the_recipe_fits(arch, count, recipe):
-    assert suggest_recipe([load_backbone(f"scratch:{arch}").backbone], count, load_recipe(recipe)) is None
 
 
 def test_settings_of_odc_alone_are_said_to_be_unused():

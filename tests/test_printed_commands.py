@@ -10,7 +10,7 @@ import timm
 import torch
 
 from odcft.backbone.model_card import loading_code
-from odcft.cli import command
+from odcft.text import command
 
 FOLDER = 'it\'s $(touch HACKED); `ls` & "more"'
 QUICK = ["--set", "log.tensorboard=false", "--set", "optim.batch_size=4"]

@@ -484,3 +484,20 @@ def test_init_memory_announces_no_epochs(tmp_path, checkpoint, images):
     assert not any("epoch" in line for line in said)
     fine_tune(checkpoint, images, tmp_path / "run", quick("optim.epochs=1"), progress=progress)
     assert any("· 1 epoch ·" in line for line in said)
+
+
+def test_images_with_fewer_different_features_than_clusters_are_noted(tmp_path, checkpoint, images):
+    said = []
+    progress = Progress(quiet=True)
+    progress.say = said.append
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for i in range(8):
+        shutil.copy(tmp_path / "images" / "a" / f"{i % 2 * 2:03d}.png", copies / f"{i}.png")
+    recipe = quick("memory.clusters=3", "memory.min_cluster=0")
+    init_memory(checkpoint, str(copies), tmp_path / "memory", recipe, progress=progress)
+    assert any("The 8 images have only 2 different features, too few for 3 clusters." in line for line in said)
+    said.clear()
+    init_memory(checkpoint, images, tmp_path / "other", recipe, progress=progress)
+    assert said
+    assert not any("different features" in line for line in said)

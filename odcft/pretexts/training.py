@@ -34,7 +34,7 @@ from odcft.distributed.stop_signals import Stopped
 from odcft.errors import OdcftError
 from odcft.normalisation import decide_normalisation
 from odcft.optim import lr_at, make_optimizer, set_lr
-from odcft.plan import Plan, make_plan, suitable_recipe
+from odcft.plan import Plan, make_plan
 from odcft.precision import LossScale
 from odcft.pretexts.colorization import Colorization
 from odcft.pretexts.jigsaw import Jigsaw
@@ -43,6 +43,7 @@ from odcft.progress import Progress
 from odcft.recipe import Recipe, load_options
 from odcft.run import output_checks
 from odcft.run.failure_messages import explain_failures
+from odcft.suitable_recipe import suitable_recipe
 from odcft.text import count_of
 
 Task = Rotation | Jigsaw | Colorization
