@@ -29,7 +29,7 @@ def warnings(lines: list[dict[str, Any]], K: int, method: str = "odc", head_apar
     """
     now, found = lines[-1], {}
     recent = [line for line in lines if line["epoch"] > now["epoch"] - CHANCE_EPOCHS]
-    gentler = "a milder augmentation or a lower learning rate (docs/small_data.md)"
+    gentler = "a milder augmentation or a lower learning rate (docs/faq.md)"
     if now["epoch"] <= head_apart_until:
         pass
     elif now["loss_over_ln_k"] > DIVERGED:
