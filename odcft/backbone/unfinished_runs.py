@@ -1,7 +1,6 @@
 """What to say when somebody gives a RUN that is still training or was stopped: it has no backbone yet."""
 
 import json
-import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from odcft.errors import OdcftError
 from odcft.files import read_json
 from odcft.recipe import MAX_MEMBERS, load_recipe
-from odcft.text import count_of, short_repr
+from odcft.text import command, count_of, short_repr
 
 LAST_BYTES = 1 << 16  # of the log: more than its last line has
 
@@ -52,10 +51,9 @@ def _how_to_resume(folder: Path, about: dict[str, Any]) -> str:
     ckpts = ckpts[:MAX_MEMBERS] if isinstance(ckpts, list) else [ckpts]
     named = [(ckpt, "CKPT") for ckpt in ckpts] + [(about.get("data_path", about.get("data")), "DATA")]
     known = [word if isinstance(word, str) and 0 < len(word) < 4096 else unknown for word, unknown in named]
-    options = [("--arch", about.get("arch_given")), ("--reader", about.get("reader"))]
-    given = [part for flag, value in options if isinstance(value, str) for part in (flag, value)]
-    command = shlex.join(["odcft", "finetune", *known, "--out", str(folder), *given, "--resume"])
-    return short_repr(command, 2000, quotes=False)
+    options = {"arch": about.get("arch_given"), "reader": about.get("reader")}
+    given = {name: value for name, value in options.items() if isinstance(value, str)}
+    return short_repr(command("finetune", *known, out=folder, **given, resume=True), 2000, quotes=False)
 
 
 def _last_line(log: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Shapes: N images of the run, K clusters that have images, L images that the page
 """
 
 import os
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from odcft.reports.picture_folder import pictures_of, refuse_picture_folder, wri
 from odcft.reports.run_clusters import place_of_images
 from odcft.reports.run_record import RunRecord, read_run
 from odcft.reports.verdicts import evaluate_run, is_evaluation_file, read_verdict
-from odcft.text import count_of, printable, short_repr
+from odcft.text import command, count_of, printable, short_repr
 
 SAMPLE = 2000  # images among which neighbours are looked for
 MEGABYTES = 30.0  # of the page, at most
@@ -167,12 +166,12 @@ def first_page(record: RunRecord) -> Page:
 
 def again(run: Path, **options: Any) -> str:
     """How to write a report again, with the options that were given."""
-    words = ["odcft", "report", str(run)]
-    for name, value in options.items():
-        option = f"--{name.replace('_', '-')}"
-        if isinstance(value, str | Path | int | float) and value is not False and value != DEFAULTS.get(name):
-            words += [option] if value is True else [option, str(value)]
-    text = f"Write it again: {printable(shlex.join(words))}"
+    given = {
+        name: value
+        for name, value in options.items()
+        if isinstance(value, str | Path | int | float) and value != DEFAULTS.get(name)
+    }
+    text = f"Write it again: {printable(command('report', run, **given))}"
     return f"{text} (and --evaluation for the verdict)" if isinstance(options.get("evaluation"), Mapping) else text
 
 
