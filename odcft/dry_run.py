@@ -38,7 +38,15 @@ from odcft.model.members import make_members, make_necks, on_all_ranks
 from odcft.optim import lr_at, set_lr
 from odcft.plan import Plan, batch_in_parts, bytes_of_step
 from odcft.precision import has_bfloat16
-from odcft.prepare import Start, extracts_layer, feature_network, load_and_plan, prepare_start, split_features
+from odcft.prepare import (
+    Start,
+    check_data_command,
+    extracts_layer,
+    feature_network,
+    load_and_plan,
+    prepare_start,
+    split_features,
+)
 from odcft.progress import Progress
 from odcft.recipe import Recipe
 from odcft.run.clusters_parquet import require_parquet
@@ -47,7 +55,7 @@ from odcft.run.folder import Run
 from odcft.seeds import seed
 from odcft.state import State, new_state, stored
 from odcft.suitable_recipe import suggest_recipe
-from odcft.text import command, count_of, duration
+from odcft.text import count_of, duration
 from odcft.train import check_output, training_crops, training_order
 
 SECONDS = 10.0  # spent on timing features, and again on timing steps, unless a single one takes longer
@@ -166,9 +174,7 @@ def _start_like_a_run(
     )
     seconds["features"] = an_image * rows
     if not len(features_MD):
-        raise OdcftError(
-            f"None of the images tried can be read: `{command('check-data', images.source)}` lists the reasons."
-        )
+        raise OdcftError(f"None of the images tried can be read: `{check_data_command(images)}` lists the reasons.")
     if extracts_layer(plan):
         _refuse_memory_too_large(
             rows, features_MD.shape[1], free, "--set memory.start_layer=last --set memory.start_features=neck"
@@ -257,7 +263,7 @@ def _time_steps(start: Start, state: State, crops: Crops, progress: Progress) ->
         for step, batch in enumerate(itertools.islice(all_batches(), most)):
             if len(batch.index_B) < 2 * start.plan.optim.accumulate:
                 raise OdcftError(
-                    f"Hardly any image of a batch can be read: `{command('check-data', start.images.source)}` says why."
+                    f"Hardly any image of a batch can be read: `{check_data_command(start.images)}` says why."
                 )
             _take_step(start, state, network, batch, step, order.steps_per_epoch)
             advance(1)

@@ -264,19 +264,25 @@ def _cluster(features_SX: Tensor, dim: int, images: Images, plan: Plan, progress
         f"K-Means     {K:,} clusters · {plan.kmeans.iterations} iterations · "
         f"sizes {int(sizes_K.min()):,} … {int(sizes_K.max()):,} · {duration(time.monotonic() - began)}"
     )
-    if filled < K:  # K-Means leaves a cluster empty only if there are no more rows that differ
-        _say_notes([_few_different(filled, K, images)], progress)
+    if filled < K:
+        _say_notes([_not_filled(filled, K, images)], progress)
     return clusters
 
 
-def _few_different(different: int, K: int, images: Images) -> str:
-    """What to tell the user when images have fewer different features than there are clusters."""
-    found = "all have the same features" if different == 1 else f"have only {different:,} different features"
-    listed = command("check-data", images.source, duplicates=True)
+def _not_filled(filled: int, K: int, images: Images) -> str:
+    """What to tell the user when K-Means left clusters empty: it does so where there are hardly any other features."""
+    have = "has" if filled == 1 else "have"
+    listed = check_data_command(images, duplicates=True)
     return (
-        f"The {len(images):,} images {found}, too few for {K:,} clusters. Either most images are copies of others "
-        f"(`{listed}` lists them), or the checkpoint does not tell them apart."
+        f"Only {filled:,} of {K:,} clusters {have} images: most of the {len(images):,} have the same features as "
+        f"others. Either they are copies (`{listed}` lists them), or the checkpoint does not tell them apart."
     )
+
+
+def check_data_command(images: Images, *, duplicates: bool = False) -> str:
+    """The command that looks at these images, with the reader of the run."""
+    reader = images.reader and images.reader.name
+    return command("check-data", images.source, duplicates=duplicates, reader=reader)
 
 
 def _from_memory(stored: memory_folder.StoredMemory, plan: Plan, loaded: Loaded, neck: nn.Module, dim: int) -> Clusters:
